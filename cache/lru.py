@@ -1,0 +1,69 @@
+"""Least-recently-used mapping, bounded by entries and by bytes. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+@dataclass(slots=True, eq=False)
+class Slot(Generic[Value]):
+    """One entry: the value, its cost, and how long it may be served."""
+
+    value: Value
+    size_bytes: int
+    good_until_us: int  # on the clock of whoever reads it
+
+
+class Lru(Generic[Value]):
+    """The least recently read entries go first when a bound is passed.
+
+    An entry over `max_bytes` by itself is not kept.
+    """
+
+    def __init__(self, *, max_entries: int, max_bytes: int) -> None:
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._slots: OrderedDict[str, Slot[Value]] = OrderedDict()
+        self._size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._slots
+
+    @property
+    def size_bytes(self) -> int:
+        """The sum of the entries' own sizes."""
+        return self._size_bytes
+
+    def get(self, key: str) -> Slot[Value] | None:
+        """Return the slot and make it the most recently used."""
+        slot = self._slots.get(key)
+        if slot is not None:
+            self._slots.move_to_end(key)
+        return slot
+
+    def put(self, key: str, slot: Slot[Value]) -> None:
+        """Keep the slot, in place of an older one, and evict what passes the bounds."""
+        self.pop(key)
+        self._slots[key] = slot
+        self._size_bytes += slot.size_bytes
+        while len(self._slots) > self._max_entries or self._size_bytes > self._max_bytes:
+            _, evicted = self._slots.popitem(last=False)
+            self._size_bytes -= evicted.size_bytes
+
+    def pop(self, key: str) -> Slot[Value] | None:
+        """Remove and return the slot, if there is one."""
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            self._size_bytes -= slot.size_bytes
+        return slot
+
+    def keys_with_prefix(self, prefix: str) -> list[str]:
+        """Return the keys that start so, least recently used first; O(n)."""
+        return [key for key in self._slots if key.startswith(prefix)]
