@@ -1,0 +1,202 @@
+"""What is counted, under the names that dashboards of the Go daemon use.
+
+The hot path adds to plain integers; Prometheus reads them when it scrapes. Label sets are closed:
+method names from the table, status codes, names of our own statements.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter as CountByLabel
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from cache.readthrough import CacheCounters
+
+_RPC_BUCKETS_S: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+_QUERY_BUCKETS_S: Final = (
+    0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+
+
+def new_registry() -> CollectorRegistry:
+    """Return a registry that shows this process, ready for our own metrics."""
+    registry = CollectorRegistry(auto_describe=False)
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+class MethodStats:
+    """What one gRPC method has done."""
+
+    __slots__ = ("_buckets", "by_code", "duration_s", "in_flight", "labels", "ok")
+
+    def __init__(self, service: str, handler: str, kind: str) -> None:
+        self.labels = (service, handler, kind)
+        self.in_flight = 0
+        self.ok = 0  # apart from `by_code`: an attribute costs a third of a dictionary's update
+        self.by_code: CountByLabel[str] = CountByLabel()
+        self.duration_s = 0.0
+        self._buckets = [0] * (len(_RPC_BUCKETS_S) + 1)
+
+    def begin(self) -> None:
+        """Count a call in."""
+        self.in_flight += 1
+
+    def end_ok(self, elapsed_s: float) -> None:
+        """Count a call out that succeeded."""
+        self.in_flight -= 1
+        self.ok += 1
+        self.duration_s += elapsed_s
+        self._buckets[bisect_left(_RPC_BUCKETS_S, elapsed_s)] += 1
+
+    def end(self, code: str, elapsed_s: float) -> None:
+        """Count a call out with its gRPC status name, as `NOT_FOUND`."""
+        self.end_ok(elapsed_s)
+        if code != "OK":
+            self.ok -= 1
+            self.by_code[code] += 1
+
+    def requests_by_code(self) -> dict[str, int]:
+        """Return how many calls ended with which status."""
+        return {"OK": self.ok, **self.by_code} if self.ok else dict(self.by_code)
+
+    def cumulative_buckets(self) -> list[tuple[str, float]]:
+        """Return (upper bound, calls at most that long), as Prometheus wants them."""
+        total = 0
+        rows: list[tuple[str, float]] = []
+        bounds = [*map(str, _RPC_BUCKETS_S), "+Inf"]
+        for bound, count in zip(bounds, self._buckets, strict=True):
+            total += count
+            rows.append((bound, total))
+        return rows
+
+
+class RpcCollector(Collector):
+    """Shows the methods' stats as `grpc_server_*`."""
+
+    def __init__(self, stats: Iterable[MethodStats]) -> None:
+        self._stats = list(stats)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each name."""
+        names = ("service", "handler", "type")
+        requests = CounterMetricFamily(
+            "grpc_server_requests_total", "RPCs that ended, by status.", labels=(*names, "code")
+        )
+        errors = CounterMetricFamily(
+            "grpc_server_errors_total",
+            "RPCs that ended with another status than OK.",
+            labels=(*names, "code"),
+        )
+        durations = HistogramMetricFamily(
+            "grpc_server_request_duration_seconds", "From a request's arrival to its answer.", labels=names
+        )
+        in_flight = GaugeMetricFamily("grpc_server_requests", "RPCs in flight.", labels=names)
+        for stats in self._stats:
+            for code, count in stats.requests_by_code().items():
+                requests.add_metric((*stats.labels, code), count)
+                if code != "OK":
+                    errors.add_metric((*stats.labels, code), count)
+            durations.add_metric(stats.labels, stats.cumulative_buckets(), stats.duration_s)
+            in_flight.add_metric(stats.labels, stats.in_flight)
+        # The family adds `_total` to a counter's name; its in-flight namesake has none.
+        yield from (requests, errors, durations, in_flight)
+
+
+class CacheCollector(Collector):
+    """Shows the cache's counters as `mnemosyned_cache_*`."""
+
+    def __init__(
+        self, counters: CacheCounters, entries: Callable[[], int], size_bytes: Callable[[], int]
+    ) -> None:
+        self._counters = counters
+        self._entries = entries
+        self._size_bytes = size_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each name."""
+        counters = self._counters
+        yield CounterMetricFamily(
+            "mnemosyned_cache_hits", "Lookups answered from the cache; lookups = hits + misses.",
+            value=counters.hits,
+        )  # fmt: skip
+        yield CounterMetricFamily(
+            "mnemosyned_cache_misses", "Lookups that went to the storage.", value=counters.misses
+        )
+        yield CounterMetricFamily(
+            "mnemosyned_cache_refresh",
+            "The misses whose entry was there, but too old to serve.",
+            value=counters.refreshes,
+        )
+        yield GaugeMetricFamily("mnemosyned_cache_entries", "Sessions in the cache.", value=self._entries())
+        yield GaugeMetricFamily(
+            "mnemosyned_cache_bytes", "Estimated memory of the cached sessions.", value=self._size_bytes()
+        )
+
+
+class QueryMetrics:
+    """The statements sent to PostgreSQL."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        prefix = "mnemosyned_storage_postgres"
+        labels = ("query",)
+        self._queries = Counter(f"{prefix}_queries", "Statements sent.", labels, registry=registry)
+        self._errors = Counter(f"{prefix}_errors", "Statements that failed.", labels, registry=registry)
+        self._durations = Histogram(
+            f"{prefix}_query_duration_seconds",
+            "From sending a statement to its whole result.",
+            labels,
+            buckets=_QUERY_BUCKETS_S,
+            registry=registry,
+        )
+        self._connections = Gauge(f"{prefix}_connections", "Connections of the pool.", registry=registry)
+
+    def count(self, query: str, elapsed_s: float) -> None:
+        """Count a statement, failed or not."""
+        self._queries.labels(query).inc()
+        self._durations.labels(query).observe(elapsed_s)
+
+    def count_error(self, query: str) -> None:
+        """Count a failure; of a connection too, under `connect`, `acquire` or `connection`."""
+        self._errors.labels(query).inc()
+
+    def watch_connections(self, size: Callable[[], int]) -> None:
+        """Ask for the pool's size at each scrape."""
+        self._connections.set_function(size)
+
+
+class UpkeepMetrics:
+    """Cleanup and write-behind."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.cleanup_errors = Counter(
+            "mnemosyned_cleanup_errors", "Rounds of cleanup that failed.", registry=registry
+        )
+        self.cleaned_up = Counter(
+            "mnemosyned_cleanup_sessions", "Expired sessions removed by this node.", registry=registry
+        )
+        self.touches_lost = Counter(
+            "mnemosyned_touches_lost",
+            "Extended expiries given up because too many waited for the storage.",
+            registry=registry,
+        )

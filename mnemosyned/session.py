@@ -1,0 +1,145 @@
+"""A session as the storage keeps it, its token, and the limits of what may be stored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Final
+
+from mnemosyned.errors import InvalidArgument
+
+MAX_TOKEN_BYTES: Final = 4096
+# PostgreSQL cannot index a longer incompressible value (a third of a page less overhead).
+MAX_INDEXED_BYTES: Final = 2048
+MAX_CLIENT_BYTES: Final = 64 * 1024
+MAX_LIST_LIMIT: Final = 1000
+DEFAULT_LIST_LIMIT: Final = 10
+
+_TOKEN_ENTROPY_BYTES: Final = 128
+_TOKEN_DIGEST_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSession:
+    """A session to start; its expiry is the storage's to decide."""
+
+    access_token: str = field(repr=False)
+    subject_id: str
+    subject_client: str = ""
+    refresh_token: str = field(default="", repr=False)
+    bag: bytes = field(default=b"", repr=False)  # stored form, see bag.py
+
+    def size_bytes(self) -> int:
+        """Bound the memory that the session takes in a batch; strings count as ASCII."""
+        return len(self.access_token) + len(self.subject_id) + len(self.subject_client) + len(self.bag)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A live session."""
+
+    access_token: str = field(repr=False)
+    subject_id: str
+    subject_client: str
+    refresh_token: str = field(repr=False)
+    bag: bytes = field(repr=False)  # stored form, see bag.py
+    expires_at_us: int  # microseconds since the epoch, on the storage's clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueChange:
+    """One key of one session's bag, to be set."""
+
+    access_token: str = field(repr=False)
+    key: str = field(repr=False)
+    value: str = field(repr=False)
+
+    def size_bytes(self) -> int:
+        """Bound the memory that the change takes in a batch; strings count as ASCII."""
+        return len(self.access_token) + len(self.key) + len(self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touch:
+    """A new expiry that a session has had in memory since its last write."""
+
+    access_token: str = field(repr=False)
+    expires_at_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criteria:
+    """Which sessions to list or delete: all given criteria must hold; both ends are exclusive."""
+
+    access_token: str | None = field(default=None, repr=False)
+    refresh_token: str | None = field(default=None, repr=False)
+    subject_id: str | None = None
+    expires_after_us: int | None = None
+    expires_before_us: int | None = None
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing was asked for, which must never mean everything."""
+        return self == Criteria()
+
+    def has_range(self) -> bool:
+        """Tell whether the answer depends on when sessions expire."""
+        return self.expires_after_us is not None or self.expires_before_us is not None
+
+
+def generate_token() -> str:
+    """Return a new access token: 128 hexadecimal digits, as the Go daemon makes them."""
+    return hashlib.shake_256(os.urandom(_TOKEN_ENTROPY_BYTES)).hexdigest(_TOKEN_DIGEST_BYTES)
+
+
+def check_token(token: str) -> str:
+    """Return the token if it can name a session.
+
+    Raises:
+        InvalidArgument: it is empty or over MAX_TOKEN_BYTES.
+    """
+    if not token:
+        raise InvalidArgument("mnemosyned: missing access token")
+    # A character takes four bytes at most: short tokens, all real ones, need no encoding.
+    if len(token) * 4 > MAX_TOKEN_BYTES and len(token.encode()) > MAX_TOKEN_BYTES:
+        raise InvalidArgument(f"mnemosyned: access token is longer than {MAX_TOKEN_BYTES} bytes")
+    return token
+
+
+def check_new(session: NewSession) -> NewSession:
+    """Return the session if it can be stored.
+
+    Raises:
+        InvalidArgument: a field is over its limit or holds what PostgreSQL's TEXT cannot.
+    """
+    check_token(session.access_token)
+    _check_text("subject_id", session.subject_id, MAX_INDEXED_BYTES)
+    _check_text("subject_client", session.subject_client, MAX_CLIENT_BYTES)
+    _check_size("refresh_token", session.refresh_token, MAX_INDEXED_BYTES)
+    return session
+
+
+def check_criteria(criteria: Criteria) -> Criteria:
+    """Return the criteria if a storage can compare them.
+
+    Raises:
+        InvalidArgument: a criterion that no stored session could have.
+    """
+    if criteria.access_token is not None:
+        check_token(criteria.access_token)
+    if criteria.subject_id is not None:
+        _check_text("subject_id", criteria.subject_id, MAX_INDEXED_BYTES)
+    if criteria.refresh_token is not None:
+        _check_size("refresh_token", criteria.refresh_token, MAX_INDEXED_BYTES)
+    return criteria
+
+
+def _check_text(name: str, text: str, max_bytes: int) -> None:
+    if "\0" in text:
+        raise InvalidArgument(f"mnemosyned: {name} contains a NUL character")
+    _check_size(name, text, max_bytes)
+
+
+def _check_size(name: str, text: str, max_bytes: int) -> None:
+    if len(text.encode()) > max_bytes:
+        raise InvalidArgument(f"mnemosyned: {name} is longer than {max_bytes} bytes")

@@ -1,0 +1,141 @@
+"""The memory engine: one node, for play and tests; forgets everything at exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from mnemosyned import bag
+from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionAlreadyExists, SessionNotFound
+from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+
+
+class MemoryStore:
+    """SessionStore in a dictionary; `wall_us` is its clock, microseconds since the epoch."""
+
+    def __init__(self, *, ttl_us: int, touch_interval_us: int, wall_us: Callable[[], int]) -> None:
+        self._ttl_us = ttl_us
+        self._touch_interval_us = touch_interval_us
+        self._wall_us = wall_us
+        self._session_by_token: dict[str, Session] = {}
+
+    async def open(self) -> None:
+        """Do nothing: it is ready when it is made."""
+
+    async def close(self) -> None:
+        """Forget everything."""
+        self._session_by_token.clear()
+
+    async def now_us(self) -> int:
+        """See SessionStore."""
+        return self._wall_us()
+
+    async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
+        """See SessionStore."""
+        return [self._start(new) for new in sessions]
+
+    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
+        """See SessionStore."""
+        return [self._load(token) for token in tokens]
+
+    async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        """See SessionStore."""
+        return [self._live(token) is not None for token in tokens]
+
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+        """See SessionStore."""
+        return [self._set_value(change) for change in changes]
+
+    async def abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        """See SessionStore."""
+        return [self._live(token) is not None and bool(self._session_by_token.pop(token)) for token in tokens]
+
+    async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
+        """See SessionStore."""
+        return [self._touch(touch.access_token, touch.expires_at_us) for touch in touches]
+
+    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+        """See SessionStore."""
+        now_us = self._wall_us()
+        found = [session for session in self._matching(criteria) if session.expires_at_us > now_us]
+        found.sort(key=lambda session: (session.expires_at_us, session.access_token.encode()))
+        return found[offset : offset + limit]
+
+    async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
+        """See SessionStore."""
+        return self._forget([session.access_token for session in self._matching(criteria)][:limit])
+
+    async def clean_up(self, *, limit: int) -> list[str]:
+        """See SessionStore."""
+        now_us = self._wall_us()
+        expired = [s.access_token for s in self._session_by_token.values() if s.expires_at_us <= now_us]
+        return self._forget(expired[:limit])
+
+    def _live(self, token: str) -> Session | None:
+        session = self._session_by_token.get(token)
+        return session if session is not None and session.expires_at_us > self._wall_us() else None
+
+    def _start(self, new: NewSession) -> Session | MnemosyneError:
+        if self._live(new.access_token) is not None:
+            return SessionAlreadyExists()
+        session = Session(
+            access_token=new.access_token,
+            subject_id=new.subject_id,
+            subject_client=new.subject_client,
+            refresh_token=new.refresh_token,
+            bag=new.bag,
+            expires_at_us=self._wall_us() + self._ttl_us,
+        )
+        self._session_by_token[new.access_token] = session
+        return session
+
+    def _load(self, token: str) -> Session | MnemosyneError:
+        session = self._live(token)
+        if session is None:
+            return SessionNotFound()
+        expires_at_us = self._wall_us() + self._ttl_us
+        if session.expires_at_us >= expires_at_us - self._touch_interval_us:
+            return session
+        self._touch(token, expires_at_us)
+        return self._session_by_token[token]
+
+    def _set_value(self, change: ValueChange) -> dict[str, str] | MnemosyneError:
+        session = self._live(change.access_token)
+        if session is None:
+            return SessionNotFound()
+        try:
+            values, stored = bag.with_value(session.bag, change.key, change.value)
+        except InvalidArgument as exc:
+            return exc
+        self._session_by_token[change.access_token] = replace(session, bag=stored)
+        return values
+
+    def _touch(self, token: str, expires_at_us: int) -> bool:
+        session = self._live(token)
+        if session is None:
+            return False
+        latest_us = max(session.expires_at_us, expires_at_us)
+        self._session_by_token[token] = replace(session, expires_at_us=latest_us)
+        return True
+
+    def _matching(self, criteria: Criteria) -> Iterator[Session]:
+        return (session for session in self._session_by_token.values() if _meets(session, criteria))
+
+    def _forget(self, tokens: list[str]) -> list[str]:
+        for token in tokens:
+            del self._session_by_token[token]
+        return tokens
+
+
+def _meets(session: Session, criteria: Criteria) -> bool:
+    wanted_by_found = (
+        (session.access_token, criteria.access_token),
+        (session.refresh_token, criteria.refresh_token),
+        (session.subject_id, criteria.subject_id),
+    )
+    after_us, before_us = criteria.expires_after_us, criteria.expires_before_us
+    return (
+        all(wanted is None or found == wanted for found, wanted in wanted_by_found)
+        and (after_us is None or session.expires_at_us > after_us)
+        and (before_us is None or session.expires_at_us < before_us)
+    )

@@ -1,0 +1,89 @@
+"""The storage port: what the service needs of a storage engine, batch-first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mnemosyned.errors import MnemosyneError
+from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+
+
+class SessionStore(Protocol):
+    """Sessions by token; expired ones do not exist, cleaned up or not.
+
+    Every batch method returns one result per item, in order; an item fails alone by having an
+    exception for a result. Any method may raise StorageUnavailable for the whole batch, within the
+    engine's own time-out; what it then did is unknown. Batches never deadlock with one another:
+    engines lock rows in the order of their tokens. Items are checked already (session.py), but for
+    what only the engine can know (InvalidArgument).
+    """
+
+    async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
+        """Store the sessions, to expire at now + ttl; on return they survive a crash.
+
+        An item's failure: SessionAlreadyExists (a live session, or an earlier item, has the token).
+        """
+        ...
+
+    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
+        """Read sessions for Gets, and move a stored expiry that has fallen behind now + ttl.
+
+        It is moved only when it lies more than the engine's touch interval behind, so that most
+        loads write nothing; the result shows the stored expiry, moved or not.
+        An item's failure: SessionNotFound.
+        """
+        ...
+
+    async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        """Tell which tokens have a live session; changes nothing."""
+        ...
+
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+        """Set keys of bags, in order; each result is the bag after its own change.
+
+        Concurrent changes to different keys of one session never lose each other.
+        An item's failure: SessionNotFound.
+        """
+        ...
+
+    async def abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        """Delete sessions; False where there was no live one."""
+        ...
+
+    async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
+        """Move stored expiries forward, never back; False where there is no live session."""
+        ...
+
+    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+        """Return live sessions by expiry, then token."""
+        ...
+
+    async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
+        """Delete at most `limit` sessions that meet all criteria; return their tokens."""
+        ...
+
+    async def clean_up(self, *, limit: int) -> list[str]:
+        """Delete at most `limit` expired rows; nothing while another node does so."""
+        ...
+
+    async def now_us(self) -> int:
+        """Return the storage's clock, microseconds since the epoch; also the test of its health."""
+        ...
+
+    async def open(self) -> None:
+        """Make the storage ready for use, creating what is missing.
+
+        Raises:
+            StorageUnavailable: not now; calling again may succeed.
+            StorageRefused: it will never work like this; the text tells the operator why.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; calls under way fail."""
+        ...
+
+
+class StorageRefused(Exception):
+    """The storage cannot be used as configured; no caller ever sees this."""

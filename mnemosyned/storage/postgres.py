@@ -1,0 +1,330 @@
+"""The PostgreSQL engine: one statement for many sessions.
+
+Statements that change rows lock them in the order of their tokens, so that nodes never deadlock;
+a load, which must not wait for a writer, skips rows that are locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import asyncpg
+
+from mnemosyned import bag
+from mnemosyned.errors import (
+    InvalidArgument,
+    MnemosyneError,
+    SessionAlreadyExists,
+    SessionNotFound,
+    StorageUnavailable,
+)
+from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+from mnemosyned.storage.postgres_pool import ITEM_FAULTS, PostgresPool, Query
+from mnemosyned.storage.postgres_schema import Table, set_up
+
+if TYPE_CHECKING:
+    from asyncpg import Record
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_COLUMNS = "access_token, refresh_token, subject_id, subject_client, bag, expire_at"
+
+
+class PostgresStore:
+    """SessionStore on one table."""
+
+    def __init__(self, pool: PostgresPool, table: Table, *, ttl_us: int, touch_interval_us: int) -> None:
+        self._pool = pool
+        self._table = table
+        self._ttl = timedelta(microseconds=ttl_us)
+        self._fresh = timedelta(microseconds=ttl_us - touch_interval_us)
+        self._queries = _Queries(table.sql)
+
+    async def open(self) -> None:
+        """See SessionStore."""
+        await self._pool.open()
+        async with self._pool.connection() as connection:
+            await set_up(connection, self._table)
+
+    async def close(self) -> None:
+        """See SessionStore."""
+        await self._pool.close()
+
+    async def now_us(self) -> int:
+        """See SessionStore."""
+        rows = await self._pool.fetch(self._queries.now)
+        return int(rows[0]["now"])
+
+    async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
+        """See SessionStore."""
+        return await _isolating(self._start, sessions)
+
+    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
+        """See SessionStore."""
+        rows = await self._pool.fetch(self._queries.load, _encoded(tokens), self._ttl, self._fresh)
+        loaded = {row["access_token"]: _session(row) for row in rows}
+        return [loaded.get(token.encode()) or SessionNotFound() for token in tokens]
+
+    async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        """See SessionStore."""
+        rows = await self._pool.fetch(self._queries.exist, _encoded(tokens))
+        found = {row["access_token"] for row in rows}
+        return [token.encode() in found for token in tokens]
+
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+        """See SessionStore."""
+        return await _isolating(self._set_values, changes)
+
+    async def abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        """See SessionStore."""
+        return await _isolating(self._abandon, tokens)
+
+    async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
+        """See SessionStore."""
+        return await _isolating(self._touch, touches)
+
+    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+        """See SessionStore."""
+        where, values = _condition(criteria)
+        query = self._queries.find(where, offset_at=len(values) + 1)
+        rows = await self._pool.fetch(query, *values, offset, limit)
+        return [_session(row) for row in rows]
+
+    async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
+        """See SessionStore."""
+        where, values = _condition(criteria)
+        rows = await self._pool.fetch(self._queries.delete(where, limit_at=len(values) + 1), *values, limit)
+        return [row["access_token"].decode() for row in rows]
+
+    async def clean_up(self, *, limit: int) -> list[str]:
+        """See SessionStore."""
+        rows = await self._pool.fetch(self._queries.clean_up, limit, self._table.advisory_key)
+        return [row["access_token"].decode() for row in rows]
+
+    async def _start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
+        # One statement may not meet a token twice: the first of a batch has it.
+        first_by_token: dict[str, NewSession] = {}
+        for new in sessions:
+            first_by_token.setdefault(new.access_token, new)
+        firsts = first_by_token.values()
+        rows = await self._pool.fetch(
+            self._queries.start,
+            [new.access_token.encode() for new in firsts],
+            [new.refresh_token.encode() for new in firsts],
+            [new.subject_id for new in firsts],
+            [new.subject_client for new in firsts],
+            [new.bag for new in firsts],
+            self._ttl,
+        )
+        expiry_by_token = {row["access_token"].decode(): row["expire_at"] for row in rows}
+        return [
+            _started(new, expiry_by_token[new.access_token])
+            if new.access_token in expiry_by_token and first_by_token[new.access_token] is new
+            else SessionAlreadyExists()
+            for new in sessions
+        ]
+
+    async def _set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+        tokens = _encoded({change.access_token for change in changes})
+        async with self._pool.connection() as connection, connection.transaction():
+            rows = await self._pool.run(connection, self._queries.lock_bags, tokens)
+            before = {row["access_token"]: row["bag"] for row in rows}
+            results, after = _with_values(changes, before)
+            if after:
+                await self._pool.run(
+                    connection, self._queries.write_bags, list(after.keys()), list(after.values())
+                )
+        return results
+
+    async def _abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+        rows = await self._pool.fetch(self._queries.abandon, _encoded(tokens))
+        ended = {row["access_token"].decode() for row in rows if row["was_live"]}
+        # Of several callers for one token in a batch, the first has ended the session.
+        return [token in ended and token not in tokens[:at] for at, token in enumerate(tokens)]
+
+    async def _touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
+        latest: dict[bytes, int] = {}
+        for touch in touches:
+            token = touch.access_token.encode()
+            latest[token] = max(touch.expires_at_us, latest.get(token, 0))
+        rows = await self._pool.fetch(self._queries.touch, list(latest.keys()), list(latest.values()))
+        found = {row["access_token"] for row in rows}
+        return [touch.access_token.encode() in found for touch in touches]
+
+
+class _Queries:
+    """The statements for one table; see SessionStore for what each must do."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+        self.now = Query("now", "SELECT clock_timestamp() AS now")
+        self.start = Query(
+            "start",
+            f"INSERT INTO {table} AS held ({_COLUMNS}) "
+            "SELECT access_token, refresh_token, subject_id, subject_client, bag, now() + $6::interval "
+            "FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], $5::bytea[]) "
+            "AS new (access_token, refresh_token, subject_id, subject_client, bag) ORDER BY access_token "
+            # A row that is past its expiry does not exist, though cleanup has not seen it yet.
+            "ON CONFLICT (access_token) DO UPDATE SET refresh_token = EXCLUDED.refresh_token, "
+            "subject_id = EXCLUDED.subject_id, subject_client = EXCLUDED.subject_client, "
+            "bag = EXCLUDED.bag, expire_at = EXCLUDED.expire_at WHERE held.expire_at <= now() "
+            "RETURNING access_token, expire_at",
+        )
+        self.load = Query(
+            "load",
+            f"WITH found AS MATERIALIZED (SELECT {_COLUMNS} FROM {table} "
+            "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()), "
+            f"moved AS (UPDATE {table} AS held SET expire_at = now() + $2::interval FROM "
+            f"(SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) "
+            "AND expire_at > now() AND expire_at < now() + $3::interval "
+            "ORDER BY access_token FOR NO KEY UPDATE SKIP LOCKED) AS behind "
+            "WHERE held.access_token = behind.access_token RETURNING held.access_token, held.expire_at) "
+            "SELECT access_token, refresh_token, subject_id, subject_client, bag, "
+            "COALESCE(moved.expire_at, found.expire_at) AS expire_at "
+            "FROM found LEFT JOIN moved USING (access_token)",
+        )
+        self.exist = Query(
+            "exists",
+            f"SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) AND expire_at > now()",
+        )
+        self.lock_bags = Query(
+            "set_value_select",
+            f"SELECT access_token, bag FROM {table} "
+            "WHERE access_token = ANY($1::bytea[]) AND expire_at > now() "
+            "ORDER BY access_token FOR NO KEY UPDATE",
+        )
+        self.write_bags = Query(
+            "set_value_update",
+            f"UPDATE {table} AS held SET bag = new.bag "
+            "FROM unnest($1::bytea[], $2::bytea[]) AS new (access_token, bag) "
+            "WHERE held.access_token = new.access_token",
+        )
+        self.abandon = Query(
+            "abandon",
+            f"WITH ended AS (SELECT access_token FROM {table} "
+            "WHERE access_token = ANY($1::bytea[]) ORDER BY access_token FOR UPDATE) "
+            f"DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
+            "RETURNING held.access_token, held.expire_at > now() AS was_live",
+        )
+        self.touch = Query(
+            "touch",
+            f"UPDATE {table} AS held SET expire_at = GREATEST(held.expire_at, new.expire_at) "
+            f"FROM (SELECT access_token, asked.expire_at FROM {table} AS live "
+            "JOIN unnest($1::bytea[], $2::timestamptz[]) AS asked (access_token, expire_at) "
+            "USING (access_token) WHERE live.expire_at > now() "
+            "ORDER BY access_token FOR NO KEY UPDATE OF live) AS new "
+            "WHERE held.access_token = new.access_token RETURNING held.access_token",
+        )
+        self.clean_up = Query(
+            "clean_up",
+            # One node at a time: the others' try at the lock fails and they find nothing.
+            f"DELETE FROM {table} WHERE access_token IN (SELECT access_token FROM {table} "
+            "WHERE expire_at <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
+            "ORDER BY expire_at LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING access_token",
+        )
+
+    def find(self, where: str, *, offset_at: int) -> Query:
+        return Query(
+            "list",
+            f"SELECT {_COLUMNS} FROM {self._table} WHERE expire_at > now() AND {where} "
+            f"ORDER BY expire_at, access_token OFFSET ${offset_at} LIMIT ${offset_at + 1}",
+        )
+
+    def delete(self, where: str, *, limit_at: int) -> Query:
+        return Query(
+            "delete",
+            f"WITH ended AS (SELECT access_token FROM {self._table} WHERE access_token IN "
+            f"(SELECT access_token FROM {self._table} WHERE {where} LIMIT ${limit_at}) AND {where} "
+            f"ORDER BY access_token FOR UPDATE) DELETE FROM {self._table} AS held USING ended "
+            "WHERE held.access_token = ended.access_token RETURNING held.access_token",
+        )
+
+
+def _condition(criteria: Criteria) -> tuple[str, list[object]]:
+    """Return an SQL condition with parameters from $1 on, and their values."""
+    value_by_condition: dict[str, object] = {
+        "access_token =": _encoded_or_none(criteria.access_token),
+        "refresh_token =": _encoded_or_none(criteria.refresh_token),
+        "subject_id =": criteria.subject_id,
+        "expire_at >": criteria.expires_after_us,
+        "expire_at <": criteria.expires_before_us,
+    }
+    given = [(text, value) for text, value in value_by_condition.items() if value is not None]
+    conditions = [f"{text} ${number}" for number, (text, _) in enumerate(given, start=1)]
+    return " AND ".join(conditions) or "TRUE", [value for _, value in given]
+
+
+def _encoded(tokens: Sequence[str] | set[str]) -> list[bytes]:
+    return [token.encode() for token in tokens]
+
+
+def _encoded_or_none(token: str | None) -> bytes | None:
+    return None if token is None else token.encode()
+
+
+def _session(row: Record) -> Session:
+    return Session(
+        access_token=row["access_token"].decode(),
+        subject_id=row["subject_id"],
+        subject_client=row["subject_client"] or "",
+        refresh_token=(row["refresh_token"] or b"").decode(),
+        bag=row["bag"],
+        expires_at_us=row["expire_at"],
+    )
+
+
+def _started(new: NewSession, expires_at_us: int) -> Session:
+    return Session(
+        access_token=new.access_token,
+        subject_id=new.subject_id,
+        subject_client=new.subject_client,
+        refresh_token=new.refresh_token,
+        bag=new.bag,
+        expires_at_us=expires_at_us,
+    )
+
+
+def _with_values(
+    changes: Sequence[ValueChange], before: dict[bytes, bytes]
+) -> tuple[list[dict[str, str] | MnemosyneError], dict[bytes, bytes]]:
+    """Apply the changes in order; return each one's result and the bags to write."""
+    after: dict[bytes, bytes] = {}
+    results: list[dict[str, str] | MnemosyneError] = []
+    for change in changes:
+        token = change.access_token.encode()
+        if token not in before:
+            results.append(SessionNotFound())
+            continue
+        try:
+            values, stored = bag.with_value(after.get(token, before[token]), change.key, change.value)
+        except InvalidArgument as exc:
+            results.append(exc)
+            continue
+        after[token] = stored
+        results.append(values)
+    return results, after
+
+
+async def _isolating(
+    run: Callable[[Sequence[Item]], Awaitable[list[Result | MnemosyneError]]], items: Sequence[Item]
+) -> list[Result | MnemosyneError]:
+    """Run a batch; when one item's fault fails it, run the items one by one."""
+    try:
+        return await run(items)
+    except ITEM_FAULTS as exc:
+        if len(items) == 1:
+            return [_item_error(exc)]
+        alone = [_isolating(run, [item]) for item in items]
+        return [result for results in await asyncio.gather(*alone) for result in results]
+
+
+def _item_error(exc: Exception) -> MnemosyneError:
+    if isinstance(exc, asyncpg.LockNotAvailableError):
+        return StorageUnavailable("mnemosyned: storage: the session is locked by another writer")
+    if isinstance(exc, asyncpg.ProgramLimitExceededError):
+        return InvalidArgument("mnemosyned: access_token is too long for PostgreSQL to index")
+    return InvalidArgument("mnemosyned: a field holds text that PostgreSQL cannot store")

@@ -1,0 +1,338 @@
+"""What every storage engine does: one suite, run on each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from mnemosyned import bag
+from mnemosyned.errors import InvalidArgument, SessionAlreadyExists, SessionNotFound
+from mnemosyned.observe.metrics import QueryMetrics
+from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange, generate_token
+from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.storage.port import SessionStore
+from mnemosyned.storage.postgres import PostgresStore
+from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres_schema import Table
+
+TTL_US = 60_000_000
+TOUCH_INTERVAL_US = 6_000_000
+
+
+@dataclass
+class Engine:
+    store: SessionStore
+    # Moves a session's expiry by seconds, as time would.
+    shift_expiry: Callable[[str, float], Awaitable[None]]
+
+
+@pytest.fixture(params=["memory", "postgres"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    if request.param == "memory":
+        opened = memory_engine()
+    else:
+        opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
+    await opened.store.open()
+    yield opened
+    await opened.store.close()
+
+
+def memory_engine() -> Engine:
+    store = MemoryStore(
+        ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US, wall_us=lambda: time.time_ns() // 1000
+    )
+
+    async def shift(token: str, seconds: float) -> None:
+        held = store._session_by_token[token]
+        store._session_by_token[token] = Session(
+            access_token=held.access_token,
+            subject_id=held.subject_id,
+            subject_client=held.subject_client,
+            refresh_token=held.refresh_token,
+            bag=held.bag,
+            expires_at_us=held.expires_at_us + int(seconds * 1e6),
+        )
+
+    return Engine(store, shift)
+
+
+async def postgres_engine(dsn: str) -> Engine:
+    import asyncpg  # noqa: PLC0415  # only this engine's tests need it
+
+    options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
+    pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
+    table = Table(schema="odd schema", name='a"table')
+    store = PostgresStore(pool, table, ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US)
+
+    async def shift(token: str, seconds: float) -> None:
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(
+            f"UPDATE {table.sql} SET expire_at = expire_at + $2 * interval '1 s' WHERE access_token = $1",  # noqa: S608
+            token.encode(),
+            seconds,
+        )
+        await connection.close()
+
+    return Engine(store, shift)
+
+
+def new(token: str = "", **fields: object) -> NewSession:
+    return NewSession(access_token=token or generate_token(), **({"subject_id": "s"} | fields))  # type: ignore[arg-type]
+
+
+async def started(engine: Engine, token: str = "", **fields: object) -> Session:
+    (session,) = await engine.store.start([new(token, **fields)])
+    assert isinstance(session, Session)
+    return session
+
+
+async def test_a_started_session_is_loaded_as_it_was(engine: Engine) -> None:
+    session = await started(
+        engine, subject_client="web", refresh_token="r", bag=bag.encode({"k": "v", "ż": "日"})
+    )
+
+    assert await engine.store.load([session.access_token]) == [session]
+
+
+async def test_a_session_expires_a_ttl_after_its_start_on_the_storages_clock(engine: Engine) -> None:
+    before_us = await engine.store.now_us()
+    session = await started(engine)
+    after_us = await engine.store.now_us()
+
+    assert before_us + TTL_US <= session.expires_at_us <= after_us + TTL_US
+
+
+async def test_a_token_in_use_is_refused_and_its_session_unharmed(engine: Engine) -> None:
+    session = await started(engine, "taken")
+    results = await engine.store.start([new("taken", subject_id="thief"), new("free")])
+
+    assert isinstance(results[0], SessionAlreadyExists)
+    assert isinstance(results[1], Session)
+    assert await engine.store.load(["taken"]) == [session]
+
+
+async def test_of_two_equal_tokens_in_a_batch_the_first_wins(engine: Engine) -> None:
+    first, second = await engine.store.start([new("t", subject_id="one"), new("t", subject_id="two")])
+
+    assert isinstance(first, Session)
+    assert isinstance(second, SessionAlreadyExists)
+    (loaded,) = await engine.store.load(["t"])
+    assert isinstance(loaded, Session)
+    assert loaded.subject_id == "one"
+
+
+async def test_an_expired_session_does_not_exist(engine: Engine) -> None:
+    token = (await started(engine)).access_token
+    await engine.shift_expiry(token, -61)
+    store = engine.store
+
+    assert isinstance((await store.load([token]))[0], SessionNotFound)
+    assert await store.exist([token]) == [False]
+    change = ValueChange(access_token=token, key="k", value="v")
+    assert isinstance((await store.set_values([change]))[0], SessionNotFound)
+    assert await store.touch([Touch(access_token=token, expires_at_us=2**50)]) == [False]
+    assert await store.find(Criteria(), offset=0, limit=10) == []
+    assert await store.abandon([token]) == [False]
+
+
+async def test_the_token_of_an_expired_session_is_free(engine: Engine) -> None:
+    await started(engine, "t", subject_id="old")
+    await engine.shift_expiry("t", -61)
+
+    assert (await started(engine, "t", subject_id="new")).subject_id == "new"
+
+
+async def test_a_load_moves_an_expiry_that_has_fallen_behind(engine: Engine) -> None:
+    session = await started(engine)
+    await engine.shift_expiry(session.access_token, -30)
+    (loaded,) = await engine.store.load([session.access_token])
+    (again,) = await engine.store.load([session.access_token])
+
+    assert isinstance(loaded, Session)
+    assert loaded.expires_at_us >= session.expires_at_us
+    assert again == loaded
+
+
+async def test_a_load_leaves_an_expiry_that_is_fresh(engine: Engine) -> None:
+    session = await started(engine)
+    await engine.shift_expiry(session.access_token, -2)
+    (loaded,) = await engine.store.load([session.access_token])
+
+    assert isinstance(loaded, Session)
+    assert loaded.expires_at_us == session.expires_at_us - 2_000_000
+
+
+async def test_loads_answer_in_order_and_each_token_for_itself(engine: Engine) -> None:
+    one, two = await started(engine), await started(engine)
+    tokens = [two.access_token, "absent", one.access_token, two.access_token]
+    loaded = await engine.store.load(tokens)
+
+    assert [loaded[0], loaded[2], loaded[3]] == [two, one, two]
+    assert isinstance(loaded[1], SessionNotFound)
+
+
+async def test_existence_is_told_and_changes_nothing(engine: Engine) -> None:
+    session = await started(engine)
+    await engine.shift_expiry(session.access_token, -30)
+
+    assert await engine.store.exist([session.access_token, "absent"]) == [True, False]
+    (found,) = await engine.store.find(Criteria(), offset=0, limit=1)
+    assert found.expires_at_us == session.expires_at_us - 30_000_000
+
+
+async def test_values_are_set_in_order_within_a_batch(engine: Engine) -> None:
+    token = (await started(engine, bag=bag.encode({"a": "1"}))).access_token
+    results = await engine.store.set_values(
+        [
+            ValueChange(access_token=token, key="b", value="2"),
+            ValueChange(access_token="absent", key="b", value="2"),
+            ValueChange(access_token=token, key="a", value="3"),
+        ]
+    )
+
+    assert results[0] == {"a": "1", "b": "2"}
+    assert isinstance(results[1], SessionNotFound)
+    assert results[2] == {"a": "3", "b": "2"}
+    (loaded,) = await engine.store.load([token])
+    assert isinstance(loaded, Session)
+    assert bag.decode(loaded.bag) == {"a": "3", "b": "2"}
+
+
+async def test_concurrent_writers_of_different_keys_lose_nothing(engine: Engine) -> None:
+    token = (await started(engine)).access_token
+    changes = [ValueChange(access_token=token, key=str(n), value="v") for n in range(40)]
+    await asyncio.gather(*(engine.store.set_values([change]) for change in changes))
+
+    (loaded,) = await engine.store.load([token])
+    assert isinstance(loaded, Session)
+    assert set(bag.decode(loaded.bag)) == {str(n) for n in range(40)}
+
+
+async def test_a_bag_that_grows_too_large_is_refused_and_the_others_are_set(engine: Engine) -> None:
+    token = (await started(engine)).access_token
+    large, small = await engine.store.set_values(
+        [
+            ValueChange(access_token=token, key="large", value="x" * 4_000_000),
+            ValueChange(access_token=token, key="small", value="x"),
+        ]
+    )
+
+    assert isinstance(large, InvalidArgument)
+    assert small == {"small": "x"}
+
+
+async def test_setting_a_value_does_not_extend(engine: Engine) -> None:
+    session = await started(engine)
+    await engine.shift_expiry(session.access_token, -30)
+    await engine.store.set_values([ValueChange(access_token=session.access_token, key="k", value="v")])
+
+    (found,) = await engine.store.find(Criteria(), offset=0, limit=1)
+    assert found.expires_at_us == session.expires_at_us - 30_000_000
+
+
+async def test_an_abandoned_session_is_gone_and_only_one_caller_ended_it(engine: Engine) -> None:
+    token = (await started(engine)).access_token
+
+    assert await engine.store.abandon([token, token, "absent"]) == [True, False, False]
+    assert await engine.store.exist([token]) == [False]
+
+
+async def test_a_touch_moves_an_expiry_forward_and_never_back(engine: Engine) -> None:
+    session = await started(engine)
+    later_us = session.expires_at_us + 5_000_000
+    touches = [
+        Touch(access_token=session.access_token, expires_at_us=later_us),
+        Touch(access_token="absent", expires_at_us=later_us),
+        Touch(access_token=session.access_token, expires_at_us=later_us - 1_000_000),
+    ]
+
+    assert await engine.store.touch(touches) == [True, False, True]
+    (found,) = await engine.store.find(Criteria(), offset=0, limit=1)
+    assert found.expires_at_us == later_us
+
+
+async def test_sessions_are_found_by_expiry_then_token_and_page_by_page(engine: Engine) -> None:
+    sessions = [await started(engine, token) for token in ("c", "a", "b")]
+    await engine.shift_expiry("b", 5)
+    await engine.shift_expiry("c", -5)
+    level_us = sessions[1].expires_at_us
+    await engine.store.start([new("d")])
+    await engine.store.touch([Touch(access_token="a", expires_at_us=level_us + 10_000_000)])
+    await engine.store.touch([Touch(access_token="d", expires_at_us=level_us + 10_000_000)])
+
+    pages = [await engine.store.find(Criteria(), offset=at, limit=2) for at in (0, 2, 4)]
+    assert [[session.access_token for session in page] for page in pages] == [["c", "b"], ["a", "d"], []]
+
+
+async def test_all_given_criteria_must_hold(engine: Engine) -> None:
+    one = await started(engine, "1", subject_id="a", refresh_token="r")
+    await started(engine, "2", subject_id="a", refresh_token="q")
+    await started(engine, "3", subject_id="b", refresh_token="r")
+
+    async def found(criteria: Criteria) -> set[str]:
+        return {s.access_token for s in await engine.store.find(criteria, offset=0, limit=10)}
+
+    at_us = one.expires_at_us
+    assert await found(Criteria(subject_id="a")) == {"1", "2"}
+    assert await found(Criteria(refresh_token="r")) == {"1", "3"}
+    assert await found(Criteria(subject_id="a", refresh_token="r")) == {"1"}
+    assert await found(Criteria(access_token="1", subject_id="b")) == set()
+    assert await found(Criteria(expires_before_us=at_us)) == set()
+    assert await found(Criteria(expires_before_us=at_us + 1)) == {"1"}
+    assert await found(Criteria(expires_after_us=at_us)) == {"2", "3"}
+    assert await found(Criteria(expires_after_us=at_us - 1, expires_before_us=at_us + 1)) == {"1"}
+
+
+async def test_deleting_returns_the_tokens_and_stops_at_the_limit(engine: Engine) -> None:
+    for token in ("1", "2", "3"):
+        await started(engine, token, subject_id="a")
+    await started(engine, "4", subject_id="b")
+
+    first = await engine.store.delete(Criteria(subject_id="a"), limit=2)
+    second = await engine.store.delete(Criteria(subject_id="a"), limit=2)
+
+    assert len(first) == 2
+    assert sorted(first + second) == ["1", "2", "3"]
+    assert await engine.store.exist(["1", "2", "3", "4"]) == [False, False, False, True]
+
+
+async def test_cleaning_up_removes_what_has_expired_and_nothing_else(engine: Engine) -> None:
+    for token in ("1", "2", "3", "4"):
+        await started(engine, token)
+    for token in ("1", "2", "3"):
+        await engine.shift_expiry(token, -61)
+
+    first = await engine.store.clean_up(limit=2)
+    second = await engine.store.clean_up(limit=2)
+
+    assert len(first) == 2
+    assert sorted(first + second) == ["1", "2", "3"]
+    assert await engine.store.exist(["4"]) == [True]
+
+
+async def test_batches_of_any_order_do_not_deadlock(engine: Engine) -> None:
+    tokens = [f"t{n}" for n in range(30)]
+    await engine.store.start([new(token) for token in tokens])
+
+    async def write(n: int) -> None:
+        order = tokens if n % 2 else tokens[::-1]
+        await engine.store.set_values([ValueChange(access_token=t, key=str(n), value="v") for t in order])
+        await engine.store.touch([Touch(access_token=t, expires_at_us=2**50) for t in order])
+        await engine.store.load(order)
+
+    await asyncio.gather(*(write(n) for n in range(12)))
+    await asyncio.gather(engine.store.abandon(tokens), engine.store.abandon(tokens[::-1]))
+
+    assert await engine.store.exist(tokens) == [False] * 30
+
+
+async def test_tokens_of_the_full_length_are_stored(engine: Engine) -> None:
+    token = "ż" * 1300  # 2,600 bytes, about what PostgreSQL can index whatever it holds
+
+    assert (await started(engine, token)).access_token == token
+    assert await engine.store.exist([token]) == [True]
