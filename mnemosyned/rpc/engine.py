@@ -1,0 +1,55 @@
+"""The engine port: something that serves a method table as gRPC over HTTP/2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+# Metadata beyond this is refused; a token of 4,096 bytes travels in it.
+MAX_METADATA_BYTES: Final = 32 * 1024
+MAX_CONCURRENT_STREAMS: Final = 1024
+
+
+class ListenFailed(Exception):
+    """The address cannot be listened on; the text is for the operator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """PEM files of the server's identity."""
+
+    certificate: str
+    private_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What both engines need."""
+
+    host: str
+    port: int  # 0: any free port
+    max_message_bytes: int
+    drain_timeout_s: float
+    log_as_json: bool = False  # the engine's own lines on stderr
+    tls: TlsFiles | None = None
+
+    @property
+    def address(self) -> str:
+        """The address in the form `host:port`, IPv6 in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Engine(Protocol):
+    """A gRPC server; used once, from `start` to `drain`."""
+
+    async def start(self) -> int:
+        """Listen; return the port.
+
+        Raises:
+            ListenFailed: the address is taken or not ours, or the TLS files are no good.
+        """
+        ...
+
+    async def drain(self) -> None:
+        """Refuse new calls, let those in flight finish, cancel what is left after `drain_timeout_s`."""
+        ...

@@ -1,0 +1,122 @@
+"""gRPC over HTTP/2 without the HTTP/2: frames, time-outs, messages of statuses. Pure.
+
+https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Final
+
+from mnemosyned.errors import MalformedMessage, MessageTooLarge, Unimplemented
+
+HEADER_BYTES: Final = 5
+ACCEPTED_ENCODINGS: Final = b"identity,deflate,gzip"
+
+_IS_COMPRESSED: Final = 1
+_WBITS_BY_ENCODING: Final = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+_TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
+_SECONDS_BY_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_UNSAFE: Final = re.compile(rb"[^ -$&-~]")
+
+
+def framed(message: bytes) -> bytes:
+    """Put an uncompressed message into a frame."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def only_message(body: bytes) -> bytes | None:
+    """Return the message of a body that is one whole, uncompressed frame; None for any other."""
+    if body[:1] != b"\0" or len(body) != HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"):
+        return None
+    return body[HEADER_BYTES:]
+
+
+def announced_bytes(body: bytes | bytearray) -> int:
+    """Return how long the body is, or will be by what its first frame announces."""
+    return max(len(body), HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"))
+
+
+def timeout_s(value: bytes) -> float:
+    """Read a `grpc-timeout` header.
+
+    Raises:
+        MalformedMessage: it is not one.
+    """
+    match = _TIMEOUT.fullmatch(value)
+    if match is None:
+        raise MalformedMessage("mnemosyned: malformed grpc-timeout")
+    return int(match[1]) * _SECONDS_BY_UNIT[match[2]]
+
+
+def status_message(text: str) -> bytes:
+    """Percent-encode the text of a status for `grpc-message`."""
+    return _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], text.encode())
+
+
+class FrameReader:
+    """Cuts a stream of bytes into messages, whole or piecewise as it arrives.
+
+    `encoding` is the stream's `grpc-encoding`. Raises MessageTooLarge as soon as a frame announces
+    or unpacks to more than `max_message_bytes`, so that nothing larger is ever held.
+    """
+
+    def __init__(self, *, encoding: bytes, max_message_bytes: int) -> None:
+        self._encoding = encoding
+        self._max_message_bytes = max_message_bytes
+        self._buffer = bytearray()
+
+    def feed(self, body: bytes) -> list[bytes]:
+        """Take bytes in; return the messages they complete."""
+        self._buffer += body
+        messages = []
+        while (message := self._next()) is not None:
+            messages.append(message)
+        return messages
+
+    def end(self) -> None:
+        """Say that nothing follows.
+
+        Raises:
+            MalformedMessage: the stream ends within a frame.
+        """
+        if self._buffer:
+            raise MalformedMessage("mnemosyned: the request ends within a message")
+
+    def _next(self) -> bytes | None:
+        if len(self._buffer) < HEADER_BYTES:
+            return None
+        size_bytes = int.from_bytes(self._buffer[1:HEADER_BYTES], "big")
+        if size_bytes > self._max_message_bytes:
+            raise self._too_large()
+        end = HEADER_BYTES + size_bytes
+        if len(self._buffer) < end:
+            return None
+        flag, payload = self._buffer[0], bytes(self._buffer[HEADER_BYTES:end])
+        del self._buffer[:end]
+        if not flag:
+            return payload
+        if flag != _IS_COMPRESSED:
+            raise MalformedMessage("mnemosyned: unknown flag in a message's prefix")
+        return self._unpacked(payload)
+
+    def _unpacked(self, payload: bytes) -> bytes:
+        wbits = _WBITS_BY_ENCODING.get(self._encoding)
+        if wbits is None:
+            if self._encoding in {b"", b"identity"}:
+                raise MalformedMessage("mnemosyned: a compressed message without grpc-encoding")
+            raise Unimplemented("mnemosyned: unknown grpc-encoding; known are identity, deflate, gzip")
+        unpacker = zlib.decompressobj(wbits)
+        try:
+            message = unpacker.decompress(payload, self._max_message_bytes + 1)
+        except zlib.error:
+            raise MalformedMessage("mnemosyned: a compressed message is damaged") from None
+        if len(message) > self._max_message_bytes:
+            raise self._too_large()
+        if not unpacker.eof:
+            raise MalformedMessage("mnemosyned: a compressed message is cut short")
+        return message
+
+    def _too_large(self) -> MessageTooLarge:
+        return MessageTooLarge(f"mnemosyned: message is larger than {self._max_message_bytes} bytes")

@@ -1,0 +1,141 @@
+"""The engine on grpc.aio: runs wherever grpcio does, at a quarter of the other's speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+
+from mnemosyned.errors import Unimplemented
+from mnemosyned.rpc.engine import (
+    MAX_CONCURRENT_STREAMS,
+    MAX_METADATA_BYTES,
+    EngineOptions,
+    ListenFailed,
+    TlsFiles,
+)
+from mnemosyned.rpc.invoke import Failure, invoke_stream, invoke_unary, refuse
+from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
+
+# grpc.aio's generic classes take their type arguments only in the stubs.
+Context = Any
+
+
+class GrpcioEngine:
+    """Engine on grpc.aio."""
+
+    def __init__(self, table: MethodTable, options: EngineOptions) -> None:
+        self._options = options
+        self._server = grpc.aio.server(
+            options=[
+                # Two daemons on one port would split its connections without a word.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+                ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+            ]
+        )
+        self._server.add_generic_rpc_handlers((_Handlers(table),))
+
+    async def start(self) -> int:
+        """See Engine."""
+        options = self._options
+        try:
+            if options.tls is None:
+                port = self._server.add_insecure_port(options.address)
+            else:
+                port = self._server.add_secure_port(options.address, _credentials(options.tls))
+        except (RuntimeError, OSError) as exc:
+            raise ListenFailed(f"cannot listen on {options.address}: {_reason(exc)}") from exc
+        await self._server.start()
+        return port
+
+    async def drain(self) -> None:
+        """See Engine."""
+        await self._server.stop(self._options.drain_timeout_s)
+
+
+class _GrpcioCall:
+    """Call on a servicer context."""
+
+    __slots__ = ("_context", "_deadline_s")
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        left_s = context.time_remaining()
+        self._deadline_s = None if left_s is None else time.monotonic() + left_s
+
+    @property
+    def peer(self) -> str:
+        return str(self._context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")
+
+    def metadata(self, key: str) -> str | None:
+        for name, value in self._context.invocation_metadata() or ():
+            if name == key:
+                return value if isinstance(value, str) else value.decode(errors="replace")
+        return None
+
+    def time_left_s(self) -> float | None:
+        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """Finds the handler of a path."""
+
+    def __init__(self, table: MethodTable) -> None:
+        self._by_path: dict[str, Any] = {
+            path: grpc.unary_unary_rpc_method_handler(_unary(method)) for path, method in table.unary.items()
+        }
+        for path, method in table.streams.items():
+            self._by_path[path] = grpc.stream_stream_rpc_method_handler(_stream(method))
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:  # noqa: ANN401  # a handler
+        path = handler_call_details.method
+        return self._by_path.get(path) or grpc.stream_stream_rpc_method_handler(_unknown(path))
+
+
+def _unary(method: UnaryMethod) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def behaviour(message: bytes, context: Context) -> bytes:
+        answer = await invoke_unary(method, message, _GrpcioCall(context))
+        if isinstance(answer, Failure):
+            await _abort(context, answer)
+        return answer
+
+    return behaviour
+
+
+def _stream(method: StreamMethod) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
+    async def behaviour(messages: AsyncIterator[bytes], context: Context) -> None:
+        failure = await invoke_stream(method, messages, _GrpcioCall(context), context.write)
+        if failure is not None:
+            await _abort(context, failure)
+
+    return behaviour
+
+
+def _unknown(path: str) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
+    async def behaviour(_: AsyncIterator[bytes], context: Context) -> None:
+        exc = Unimplemented(f"mnemosyned: unknown method {path[:200]}")
+        await _abort(context, refuse(path, _GrpcioCall(context), exc))
+
+    return behaviour
+
+
+async def _abort(context: Context, failure: Failure) -> NoReturn:
+    await context.abort(failure.code, failure.text)
+    raise AssertionError("abort returns never")
+
+
+def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    pair = (Path(files.private_key).read_bytes(), Path(files.certificate).read_bytes())
+    return grpc.ssl_server_credentials([pair])
+
+
+def _reason(exc: Exception) -> str:
+    # grpcio's text ends with advice on its own debugging variables.
+    return str(exc).split(";", maxsplit=1)[0]

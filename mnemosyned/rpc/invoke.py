@@ -1,0 +1,145 @@
+"""One call from message to answer or status, the same on every engine: counted, timed, logged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from grpc import StatusCode
+
+from mnemosyned.errors import DeadlineExceeded, MnemosyneError
+from mnemosyned.rpc.methods import Call, StreamMethod, UnaryMethod
+from mnemosyned.rpc.status import GRPC_STATUS
+
+log = logging.getLogger(__name__)
+
+# Enough for any known form of identifier; a log line is no place for more.
+_MAX_REQUEST_ID: Final = 200
+
+_CALLERS_FAULT: Final = frozenset({
+    StatusCode.INVALID_ARGUMENT,
+    StatusCode.NOT_FOUND,
+    StatusCode.ALREADY_EXISTS,
+    StatusCode.UNIMPLEMENTED,
+    StatusCode.RESOURCE_EXHAUSTED,
+    StatusCode.DEADLINE_EXCEEDED,
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A status other than OK and its text."""
+
+    code: StatusCode
+    text: str
+
+
+async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes | Failure:
+    """Return the response, or why there is none; only a cancellation is raised."""
+    method.stats.begin()
+    started_s = time.perf_counter()
+    try:
+        answer = method.answer(message, call)
+        if not isinstance(answer, bytes):
+            async with in_time(call.time_left_s()):
+                answer = await answer
+    except asyncio.CancelledError:
+        _count_cancelled(method, call, started_s)
+        raise
+    except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
+        return fail(method, call, exc, started_s)
+    elapsed_s = time.perf_counter() - started_s
+    method.stats.end_ok(elapsed_s)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("rpc", extra=_fields(method, call, StatusCode.OK, elapsed_s))
+    return answer
+
+
+async def invoke_stream(
+    method: StreamMethod,
+    messages: AsyncIterator[bytes],
+    call: Call,
+    send: Callable[[bytes], Awaitable[None]],
+) -> Failure | None:
+    """Send the responses; return why the stream ended early, if it did."""
+    method.stats.begin()
+    started_s = time.perf_counter()
+    try:
+        async with in_time(call.time_left_s()):
+            async for answer in method.answer(messages, call):
+                await send(answer)
+    except asyncio.CancelledError:
+        _count_cancelled(method, call, started_s)
+        raise
+    except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
+        return fail(method, call, exc, started_s)
+    method.stats.end_ok(time.perf_counter() - started_s)
+    return None
+
+
+def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started_s: float) -> Failure:
+    """Count and log a call that has begun and failed."""
+    elapsed_s = time.perf_counter() - started_s
+    failure = _failure(exc)
+    method.stats.end(failure.code.name, elapsed_s)
+    fields = _fields(method, call, failure.code, elapsed_s)
+    if failure.code in _CALLERS_FAULT:
+        log.info("rpc_failed", extra=fields | {"error": failure.text})
+    elif isinstance(exc, MnemosyneError):
+        log.warning("rpc_failed", extra=fields | {"error": failure.text})
+    else:
+        log.error("rpc_failed", extra=fields, exc_info=exc)
+    return failure
+
+
+def refuse(path: str, call: Call, exc: MnemosyneError) -> Failure:
+    """Log a call to no method of ours. Not counted: its path is no closed label set."""
+    failure = _failure(exc)
+    log.info("rpc_refused", extra={"method": path[:200], "peer": call.peer, "error": failure.text})
+    return failure
+
+
+@asynccontextmanager
+async def in_time(seconds: float | None) -> AsyncIterator[None]:
+    """Raise DeadlineExceeded, and cancel the work inside, when the seconds have passed."""
+    deadline = asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            yield
+    except TimeoutError:
+        if deadline.expired():
+            raise DeadlineExceeded from None
+        raise
+
+
+def _count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: float) -> None:
+    elapsed_s = time.perf_counter() - started_s
+    method.stats.end(StatusCode.CANCELLED.name, elapsed_s)
+    log.info("rpc_failed", extra=_fields(method, call, StatusCode.CANCELLED, elapsed_s))
+
+
+def _fields(
+    method: UnaryMethod | StreamMethod, call: Call, code: StatusCode, elapsed_s: float
+) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "method": method.path,
+        "code": code.name,
+        "elapsed_ms": round(elapsed_s * 1000, 3),
+        "peer": call.peer,
+    }
+    request_id = call.metadata("request_id") or call.metadata("x-request-id")
+    if request_id is not None:
+        fields["request_id"] = request_id[:_MAX_REQUEST_ID]
+    return fields
+
+
+def _failure(exc: Exception) -> Failure:
+    code = GRPC_STATUS.get(type(exc)) if isinstance(exc, MnemosyneError) else None
+    if code is None:
+        return Failure(StatusCode.INTERNAL, "mnemosyned: internal error")
+    return Failure(code, str(exc))

@@ -1,0 +1,76 @@
+"""The method table: what a gRPC engine serves, without saying how."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mnemosyned.observe.metrics import MethodStats
+
+
+class Call(Protocol):
+    """What a method may know of its call besides the message."""
+
+    @property
+    def peer(self) -> str:
+        """The caller's address."""
+        ...
+
+    def metadata(self, key: str) -> str | None:
+        """Return the value of a metadata key, if the caller sent one."""
+        ...
+
+    def time_left_s(self) -> float | None:
+        """Return the seconds until the caller's deadline; None without one.
+
+        Raises:
+            MalformedMessage: the caller's deadline cannot be read.
+        """
+        ...
+
+
+# Returns the response at once where it can: that saves a task switch on the hot path.
+UnaryAnswer = Callable[[bytes, Call], bytes | Awaitable[bytes]]
+StreamAnswer = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnaryMethod:
+    """One message in, one message out; both serialized."""
+
+    path: str
+    answer: UnaryAnswer
+    stats: MethodStats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamMethod:
+    """Messages in, messages out."""
+
+    path: str
+    answer: StreamAnswer
+    stats: MethodStats
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTable:
+    """Methods by path, as `/package.Service/Method`."""
+
+    unary: dict[str, UnaryMethod] = field(default_factory=dict)
+    streams: dict[str, StreamMethod] = field(default_factory=dict)
+
+    def add_unary(self, service: str, name: str, answer: UnaryAnswer) -> None:
+        """Serve a unary method."""
+        path = f"/{service}/{name}"
+        self.unary[path] = UnaryMethod(path, answer, MethodStats(service, name, "unary"))
+
+    def add_stream(self, service: str, name: str, answer: StreamAnswer) -> None:
+        """Serve a method that streams in either direction or both."""
+        path = f"/{service}/{name}"
+        self.streams[path] = StreamMethod(path, answer, MethodStats(service, name, "stream"))
+
+    def stats(self) -> list[MethodStats]:
+        """Return the stats of all methods."""
+        unary = [method.stats for method in self.unary.values()]
+        return unary + [method.stats for method in self.streams.values()]

@@ -1,0 +1,192 @@
+"""The use cases: what each RPC means, on values, without gRPC.
+
+A Get that the cache can answer returns bytes at once; everything that must wait returns an
+awaitable. Expiries are microseconds on the storage's clock, and those of Gets whole milliseconds.
+
+Rules for editing: a session enters the cache only through a fill that was opened before it was
+read; whatever changes or ends a session drops it from the cache when the storage has answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from cache.lru import Slot
+from cache.readthrough import ReadThrough
+from mnemosyned import bag
+from mnemosyned.clock import StorageClock
+from mnemosyned.errors import InvalidArgument
+from mnemosyned.ready import ExpiryField, ReadySession, list_response
+from mnemosyned.session import (
+    DEFAULT_LIST_LIMIT,
+    MAX_LIST_LIMIT,
+    Criteria,
+    NewSession,
+    Session,
+    ValueChange,
+    check_criteria,
+    check_new,
+    check_token,
+)
+from mnemosyned.storage.batched import BatchedStore
+from mnemosyned.storage.port import SessionStore
+from mnemosyned.touches import TouchWriter
+
+_US_PER_MS: Final = 1000
+_MAX_OFFSET: Final = 2**63 - 1
+# One DELETE at a time stays short, so that it holds few locks and little memory.
+_DELETE_BATCH: Final = 5000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """How long things last, in microseconds."""
+
+    session_us: int
+    cache_us: int  # 0: nothing is cached
+    touch_interval_us: int
+
+
+class SessionService:
+    """Sessions, cached in front of a store."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        cache: ReadThrough[ReadySession],
+        touches: TouchWriter,
+        *,
+        clock: StorageClock,
+        lifetimes: Lifetimes,
+    ) -> None:
+        self._store = store
+        self._batched = BatchedStore(store, self._drop)
+        self._cache = cache
+        self._touches = touches
+        self._clock = clock
+        self._lifetimes = lifetimes
+        self._expiry_field = ExpiryField()
+
+    async def close(self) -> None:
+        """Cancel the calls that still wait for the storage."""
+        await self._batched.close()
+
+    def get(self, token: str) -> bytes | Awaitable[bytes]:
+        """Extend a session and return it as a response message.
+
+        Raises:
+            InvalidArgument: the token is empty or too long.
+            SessionNotFound: by the awaitable.
+        """
+        now_us = self._clock.now_us()
+        ready = self._cache.peek(token, now_us=now_us)
+        if ready is None:
+            return self._load(check_token(token), now_us)
+        return self._extended(token, ready, now_us)
+
+    def exists(self, token: str) -> Literal[True] | Awaitable[bool]:
+        """Tell whether there is a live session; does not extend it."""
+        ready = self._cache.peek(check_token(token), now_us=self._clock.now_us())
+        return self._batched.exists(token) if ready is None else True
+
+    async def start(self, new: NewSession) -> bytes:
+        """Store a session and return it as a response message.
+
+        Raises:
+            InvalidArgument: a field cannot be stored.
+            SessionAlreadyExists: the token is in use.
+        """
+        check_new(new)
+        bag.check_size(new.bag)
+        with self._cache.begin_fill(new.access_token) as fill:
+            session = await self._batched.start(new)
+            slot = self._slot(session)
+            fill.put(slot)
+        return slot.value.response(self._expiry_field.encode(session.expires_at_us))
+
+    async def set_value(self, change: ValueChange) -> dict[str, str]:
+        """Set one key of a session's bag; return the whole bag. Does not extend the session.
+
+        Raises:
+            InvalidArgument: no key, or the bag would be too large.
+            SessionNotFound: there is none.
+        """
+        check_token(change.access_token)
+        if not change.key:
+            raise InvalidArgument("mnemosyned: missing bag key")
+        return await self._batched.set_value(change)
+
+    async def abandon(self, token: str) -> None:
+        """End a session. Raises SessionNotFound."""
+        await self._batched.abandon(check_token(token))
+
+    async def list(self, criteria: Criteria, *, offset: int, limit: int) -> bytes:
+        """Return live sessions as a response message; limit 0 means DEFAULT_LIST_LIMIT.
+
+        Raises:
+            InvalidArgument: offset or limit out of bounds.
+        """
+        check_criteria(criteria)
+        if not 0 <= offset <= _MAX_OFFSET:
+            raise InvalidArgument("mnemosyned: offset is negative")
+        if not 0 <= limit <= MAX_LIST_LIMIT:
+            raise InvalidArgument(f"mnemosyned: limit is not between 0 and {MAX_LIST_LIMIT}")
+        # Order and range go by expiry: the storage must know the latest.
+        await self._touches.flush()
+        sessions = await self._store.find(criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT)
+        return list_response(sessions)
+
+    async def delete(self, criteria: Criteria) -> int:
+        """End every session that meets all criteria; return how many.
+
+        Raises:
+            InvalidArgument: no criterion.
+        """
+        check_criteria(criteria)
+        if criteria.is_empty():
+            raise InvalidArgument("mnemosyned: none of expected arguments was provided")
+        if criteria.has_range():
+            await self._touches.flush()
+        deleted = 0
+        while True:
+            tokens = await self._store.delete(criteria, limit=_DELETE_BATCH)
+            self._drop(tokens)
+            deleted += len(tokens)
+            if len(tokens) < _DELETE_BATCH:
+                return deleted
+
+    async def clean_up(self, limit: int) -> int:
+        """Remove at most `limit` expired rows; return how many."""
+        tokens = await self._store.clean_up(limit=limit)
+        self._drop(tokens)
+        return len(tokens)
+
+    async def _load(self, token: str, asked_us: int) -> bytes:
+        ready = await self._cache.load(token, self._fetch)
+        # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
+        return self._extended(token, ready, asked_us)
+
+    async def _fetch(self, token: str) -> Slot[ReadySession]:
+        return self._slot(await self._batched.load(token))
+
+    def _slot(self, session: Session) -> Slot[ReadySession]:
+        ready = ReadySession(session)
+        # Past this the row might expire before its next touch is written.
+        row_good_until_us = session.expires_at_us - 2 * self._lifetimes.touch_interval_us
+        good_until_us = min(self._clock.now_us() + self._lifetimes.cache_us, row_good_until_us)
+        return Slot(ready, ready.size_bytes, good_until_us)
+
+    def _extended(self, token: str, ready: ReadySession, now_us: int) -> bytes:
+        expires_at_us = now_us + self._lifetimes.session_us
+        expires_at_us -= expires_at_us % _US_PER_MS
+        if expires_at_us > ready.expires_at_us:
+            ready.expires_at_us = expires_at_us
+            if not ready.is_dirty:
+                self._touches.mark(token, ready)
+        return ready.response(self._expiry_field.encode(ready.expires_at_us))
+
+    def _drop(self, tokens: Iterable[str]) -> None:
+        for token in tokens:
+            self._cache.drop(token)
