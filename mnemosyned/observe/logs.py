@@ -1,0 +1,128 @@
+"""Structured logs: JSON for machines, colours for people, Stackdriver's form for Google Cloud.
+
+Modules log through the standard library, an event name and fields in `extra`; this renders them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Final, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from mnemosyned import __version__
+
+_LEVEL_BY_NAME: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    # zap's three names for the worst.
+    "dpanic": logging.CRITICAL,
+    "panic": logging.CRITICAL,
+    "fatal": logging.CRITICAL,
+}
+_SEVERITY_BY_LEVEL: Final = {"warn": "WARNING", "warning": "WARNING", "exception": "ERROR"}
+_SECRET_FIELDS: Final = frozenset({
+    "token", "access_token", "refresh_token", "bag", "dsn", "password", "authorization", "secret",
+})  # fmt: skip
+# aiocache logs keys, which are tokens, at debug.
+_LEAST_LEVEL_BY_LOGGER: Final = {
+    "aiocache": logging.INFO,
+    "asyncio": logging.WARNING,
+    "grpc": logging.WARNING,
+}
+
+
+def configure(environment: str, level: str, *, stream: TextIO | None = None) -> None:
+    """Send all logs of the process to the stream, standard error unless given.
+
+    `environment` is production, development or stackdriver; `level` one of the names of -log.level.
+    """
+    # A closed pipe at the other end must not take a request down.
+    logging.raiseExceptions = False
+    logging.captureWarnings(capture=True)
+    stream = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.ExtraAdder(),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _without_secrets,
+                *_RENDERERS[environment](stream),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(_LEVEL_BY_NAME[level])
+    for name, least in _LEAST_LEVEL_BY_LOGGER.items():
+        logging.getLogger(name).setLevel(max(least, _LEVEL_BY_NAME[level]))
+
+
+def _production(_: TextIO) -> list[Processor]:
+    return [
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+        structlog.processors.format_exc_info,
+        structlog.processors.EventRenamer("msg"),
+        _in_order("ts", "level", "logger", "msg"),
+        structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+    ]
+
+
+def _stackdriver(_: TextIO) -> list[Processor]:
+    return [
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="eventTime"),
+        structlog.processors.format_exc_info,
+        structlog.processors.EventRenamer("message"),
+        _as_google_names_it,
+        _in_order("severity", "eventTime", "message", "serviceContext"),
+        structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+    ]
+
+
+def _development(stream: TextIO) -> list[Processor]:
+    return [
+        structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+        structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+
+
+_RENDERERS: Final[dict[str, Callable[[TextIO], list[Processor]]]] = {
+    "production": _production,
+    "development": _development,
+    "stackdriver": _stackdriver,
+}
+
+
+def _without_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Hide what should never have been logged: a net below the rule, not the rule."""
+    for name in _SECRET_FIELDS & event.keys():
+        event[name] = "[redacted]"
+    return event
+
+
+def _as_google_names_it(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    level = str(event.pop("level"))
+    event["severity"] = _SEVERITY_BY_LEVEL.get(level, level.upper())
+    event["serviceContext"] = {"service": "mnemosyned", "version": __version__}
+    return event
+
+
+def _in_order(*first: str) -> Processor:
+    def reorder(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        ordered: EventDict = {name: event[name] for name in first if name in event}
+        ordered.update(event)
+        return ordered
+
+    return reorder

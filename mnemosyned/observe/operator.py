@@ -1,0 +1,159 @@
+"""The operator's HTTP server: metrics and health, on threads of its own.
+
+A slow scrape or a slow client holds one of those threads, never the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from mnemosyned import __version__
+
+log = logging.getLogger(__name__)
+
+_MAX_CONNECTIONS: Final = 16
+_TIMEOUT_S: Final = 5.0
+_BUSY: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """Whether calls should be sent to this node, and why."""
+
+    is_ready: bool
+    probes: Mapping[str, object]
+
+
+class OperatorServer:
+    """Serves `/metrics`, `/healthz` and `/healthr` until stopped.
+
+    `readiness` is called on the server's threads and must not block.
+    """
+
+    @classmethod
+    def start(
+        cls, host: str, port: int, *, registry: CollectorRegistry, readiness: Callable[[], Readiness]
+    ) -> OperatorServer:
+        """Listen and serve; port 0 is any free one. Raises OSError."""
+        return cls(_Server((host, port), registry, readiness))
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, name="operator", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port listened on."""
+        return int(self._server.server_address[1])
+
+    def stop(self) -> None:
+        """Stop listening; requests under way are left to their daemon threads."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(
+        self, address: tuple[str, int], registry: CollectorRegistry, readiness: Callable[[], Readiness]
+    ) -> None:
+        self.registry = registry
+        self.readiness = readiness
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        if ":" in address[0]:
+            self.address_family = AF_INET6
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's: it looks the host's name up in the DNS.
+        self.socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401  # as inherited
+        if not self._places.acquire(blocking=False):
+            self._refuse(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401  # as inherited
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401, ARG002  # as inherited
+        log.debug("operator_request_failed", extra={"peer": str(client_address)})
+
+    def _refuse(self, request: socket) -> None:
+        request.settimeout(0)
+        try:
+            request.send(_BUSY)
+        except OSError:
+            log.debug("operator_busy")
+        self.shutdown_request(request)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = _TIMEOUT_S
+    server: _Server
+
+    def do_GET(self) -> None:  # the library's name
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+            self._send(HTTPStatus.OK, encode(self.server.registry), content_type)
+        elif path == "/healthz":
+            self._send_json(HTTPStatus.OK, {"version": __version__})
+        elif path == "/healthr":
+            readiness = self.server.readiness()
+            status = HTTPStatus.OK if readiness.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+            self._send_json(status, {"version": __version__, "probes": dict(readiness.probes)})
+        else:
+            self._send_json(HTTPStatus.NOT_FOUND, {"error": "known are /metrics, /healthz and /healthr"})
+
+    do_HEAD = do_GET  # noqa: N815  # the library's name
+
+    def _refuse_method(self) -> None:
+        self.close_connection = True
+        self._send_json(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "only GET and HEAD"}, Allow="GET, HEAD")
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse_method  # noqa: N815  # likewise
+
+    def _send_json(self, status: HTTPStatus, content: object, **headers: str) -> None:
+        self._send(status, json.dumps(content).encode() + b"\n", "application/json", **headers)
+
+    def _send(self, status: HTTPStatus, body: bytes, content_type: str, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def version_string(self) -> str:
+        return "mnemosyned"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the library's name
+        pass
