@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +15,7 @@ MAX_CLIENT_BYTES: Final = 64 * 1024
 MAX_LIST_LIMIT: Final = 1000
 DEFAULT_LIST_LIMIT: Final = 10
 
-_TOKEN_ENTROPY_BYTES: Final = 128
+TOKEN_ENTROPY_BYTES: Final = 128
 _TOKEN_DIGEST_BYTES: Final = 64
 
 
@@ -87,9 +86,12 @@ class Criteria:
         return self.expires_after_us is not None or self.expires_before_us is not None
 
 
-def generate_token() -> str:
-    """Return a new access token: 128 hexadecimal digits, as the Go daemon makes them."""
-    return hashlib.shake_256(os.urandom(_TOKEN_ENTROPY_BYTES)).hexdigest(_TOKEN_DIGEST_BYTES)
+def generate_token(entropy: bytes) -> str:
+    """Return an access token made of TOKEN_ENTROPY_BYTES random bytes.
+
+    128 hexadecimal digits: SHAKE256 to 64 bytes, as the Go daemon makes them.
+    """
+    return hashlib.shake_256(entropy).hexdigest(_TOKEN_DIGEST_BYTES)
 
 
 def check_token(token: str) -> str:

@@ -26,7 +26,7 @@ def add_to(table: MethodTable, services: frozenset[str]) -> None:
     servicer = aio.ReflectionServicer(services | {_V1ALPHA, _V1})
 
     async def answer(messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
-        responses: AsyncIterator[Any] = servicer.ServerReflectionInfo(_requests(messages), None)
+        responses: Any = servicer.ServerReflectionInfo(_requests(messages), None)
         async for response in responses:
             yield response.SerializeToString()
 

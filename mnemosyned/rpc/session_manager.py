@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
@@ -23,7 +24,7 @@ from mnemosyned import bag
 from mnemosyned.errors import InvalidArgument, MalformedMessage
 from mnemosyned.rpc.methods import Call, MethodTable, UnaryAnswer
 from mnemosyned.service import SessionService
-from mnemosyned.session import Criteria, NewSession, ValueChange, generate_token
+from mnemosyned.session import TOKEN_ENTROPY_BYTES, Criteria, NewSession, ValueChange, generate_token
 
 SERVICE_NAME: Final = "mnemosynerpc.SessionManager"
 
@@ -88,7 +89,7 @@ class _SessionManager:
         if not session.subject_id:
             raise InvalidArgument("mnemosyned: missing subject accessToken")
         new = NewSession(
-            access_token=session.access_token or generate_token(),
+            access_token=session.access_token or generate_token(os.urandom(TOKEN_ENTROPY_BYTES)),
             subject_id=session.subject_id,
             subject_client=session.subject_client,
             refresh_token=session.refresh_token,

@@ -10,8 +10,6 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
-
-from mnemosyned.storage.memory import MemoryStore
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     ContextResponse,
@@ -27,6 +25,8 @@ from mnemosynerpc.session_pb2 import (
     StartResponse,
 )
 from serving import ENGINES, LIFETIMES, Node, serving
+
+from mnemosyned.storage.memory import MemoryStore
 
 StatusCode = grpc.StatusCode
 SERVICE = "/mnemosynerpc.SessionManager"
@@ -410,7 +410,7 @@ async def test_a_cancelled_call_ends_the_work_behind_it(stuck: Stuck, node: Node
     await asyncio.wait_for(stuck.cancelled.wait(), 5)
 
 
-async def test_work_that_others_wait_for_goes_on(stuck: Stuck, node: Node, store: MemoryStore) -> None:
+async def test_work_that_others_wait_for_goes_on(stuck: Stuck, node: Node) -> None:
     session = await started(node)
     node.cache.drop(session.access_token)
     request = GetRequest(access_token=session.access_token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from mnemosyned import bag
 from mnemosyned.errors import InvalidArgument, SessionAlreadyExists, SessionNotFound
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange, generate_token
+from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.port import SessionStore
 from mnemosyned.storage.postgres import PostgresStore
@@ -82,7 +83,7 @@ async def postgres_engine(dsn: str) -> Engine:
 
 
 def new(token: str = "", **fields: object) -> NewSession:
-    return NewSession(access_token=token or generate_token(), **({"subject_id": "s"} | fields))  # type: ignore[arg-type]
+    return NewSession(access_token=token or secrets.token_hex(64), **({"subject_id": "s"} | fields))  # type: ignore[arg-type]
 
 
 async def started(engine: Engine, token: str = "", **fields: object) -> Session:

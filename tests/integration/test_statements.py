@@ -9,14 +9,6 @@ from dataclasses import dataclass
 
 import asyncpg
 import pytest
-from prometheus_client import CollectorRegistry
-
-from mnemosyned import bag
-from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.storage.port import StorageRefused
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     ExistsRequest,
@@ -25,7 +17,15 @@ from mnemosynerpc.session_pb2 import (
     SetValueRequest,
     StartRequest,
 )
+from prometheus_client import CollectorRegistry
 from serving import LIFETIMES, Node, serving
+
+from mnemosyned import bag
+from mnemosyned.observe.metrics import QueryMetrics
+from mnemosyned.storage.port import StorageRefused
+from mnemosyned.storage.postgres import PostgresStore
+from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres_schema import Table
 
 TABLE = Table(schema="mnemosyne", name="session")
 
@@ -246,7 +246,7 @@ async def test_a_locked_row_delays_only_its_own_caller(postgres_dsn: str) -> Non
         connection = await asyncpg.connect(postgres_dsn)
         async with connection.transaction():
             await connection.execute(
-                f"SELECT FROM {TABLE.sql} WHERE access_token = $1 FOR UPDATE",  # noqa: S608
+                f"SELECT FROM {TABLE.sql} WHERE access_token = $1 FOR UPDATE",
                 locked.encode(),
             )
             begun_s = time.monotonic()

@@ -1,0 +1,316 @@
+"""The composition root: from a configuration to a running daemon, and back down in order.
+
+Down: NOT_SERVING first, then no new calls, then those in flight, then what they left to write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from random import Random
+from typing import Final
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from cache.lru import Lru
+from cache.readthrough import ReadThrough
+from mnemosyned import __version__
+from mnemosyned.cleanup import run_cleanup
+from mnemosyned.clock import StorageClock
+from mnemosyned.config import Config
+from mnemosyned.errors import StorageUnavailable
+from mnemosyned.observe.metrics import CacheCollector, QueryMetrics, RpcCollector, UpkeepMetrics, new_registry
+from mnemosyned.observe.operator import OperatorServer, Readiness
+from mnemosyned.ready import ReadySession
+from mnemosyned.rpc import reflection, session_manager
+from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, TlsFiles
+from mnemosyned.rpc.grpcio_engine import GrpcioEngine
+from mnemosyned.rpc.h2corn_engine import H2cornEngine
+from mnemosyned.rpc.health import SERVICE_NAME as HEALTH
+from mnemosyned.rpc.health import Health
+from mnemosyned.rpc.methods import MethodTable
+from mnemosyned.service import Lifetimes, SessionService
+from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.storage.port import SessionStore, StorageRefused
+from mnemosyned.storage.postgres import PostgresStore
+from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres_schema import Table
+from mnemosyned.storage.watch import StorageWatch
+from mnemosyned.touches import TouchWriter
+
+log = logging.getLogger(__name__)
+
+_ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
+    "h2corn": H2cornEngine,
+    "grpcio": GrpcioEngine,
+}
+_US_PER_S: Final = 1_000_000
+# The last touches get this long to reach a storage that may be away.
+_LAST_FLUSH_S: Final = 5.0
+_EMBEDDED_CHECK_S: Final = 0.5
+
+
+class StartFailed(Exception):
+    """The daemon cannot run as configured; the text is one line for the operator."""
+
+
+def run(config: Config) -> None:
+    """Run until SIGTERM or SIGINT; a second one ends the process at once.
+
+    Raises:
+        StartFailed: it could not start, or its storage refused it.
+    """
+    if config.grpc_debug:
+        # grpcio's core reads it when it is first used.
+        os.environ["GRPC_VERBOSITY"] = "debug"
+        logging.getLogger("mnemosyned.rpc").setLevel(logging.DEBUG)
+    _refuse_other_nodes(config)
+    embedded = _start_embedded(config)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_Daemon(config, embedded).run())
+    finally:
+        if embedded is not None:
+            embedded.stop()
+
+
+def _refuse_other_nodes(config: Config) -> None:
+    others = [seed for seed in config.cluster_seeds if seed != config.cluster_listen]
+    if others:
+        raise StartFailed("flag -cluster.seeds: this version runs as a single node only")
+
+
+def _start_embedded(config: Config) -> EmbeddedPostgres | None:
+    # Before any thread or event loop: the server dies with the thread that started it.
+    if config.storage != "postgres" or not config.postgres_address.startswith("embedded:"):
+        return None
+    try:
+        directory = data_directory(config.postgres_address, os.environ)
+        return EmbeddedPostgres.start(directory, binaries=config.postgres_bin)
+    except EmbeddedError as exc:
+        raise StartFailed(f"embedded PostgreSQL: {exc}") from exc
+
+
+class _Daemon:
+    """The parts of one daemon, from nothing to nothing."""
+
+    def __init__(self, config: Config, embedded: EmbeddedPostgres | None) -> None:
+        self._config = config
+        self._embedded = embedded
+        self._registry = new_registry()
+        self._upkeep = UpkeepMetrics(self._registry)
+        self._clock = StorageClock()
+        self._store = _new_store(config, embedded, self._registry)
+        self._watch = StorageWatch(self._store, self._clock)
+        self._lru: Lru[ReadySession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
+        self._cache = ReadThrough(self._lru)
+        self._touches = TouchWriter(
+            self._store,
+            max_waiting=config.cache_size,
+            lost=self._upkeep.touches_lost,
+            on_gone=self._cache.drop,
+        )
+        self._service = SessionService(
+            self._store, self._cache, self._touches, clock=self._clock, lifetimes=_lifetimes(config)
+        )
+        services = frozenset({session_manager.SERVICE_NAME, HEALTH})
+        self._health = Health(services)
+        self._table = MethodTable()
+        session_manager.add_to(self._table, self._service)
+        self._health.add_to(self._table)
+        reflection.add_to(self._table, services)
+        self._register_collectors()
+        self._is_draining = False
+        self._refusal = ""
+
+    async def run(self) -> None:
+        """Serve until a signal.
+
+        Raises:
+            StartFailed: a port cannot be listened on, or the storage refuses us.
+        """
+        stop = _stop_signal()
+        operator, engine = await self._listen()
+        try:
+            async with asyncio.TaskGroup() as group:
+                upkeep = group.create_task(self._open_and_keep_up(stop))
+                await stop.wait()
+                upkeep.cancel()
+        finally:
+            await self._drain(engine)
+            await self._service.close()
+            await self._store.close()
+            operator.stop()
+            log.info("stopped")
+        if self._refusal:
+            raise StartFailed(self._refusal)
+
+    async def _listen(self) -> tuple[OperatorServer, Engine]:
+        config = self._config
+        engine = _ENGINES[config.grpc_engine](self._table, _engine_options(config))
+        try:
+            port = await engine.start()
+            operator_port = config.port and config.port + 1
+            operator = OperatorServer.start(
+                config.host, operator_port, registry=self._registry, readiness=self._readiness
+            )
+        except ListenFailed as exc:
+            raise StartFailed(str(exc)) from exc
+        except OSError as exc:
+            await engine.drain()
+            raise StartFailed(f"cannot listen on {config.host}:{operator_port}: {exc.strerror}") from exc
+        self._announce(port, operator.port)
+        return operator, engine
+
+    async def _open_and_keep_up(self, stop: asyncio.Event) -> None:
+        """Open the storage and then do what must go on while calls are served."""
+        async with asyncio.TaskGroup() as group:
+            if self._embedded is not None and self._embedded.is_owner:
+                group.create_task(_keep_alive(self._embedded))
+            try:
+                await self._watch.open()
+            except StorageRefused as exc:
+                self._refusal = str(exc)
+                stop.set()
+                return
+            self._health.set_serving(True)
+            group.create_task(self._watch.run())
+            group.create_task(self._touches.run(self._config.touch_interval_s))
+            group.create_task(
+                run_cleanup(
+                    self._service,
+                    period_s=self._config.ttc_s,
+                    metrics=self._upkeep,
+                    rng=Random(),  # noqa: S311  # only jitter
+                )
+            )
+
+    async def _drain(self, engine: Engine) -> None:
+        log.info("draining", extra={"timeout_s": self._config.drain_timeout_s})
+        self._is_draining = True
+        self._health.close()
+        await engine.drain()
+        try:
+            async with asyncio.timeout(_LAST_FLUSH_S):
+                await self._touches.flush()
+        except (StorageUnavailable, TimeoutError):
+            log.error("touches_lost", extra={"sessions": len(self._touches)})
+
+    def _readiness(self) -> Readiness:
+        storage = "SERVING" if self._watch.is_serving else "NOT_SERVING"
+        return Readiness(
+            is_ready=self._watch.is_serving and not self._is_draining,
+            probes={self._config.storage: storage, "cluster": {}},
+        )
+
+    def _register_collectors(self) -> None:
+        self._registry.register(RpcCollector(self._table.stats()))
+        self._registry.register(
+            CacheCollector(self._cache.counters, lambda: len(self._lru), lambda: self._lru.size_bytes)
+        )
+
+    def _announce(self, port: int, operator_port: int) -> None:
+        config = self._config
+        data = str(self._embedded.directory) if self._embedded is not None else config.storage
+        log.info(
+            "serving",
+            extra={
+                "version": __version__,
+                "grpc": f"{config.host}:{port}",
+                "operator": f"http://{config.host}:{operator_port}",
+                "engine": config.grpc_engine,
+                "storage": data,
+            },
+        )
+        if config.storage == "memory":
+            log.warning("memory_storage_forgets_all_sessions_at_exit")
+        if config.log_environment == "development":
+            sys.stdout.write(_WELCOME.format(
+                version=__version__, host=config.host, port=port, operator_port=operator_port,
+                data=data, python=sys.executable,
+            ))  # fmt: skip
+            sys.stdout.flush()
+
+
+_WELCOME: Final = """
+mnemosyned {version}
+  gRPC     {host}:{port}
+  metrics  http://{host}:{operator_port}/metrics, health on /healthz and /healthr
+  data     {data}
+  try it   {python} -m mnemosynerpc.example {host}:{port}
+  stop it  Ctrl-C
+
+"""
+
+
+def _new_store(
+    config: Config, embedded: EmbeddedPostgres | None, registry: CollectorRegistry
+) -> SessionStore:
+    lifetimes = _lifetimes(config)
+    ttl_us, touch_interval_us = lifetimes.session_us, lifetimes.touch_interval_us
+    if config.storage == "memory":
+        return MemoryStore(
+            ttl_us=ttl_us, touch_interval_us=touch_interval_us, wall_us=lambda: time.time_ns() // 1000
+        )
+    options = PostgresOptions(
+        dsn=config.postgres_address if embedded is None else embedded.dsn,
+        pool_size=config.postgres_pool_size,
+        connect_timeout_s=config.postgres_connect_timeout_s,
+        statement_timeout_s=config.postgres_statement_timeout_s,
+    )
+    table = Table(schema=config.postgres_schema, name=config.postgres_table)
+    pool = PostgresPool(options, QueryMetrics(registry))
+    return PostgresStore(pool, table, ttl_us=ttl_us, touch_interval_us=touch_interval_us)
+
+
+def _lifetimes(config: Config) -> Lifetimes:
+    return Lifetimes(
+        session_us=int(config.ttl_s * _US_PER_S),
+        cache_us=int(config.cache_ttl_s * _US_PER_S),
+        touch_interval_us=int(config.touch_interval_s * _US_PER_S),
+    )
+
+
+def _engine_options(config: Config) -> EngineOptions:
+    return EngineOptions(
+        host=config.host,
+        port=config.port,
+        max_message_bytes=config.grpc_max_message_bytes,
+        drain_timeout_s=config.drain_timeout_s,
+        log_as_json=config.log_environment != "development",
+        tls=TlsFiles(certificate=config.tls_crt, private_key=config.tls_key) if config.tls else None,
+    )
+
+
+async def _keep_alive(embedded: EmbeddedPostgres) -> None:
+    """Start the embedded server again when it has died; on this thread, which it dies with."""
+    while True:
+        await asyncio.sleep(_EMBEDDED_CHECK_S)
+        if embedded.exited():
+            log.error("embedded_postgres_died")
+            try:
+                embedded.restart()
+            except EmbeddedError as exc:
+                log.error("embedded_postgres_restart_failed", extra={"error": str(exc)})
+
+
+def _stop_signal() -> asyncio.Event:
+    """Return an event that the first SIGTERM or SIGINT sets; the next one does what it always does."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
