@@ -1,7 +1,7 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns bytes at once; everything that must wait returns an
-awaitable. Expiries are microseconds on the storage's clock, and those of Gets whole milliseconds.
+A Get that the cache can answer returns bytes at once; everything that must wait returns a
+coroutine. Expiries are microseconds on the storage's clock, and those of Gets whole milliseconds.
 
 Rules for editing: a session enters the cache only through a fill that was opened before it was
 read; whatever changes or ends a session drops it from the cache when the storage has answered.
@@ -9,9 +9,9 @@ read; whatever changes or ends a session drops it from the cache when the storag
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final
 
 from cache.lru import Slot
 from cache.readthrough import ReadThrough
@@ -73,12 +73,12 @@ class SessionService:
         """Cancel the calls that still wait for the storage."""
         await self._batched.close()
 
-    def get(self, token: str) -> bytes | Awaitable[bytes]:
+    def get(self, token: str) -> bytes | Coroutine[Any, Any, bytes]:
         """Extend a session and return it as a response message.
 
         Raises:
             InvalidArgument: the token is empty or too long.
-            SessionNotFound: by the awaitable.
+            SessionNotFound: by the coroutine.
         """
         now_us = self._clock.now_us()
         ready = self._cache.peek(token, now_us=now_us)
@@ -86,10 +86,17 @@ class SessionService:
             return self._load(check_token(token), now_us)
         return self._extended(token, ready, now_us)
 
-    def exists(self, token: str) -> Literal[True] | Awaitable[bool]:
-        """Tell whether there is a live session; does not extend it."""
-        ready = self._cache.peek(check_token(token), now_us=self._clock.now_us())
-        return self._batched.exists(token) if ready is None else True
+    def is_cached(self, token: str) -> bool:
+        """Tell whether the cache knows a live session; `exists` is for when it does not.
+
+        Raises:
+            InvalidArgument: the token is empty or too long.
+        """
+        return self._cache.peek(check_token(token), now_us=self._clock.now_us()) is not None
+
+    async def exists(self, token: str) -> bool:
+        """Tell whether the storage has a live session; does not extend it."""
+        return await self._batched.exists(token)
 
     async def start(self, new: NewSession) -> bytes:
         """Store a session and return it as a response message.

@@ -59,12 +59,13 @@ class Health:
         request = parsed(HealthCheckRequest, await only(messages))
         last = b""
         while True:
-            changed = self._changed
+            # All three before the yield: the state may change while the client takes its time.
+            changed, is_closed = self._changed, self._is_closed
             response = self._response(request.service)
             if response != last:
                 yield response
                 last = response
-            if self._is_closed:
+            if is_closed:
                 return
             await changed.wait()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from grpc import StatusCode
 
@@ -46,8 +46,7 @@ async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes
     try:
         answer = method.answer(message, call)
         if not isinstance(answer, bytes):
-            async with in_time(call.time_left_s()):
-                answer = await answer
+            answer = await _in_time(answer, call)
     except asyncio.CancelledError:
         _count_cancelled(method, call, started_s)
         raise
@@ -115,6 +114,16 @@ async def in_time(seconds: float | None) -> AsyncIterator[None]:
         if deadline.expired():
             raise DeadlineExceeded from None
         raise
+
+
+async def _in_time(answer: Coroutine[Any, Any, bytes], call: Call) -> bytes:
+    try:
+        seconds = call.time_left_s()
+    except MnemosyneError:
+        answer.close()
+        raise
+    async with in_time(seconds):
+        return await answer
 
 
 def _count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from mnemosyned.observe.metrics import MethodStats
 
@@ -31,7 +31,7 @@ class Call(Protocol):
 
 
 # Returns the response at once where it can: that saves a task switch on the hot path.
-UnaryAnswer = Callable[[bytes, Call], bytes | Awaitable[bytes]]
+UnaryAnswer = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
 StreamAnswer = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
 
 

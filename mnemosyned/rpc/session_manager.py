@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -66,10 +66,10 @@ class _SessionManager:
             "SetData": self.set_value,
         }
 
-    def get(self, message: bytes, _: Call) -> bytes | Awaitable[bytes]:
+    def get(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
         return self._service.get(parsed(GetRequest, message).access_token)
 
-    def context(self, _message: bytes, call: Call) -> bytes | Awaitable[bytes]:
+    def context(self, _message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         value = call.metadata("authorization") or ""
         scheme, _, rest = value.partition(" ")
         token = rest.strip() if scheme.lower() == "bearer" else value
@@ -77,9 +77,12 @@ class _SessionManager:
             raise InvalidArgument("mnemosyned: missing access token in metadata")
         return self._service.get(token)
 
-    def exists(self, message: bytes, _: Call) -> bytes | Awaitable[bytes]:
-        answer = self._service.exists(parsed(ExistsRequest, message).access_token)
-        return _TRUE if isinstance(answer, bool) else _later_bool(answer)
+    def exists(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
+        token = parsed(ExistsRequest, message).access_token
+        return _TRUE if self._service.is_cached(token) else self._exists(token)
+
+    async def _exists(self, token: str) -> bytes:
+        return _TRUE if await self._service.exists(token) else _FALSE
 
     async def start(self, message: bytes, _: Call) -> bytes:
         request = parsed(StartRequest, message)
@@ -142,10 +145,6 @@ def parsed(kind: Callable[[], Request], message: bytes) -> Request:
             f"mnemosyned: the request is not a valid {request.DESCRIPTOR.full_name}"
         ) from None
     return request
-
-
-async def _later_bool(answer: Awaitable[bool]) -> bytes:
-    return _TRUE if await answer else _FALSE
 
 
 def _instant_us(message: Message, name: str) -> int | None:

@@ -81,7 +81,10 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_p
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("c.toml", '"cache.bytes" = "1GiB"\nlog.level = "warn"\n[grpc]\nmax-message = "1MiB"\ndebug = true\n'),
+        (
+            "c.toml",
+            '"cache.bytes" = "1GiB"\nlog.level = "warn"\n[grpc]\nmax-message = "1MiB"\ndebug = true\n',
+        ),
         ("c.yaml", "cache.bytes: 1GiB\nlog:\n  level: warn\ngrpc:\n  max-message: 1MiB\n  debug: true\n"),
         ("c.yml", "{cache: {bytes: 1073741824}, log.level: warn, grpc: {max-message: 1MiB, debug: true}}"),
     ],

@@ -18,7 +18,7 @@ from mnemosyned.duration import format_duration, parse_duration
         ("500ms", 0.5),
         ("100us", 1e-4),
         ("100µs", 1e-4),
-        ("100μs", 1e-4),  # noqa: RUF001  # both letters
+        ("100μs", 1e-4),  # both letters
         ("10ns", 1e-8),
         ("-1m", -60),
         ("+1m", 60),
