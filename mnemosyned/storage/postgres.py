@@ -119,6 +119,7 @@ class PostgresStore:
             [new.subject_client for new in firsts],
             [new.bag for new in firsts],
             self._ttl,
+            passing=ITEM_FAULTS,
         )
         expiry_by_token = {row["access_token"].decode(): row["expire_at"] for row in rows}
         return [
@@ -130,18 +131,17 @@ class PostgresStore:
 
     async def _set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
         tokens = _encoded({change.access_token for change in changes})
-        async with self._pool.connection() as connection, connection.transaction():
-            rows = await self._pool.run(connection, self._queries.lock_bags, tokens)
+        pool = self._pool
+        async with pool.connection(passing=ITEM_FAULTS) as connection, connection.transaction():
+            rows = await pool.run(connection, self._queries.lock_bags, tokens, passing=ITEM_FAULTS)
             before = {row["access_token"]: row["bag"] for row in rows}
             results, after = _with_values(changes, before)
             if after:
-                await self._pool.run(
-                    connection, self._queries.write_bags, list(after.keys()), list(after.values())
-                )
+                await pool.run(connection, self._queries.write_bags, list(after.keys()), list(after.values()))
         return results
 
     async def _abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
-        rows = await self._pool.fetch(self._queries.abandon, _encoded(tokens))
+        rows = await self._pool.fetch(self._queries.abandon, _encoded(tokens), passing=ITEM_FAULTS)
         ended = {row["access_token"].decode() for row in rows if row["was_live"]}
         # Of several callers for one token in a batch, the first has ended the session.
         return [token in ended and token not in tokens[:at] for at, token in enumerate(tokens)]
@@ -151,7 +151,9 @@ class PostgresStore:
         for touch in touches:
             token = touch.access_token.encode()
             latest[token] = max(touch.expires_at_us, latest.get(token, 0))
-        rows = await self._pool.fetch(self._queries.touch, list(latest.keys()), list(latest.values()))
+        rows = await self._pool.fetch(
+            self._queries.touch, list(latest.keys()), list(latest.values()), passing=ITEM_FAULTS
+        )
         found = {row["access_token"] for row in rows}
         return [touch.access_token.encode() in found for touch in touches]
 

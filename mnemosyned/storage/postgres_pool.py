@@ -34,12 +34,15 @@ _TRANSIENT: Final = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    # What a transaction's end raises when its connection was lost under it.
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.OperatorInterventionError,
     asyncpg.TransactionRollbackError,
     asyncpg.PostgresSystemError,
 )
+Faults = tuple[type[Exception], ...]
 # An item's own fault, or its own row's: the other items of its batch need not suffer.
 ITEM_FAULTS: Final = (
     asyncpg.LockNotAvailableError,
@@ -93,7 +96,7 @@ class PostgresPool:
             StorageRefused: it refuses us, or the address is wrong.
         """
         try:
-            with _translated("connect", self._metrics):
+            with _translated("connect", self._metrics, (*_REFUSALS, asyncpg.ClientConfigurationError)):
                 self._pool = await _create_pool(self._options)
         except _REFUSALS as exc:
             raise StorageRefused(f"PostgreSQL: {exc}") from exc
@@ -108,29 +111,35 @@ class PostgresPool:
         if pool is not None:
             pool.terminate()
 
-    async def fetch(self, query: Query, *args: object) -> list[Record]:
-        """Run one statement in a transaction of its own."""
-        async with self.connection() as connection:
-            return await self.run(connection, query, *args)
+    async def fetch(self, query: Query, *args: object, passing: Faults = ()) -> list[Record]:
+        """Run one statement in a transaction of its own; faults `passing` are raised as they are."""
+        async with self.connection(passing=passing) as connection:
+            return await self.run(connection, query, *args, passing=passing)
 
-    async def run(self, connection: PoolConnectionProxy[Record], query: Query, *args: object) -> list[Record]:
+    async def run(
+        self,
+        connection: PoolConnectionProxy[Record],
+        query: Query,
+        *args: object,
+        passing: Faults = (),
+    ) -> list[Record]:
         """Run one statement on a connection taken with `connection`."""
         started_s = time.perf_counter()
         try:
-            with _translated(query.name, self._metrics):
+            with _translated(query.name, self._metrics, passing):
                 return await connection.fetch(query.sql, *args)
         finally:
             self._metrics.count(query.name, time.perf_counter() - started_s)
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[PoolConnectionProxy[Record]]:
+    async def connection(self, *, passing: Faults = ()) -> AsyncIterator[PoolConnectionProxy[Record]]:
         """Lend a connection; a full pool is waited for as long as a statement may take."""
         if self._pool is None:
             raise StorageUnavailable("mnemosyned: storage: not connected")
         with _translated("acquire", self._metrics):
             connection = await self._pool.acquire(timeout=self._options.statement_timeout_s)
         try:
-            with _translated("connection", self._metrics):
+            with _translated("connection", self._metrics, passing):
                 yield connection
         finally:
             await self._release(connection)
@@ -194,17 +203,18 @@ def _without_lib_pq_parameters(dsn: str) -> str:
 class _translated:  # noqa: N801  # reads as a clause: `with _translated(…)`
     """Turns what asyncpg raises into our errors; counts and logs it."""
 
-    __slots__ = ("_metrics", "_query_name")
+    __slots__ = ("_metrics", "_passing", "_query_name")
 
-    def __init__(self, query_name: str, metrics: QueryMetrics) -> None:
+    def __init__(self, query_name: str, metrics: QueryMetrics, passing: Faults = ()) -> None:
         self._query_name = query_name
         self._metrics = metrics
+        self._passing = passing
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: object) -> None:
-        if exc is None or isinstance(exc, (*ITEM_FAULTS, *_REFUSALS, asyncpg.ClientConfigurationError)):
+        if exc is None or isinstance(exc, self._passing):
             return
         if not isinstance(exc, (*_TRANSIENT, asyncpg.PostgresError)):
             return
