@@ -1,0 +1,132 @@
+"""The daemon as users run it: a process, its ports, its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+
+START_TIMEOUT_S = 30.0
+
+
+class Daemon:
+    """One `mnemosyned` process on free ports, with a production log."""
+
+    def __init__(self, *flags: str, environ: dict[str, str] | None = None) -> None:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("MNEMOSYNED_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mnemosyned", "-port=0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean | (environ or {}),
+        )
+        self.lines: list[str] = []
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("{"):
+                self._events.put(json.loads(line))
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """Return the next log line of this event; lines before it are left behind."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                line = self._events.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if line.get("msg") == event:
+                return line
+        raise AssertionError(f"no {event!r} in the log:\n{''.join(self.lines)}")
+
+    def serving(self) -> Self:
+        """Wait until calls are answered."""
+        line = self.wait_for("serving")
+        self.address: str = line["grpc"]
+        self.operator: str = line["operator"]
+        self.wait_for("storage_ready")
+        return self
+
+    @contextmanager
+    def stub(self) -> Iterator[SessionManagerStub]:
+        """Lend a client."""
+        with grpc.insecure_channel(self.address) as channel:
+            yield SessionManagerStub(channel)
+
+    def http(self, path: str) -> tuple[int, str]:
+        """Ask the operator's port."""
+        try:
+            with urllib.request.urlopen(self.operator + path, timeout=5) as response:  # noqa: S310  # ours
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as exc:
+            with exc:
+                return exc.code, exc.read().decode()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for the end; return the exit code."""
+        code = self.process.wait(30)
+        self._reader.join(5)
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.out = self.process.stdout.read()
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
+
+    @property
+    def log(self) -> str:
+        """Everything on standard error so far."""
+        return "".join(self.lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            self.end()
+
+
+def processes_on(directory: Path) -> list[int]:
+    """Return the PostgreSQL servers that work in this directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve().is_relative_to(directory.resolve()):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_gone(directory: Path) -> None:
+    deadline_s = time.monotonic() + 15
+    while processes_on(directory):
+        assert time.monotonic() < deadline_s, f"a server is left on {directory}"
