@@ -29,7 +29,8 @@ assert dict(got.bag) == {"k": "v"} and got.subject_id == "user:1" and got.refres
 assert got.expire_at.ToMilliseconds() >= started.expire_at.ToMilliseconds()
 assert stub.Context(Empty(), metadata=(("authorization", token),)).session.access_token == token
 assert stub.Exists(pb.ExistsRequest(access_token=token)).value is True
-assert dict(stub.SetValue(pb.SetValueRequest(access_token=token, key="a", value="b")).bag) == {"k": "v", "a": "b"}
+changed = stub.SetValue(pb.SetValueRequest(access_token=token, key="a", value="b"))
+assert dict(changed.bag) == {"k": "v", "a": "b"}
 assert [s.access_token for s in stub.List(pb.ListRequest(limit=5)).sessions] == [token]
 assert stub.Abandon(pb.AbandonRequest(access_token=token)).value is True
 try:
