@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 Scope = Any
 Receive = Any
 Send = Any
+Event = Any
 
 _GRPC: Final = b"application/grpc"
 _CONTENT_TYPE: Final = (b"content-type", _GRPC)
@@ -113,10 +114,13 @@ class H2cornEngine:
             await send(_OK_TRAILERS)
 
     async def _answer(self, method: UnaryMethod, call: _H2cornCall, receive: Receive) -> bytes | Failure:
-        body = await self._body(receive)
-        message = frame.only_message(body)
-        if message is None or len(body) > self._max_body_bytes:
+        event = await receive()
+        # Most clients end their stream in a frame of its own. A whole message need not wait for it:
+        # that would cost a task switch, a fifth of the call.
+        message = frame.only_message(event.get("body", b""))
+        if message is None or len(message) > self._options.max_message_bytes:
             started_s = time.perf_counter()
+            body = await self._body(event, receive)
             try:
                 message = self._unusual_message(body, call)
             except MnemosyneError as exc:
@@ -124,19 +128,15 @@ class H2cornEngine:
                 return fail(method, call, exc, started_s)
         return await invoke_unary(method, message, call)
 
-    async def _body(self, receive: Receive) -> bytes:
-        """Return the request's body, or its beginning when it is longer than any we take."""
-        event = await receive()
-        body: bytes = event.get("body", b"")
-        if event.get("more_body"):
-            chunks = bytearray(body)
-            while event.get("more_body") and frame.announced_bytes(chunks) <= self._max_body_bytes:
-                event = await receive()
-                chunks += event.get("body", b"")
-            body = bytes(chunks)
+    async def _body(self, event: Event, receive: Receive) -> bytes:
+        """Return the request's whole body, or its beginning when it is longer than any we take."""
+        body = bytearray(event.get("body", b""))
+        while event.get("more_body") and frame.announced_bytes(body) <= self._max_body_bytes:
+            event = await receive()
+            body += event.get("body", b"")
         if event["type"] == "http.disconnect":
             raise _Disconnected
-        return body
+        return bytes(body)
 
     def _unusual_message(self, body: bytes, call: _H2cornCall) -> bytes:
         """Return the one message of a body that is compressed, or say what is wrong with it."""
