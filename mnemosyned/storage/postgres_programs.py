@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +27,25 @@ _NEEDED: Final = ("initdb", "postgres")
 _NOBODY: Final = 65534
 _NAMESPACE: Final = ("unshare", f"--map-user={_NOBODY}", f"--map-group={_NOBODY}")
 _PROBE_TIMEOUT_S: Final = 10
+# Runs a program that gets SIGINT when our thread dies: argv is our pid, a user or "", and the command.
+# Not a preexec_fn, which may deadlock where threads run, and the daemon restarts a server among its own.
+# The order is given after the change of user, which clears it; unshare and exec do not.
+_LAUNCHER: Final = """
+import ctypes, os, signal, sys
+parent, uid, *command = sys.argv[1:]
+if uid:
+    os.setgroups([])
+    os.setgid(int(uid))
+    os.setuid(int(uid))
+if sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGINT, 0, 0, 0):  # PR_SET_PDEATHSIG
+    sys.exit("prctl failed")
+if os.getppid() != int(parent):
+    sys.exit("the parent died before the order was given")
+try:
+    os.execvp(command[0], command)
+except OSError as exc:
+    sys.exit(f"{command[0]}: {exc.strerror}")
+"""
 
 
 class EmbeddedError(Exception):
@@ -47,11 +68,14 @@ def find_programs(given: str, major: int | None) -> Programs:
     Raises:
         EmbeddedError: there are none.
     """
-    found = [_examined(directory) for directory in _candidates(given)]
-    usable = [programs for programs in found if programs is not None]
-    fitting = [programs for programs in usable if major in {None, programs.major}]
-    if fitting:
-        return fitting[0]
+    usable: list[Programs] = []
+    for directory in _candidates(given):
+        programs = _examined(directory)
+        if programs is None:
+            continue
+        if major in {None, programs.major}:
+            return programs
+        usable.append(programs)
     if usable:
         raise EmbeddedError(
             f"the data is of PostgreSQL {major}, and only the programs of "
@@ -97,9 +121,8 @@ def _examined(directory: Path) -> Programs | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    major = "".join(output.partition(")")[2].strip().partition(".")[0].split()[:1])
-    digits = "".join(char for char in major if char.isdigit())
-    return Programs(directory, int(digits)) if digits else None
+    match = re.search(r"\) (\d+)", output)  # as in "postgres (PostgreSQL) 15.18 (Debian …)"
+    return Programs(directory, int(match[1])) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,28 +137,51 @@ class RunAs:
         """The user whom the files must belong to, as seen from here."""
         return os.geteuid() if self.uid is None else self.uid
 
-    def popen(
-        self, command: list[str], *, log: int, in_child: Callable[[], None] | None = None
-    ) -> subprocess.Popen[bytes]:
-        """Start a program with its output in `log`, away from our terminal's signals."""
+    def popen(self, command: list[str], *, log: int, **environ: str) -> subprocess.Popen[bytes]:
+        """Start a program with its output in `log`, away from our terminal's signals.
+
+        It gets SIGINT when the thread that calls this dies.
+        """
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
         return subprocess.Popen(  # noqa: S603  # programs of PostgreSQL's own
-            [*self.prefix, *command],
+            [*launcher, "" if self.uid is None else str(self.uid), *self.prefix, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd="/",
-            env={key: value for key, value in os.environ.items() if not key.startswith("PG")}
-            | {"LC_ALL": "C"},
-            user=self.uid,
-            group=self.uid,
-            extra_groups=None if self.uid is None else [],
+            env=_environment() | environ,
             start_new_session=True,
-            preexec_fn=in_child,  # noqa: PLW1509  # async-signal-safe: prctl, getppid, kill
         )
+
+    def can(self, *command: str) -> bool:
+        """Whether this command succeeds when it is run this way."""
+        try:
+            return not subprocess.run(  # noqa: S603  # ours
+                [*self.prefix, *command],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                cwd="/",
+                env=_environment(),
+                user=self.uid,
+                group=self.uid,
+                extra_groups=None if self.uid is None else [],
+                check=False,
+                timeout=_PROBE_TIMEOUT_S,
+            ).returncode
+        except (OSError, subprocess.SubprocessError):
+            return False
+
+
+def _environment() -> dict[str, str]:
+    # PG* would steer the programs; MNEMOSYNED_* may hold a password, and nobody's processes could read it.
+    ours = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "MNEMOSYNED_"))}
+    return ours | {"LC_ALL": "C"}
 
 
 def find_run_as(programs: Programs, directory: Path) -> RunAs:
     """Return a way that was just tried to run these programs on this directory.
+
+    As root it makes the directory and all that is in it belong to whom that way demands.
 
     Raises:
         EmbeddedError: we are root, and neither way works.
@@ -143,26 +189,24 @@ def find_run_as(programs: Programs, directory: Path) -> RunAs:
     if os.geteuid() != 0:
         return RunAs()
     for way in (RunAs(prefix=_NAMESPACE), RunAs(uid=_NOBODY)):
+        if not way.can(str(programs.directory / "postgres"), "--version"):
+            continue
         _give(directory, way.owner)
-        if _works(way, programs, directory):
+        if way.can("test", "-w", str(directory)):
             return way
+    _give(directory, os.geteuid())
     raise EmbeddedError(
         f"PostgreSQL does not run as root, and nobody can reach {directory} or {programs.directory}: "
         "run mnemosyned as another user, or keep both where every user can read"
     )
 
 
-def _works(way: RunAs, programs: Programs, directory: Path) -> bool:
-    test = 'test -w "$1" && "$2" --version'
-    command = ["sh", "-c", test, "sh", str(directory), str(programs.directory / "postgres")]
-    try:
-        return way.popen(command, log=subprocess.DEVNULL).wait(_PROBE_TIMEOUT_S) == 0
-    except OSError:
-        return False
-
-
 def _give(directory: Path, uid: int) -> None:
     if directory.stat().st_uid == uid:
         return
-    for path in (directory, *directory.rglob("*")):
-        os.chown(path, uid, uid, follow_symlinks=False)
+    # By descriptor and not through links: nobody may have put links there, and we are root.
+    for _, directories, files, descriptor in os.fwalk(directory):
+        for name in (*directories, *files):
+            os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+    # Last, as it tells that all is done.
+    os.chown(directory, uid, uid)

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -12,20 +13,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 
-from mnemosyned.storage import postgres_programs
+from mnemosyned.storage import embedded, postgres_programs
 from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
 from mnemosyned.storage.postgres_programs import RunAs, find_programs
 
 ROOT = Path(__file__).parents[2]
+NO_NAMESPACES = ("/bin/false",)
 HOLD = """
-import json, sys, time
+import json, sys
 from pathlib import Path
+from mnemosyned.storage import postgres_programs
 from mnemosyned.storage.embedded import EmbeddedPostgres
+if sys.argv[2] == "nobody":
+    postgres_programs._NAMESPACE = ("/bin/false",)
 server = EmbeddedPostgres.start(Path(sys.argv[1]))
 print(json.dumps({"pid": server.pid, "port": server.port, "is_owner": server.is_owner}), flush=True)
 sys.stdin.read()
@@ -45,24 +52,26 @@ def query(server: EmbeddedPostgres, sql: str) -> object:
 
 
 def until_gone(pid: int) -> None:
-    deadline_s = time.monotonic() + 15
-    while time.monotonic() < deadline_s:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return
-        if state == "Z":
-            return
-    pytest.fail(f"process {pid} is still there")
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Readable once the process has ended, reaped or not.
+        assert select.select([process], [], [], 15)[0], f"process {pid} is still there"
+    finally:
+        os.close(process)
 
 
 class Holder:
     """Another process that holds a server until its standard input closes, or it is killed."""
 
-    def __init__(self, directory: Path, *, uid: int | None = None, python: str = sys.executable) -> None:
+    def __init__(
+        self, directory: Path, *, way: str = "any", uid: int | None = None, python: str = sys.executable
+    ) -> None:
         path = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
-            [python, "-c", HOLD, str(directory)],
+            [python, "-c", HOLD, str(directory), way],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
@@ -71,8 +80,12 @@ class Holder:
             group=uid,
             extra_groups=None if uid is None else [],
         )
+
+    @cached_property
+    def told(self) -> dict[str, Any]:  # Any: JSON
         assert self.process.stdout is not None
-        self.told = json.loads(self.process.stdout.readline())
+        told: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return told
 
     def end(self) -> int:
         self.process.communicate(timeout=20)
@@ -86,6 +99,17 @@ class Holder:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "postgres"
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A place that nobody can reach, unlike pytest's own."""
+    parent = Path("/tmp") / f"mnemosyned-test-{os.getpid()}"  # noqa: S108  # nobody must reach it
+    parent.mkdir()
+    if os.geteuid() == 0:
+        os.chown(parent, 65534, 65534)
+    yield parent / "postgres"
+    shutil.rmtree(parent)
 
 
 @pytest.fixture(params=["system", "wheel"])
@@ -128,13 +152,59 @@ def test_stop_leaves_no_process(directory: Path) -> None:
     assert not (directory / "data" / "postmaster.pid").exists()
 
 
-def test_kill_minus_nine_of_the_daemon_leaves_no_server_and_the_next_start_recovers(directory: Path) -> None:
+@pytest.mark.parametrize("way", ["any", "nobody"])
+def test_kill_minus_nine_of_the_daemon_leaves_no_process(open_directory: Path, way: str) -> None:
+    holder = Holder(open_directory, way=way)
+    pid = holder.told["pid"]
+    if os.geteuid() == 0:
+        assert Path(f"/proc/{pid}").stat().st_uid == (65534 if way == "nobody" else 0)
+    holder.kill()
+    until_gone(pid)
+
+    assert embedded._servers(open_directory / "data") == []
+
+
+def test_a_start_at_once_after_kill_minus_nine_of_the_daemon_recovers(directory: Path) -> None:
     holder = Holder(directory)
+    pid = holder.told["pid"]
     holder.kill()
     with EmbeddedPostgres.start(directory) as server:
         assert server.is_owner
+        assert server.pid != pid
         assert query(server, "SELECT 1") == 1
-    until_gone(holder.told["pid"])
+
+
+def test_kill_minus_nine_of_the_daemon_in_the_middle_of_initdb_is_no_obstacle(directory: Path) -> None:
+    holder = Holder(directory)
+    deadline_s = time.monotonic() + 10
+    while not list(directory.glob("data.new*/PG_VERSION")):
+        assert time.monotonic() < deadline_s
+    holder.kill()
+
+    with EmbeddedPostgres.start(directory) as server:
+        assert query(server, "SELECT 1") == 1
+    assert list(directory.glob("data.new*")) == []
+
+
+def test_the_terminals_signals_do_not_reach_the_server(directory: Path) -> None:
+    with EmbeddedPostgres.start(directory) as server:
+        assert server.pid is not None
+        assert os.getsid(server.pid) == server.pid
+
+
+def test_a_server_that_obeys_no_signal_is_stopped_by_force(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_IMMEDIATE_STOP_TIMEOUT_S", 0.1)
+    server = EmbeddedPostgres.start(directory)
+    assert server.pid is not None
+    pid = server.pid
+    os.kill(pid, signal.SIGSTOP)
+    server.stop(timeout_s=0.1)
+
+    assert not Path(f"/proc/{pid}").exists()
+    with EmbeddedPostgres.start(directory) as server:
+        assert query(server, "SELECT 1") == 1
 
 
 def test_a_server_that_was_killed_is_noticed_and_started_again(directory: Path) -> None:
@@ -152,33 +222,169 @@ def test_a_server_that_was_killed_is_noticed_and_started_again(directory: Path) 
         assert query(server, "SELECT answer FROM kept") == 42
 
 
+def test_a_busy_backend_of_a_killed_server_does_not_prevent_its_restart(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_OLD_SERVER_TIMEOUT_S", 0.2)
+    with EmbeddedPostgres.start(directory) as server:
+
+        async def kill_while_busy() -> None:
+            connection = await asyncpg.connect(server.dsn)
+            backend = connection.get_server_pid()
+            busy = asyncio.create_task(connection.execute("DO 'BEGIN LOOP END LOOP; END'"))
+            async with asyncio.timeout(10):
+                while " DO" not in _title(backend):
+                    await asyncio.sleep(0)
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGKILL)
+            until_gone(server.pid)
+            assert backend in embedded._servers(directory / "data")
+            server.restart()
+            with pytest.raises((asyncpg.PostgresError, OSError, asyncpg.InterfaceError)):
+                await busy
+            connection.terminate()
+
+        asyncio.run(kill_while_busy())
+        assert query(server, "SELECT 1") == 1
+
+
+def _title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_a_restart_keeps_the_port_and_waits_for_it_if_it_is_taken(directory: Path) -> None:
+    with EmbeddedPostgres.start(directory) as server:
+        port = server.port
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        until_gone(server.pid)
+        with (
+            socket.create_server(("127.0.0.1", port)),
+            pytest.raises(EmbeddedError, match="Address already in use"),
+        ):
+            server.restart()
+        assert server.exited()
+
+        server.restart()
+        assert server.port == port
+        assert query(server, "SELECT 1") == 1
+
+
+def test_of_processes_that_start_at_once_on_an_empty_directory_one_owns_the_server(directory: Path) -> None:
+    holders = [Holder(directory) for _ in range(3)]
+
+    assert [holder.told["is_owner"] for holder in holders].count(True) == 1
+    assert len({holder.told["port"] for holder in holders}) == 1
+    for holder in sorted(holders, key=lambda holder: bool(holder.told["is_owner"])):
+        assert holder.end() == 0
+
+
 def test_processes_share_one_server_and_only_its_owner_stops_it(directory: Path) -> None:
     owner = Holder(directory)
+    port = owner.told["port"]
     with EmbeddedPostgres.start(directory) as guest:
         assert not guest.is_owner
-        assert guest.port == owner.told["port"]
+        assert guest.port == port
     with EmbeddedPostgres.start(directory) as guest:
         assert query(guest, "SELECT 1") == 1
     assert owner.end() == 0
     until_gone(owner.told["pid"])
 
 
-def test_a_stale_pid_file_is_no_obstacle(directory: Path) -> None:
-    with EmbeddedPostgres.start(directory):
+def test_a_process_with_the_number_of_a_dead_server_is_no_obstacle(directory: Path, binaries: str) -> None:
+    with EmbeddedPostgres.start(directory, binaries=binaries):
         stale = (directory / "data" / "postmaster.pid").read_text().splitlines()
-    # A live process of the same user that is no server.
-    stale[0] = str(os.getpid())
-    (directory / "data" / "postmaster.pid").write_text("\n".join(stale) + "\n")
+    # A live process of the same user, and no ancestor: PostgreSQL alone takes it for the server.
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        stale[0] = str(other.pid)
+        (directory / "data" / "postmaster.pid").write_text("\n".join(stale) + "\n")
 
-    with EmbeddedPostgres.start(directory) as server:
-        assert query(server, "SELECT 1") == 1
+        with EmbeddedPostgres.start(directory, binaries=binaries) as server:
+            assert query(server, "SELECT 1") == 1
+        assert other.poll() is None
+        other.communicate()
 
 
-def test_a_crash_in_the_middle_of_initdb_leaves_no_half_made_data(directory: Path) -> None:
+def test_a_half_made_initdb_is_no_obstacle(directory: Path) -> None:
     (directory / "data.new").mkdir(parents=True)
     (directory / "data.new" / "PG_VERSION").write_text("15\n")
+    (directory / "lock").touch()
     with EmbeddedPostgres.start(directory) as server:
         assert query(server, "SELECT 1") == 1
+    assert not (directory / "data.new").exists()
+
+
+def test_a_directory_of_something_else_is_refused_and_left_alone(
+    open_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_programs, "_NAMESPACE", NO_NAMESPACES)
+    open_directory.mkdir()
+    (open_directory / "precious").write_text("")
+
+    with pytest.raises(EmbeddedError, match="holds other files"):
+        EmbeddedPostgres.start(open_directory)
+    assert (open_directory / "precious").stat().st_uid == os.geteuid()
+    assert [path.name for path in open_directory.iterdir()] == ["precious"]
+
+
+def test_a_log_that_is_a_link_is_not_written_through(directory: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("")
+    directory.mkdir()
+    (directory / "lock").touch()
+    (directory / "server.log").symlink_to(target)
+
+    with pytest.raises(EmbeddedError, match=r"server\.log"):
+        EmbeddedPostgres.start(directory)
+    assert target.read_text() == ""
+
+
+def test_a_log_over_its_bound_begins_anew(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "lock").touch()
+    with (directory / "server.log").open("w") as file:
+        file.truncate(embedded._MAX_LOG_BYTES + 1)
+    with EmbeddedPostgres.start(directory):
+        assert (directory / "server.log").stat().st_size < 100_000
+
+
+def test_the_log_does_not_quote_a_row_that_was_refused(directory: Path) -> None:
+    with EmbeddedPostgres.start(directory) as server:
+        query(server, "CREATE TABLE once (token text PRIMARY KEY)")
+        query(server, "INSERT INTO once SELECT 'se' || 'cret'")
+        with pytest.raises(asyncpg.UniqueViolationError):
+            query(server, "INSERT INTO once SELECT 'se' || 'cret'")
+
+    log = (directory / "server.log").read_text()
+    assert "duplicate key" in log
+    assert "secret" not in log
+
+
+def test_the_server_does_not_inherit_our_settings(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNEMOSYNED_POSTGRES_ADDRESS", "postgres://user:secret@host/")
+    monkeypatch.setenv("PGPORT", "1")
+    with EmbeddedPostgres.start(directory) as server:
+        environment = Path(f"/proc/{server.pid}/environ").read_bytes()
+    assert b"secret" not in environment
+    assert b"PGPORT" not in environment
+
+
+@pytest.mark.parametrize("text", ["", "rubbish\n"])
+def test_data_of_an_unreadable_version_is_refused(directory: Path, text: str) -> None:
+    (directory / "data").mkdir(parents=True)
+    (directory / "data" / "PG_VERSION").write_text(text)
+
+    with pytest.raises(EmbeddedError, match="names no version"):
+        EmbeddedPostgres.start(directory)
+
+
+def test_data_without_its_password_is_refused(directory: Path) -> None:
+    with EmbeddedPostgres.start(directory):
+        pass
+    (directory / "password").unlink()
+
+    with pytest.raises(EmbeddedError, match="password: No such file"):
+        EmbeddedPostgres.start(directory)
 
 
 def test_data_of_a_version_without_programs_is_refused(directory: Path) -> None:
@@ -220,52 +426,43 @@ def test_a_taken_port_is_left_to_its_owner(directory: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be nobody")
-def test_as_root_it_runs_as_nobody_where_user_namespaces_are_forbidden(
-    monkeypatch: pytest.MonkeyPatch,
+def test_as_root_it_runs_as_nobody_where_user_namespaces_are_forbidden_and_changes_back(
+    open_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_to_all = Path("/tmp") / f"mnemosyned-test-{os.getpid()}"  # noqa: S108  # nobody must reach it
-    monkeypatch.setattr(postgres_programs, "_NAMESPACE", ("/bin/false",))
-    try:
-        with EmbeddedPostgres.start(open_to_all) as server:
-            assert server._run_as == RunAs(uid=65534)
+    for prefix, expected in (
+        (NO_NAMESPACES, RunAs(uid=65534)),
+        (postgres_programs._NAMESPACE, RunAs(prefix=postgres_programs._NAMESPACE)),
+        (NO_NAMESPACES, RunAs(uid=65534)),
+    ):
+        monkeypatch.setattr(postgres_programs, "_NAMESPACE", prefix)
+        with EmbeddedPostgres.start(open_directory) as server:
+            assert server._run_as == expected
             assert query(server, "SELECT 1") == 1
-        monkeypatch.undo()
-        with EmbeddedPostgres.start(open_to_all) as server:
-            assert server._run_as.uid is None
-            assert query(server, "SELECT 1") == 1
-    finally:
-        shutil.rmtree(open_to_all)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be nobody")
 def test_as_root_a_directory_out_of_nobodys_reach_is_explained(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_programs, "_NAMESPACE", ("/bin/false",))
+    monkeypatch.setattr(postgres_programs, "_NAMESPACE", NO_NAMESPACES)
 
     with pytest.raises(EmbeddedError, match="run mnemosyned as another user"):
         EmbeddedPostgres.start(directory)
 
 
-@pytest.fixture
-def nobodys_directory() -> Iterator[Path]:
-    directory = Path("/tmp") / f"mnemosyned-nobody-{os.getpid()}"  # noqa: S108  # nobody must reach it
-    directory.mkdir()
-    os.chown(directory, 65534, 65534)
-    yield directory
-    shutil.rmtree(directory)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_an_ordinary_user_runs_it_and_kill_minus_nine_leaves_no_server(nobodys_directory: Path) -> None:
+def test_an_ordinary_user_runs_it_and_kill_minus_nine_leaves_no_server(open_directory: Path) -> None:
     python = _python_for_all()
     if python is None:
         pytest.skip("no Python 3.11 or newer that every user can run")
     for _ in range(2):
-        holder = Holder(nobodys_directory / "postgres", uid=65534, python=python)
+        holder = Holder(open_directory, uid=65534, python=python)
+        pid = holder.told["pid"]
         assert holder.told["is_owner"]
+        assert Path(f"/proc/{pid}").stat().st_uid == 65534
         holder.kill()
-        until_gone(holder.told["pid"])
+        until_gone(pid)
+        assert embedded._servers(open_directory / "data") == []
 
 
 def _python_for_all() -> str | None:
@@ -285,6 +482,7 @@ def test_addresses_name_directories() -> None:
     home = {"XDG_DATA_HOME": "/data"}
 
     assert data_directory("embedded:", home) == Path("/data/mnemosyned/postgres")
+    assert data_directory("embedded:", {"XDG_DATA_HOME": "not/absolute"}) == data_directory("embedded:", {})
     assert data_directory("embedded:", {}) == Path.home() / ".local/share/mnemosyned/postgres"
     assert data_directory("embedded:///abs/dir", home) == Path("/abs/dir")
     assert data_directory("embedded:rel/dir", home) == Path.cwd() / "rel/dir"
