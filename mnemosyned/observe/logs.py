@@ -33,6 +33,8 @@ _SECRET_FIELDS: Final = frozenset({
 _LEAST_LEVEL_BY_LOGGER: Final = {
     "aiocache": logging.INFO,
     "asyncio": logging.WARNING,
+    # Warns, with a traceback, of each connection that was lost; storage_failed says so in a line.
+    "asyncpg": logging.ERROR,
     "grpc": logging.WARNING,
 }
 

@@ -22,7 +22,7 @@ def as_it_was() -> Iterator[None]:
     root.setLevel(level)
     logging.captureWarnings(capture=False)
     logging.raiseExceptions = True
-    for name in ("aiocache", "asyncio", "grpc"):
+    for name in ("aiocache", "asyncio", "asyncpg", "grpc"):
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 

