@@ -119,6 +119,9 @@ async def in_time(seconds: float | None) -> AsyncIterator[None]:
 async def _in_time(answer: Coroutine[Any, Any, bytes], call: Call) -> bytes:
     try:
         seconds = call.time_left_s()
+        if seconds is not None and seconds <= 0:
+            # Begun, it might be done before the loop looks at its timers.
+            raise DeadlineExceeded
     except MnemosyneError:
         answer.close()
         raise
