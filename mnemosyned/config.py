@@ -278,15 +278,26 @@ FLAGS: Final = (
         "addresses of other nodes, comma-separated; may be repeated",
         "cluster_seeds",
     ),
-    Flag("log.environment", "production", _one_of("production", "development", "stackdriver"),
-         "form of the log: production (JSON), development or stackdriver", "log_environment"),
+    Flag(
+        "log.environment",
+        "production",
+        _one_of("production", "development", "stackdriver"),
+        "form of the log: production (JSON), development or stackdriver",
+        "log_environment",
+    ),
     Flag("log.level", "info", _one_of(*_LEVELS), f"least level logged: {', '.join(_LEVELS)}", "log_level"),
     Flag("tls", "false", _boolean, "serve gRPC over TLS", "tls"),
     Flag("tls.crt", "", str, "PEM file of the certificate chain", "tls_crt"),
     Flag("tls.key", "", str, "PEM file of the private key", "tls_key"),
-    Flag("tracing.agent.address", "", str, "OTLP endpoint for traces", "tracing_agent_address"),
+    Flag(
+        "tracing.agent.address",
+        "",
+        str,
+        "OTLP endpoint for traces, host:port or URL; needs the extra otel",
+        "tracing_agent_address",
+    ),
     Flag("check-config", "false", _boolean, "check flags, environment and file, and exit", "check_config"),
-)  # fmt: skip
+)
 _FLAG_BY_NAME: Final = {flag.name: flag for flag in FLAGS}
 _ACTIONS: Final = {
     "config": "file with flags, TOML if it ends so, else YAML; nested or dotted keys",

@@ -27,6 +27,7 @@ from mnemosyned.config import Config
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import CacheCollector, QueryMetrics, RpcCollector, UpkeepMetrics, new_registry
 from mnemosyned.observe.operator import OperatorServer, Readiness
+from mnemosyned.observe.traces import Tracing, TracingUnavailable
 from mnemosyned.ready import ReadySession
 from mnemosyned.rpc import reflection, session_manager
 from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, TlsFiles
@@ -126,6 +127,9 @@ class _Daemon:
         session_manager.add_to(self._table, self._service)
         self._health.add_to(self._table)
         reflection.add_to(self._table, services)
+        self._tracing = _new_tracing(config.tracing_agent_address)
+        if self._tracing is not None:
+            self._tracing.trace(self._table)
         self._register_collectors()
         self._is_draining = False
         self._refusal = ""
@@ -148,6 +152,8 @@ class _Daemon:
             await self._service.close()
             await self._store.close()
             operator.stop()
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
             log.info("stopped")
         if self._refusal:
             raise StartFailed(self._refusal)
@@ -268,6 +274,13 @@ def _new_store(
     table = Table(schema=config.postgres_schema, name=config.postgres_table)
     pool = PostgresPool(options, QueryMetrics(registry))
     return PostgresStore(pool, table, ttl_us=ttl_us, touch_interval_us=touch_interval_us)
+
+
+def _new_tracing(endpoint: str) -> Tracing | None:
+    try:
+        return Tracing(endpoint) if endpoint else None
+    except TracingUnavailable as exc:
+        raise StartFailed(f"flag -tracing.agent.address: {exc}") from exc
 
 
 def _lifetimes(config: Config) -> Lifetimes:

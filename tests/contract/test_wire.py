@@ -219,8 +219,10 @@ async def test_a_malformed_timeout_is_refused(strict_client: Client, value: str)
     assert (await strict_client.ask(EXISTS, extra=[("grpc-timeout", value)])).status == INTERNAL
 
 
-async def test_a_timeout_that_has_passed_already_ends_a_call_that_must_wait(client: Client) -> None:
+async def test_a_timeout_that_has_passed_already_ends_a_call_that_must_wait(
+    strict_client: Client,
+) -> None:
     message = StartRequest(session=WireSession(subject_id="s")).SerializeToString()
-    answer = await client.ask(framed(message), method="Start", extra=[("grpc-timeout", "1n")])
+    answer = await strict_client.ask(framed(message), method="Start", extra=[("grpc-timeout", "1n")])
 
     assert answer.was_reset or answer.status == DEADLINE_EXCEEDED
