@@ -7,7 +7,7 @@ SOURCES := mnemosyned cluster cache
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I mnemosynerpc=proto
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt lint type imports proto proto-check docs bench wheel lock clean
+.PHONY: help run test coverage check fmt lint type imports proto proto-check docs bench wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,12 @@ run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to tr
 
 test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+coverage: $(VENV)/dev.stamp ## the tests again, with the lines and branches they leave out
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 check: lint type imports proto-check ## all that CI checks besides the tests
 

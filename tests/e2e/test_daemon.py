@@ -186,6 +186,42 @@ def test_version_help_and_check_config() -> None:
         assert words in daemon.out
 
 
+def test_development_says_where_it_is_and_how_to_try_it(tmp_path: Path) -> None:
+    flags = ["-log.environment=development", f"-postgres.address=embedded://{tmp_path}/pg"]
+    with Daemon(*flags) as daemon:
+        assert daemon.process.stdout is not None
+        welcome = [daemon.process.stdout.readline() for _ in range(8)]
+        (line,) = [line.removeprefix("  try it").strip() for line in welcome if "try it" in line]
+        tried = subprocess.run(line.split(), check=True, capture_output=True, text=True, timeout=30).stdout
+        assert daemon.stop(signal.SIGINT) == 0
+
+    assert f"data     {tmp_path}/pg" in "".join(welcome)
+    assert "gRPC     127.0.0.1:" in "".join(welcome)
+    assert "Ada is logged in until" in tried
+    assert "storage_ready" in daemon.log
+
+
+def test_grpc_debug_logs_every_call() -> None:
+    with Daemon("-storage=memory", "-grpc.debug") as daemon, daemon.serving().stub() as stub:
+        stub.Exists(ExistsRequest(access_token="absent"))
+        line = daemon.wait_for("rpc")
+        daemon.stop()
+
+    assert (line["method"], line["code"]) == ("/mnemosynerpc.SessionManager/Exists", "OK")
+
+
+def test_touches_that_cannot_be_written_at_the_end_are_told(tmp_path: Path) -> None:
+    server = EmbeddedPostgres.start(tmp_path / "pg")
+    with Daemon(f"-postgres.address={server.dsn}") as daemon, daemon.serving().stub() as stub:
+        token = stub.Start(NEW).session.access_token
+        server.stop()
+        time.sleep(0.005)  # the test is that time passes
+        stub.Get(GetRequest(access_token=token))
+        assert daemon.stop() == 0
+
+    assert '"msg": "touches_lost", "sessions": 1' in daemon.log
+
+
 def test_memory_storage_warns_that_it_forgets() -> None:
     with Daemon("-storage=memory") as daemon:
         daemon.serving()

@@ -75,7 +75,8 @@ def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None
     [
         b"\x0a\x01t\xff",  # not protobuf
         bytes.fromhex(HEADER + "0bff8000f77fffffffffffffff"),  # a number of nine bytes
-        bytes.fromhex(HEADER + "0bff8000f87fffffffffffffff"),  # a count that no message could hold
+        bytes.fromhex(HEADER + "05ff80007f00"),  # more pairs than its bytes could hold
+        bytes.fromhex(HEADER + "05ff80000000"),  # bytes left over
         bytes.fromhex(HEADER + "08ff81ff01016b0176"),  # another type
         bytes.fromhex(HEADER + "08ff80000101ff0176"),  # not UTF-8
     ],
