@@ -47,7 +47,7 @@ class Overloaded(MnemosyneError):
 
 
 class MessageTooLarge(MnemosyneError):
-    """A request is over `-grpc.max-message`."""
+    """A request is over `-grpc.max-message`, or an answer over what is ever sent."""
 
 
 class DeadlineExceeded(MnemosyneError):

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Final
 
-from mnemosyned.errors import InvalidArgument
+from mnemosyned.errors import InvalidArgument, MessageTooLarge
 
 MAX_TOKEN_BYTES: Final = 4096
 # PostgreSQL cannot index a longer incompressible value (a third of a page less overhead).
@@ -14,6 +14,8 @@ MAX_INDEXED_BYTES: Final = 2048
 MAX_CLIENT_BYTES: Final = 64 * 1024
 MAX_LIST_LIMIT: Final = 1000
 DEFAULT_LIST_LIMIT: Final = 10
+# What the bags of one page may add up to; a client accepts 4 MiB unless it is told otherwise.
+MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
 
 TOKEN_ENTROPY_BYTES: Final = 128
 _TOKEN_DIGEST_BYTES: Final = 64
@@ -134,6 +136,13 @@ def check_criteria(criteria: Criteria) -> Criteria:
     if criteria.refresh_token is not None:
         _check_size("refresh_token", criteria.refresh_token, MAX_INDEXED_BYTES)
     return criteria
+
+
+def page_too_large() -> MessageTooLarge:
+    """Return the error for a page whose bags are over MAX_PAGE_BYTES."""
+    return MessageTooLarge(
+        f"mnemosyned: the page is larger than {MAX_PAGE_BYTES} bytes; ask for fewer sessions"
+    )
 
 
 def _check_text(name: str, text: str, max_bytes: int) -> None:

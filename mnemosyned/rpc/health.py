@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Final
 
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import (  # type: ignore[attr-defined]  # newer than their stubs
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
 
 from mnemosyned.errors import Unimplemented, UnknownService
 from mnemosyned.rpc.methods import Call, MethodTable
@@ -29,8 +34,9 @@ class Health:
         self._changed = asyncio.Event()
 
     def add_to(self, table: MethodTable) -> None:
-        """Serve Check and Watch."""
+        """Serve Check, List and Watch."""
         table.add_unary(SERVICE_NAME, "Check", self._check)
+        table.add_unary(SERVICE_NAME, "List", self._list)
         table.add_stream(SERVICE_NAME, "Watch", self._watch)
 
     def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001  # the state itself
@@ -54,6 +60,12 @@ class Health:
         if request.service not in self._services:
             raise UnknownService
         return self._response(request.service)
+
+    def _list(self, message: bytes, _: Call) -> bytes:
+        parsed(HealthListRequest, message)
+        statuses = {name: HealthCheckResponse.FromString(self._response(name)) for name in self._services}
+        response: bytes = HealthListResponse(statuses=statuses).SerializeToString()
+        return response
 
     async def _watch(self, messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
         request = parsed(HealthCheckRequest, await only(messages))

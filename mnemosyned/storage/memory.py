@@ -7,7 +7,15 @@ from dataclasses import replace
 
 from mnemosyned import bag
 from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionAlreadyExists, SessionNotFound
-from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+from mnemosyned.session import (
+    MAX_PAGE_BYTES,
+    Criteria,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+    page_too_large,
+)
 
 
 class MemoryStore:
@@ -59,7 +67,10 @@ class MemoryStore:
         now_us = self._wall_us()
         found = [session for session in self._matching(criteria) if session.expires_at_us > now_us]
         found.sort(key=lambda session: (session.expires_at_us, session.access_token.encode()))
-        return found[offset : offset + limit]
+        page = found[offset : offset + limit]
+        if sum(len(session.bag) for session in page) > MAX_PAGE_BYTES:
+            raise page_too_large()
+        return page
 
     async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
         """See SessionStore."""

@@ -56,7 +56,11 @@ class SessionStore(Protocol):
         ...
 
     async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
-        """Return live sessions by expiry, then token."""
+        """Return live sessions by expiry, then token.
+
+        Raises:
+            MessageTooLarge: their bags are over MAX_PAGE_BYTES; no more than that was held in memory.
+        """
         ...
 
     async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:

@@ -21,7 +21,15 @@ from mnemosyned.errors import (
     SessionNotFound,
     StorageUnavailable,
 )
-from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+from mnemosyned.session import (
+    MAX_PAGE_BYTES,
+    Criteria,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+    page_too_large,
+)
 from mnemosyned.storage.postgres_pool import ITEM_FAULTS, PostgresPool, Query
 from mnemosyned.storage.postgres_schema import Table, set_up
 
@@ -91,7 +99,9 @@ class PostgresStore:
         """See SessionStore."""
         where, values = _condition(criteria)
         query = self._queries.find(where, offset_at=len(values) + 1)
-        rows = await self._pool.fetch(query, *values, offset, limit)
+        rows = await self._pool.fetch(query, *values, offset, limit, MAX_PAGE_BYTES)
+        if any(row["bag"] is None for row in rows):
+            raise page_too_large()
         return [_session(row) for row in rows]
 
     async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
@@ -232,8 +242,12 @@ class _Queries:
     def find(self, where: str, *, offset_at: int) -> Query:
         return Query(
             "list",
-            f"SELECT {_COLUMNS} FROM {self._table} WHERE expire_at > now() AND {where} "
-            f"ORDER BY expire_at, access_token OFFSET ${offset_at} LIMIT ${offset_at + 1}",
+            # Bags beyond what a page may hold stay in the database: a row without one tells so.
+            "SELECT access_token, refresh_token, subject_id, subject_client, expire_at, CASE WHEN "
+            "sum(octet_length(bag)) OVER (ORDER BY expire_at, access_token ROWS UNBOUNDED PRECEDING) "
+            f"<= ${offset_at + 2} THEN bag END AS bag FROM (SELECT {_COLUMNS} FROM {self._table} "
+            f"WHERE expire_at > now() AND {where} ORDER BY expire_at, access_token "
+            f"OFFSET ${offset_at} LIMIT ${offset_at + 1}) AS page ORDER BY expire_at, access_token",
         )
 
     def delete(self, where: str, *, limit_at: int) -> Query:

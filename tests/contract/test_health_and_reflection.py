@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 from serving import ENGINES, Node, serving
@@ -39,6 +39,15 @@ async def test_check_tells_the_state(node: Node, service: str) -> None:
     assert (await stub.Check(HealthCheckRequest(service=service))).status == SERVING
     node.health.set_serving(False)
     assert (await stub.Check(HealthCheckRequest(service=service))).status == NOT_SERVING
+
+
+async def test_list_tells_them_all(node: Node) -> None:
+    listed = await HealthStub(node.channel).List(HealthListRequest())
+
+    assert {name: answer.status for name, answer in listed.statuses.items()} == {
+        "": SERVING,
+        SERVICE: SERVING,
+    }
 
 
 async def test_check_knows_only_our_services(node: Node) -> None:

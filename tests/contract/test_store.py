@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from mnemosyned import bag
-from mnemosyned.errors import InvalidArgument, SessionAlreadyExists, SessionNotFound
+from mnemosyned.errors import InvalidArgument, MessageTooLarge, SessionAlreadyExists, SessionNotFound
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
 from mnemosyned.storage.memory import MemoryStore
@@ -268,6 +268,16 @@ async def test_sessions_are_found_by_expiry_then_token_and_page_by_page(engine: 
 
     pages = [await engine.store.find(Criteria(), offset=at, limit=2) for at in (0, 2, 4)]
     assert [[session.access_token for session in page] for page in pages] == [["c", "b"], ["a", "d"], []]
+
+
+async def test_a_page_that_would_not_fit_into_memory_is_refused(engine: Engine) -> None:
+    large = bag.encode({"k": "x" * 3_900_000})
+    for n in range(5):
+        await started(engine, f"t{n}", bag=large)
+
+    with pytest.raises(MessageTooLarge, match="ask for fewer"):
+        await engine.store.find(Criteria(), offset=0, limit=5)
+    assert len(await engine.store.find(Criteria(), offset=1, limit=4)) == 4
 
 
 async def test_all_given_criteria_must_hold(engine: Engine) -> None:
