@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mnemosyned.config import flag_table
+from mnemosyned.flags import flag_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from mnemosyned import __version__
-from mnemosyned.config import FLAGS, Config, ConfigError, parse
+from mnemosyned.config import Config, ConfigError, parse
+from mnemosyned.flags import FLAGS
 
 README = Path(__file__).parents[2] / "README.md"
 

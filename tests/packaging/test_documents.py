@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cache.readthrough import CacheCounters
-from mnemosyned.config import flag_table, parse
+from mnemosyned.config import parse
+from mnemosyned.flags import flag_table
 from mnemosyned.observe.metrics import (
     CacheCollector,
     MethodStats,
