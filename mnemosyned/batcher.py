@@ -29,6 +29,7 @@ class BatchLimits:
     max_bytes: int = 8 * 1024 * 1024
     max_waiting: int = 20_000
     lanes: int = 1  # batches under way at once
+    is_abandonable: bool = True  # whether a batch is cancelled when all its callers are gone
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +45,7 @@ class Batcher(Generic[Item, Result]):
     `run` takes the items of one batch and returns as many results in the same order; a result
     that is an exception fails its own item only, an exception raised by `run` fails them all.
     A caller that is cancelled takes its item out of the queue; when all callers of a batch under
-    way are gone, the batch is cancelled too.
+    way are gone, the batch is cancelled too, unless it must know its outcome.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Batcher(Generic[Item, Result]):
         def leave(answer: asyncio.Future[Result]) -> None:
             nonlocal callers
             callers -= answer.cancelled()
-            if not callers:
+            if not callers and self._limits.is_abandonable:
                 work.cancel()
 
         for waiting in batch:

@@ -269,6 +269,7 @@ def flag_table() -> str:
 
 
 def help_text() -> str:
+    """Return what `-help` prints."""
     lines = ["usage: mnemosyned [flags]", "", "A flag takes one dash or two: -ttl 24m, --ttl=24m.", ""]
     for flag in FLAGS:
         lines.append(f"  -{flag.name}")

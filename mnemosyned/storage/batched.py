@@ -11,9 +11,10 @@ from mnemosyned.errors import MnemosyneError, SessionNotFound
 from mnemosyned.session import NewSession, Session, ValueChange
 from mnemosyned.storage.port import SessionStore
 
-# Reads of different callers need not wait for each other; writes share the disk's flush.
+# Reads of different callers need not wait for each other; writes share the disk's flush. A write that
+# has begun runs to its end: cancelled, it might be committed after the cache was told.
 _READS: Final = BatchLimits(max_items=512, lanes=2)
-_WRITES: Final = BatchLimits(max_items=256, lanes=1)
+_WRITES: Final = BatchLimits(max_items=256, lanes=1, is_abandonable=False)
 
 
 class BatchedStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -24,7 +25,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
     StartResponse,
 )
-from serving import ENGINES, LIFETIMES, Node, serving
+from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
 
 from mnemosyned.storage.memory import MemoryStore
 
@@ -453,6 +454,35 @@ async def test_a_drain_lets_calls_finish_and_refuses_new_ones(stuck: Stuck, node
     assert refused in {StatusCode.UNAVAILABLE, StatusCode.CANCELLED}
     assert await in_flight == NOT_FOUND
     await asyncio.wait_for(drain, 5)
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+async def test_a_drain_ends_in_its_time_whatever_the_calls_do(
+    stuck: Stuck, store: MemoryStore, engine: str
+) -> None:
+    async with serving(store, engine, options=replace(OPTIONS, drain_timeout_s=0.3)) as node:
+        in_flight = asyncio.ensure_future(_outcome(node.stub.Get(GetRequest(access_token="t"))))
+        await asyncio.wait_for(stuck.begun.wait(), 5)
+        begun_s = time.monotonic()
+        await node.engine.drain()
+
+        assert time.monotonic() - begun_s < 1.5
+        assert await in_flight in {StatusCode.UNAVAILABLE, StatusCode.CANCELLED, StatusCode.INTERNAL}
+        assert stuck.cancelled.is_set()
+
+
+async def test_metadata_of_ordinary_size_is_taken(node: Node) -> None:
+    token = (await started(node)).access_token
+    metadata = (("x-large", "x" * 20_000),)
+
+    assert await node.stub.Get(GetRequest(access_token=token), metadata=metadata)
+
+
+async def test_metadata_of_any_size_harms_nobody(node: Node) -> None:
+    metadata = (("x-large", "x" * 100_000),)
+
+    assert (await failure(node.stub.Get(GetRequest(access_token="t"), metadata=metadata)))[0]
+    assert (await started(node)).access_token
 
 
 async def test_the_cache_counters_add_up_to_the_lookups(node: Node) -> None:

@@ -170,6 +170,20 @@ async def test_a_batch_that_nobody_waits_for_is_cancelled_and_the_next_runs() ->
     assert await batcher.submit(2) == 4
 
 
+async def test_a_batch_that_must_know_its_outcome_runs_on_without_callers() -> None:
+    backend = Backend(is_open=False)
+    batcher = Batcher(backend.run, limits=BatchLimits(is_abandonable=False))
+    gone = asyncio.create_task(batcher.submit(1))
+    await until(lambda: backend.batches)
+    gone.cancel()
+    next_one = asyncio.create_task(batcher.submit(2))
+    await asyncio.sleep(0)
+    backend.gate.set()
+
+    assert await next_one == 4
+    assert not backend.was_cancelled
+
+
 async def test_lanes_run_batches_side_by_side() -> None:
     backend = Backend(is_open=False)
     batcher = Batcher(backend.run, limits=BatchLimits(lanes=2))
