@@ -14,7 +14,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from mnemosynerpc.session_pb2 import Session
 
-from mnemosyned.errors import InvalidArgument
+from mnemosyned.errors import CorruptBag, InvalidArgument
 
 # A session must fit into the 4 MiB that a gRPC client accepts unless told otherwise.
 MAX_BAG_BYTES: Final = 4_000_000
@@ -23,10 +23,6 @@ _GOB_TYPE: Final = bytes.fromhex("127f0401010342616701ff8000010c010c0000")
 _GOB_VALUE_TYPE_ID: Final = b"\xff\x80"
 _GOB_ONE_BYTE_LIMIT: Final = 0x80
 _GOB_MAX_UINT_BYTES: Final = 8
-
-
-class CorruptBag(ValueError):
-    """Stored bytes that neither daemon can have written."""
 
 
 def encode(bag: Mapping[str, str]) -> bytes:
@@ -45,7 +41,7 @@ def decode(stored: bytes) -> dict[str, str]:
     try:
         return dict(Session.FromString(stored).bag)
     except DecodeError:
-        raise CorruptBag("a stored bag is neither gob nor protobuf") from None
+        raise CorruptBag("mnemosyned: storage: a bag is neither gob nor protobuf") from None
 
 
 def with_value(stored: bytes, key: str, value: str) -> tuple[dict[str, str], bytes]:
@@ -92,25 +88,25 @@ class _GobReader:
         try:
             self._expect(_GOB_TYPE)
             if self._uint() != len(self._stored) - self._at:
-                raise CorruptBag("a gob bag is cut short or has bytes left over")
+                raise CorruptBag("mnemosyned: storage: a gob bag is cut short or has bytes left over")
             # A value that is not a struct is preceded by a zero field delta.
             self._expect(_GOB_VALUE_TYPE_ID + b"\0")
             pairs = [(self._text(), self._text()) for _ in range(self._bounded_count())]
         except (IndexError, UnicodeDecodeError) as exc:
-            raise CorruptBag("a gob bag is damaged") from exc
+            raise CorruptBag("mnemosyned: storage: a gob bag is damaged") from exc
         if self._at != len(self._stored):
-            raise CorruptBag("a gob bag has bytes left over")
+            raise CorruptBag("mnemosyned: storage: a gob bag has bytes left over")
         return dict(pairs)
 
     def _expect(self, expected: bytes) -> None:
         if self._take(len(expected)) != expected:
-            raise CorruptBag("a gob value is not a Bag")
+            raise CorruptBag("mnemosyned: storage: a gob value is not a Bag")
 
     def _bounded_count(self) -> int:
         count = self._uint()
         # A pair takes two bytes at least: a forged count must not cost memory.
         if count * 2 > len(self._stored) - self._at:
-            raise CorruptBag("a gob bag is cut short")
+            raise CorruptBag("mnemosyned: storage: a gob bag is cut short")
         return count
 
     def _text(self) -> str:
@@ -122,7 +118,7 @@ class _GobReader:
             return first
         size = 0x100 - first
         if size > _GOB_MAX_UINT_BYTES:
-            raise CorruptBag("a gob number is too long")
+            raise CorruptBag("mnemosyned: storage: a gob number is too long")
         return int.from_bytes(self._take(size), "big")
 
     def _take(self, size: int) -> bytes:

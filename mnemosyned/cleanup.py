@@ -32,6 +32,10 @@ async def run_cleanup(
             metrics.cleanup_errors.inc()
             log.warning("cleanup_failed", extra={"error": str(exc)})
             continue
+        except Exception:  # the root of the task: a bug must not end the daemon's cleaning
+            metrics.cleanup_errors.inc()
+            log.exception("cleanup_failed")
+            continue
         metrics.cleaned_up.inc(removed)
         if removed:
             log.info("cleanup", extra={"removed": removed})

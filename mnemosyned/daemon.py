@@ -30,7 +30,7 @@ from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
 from mnemosyned.ready import ReadySession
 from mnemosyned.rpc import reflection, session_manager
-from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, TlsFiles
+from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, TlsFiles, host_port
 from mnemosyned.rpc.grpcio_engine import GrpcioEngine
 from mnemosyned.rpc.h2corn_engine import H2cornEngine
 from mnemosyned.rpc.health import SERVICE_NAME as HEALTH
@@ -171,7 +171,8 @@ class _Daemon:
             raise StartFailed(str(exc)) from exc
         except OSError as exc:
             await engine.drain()
-            raise StartFailed(f"cannot listen on {config.host}:{operator_port}: {exc.strerror}") from exc
+            address = host_port(config.host, operator_port)
+            raise StartFailed(f"cannot listen on {address}: {exc.strerror}") from exc
         self._announce(port, operator.port)
         return operator, engine
 
@@ -224,33 +225,25 @@ class _Daemon:
 
     def _announce(self, port: int, operator_port: int) -> None:
         config = self._config
-        data = str(self._embedded.directory) if self._embedded is not None else config.storage
-        log.info(
-            "serving",
-            extra={
-                "version": __version__,
-                "grpc": f"{config.host}:{port}",
-                "operator": f"http://{config.host}:{operator_port}",
-                "engine": config.grpc_engine,
-                "storage": data,
-            },
-        )
+        where = {
+            "grpc": host_port(config.host, port),
+            "operator": f"http://{host_port(config.host, operator_port)}",
+            "storage": config.storage if self._embedded is None else str(self._embedded.directory),
+        }
+        log.info("serving", extra={"version": __version__, "engine": config.grpc_engine, **where})
         if config.storage == "memory":
             log.warning("memory_storage_forgets_all_sessions_at_exit")
         if config.log_environment == "development":
-            sys.stdout.write(_WELCOME.format(
-                version=__version__, host=config.host, port=port, operator_port=operator_port,
-                data=data, python=sys.executable,
-            ))  # fmt: skip
+            sys.stdout.write(_WELCOME.format(version=__version__, python=sys.executable, **where))
             sys.stdout.flush()
 
 
 _WELCOME: Final = """
 mnemosyned {version}
-  gRPC     {host}:{port}
-  metrics  http://{host}:{operator_port}/metrics, health on /healthz and /healthr
-  data     {data}
-  try it   {python} -m mnemosynerpc.example {host}:{port}
+  gRPC     {grpc}
+  metrics  {operator}/metrics, health on /healthz and /healthr
+  data     {storage}
+  try it   {python} -m mnemosynerpc.example {grpc}
   stop it  Ctrl-C
 
 """

@@ -42,6 +42,10 @@ class StorageUnavailable(MnemosyneError):
     """The storage gave no answer in its time; the call may be repeated."""
 
 
+class CorruptBag(MnemosyneError):
+    """A stored bag is in neither daemon's form; the rest of the storage is well."""
+
+
 class Overloaded(MnemosyneError):
     """A bounded queue is full; the call was not begun and may be repeated later."""
 

@@ -81,6 +81,8 @@ class TouchWriter:
             except MnemosyneError as exc:
                 # The store has logged the cause; nothing is lost, the next round tries again.
                 log.debug("touches_wait", extra={"waiting": len(self), "error": str(exc)})
+            except Exception:  # the root of the task: a bug must not end the writing
+                log.exception("touches_failed", extra={"waiting": len(self)})
 
     async def _write_batch(self) -> None:
         batch = dict(islice(self._dirty.items(), _BATCH_ITEMS))

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS: Final = 16
 _TIMEOUT_S: Final = 5.0
+_STOP_POLL_S: Final = 0.1
 _BUSY: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
 )
@@ -52,7 +53,10 @@ class OperatorServer:
 
     def __init__(self, server: _Server) -> None:
         self._server = server
-        self._thread = threading.Thread(target=server.serve_forever, name="operator", daemon=True)
+        # It looks for the order to stop that often.
+        self._thread = threading.Thread(
+            target=server.serve_forever, args=(_STOP_POLL_S,), name="operator", daemon=True
+        )
         self._thread.start()
 
     @property

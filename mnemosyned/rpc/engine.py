@@ -35,8 +35,13 @@ class EngineOptions:
 
     @property
     def address(self) -> str:
-        """The address in the form `host:port`, IPv6 in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """What to listen on."""
+        return host_port(self.host, self.port)
+
+
+def host_port(host: str, port: int) -> str:
+    """Join a host and a port, IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Engine(Protocol):

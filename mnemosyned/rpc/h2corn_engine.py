@@ -24,6 +24,7 @@ from mnemosyned.rpc.engine import (
     MAX_METADATA_BYTES,
     EngineOptions,
     ListenFailed,
+    host_port,
 )
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
@@ -221,7 +222,7 @@ class _H2cornCall:
     @property
     def peer(self) -> str:
         host, port = self._scope.get("client") or ("", 0)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return host_port(host, port)
 
     def header(self, wanted: bytes) -> bytes | None:
         for name, value in self._scope["headers"]:

@@ -7,6 +7,7 @@ from typing import Final
 from grpc import StatusCode
 
 from mnemosyned.errors import (
+    CorruptBag,
     DeadlineExceeded,
     InvalidArgument,
     MalformedMessage,
@@ -26,6 +27,7 @@ GRPC_STATUS: Final[dict[type[MnemosyneError], StatusCode]] = {
     UnknownService: StatusCode.NOT_FOUND,
     SessionAlreadyExists: StatusCode.ALREADY_EXISTS,
     StorageUnavailable: StatusCode.UNAVAILABLE,
+    CorruptBag: StatusCode.DATA_LOSS,
     Overloaded: StatusCode.UNAVAILABLE,
     MessageTooLarge: StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mnemosyned import bag
-from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionAlreadyExists, SessionNotFound
+from mnemosyned.errors import (
+    CorruptBag,
+    InvalidArgument,
+    MnemosyneError,
+    SessionAlreadyExists,
+    SessionNotFound,
+)
 from mnemosyned.session import (
     MAX_PAGE_BYTES,
     Criteria,
@@ -116,7 +122,7 @@ class MemoryStore:
             return SessionNotFound()
         try:
             values, stored = bag.with_value(session.bag, change.key, change.value)
-        except InvalidArgument as exc:
+        except (InvalidArgument, CorruptBag) as exc:
             return exc
         self._session_by_token[change.access_token] = replace(session, bag=stored)
         return values

@@ -43,7 +43,7 @@ class SessionStore(Protocol):
         """Set keys of bags, in order; each result is the bag after its own change.
 
         Concurrent changes to different keys of one session never lose each other.
-        An item's failure: SessionNotFound.
+        An item's failure: SessionNotFound, InvalidArgument (the bag would be too large), CorruptBag.
         """
         ...
 

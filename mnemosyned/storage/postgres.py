@@ -15,6 +15,7 @@ import asyncpg
 
 from mnemosyned import bag
 from mnemosyned.errors import (
+    CorruptBag,
     InvalidArgument,
     MnemosyneError,
     SessionAlreadyExists,
@@ -108,12 +109,12 @@ class PostgresStore:
         """See SessionStore."""
         where, values = _condition(criteria)
         rows = await self._pool.fetch(self._queries.delete(where, limit_at=len(values) + 1), *values, limit)
-        return [row["access_token"].decode() for row in rows]
+        return [_text(row["access_token"]) for row in rows]
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""
         rows = await self._pool.fetch(self._queries.clean_up, limit, self._table.advisory_key)
-        return [row["access_token"].decode() for row in rows]
+        return [_text(row["access_token"]) for row in rows]
 
     async def _start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         # One statement may not meet a token twice: the first of a batch has it.
@@ -282,12 +283,17 @@ def _encoded_or_none(token: str | None) -> bytes | None:
     return None if token is None else token.encode()
 
 
+def _text(stored: bytes) -> str:
+    # Go checks no UTF-8: a row that we could not have written must not keep the others from being read.
+    return stored.decode(errors="replace")
+
+
 def _session(row: Record) -> Session:
     return Session(
-        access_token=row["access_token"].decode(),
+        access_token=_text(row["access_token"]),
         subject_id=row["subject_id"],
         subject_client=row["subject_client"] or "",
-        refresh_token=(row["refresh_token"] or b"").decode(),
+        refresh_token=_text(row["refresh_token"] or b""),
         bag=row["bag"],
         expires_at_us=row["expire_at"],
     )
@@ -317,7 +323,7 @@ def _with_values(
             continue
         try:
             values, stored = bag.with_value(after.get(token, before[token]), change.key, change.value)
-        except InvalidArgument as exc:
+        except (InvalidArgument, CorruptBag) as exc:
             results.append(exc)
             continue
         after[token] = stored

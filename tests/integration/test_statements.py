@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import asyncpg
+import grpc
 import pytest
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     ExistsRequest,
     GetRequest,
+    ListRequest,
     Session,
     SetValueRequest,
     StartRequest,
@@ -180,6 +182,45 @@ async def test_a_table_of_the_go_daemon_opens_in_place(postgres_dsn: str) -> Non
     assert dict(bag_after) == dict(again.bag) == {"a": "1", "b": "3"}
     assert indexes == 4
     assert not bag.is_gob(stored)
+
+
+async def test_a_damaged_row_harms_only_itself(counted: Counted, postgres_dsn: str) -> None:
+    damaged, other = await started(counted.node, 2)
+    for token in (damaged, other):
+        counted.node.cache.drop(token)
+    connection = await asyncpg.connect(postgres_dsn)
+    change = f"UPDATE {TABLE.sql} SET bag = '\\x12ff', access_token = $2 WHERE access_token = $1"  # noqa: S608
+    await connection.execute(change, damaged.encode(), b"damaged")
+    stub = counted.node.stub
+    results = await asyncio.gather(
+        stub.SetValue(SetValueRequest(access_token="damaged", key="k")),
+        stub.SetValue(SetValueRequest(access_token=other, key="k", value="w")),
+        stub.Get(GetRequest(access_token="damaged")),
+        stub.Get(GetRequest(access_token=other)),
+        return_exceptions=True,
+    )
+    await connection.close()
+
+    assert [getattr(result, "code", lambda: None)() for result in results] == [
+        grpc.StatusCode.DATA_LOSS,
+        None,
+        grpc.StatusCode.DATA_LOSS,
+        None,
+    ]
+
+
+async def test_a_token_that_is_not_text_can_be_listed_and_cleaned_up(
+    counted: Counted, postgres_dsn: str
+) -> None:
+    await started(counted.node, 1)
+    connection = await asyncpg.connect(postgres_dsn)
+    await connection.execute(f"UPDATE {TABLE.sql} SET access_token = '\\xff'")  # noqa: S608
+    listed = (await counted.node.stub.List(ListRequest())).sessions
+    await connection.execute(f"UPDATE {TABLE.sql} SET expire_at = now()")  # noqa: S608
+    await connection.close()
+
+    assert [session.access_token for session in listed] == ["\ufffd"]
+    assert await counted.node.service.clean_up(10) == 1
 
 
 async def test_many_nodes_may_set_up_an_empty_database_at_once_and_again(postgres_dsn: str) -> None:
