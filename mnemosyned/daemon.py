@@ -24,7 +24,7 @@ from mnemosyned import __version__
 from mnemosyned.cleanup import run_cleanup
 from mnemosyned.clock import StorageClock
 from mnemosyned.config import Config
-from mnemosyned.errors import StorageUnavailable
+from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe.metrics import CacheCollector, QueryMetrics, RpcCollector, UpkeepMetrics, new_registry
 from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
@@ -207,7 +207,7 @@ class _Daemon:
         try:
             async with asyncio.timeout(_LAST_FLUSH_S):
                 await self._touches.flush()
-        except (StorageUnavailable, TimeoutError):
+        except (MnemosyneError, TimeoutError):
             log.error("touches_lost", extra={"sessions": len(self._touches)})
 
     def _readiness(self) -> Readiness:

@@ -55,7 +55,11 @@ class TouchWriter:
 
     def mark(self, token: str, ready: ReadySession) -> None:
         """Have the session's latest expiry written; call it once each time `is_dirty` turns true."""
-        if len(self._dirty) >= self._max_waiting:
+        waiting = self._dirty.get(token)
+        if waiting is not None:
+            # Of a copy that a drop has taken from the cache: what it promised still holds.
+            ready.expires_at_us = max(ready.expires_at_us, waiting.expires_at_us)
+        elif len(self._dirty) >= self._max_waiting:
             oldest = next(iter(self._dirty))
             self._dirty.pop(oldest).is_dirty = False
             self._lost.inc()
@@ -106,5 +110,8 @@ class TouchWriter:
 
     def _take_back(self, batch: dict[str, ReadySession]) -> None:
         for token, ready in batch.items():
-            if token not in self._dirty:
+            newer = self._dirty.get(token)
+            if newer is None:
                 self.mark(token, ready)
+            else:
+                newer.expires_at_us = max(newer.expires_at_us, ready.expires_at_us)

@@ -31,7 +31,9 @@ from mnemosyned.session import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.storage.postgres_pool import ITEM_FAULTS, PostgresPool, Query
+from mnemosyned.storage.port import StorageRefused
+from mnemosyned.storage.postgres_pool import ITEM_FAULTS, REFUSALS, PostgresPool
+from mnemosyned.storage.postgres_queries import Queries
 from mnemosyned.storage.postgres_schema import Table, set_up
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_COLUMNS = "access_token, refresh_token, subject_id, subject_client, bag, expire_at"
 
 
 class PostgresStore:
@@ -51,13 +51,19 @@ class PostgresStore:
         self._table = table
         self._ttl = timedelta(microseconds=ttl_us)
         self._fresh = timedelta(microseconds=ttl_us - touch_interval_us)
-        self._queries = _Queries(table.sql)
+        self._queries = Queries(table.sql)
 
     async def open(self) -> None:
         """See SessionStore."""
         await self._pool.open()
-        async with self._pool.connection() as connection:
-            await set_up(connection, self._table)
+        try:
+            async with self._pool.connection(passing=REFUSALS) as connection:
+                await set_up(connection, self._table)
+        except BaseException as exc:
+            await self._pool.close()
+            if isinstance(exc, REFUSALS):
+                raise StorageRefused(f"PostgreSQL: {exc}") from exc
+            raise
 
     async def close(self) -> None:
         """See SessionStore."""
@@ -167,98 +173,6 @@ class PostgresStore:
         )
         found = {row["access_token"] for row in rows}
         return [touch.access_token.encode() in found for touch in touches]
-
-
-class _Queries:
-    """The statements for one table; see SessionStore for what each must do."""
-
-    def __init__(self, table: str) -> None:
-        self._table = table
-        self.now = Query("now", "SELECT clock_timestamp() AS now")
-        self.start = Query(
-            "start",
-            f"INSERT INTO {table} AS held ({_COLUMNS}) "
-            "SELECT access_token, refresh_token, subject_id, subject_client, bag, now() + $6::interval "
-            "FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], $5::bytea[]) "
-            "AS new (access_token, refresh_token, subject_id, subject_client, bag) ORDER BY access_token "
-            # A row that is past its expiry does not exist, though cleanup has not seen it yet.
-            "ON CONFLICT (access_token) DO UPDATE SET refresh_token = EXCLUDED.refresh_token, "
-            "subject_id = EXCLUDED.subject_id, subject_client = EXCLUDED.subject_client, "
-            "bag = EXCLUDED.bag, expire_at = EXCLUDED.expire_at WHERE held.expire_at <= now() "
-            "RETURNING access_token, expire_at",
-        )
-        self.load = Query(
-            "load",
-            f"WITH found AS MATERIALIZED (SELECT {_COLUMNS} FROM {table} "
-            "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()), "
-            f"moved AS (UPDATE {table} AS held SET expire_at = now() + $2::interval FROM "
-            f"(SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) "
-            "AND expire_at > now() AND expire_at < now() + $3::interval "
-            "ORDER BY access_token FOR NO KEY UPDATE SKIP LOCKED) AS behind "
-            "WHERE held.access_token = behind.access_token RETURNING held.access_token, held.expire_at) "
-            "SELECT access_token, refresh_token, subject_id, subject_client, bag, "
-            "COALESCE(moved.expire_at, found.expire_at) AS expire_at "
-            "FROM found LEFT JOIN moved USING (access_token)",
-        )
-        self.exist = Query(
-            "exists",
-            f"SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) AND expire_at > now()",
-        )
-        self.lock_bags = Query(
-            "set_value_select",
-            f"SELECT access_token, bag FROM {table} "
-            "WHERE access_token = ANY($1::bytea[]) AND expire_at > now() "
-            "ORDER BY access_token FOR NO KEY UPDATE",
-        )
-        self.write_bags = Query(
-            "set_value_update",
-            f"UPDATE {table} AS held SET bag = new.bag "
-            "FROM unnest($1::bytea[], $2::bytea[]) AS new (access_token, bag) "
-            "WHERE held.access_token = new.access_token",
-        )
-        self.abandon = Query(
-            "abandon",
-            f"WITH ended AS (SELECT access_token FROM {table} "
-            "WHERE access_token = ANY($1::bytea[]) ORDER BY access_token FOR UPDATE) "
-            f"DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
-            "RETURNING held.access_token, held.expire_at > now() AS was_live",
-        )
-        self.touch = Query(
-            "touch",
-            f"UPDATE {table} AS held SET expire_at = GREATEST(held.expire_at, new.expire_at) "
-            f"FROM (SELECT access_token, asked.expire_at FROM {table} AS live "
-            "JOIN unnest($1::bytea[], $2::timestamptz[]) AS asked (access_token, expire_at) "
-            "USING (access_token) WHERE live.expire_at > now() "
-            "ORDER BY access_token FOR NO KEY UPDATE OF live) AS new "
-            "WHERE held.access_token = new.access_token RETURNING held.access_token",
-        )
-        self.clean_up = Query(
-            "clean_up",
-            # One node at a time: the others' try at the lock fails and they find nothing.
-            f"DELETE FROM {table} WHERE access_token IN (SELECT access_token FROM {table} "
-            "WHERE expire_at <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
-            "ORDER BY expire_at LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING access_token",
-        )
-
-    def find(self, where: str, *, offset_at: int) -> Query:
-        return Query(
-            "list",
-            # Bags beyond what a page may hold stay in the database: a row without one tells so.
-            "SELECT access_token, refresh_token, subject_id, subject_client, expire_at, CASE WHEN "
-            "sum(octet_length(bag)) OVER (ORDER BY expire_at, access_token ROWS UNBOUNDED PRECEDING) "
-            f"<= ${offset_at + 2} THEN bag END AS bag FROM (SELECT {_COLUMNS} FROM {self._table} "
-            f"WHERE expire_at > now() AND {where} ORDER BY expire_at, access_token "
-            f"OFFSET ${offset_at} LIMIT ${offset_at + 1}) AS page ORDER BY expire_at, access_token",
-        )
-
-    def delete(self, where: str, *, limit_at: int) -> Query:
-        return Query(
-            "delete",
-            f"WITH ended AS (SELECT access_token FROM {self._table} WHERE access_token IN "
-            f"(SELECT access_token FROM {self._table} WHERE {where} LIMIT ${limit_at}) AND {where} "
-            f"ORDER BY access_token FOR UPDATE) DELETE FROM {self._table} AS held USING ended "
-            "WHERE held.access_token = ended.access_token RETURNING held.access_token",
-        )
 
 
 def _condition(criteria: Criteria) -> tuple[str, list[object]]:

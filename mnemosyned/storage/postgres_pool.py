@@ -15,6 +15,7 @@ import asyncpg
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.storage.port import StorageRefused
+from mnemosyned.storage.postgres_queries import Query
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Pool, Record
@@ -51,7 +52,7 @@ ITEM_FAULTS: Final = (
 )
 
 # Another try would end the same way: only an operator can help.
-_REFUSALS: Final = (
+REFUSALS: Final = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
     asyncpg.InsufficientPrivilegeError,
@@ -66,14 +67,6 @@ class PostgresOptions:
     pool_size: int
     connect_timeout_s: float
     statement_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A statement and the name it is counted under."""
-
-    name: str
-    sql: str
 
 
 class PostgresPool:
@@ -96,9 +89,9 @@ class PostgresPool:
             StorageRefused: it refuses us, or the address is wrong.
         """
         try:
-            with _translated("connect", self._metrics, (*_REFUSALS, asyncpg.ClientConfigurationError)):
+            with _translated("connect", self._metrics, (*REFUSALS, asyncpg.ClientConfigurationError)):
                 self._pool = await _create_pool(self._options)
-        except _REFUSALS as exc:
+        except REFUSALS as exc:
             raise StorageRefused(f"PostgreSQL: {exc}") from exc
         except ValueError as exc:
             # The text of the fault may quote the address, which holds a password.
@@ -196,8 +189,9 @@ async def _leave_as_it_is(_: Any) -> None:  # noqa: ANN401  # asyncpg passes its
 
 def _without_lib_pq_parameters(dsn: str) -> str:
     parts = urlsplit(dsn)
-    kept = [(key, value) for key, value in parse_qsl(parts.query) if key not in _LIB_PQ_ONLY]
-    return urlunsplit(parts._replace(query=urlencode(kept)))
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    kept = [(key, value) for key, value in given if key not in _LIB_PQ_ONLY]
+    return dsn if kept == given else urlunsplit(parts._replace(query=urlencode(kept)))
 
 
 class _translated:  # noqa: N801  # reads as a clause: `with _translated(…)`

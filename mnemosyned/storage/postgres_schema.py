@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Raise it when a change to the table needs a step that older daemons must not meet.
 SCHEMA_VERSION: Final = 1
+_SET_UP_TIMEOUT_S: Final = 6 * 3600.0
 _VERSION_MARK: Final = "mnemosyned schema version "
 
 _TYPE_BY_COLUMN: Final = {
@@ -63,7 +64,11 @@ async def set_up(connection: Connection[Record] | PoolConnectionProxy[Record], t
         StorageRefused: the table has other columns, or a newer daemon's version.
     """
     async with connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", table.advisory_key)
+        # An index of a large table takes longer than a statement may otherwise; other nodes wait for it.
+        await connection.execute("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock($1)", table.advisory_key, timeout=_SET_UP_TIMEOUT_S
+        )
         if await _is_missing(connection, table):
             await _create(connection, table)
         await _check_columns(connection, table)
@@ -124,4 +129,4 @@ async def _add_missing_indexes(
     leading = {row["leading"] for row in rows}
     for column, columns in _INDEXED_COLUMNS.items():
         if column not in leading:
-            await connection.execute(f"CREATE INDEX ON {table.sql} {columns}")
+            await connection.execute(f"CREATE INDEX ON {table.sql} {columns}", timeout=_SET_UP_TIMEOUT_S)

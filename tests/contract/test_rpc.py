@@ -408,7 +408,7 @@ async def test_a_cancelled_call_ends_the_work_behind_it(stuck: Stuck, node: Node
     call.cancel()
     await task
 
-    await asyncio.wait_for(stuck.cancelled.wait(), 5)
+    assert await asyncio.wait_for(stuck.cancelled.wait(), 5)
 
 
 async def test_work_that_others_wait_for_goes_on(stuck: Stuck, node: Node) -> None:

@@ -267,6 +267,46 @@ async def test_a_table_of_a_newer_daemon_is_refused(postgres_dsn: str) -> None:
     await asyncio.gather(store.close(), newer.close())
 
 
+async def test_set_up_waits_longer_than_a_statement_may_take(postgres_dsn: str) -> None:
+    options = PostgresOptions(dsn=postgres_dsn, pool_size=2, connect_timeout_s=5, statement_timeout_s=0.05)
+    store = PostgresStore(
+        PostgresPool(options, QueryMetrics(CollectorRegistry())),
+        TABLE,
+        ttl_us=60_000_000,
+        touch_interval_us=1,
+    )
+    other = await asyncpg.connect(postgres_dsn)
+    await other.execute("SELECT pg_advisory_lock($1)", TABLE.advisory_key)
+    opening = asyncio.create_task(store.open())
+    done, _ = await asyncio.wait([opening], timeout=0.8)
+    await other.close()
+    await asyncio.wait_for(opening, 10)
+    await store.close()
+
+    assert not done
+
+
+async def test_a_user_who_may_not_create_the_table_is_refused(postgres_dsn: str) -> None:
+    connection = await asyncpg.connect(postgres_dsn)
+    await connection.execute(
+        "DROP ROLE IF EXISTS mere_reader; CREATE ROLE mere_reader LOGIN PASSWORD 'hunter2'"
+    )
+    _, _, address = postgres_dsn.partition("@")
+    store = new_store(f"postgres://mere_reader:hunter2@{address}", CollectorRegistry())
+
+    with pytest.raises(StorageRefused, match="permission denied"):
+        await store.open()
+    await connection.execute("DROP ROLE mere_reader")
+    await connection.close()
+
+
+async def test_parameters_of_gos_driver_are_understood(postgres_dsn: str) -> None:
+    query = "?sslmode=disable&connect_timeout=5&fallback_application_name=x&binary_parameters=yes"
+    store = new_store(postgres_dsn + query, CollectorRegistry())
+    await store.open()
+    await store.close()
+
+
 async def test_a_wrong_password_is_refused_without_showing_it(postgres_dsn: str) -> None:
     before, _, after = postgres_dsn.partition("@")
     wrong = before.rpartition(":")[0] + ":hunter2@" + after

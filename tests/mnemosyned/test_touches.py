@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -24,8 +24,10 @@ class Store(MemoryStore):
         self.batches: list[int] = []
         self.is_away = False
         self.refused = 0
+        self.during_touch: Callable[[], None] = lambda: None
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
+        self.during_touch()
         if self.is_away:
             self.refused += 1
             raise StorageUnavailable("away")
@@ -110,6 +112,37 @@ async def test_flushing_goes_on_by_itself_and_survives_an_absent_storage() -> No
     running.cancel()
 
     assert setup.stored_us("t") == ready.expires_at_us
+
+
+async def test_a_second_copy_of_a_session_does_not_lose_what_the_first_promised() -> None:
+    setup = Setup()
+    first = await setup.extended("t")
+    promised_us = first.expires_at_us
+    (session,) = await setup.store.load(["t"])
+    assert isinstance(session, Session)
+    setup.touches.mark("t", ReadySession(session))
+    await setup.touches.flush()
+
+    assert setup.stored_us("t") == promised_us
+
+
+async def test_what_comes_back_does_not_take_the_place_of_what_was_marked_meanwhile() -> None:
+    setup = Setup()
+    first = await setup.extended("t")
+    promised_us = first.expires_at_us
+    (session,) = await setup.store.load(["t"])
+    assert isinstance(session, Session)
+    second = ReadySession(session)
+    setup.store.during_touch = lambda: setup.touches.mark("t", second)
+    setup.store.is_away = True
+    with pytest.raises(StorageUnavailable):
+        await setup.touches.flush()
+    setup.store.is_away = False
+    setup.store.during_touch = lambda: None
+    await setup.touches.flush()
+
+    assert setup.stored_us("t") == promised_us
+    assert not second.is_dirty
 
 
 async def test_concurrent_flushes_write_everything_once() -> None:
