@@ -158,10 +158,10 @@ class SessionService:
             await self._touches.flush()
         deleted = 0
         while True:
-            tokens = await self._store.delete(criteria, limit=_DELETE_BATCH)
-            self._drop(tokens)
-            deleted += len(tokens)
-            if len(tokens) < _DELETE_BATCH:
+            step = await self._store.delete(criteria, limit=_DELETE_BATCH)
+            self._drop(step.tokens)
+            deleted += len(step.tokens)
+            if step.is_all:
                 return deleted
 
     async def clean_up(self, limit: int) -> int:

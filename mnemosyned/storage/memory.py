@@ -22,6 +22,7 @@ from mnemosyned.session import (
     ValueChange,
     page_too_large,
 )
+from mnemosyned.storage.port import Deletion
 
 
 class MemoryStore:
@@ -78,9 +79,10 @@ class MemoryStore:
             raise page_too_large()
         return page
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
+    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore."""
-        return self._forget([session.access_token for session in self._matching(criteria)][:limit])
+        tokens = [session.access_token for session in self._matching(criteria)]
+        return Deletion(tokens=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """What one step of a Delete has done."""
+
+    tokens: list[str] = field(repr=False)
+    # Nothing is left that met the criteria when the step began, though others may have ended some of it.
+    is_all: bool
 
 
 class SessionStore(Protocol):
@@ -63,8 +73,8 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
-        """Delete at most `limit` sessions that meet all criteria; return their tokens."""
+    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
+        """Delete at most `limit` sessions that meet all criteria, expired rows included."""
         ...
 
     async def clean_up(self, *, limit: int) -> list[str]:

@@ -31,7 +31,7 @@ from mnemosyned.session import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.storage.port import StorageRefused
+from mnemosyned.storage.port import Deletion, StorageRefused
 from mnemosyned.storage.postgres_pool import ITEM_FAULTS, REFUSALS, PostgresPool
 from mnemosyned.storage.postgres_queries import Queries
 from mnemosyned.storage.postgres_schema import Table, set_up
@@ -111,11 +111,12 @@ class PostgresStore:
             raise page_too_large()
         return [_session(row) for row in rows]
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> list[str]:
+    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore."""
         where, values = _condition(criteria)
-        rows = await self._pool.fetch(self._queries.delete(where, limit_at=len(values) + 1), *values, limit)
-        return [_text(row["access_token"]) for row in rows]
+        query = self._queries.delete(where, limit_at=len(values) + 1)
+        (row,) = await self._pool.fetch(query, *values, limit)
+        return Deletion(tokens=[_text(token) for token in row["tokens"]], is_all=row["picked"] < limit)
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""

@@ -44,13 +44,19 @@ class Queries:
         )
 
     def delete(self, where: str, *, limit_at: int) -> Query:
-        """Delete what meets a condition; parameter `limit_at`: how many at most."""
+        """Delete what meets a condition; parameter `limit_at`: how many at most.
+
+        One row: the tokens, and how many were picked, of which others may have ended some meanwhile.
+        """
         return Query(
             "delete",
-            f"WITH ended AS (SELECT access_token FROM {self._table} WHERE access_token IN "
-            f"(SELECT access_token FROM {self._table} WHERE {where} LIMIT ${limit_at}) AND {where} "
-            f"ORDER BY access_token FOR UPDATE) DELETE FROM {self._table} AS held USING ended "
-            "WHERE held.access_token = ended.access_token RETURNING held.access_token",
+            f"WITH picked AS MATERIALIZED (SELECT access_token FROM {self._table} WHERE {where} "
+            f"LIMIT ${limit_at}), ended AS (SELECT access_token FROM {self._table} WHERE access_token IN "
+            f"(SELECT access_token FROM picked) AND {where} ORDER BY access_token FOR UPDATE), "
+            f"gone AS (DELETE FROM {self._table} AS held USING ended "
+            "WHERE held.access_token = ended.access_token RETURNING held.access_token) "
+            "SELECT (SELECT count(*) FROM picked) AS picked, "
+            "ARRAY(SELECT access_token FROM gone) AS tokens",
         )
 
 

@@ -307,9 +307,28 @@ async def test_deleting_returns_the_tokens_and_stops_at_the_limit(engine: Engine
     first = await engine.store.delete(Criteria(subject_id="a"), limit=2)
     second = await engine.store.delete(Criteria(subject_id="a"), limit=2)
 
-    assert len(first) == 2
-    assert sorted(first + second) == ["1", "2", "3"]
+    assert len(first.tokens) == 2
+    assert sorted(first.tokens + second.tokens) == ["1", "2", "3"]
+    assert (first.is_all, second.is_all) == (False, True)
     assert await engine.store.exist(["1", "2", "3", "4"]) == [False, False, False, True]
+
+
+async def test_deletes_at_the_same_time_share_the_work_and_none_claims_all_too_early(engine: Engine) -> None:
+    await engine.store.start([new(f"t{n}", subject_id="a") for n in range(40)])
+
+    async def delete() -> list[str]:
+        tokens: list[str] = []
+        while True:
+            step = await engine.store.delete(Criteria(subject_id="a"), limit=5)
+            tokens += step.tokens
+            if step.is_all:
+                # Whoever is told so may rely on it, though another does the rest of the work.
+                assert await engine.store.find(Criteria(subject_id="a"), offset=0, limit=1) == []
+                return tokens
+
+    shares = await asyncio.gather(*(delete() for _ in range(4)))
+
+    assert sorted(token for share in shares for token in share) == sorted(f"t{n}" for n in range(40))
 
 
 async def test_cleaning_up_removes_what_has_expired_and_nothing_else(engine: Engine) -> None:
