@@ -9,6 +9,7 @@ read; whatever changes or ends a session drops it from the cache when the storag
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,7 +32,7 @@ from mnemosyned.session import (
     check_token,
 )
 from mnemosyned.storage.batched import BatchedStore
-from mnemosyned.storage.port import SessionStore
+from mnemosyned.storage.port import Deletion, SessionStore
 from mnemosyned.touches import TouchWriter
 
 _US_PER_MS: Final = 1000
@@ -68,9 +69,13 @@ class SessionService:
         self._clock = clock
         self._lifetimes = lifetimes
         self._expiry_field = ExpiryField()
+        self._steps: set[asyncio.Task[Deletion]] = set()
 
     async def close(self) -> None:
         """Cancel the calls that still wait for the storage."""
+        for step in self._steps:
+            step.cancel()
+        await asyncio.gather(*self._steps, return_exceptions=True)
         await self._batched.close()
 
     def get(self, token: str) -> bytes | Coroutine[Any, Any, bytes]:
@@ -158,8 +163,7 @@ class SessionService:
             await self._touches.flush()
         deleted = 0
         while True:
-            step = await self._store.delete(criteria, limit=_DELETE_BATCH)
-            self._drop(step.tokens)
+            step = await self._delete_step(criteria)
             deleted += len(step.tokens)
             if step.is_all:
                 return deleted
@@ -169,6 +173,18 @@ class SessionService:
         tokens = await self._store.clean_up(limit=limit)
         self._drop(tokens)
         return len(tokens)
+
+    async def _delete_step(self, criteria: Criteria) -> Deletion:
+        async def delete() -> Deletion:
+            step = await self._store.delete(criteria, limit=_DELETE_BATCH)
+            self._drop(step.tokens)
+            return step
+
+        # Cancelled with its caller, it might be committed and the cache never told.
+        task = asyncio.create_task(delete())
+        self._steps.add(task)
+        task.add_done_callback(self._steps.discard)
+        return await asyncio.shield(task)
 
     async def _load(self, token: str, asked_us: int) -> bytes:
         ready = await self._cache.load(token, self._fetch)

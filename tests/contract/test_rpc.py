@@ -27,7 +27,9 @@ from mnemosynerpc.session_pb2 import (
 )
 from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
 
+from mnemosyned.session import Criteria
 from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.storage.port import Deletion
 
 StatusCode = grpc.StatusCode
 SERVICE = "/mnemosynerpc.SessionManager"
@@ -409,6 +411,29 @@ async def test_a_cancelled_call_ends_the_work_behind_it(stuck: Stuck, node: Node
     await task
 
     assert await asyncio.wait_for(stuck.cancelled.wait(), 5)
+
+
+async def test_a_delete_whose_caller_left_is_finished_and_the_cache_is_told(
+    node: Node, store: MemoryStore
+) -> None:
+    token = (await started(node)).access_token
+    delete, begun, release = store.delete, asyncio.Event(), asyncio.Event()
+
+    async def slow(criteria: Criteria, *, limit: int) -> Deletion:
+        begun.set()
+        await release.wait()
+        return await delete(criteria, limit=limit)
+
+    store.delete = slow  # type: ignore[method-assign]
+    call = asyncio.ensure_future(failure(node.stub.Delete(DeleteRequest(subject_id="s"), timeout=0.2)))
+    await asyncio.wait_for(begun.wait(), 5)
+    assert (await call)[0] is StatusCode.DEADLINE_EXCEEDED
+    release.set()
+    async with asyncio.timeout(5):
+        while token in node.cache.lru:
+            await asyncio.sleep(0)
+
+    assert await failure(node.stub.Get(GetRequest(access_token=token))) == NOT_FOUND
 
 
 async def test_work_that_others_wait_for_goes_on(stuck: Stuck, node: Node) -> None:
