@@ -48,7 +48,8 @@ def test_anything_else_is_left_to_the_reader(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoding", "payload"), [(b"gzip", gzip.compress(b"hello", mtime=0)), (b"deflate", zlib.compress(b"hello"))]
+    ("encoding", "payload"),
+    [(b"gzip", gzip.compress(b"hello", mtime=0)), (b"deflate", zlib.compress(b"hello"))],
 )
 def test_compressed_messages_are_unpacked(encoding: bytes, payload: bytes) -> None:
     assert reader(encoding).feed(compressed(payload)) == [b"hello"]
