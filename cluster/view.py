@@ -1,0 +1,27 @@
+"""What one node routes by: an immutable picture of the members, swapped in one reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.ring import Ring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class View:
+    """The ring, and where its nodes are dialled."""
+
+    me: str
+    ring: Ring
+    address_by_name: Mapping[str, str]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this node owns every token, so that nothing need be looked up."""
+        return self.ring.nodes == (self.me,)
+
+
+def alone(me: str) -> View:
+    """Return the view of a node without others."""
+    return View(me=me, ring=Ring([me]), address_by_name={})
