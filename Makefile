@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := mnemosyned cluster cache
-PROTOC := $(BIN)/python -m grpc_tools.protoc -I mnemosynerpc=proto
+PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
 .PHONY: help run test coverage check fmt lint type imports proto proto-check docs bench wheel lock clean
@@ -43,13 +43,18 @@ imports: $(VENV)/dev.stamp ## who may import whom
 	$(BIN)/lint-imports --no-cache
 
 proto: $(VENV)/dev.stamp ## generate the stubs anew
-	$(PROTOC) --python_out=client --pyi_out=client --grpc_python_out=client mnemosynerpc/session.proto
+	$(PROTOC) -I mnemosynerpc=proto --python_out=client --pyi_out=client --grpc_python_out=client \
+		mnemosynerpc/session.proto
+	$(PROTOC) -I cluster/peerpb=proto --python_out=. --pyi_out=. cluster/peerpb/peer.proto
 
 proto-check: $(VENV)/dev.stamp ## fail when the stubs are not what the .proto says
 	rm -rf build/proto-check && mkdir -p build/proto-check
-	$(PROTOC) --python_out=build/proto-check --pyi_out=build/proto-check \
+	$(PROTOC) -I mnemosynerpc=proto --python_out=build/proto-check --pyi_out=build/proto-check \
 		--grpc_python_out=build/proto-check mnemosynerpc/session.proto
+	$(PROTOC) -I cluster/peerpb=proto --python_out=build/proto-check --pyi_out=build/proto-check \
+		cluster/peerpb/peer.proto
 	diff -r --exclude='__*' --exclude=py.typed --exclude=example.py build/proto-check/mnemosynerpc client/mnemosynerpc
+	diff -r --exclude='__*' build/proto-check/cluster/peerpb cluster/peerpb
 
 docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
 	$(BIN)/python docs/update.py

@@ -97,6 +97,10 @@ class ReadThrough(Generic[Value]):
         self._fills.setdefault(key, set()).add(fill)
         return fill
 
+    def keys(self) -> list[str]:
+        """Return every key that has a value or is about to."""
+        return [*self.lru.keys_with_prefix(""), *self._fills]
+
     def end_fill(self, key: str, fill: Fill[Value]) -> None:
         """Forget a fill that is over."""
         fills = self._fills[key]

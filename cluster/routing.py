@@ -30,7 +30,8 @@ PASSING = Local(fill_cache=False)
 def route(view: View, token: str, *, hops_left: int) -> Route:
     """Return where a call for the token is answered; one that was forwarded has no hops left."""
     if view.is_alone:
-        return OWNED
+        # Joining, it does not know yet who holds copies.
+        return OWNED if view.is_active else PASSING
     owner = view.ring.owner(token)
     if owner == view.me:
         return OWNED

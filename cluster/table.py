@@ -47,7 +47,7 @@ class Table:
         self.live = base.live  # neither dead nor left, this node among them
         self.members_hash = base.members_hash  # of the live ones
         self.ring_hash = base.ring_hash  # of the names of those that own tokens
-        self.ring_changes = 0
+        self.changes = 0  # of what a view is made of: who is there, where, and who owns tokens
 
     def __len__(self) -> int:
         return len(self._base.names) + len(self._added)
@@ -83,7 +83,7 @@ class Table:
         self._overlay[member.name] = member
         self.live += not member.is_gone
         self.members_hash ^= _live_digest(member)
-        self._count_ring(member, held)
+        self._count_change(member, held)
         if member.is_gone:
             self._gone[member.name] = None
         return True
@@ -122,11 +122,12 @@ class Table:
         self.members_hash ^= _live_digest(held)
         self._gone.pop(held.name, None)
 
-    def _count_ring(self, member: Member, held: Member | None) -> None:
+    def _count_change(self, member: Member, held: Member | None) -> None:
         was_routable = held is not None and held.is_routable
         if was_routable != member.is_routable:
             self.ring_hash ^= name_digest(member.name)
-            self.ring_changes += 1
+        if held is None or _visible(held) != _visible(member):
+            self.changes += 1
 
 
 class ProbeOrder:
@@ -168,6 +169,10 @@ def _prime_from(number: int) -> int:
     while any(number % factor == 0 for factor in range(2, int(number**0.5) + 1)):
         number += 1
     return number
+
+
+def _visible(member: Member) -> tuple[bool, bool, str, int]:
+    return (member.is_gone, member.is_routable, member.address, member.instance)
 
 
 def _live_digest(member: Member) -> int:

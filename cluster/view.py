@@ -15,6 +15,7 @@ class View:
     me: str
     ring: Ring
     address_by_name: Mapping[str, str]
+    is_active: bool = True  # whether this node may own tokens: not while it joins
 
     @property
     def is_alone(self) -> bool:
@@ -22,6 +23,6 @@ class View:
         return self.ring.nodes == (self.me,)
 
 
-def alone(me: str) -> View:
-    """Return the view of a node without others."""
-    return View(me=me, ring=Ring([me]), address_by_name={})
+def alone(me: str, *, is_active: bool) -> View:
+    """Return the view of a node that knows no others, or none yet."""
+    return View(me=me, ring=Ring([me]), address_by_name={}, is_active=is_active)

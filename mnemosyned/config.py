@@ -19,7 +19,16 @@ import configargparse
 import yaml
 
 from mnemosyned import __version__
-from mnemosyned.flags import ACTIONS, ENV_PREFIX, FLAG_BY_NAME, FLAGS, Flag, help_text
+from mnemosyned.flags import (
+    ACTIONS,
+    ENV_PREFIX,
+    FLAG_BY_NAME,
+    FLAGS,
+    MAX_SECRETS,
+    Flag,
+    help_text,
+    secrets,
+)
 
 _MAX_TOUCH_INTERVAL_S: Final = 10.0
 # What Kubernetes puts into MNEMOSYNED_PORT when there is a Service of our name.
@@ -42,6 +51,9 @@ class Config:
     drain_timeout_s: float
     cluster_listen: str
     cluster_seeds: tuple[str, ...]
+    cluster_label: str
+    cluster_secret: tuple[str, ...] = field(repr=False)  # those of the file included
+    cluster_secret_file: str
     ttl_s: float
     ttc_s: float
     touch_interval_s: float
@@ -152,14 +164,42 @@ def _checked(values: dict[str, Any]) -> Config:
     """Check what concerns several flags."""
     if not values["touch_interval_s"]:
         values["touch_interval_s"] = min(values["ttl_s"] / 10, _MAX_TOUCH_INTERVAL_S)
+    values["cluster_secret"] += _secrets_in(values["cluster_secret_file"])
     config = Config(**values)
     if config.touch_interval_s > config.ttl_s / 4:
         raise ConfigError("flag -touch.interval: more than a quarter of -ttl")
+    _check_cluster(config)
+    _check_tls(config)
+    return config
+
+
+def _check_cluster(config: Config) -> None:
     others = [seed for seed in config.cluster_seeds if seed != config.cluster_listen]
     if config.storage == "memory" and others:
         raise ConfigError("flag -storage: memory is for a single node, and -cluster.seeds names others")
-    _check_tls(config)
-    return config
+    if others and not config.cluster_listen:
+        raise ConfigError("flag -cluster.seeds names others, who need -cluster.listen to dial this node")
+    if others and config.tls:
+        raise ConfigError("flag -tls: nodes of a cluster cannot dial one another over TLS yet")
+    if len(config.cluster_secret) > MAX_SECRETS:
+        raise ConfigError(f"flag -cluster.secret: more than {MAX_SECRETS} secrets; two are for a rotation")
+
+
+def _secrets_in(path: str) -> tuple[str, ...]:
+    if not path:
+        return ()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigError(f"flag -cluster.secret.file: {path}: {reason}") from None
+    try:
+        found = secrets(",".join(lines))
+    except ValueError as exc:
+        raise ConfigError(f"flag -cluster.secret.file: {path}: {exc}") from None
+    if not found:
+        raise ConfigError(f"flag -cluster.secret.file: {path}: it is empty")
+    return found
 
 
 def _check_tls(config: Config) -> None:

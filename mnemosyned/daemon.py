@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Final
 
@@ -25,6 +26,7 @@ from mnemosyned.cleanup import run_cleanup
 from mnemosyned.clock import StorageClock
 from mnemosyned.config import Config
 from mnemosyned.errors import MnemosyneError
+from mnemosyned.node import ClusterNode, NodeOptions, Sessions
 from mnemosyned.observe.metrics import CacheCollector, QueryMetrics, RpcCollector, UpkeepMetrics, new_registry
 from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
@@ -36,6 +38,7 @@ from mnemosyned.rpc.h2corn_engine import H2cornEngine
 from mnemosyned.rpc.health import SERVICE_NAME as HEALTH
 from mnemosyned.rpc.health import Health
 from mnemosyned.rpc.methods import MethodTable
+from mnemosyned.rpc.router import Services, carried
 from mnemosyned.service import Lifetimes, SessionService
 from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
 from mnemosyned.storage.memory import MemoryStore
@@ -52,6 +55,7 @@ _ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
     "h2corn": H2cornEngine,
     "grpcio": GrpcioEngine,
 }
+_PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})
 _US_PER_S: Final = 1_000_000
 # The last touches get this long to reach a storage that may be away.
 _LAST_FLUSH_S: Final = 5.0
@@ -72,7 +76,6 @@ def run(config: Config) -> None:
         # grpcio's core reads it when it is first used.
         os.environ["GRPC_VERBOSITY"] = "debug"
         logging.getLogger("mnemosyned.rpc").setLevel(logging.DEBUG)
-    _refuse_other_nodes(config)
     embedded = _start_embedded(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -80,12 +83,6 @@ def run(config: Config) -> None:
     finally:
         if embedded is not None:
             embedded.stop()
-
-
-def _refuse_other_nodes(config: Config) -> None:
-    others = [seed for seed in config.cluster_seeds if seed != config.cluster_listen]
-    if others:
-        raise StartFailed("flag -cluster.seeds: this version runs as a single node only")
 
 
 def _start_embedded(config: Config) -> EmbeddedPostgres | None:
@@ -118,21 +115,49 @@ class _Daemon:
             lost=self._upkeep.touches_lost,
             on_gone=self._cache.drop,
         )
-        self._service = SessionService(
-            self._store, self._cache, self._touches, clock=self._clock, lifetimes=_lifetimes(config)
-        )
-        services = frozenset({session_manager.SERVICE_NAME, HEALTH})
-        self._health = Health(services)
-        self._table = MethodTable()
-        session_manager.add_to(self._table, self._service)
-        self._health.add_to(self._table)
-        reflection.add_to(self._table, services)
+        self._node = _new_node(config, self._store, self._clock, self._cache, self._touches)
+        self._service = self._new_service(self._cache, _lifetimes(config))
+        self._stop = asyncio.Event()
         self._tracing = _new_tracing(config.tracing_agent_address)
-        if self._tracing is not None:
-            self._tracing.trace(self._table)
+        self._health = Health(_PUBLIC_SERVICES)
+        self._table = MethodTable()
+        self._passing: SessionService | None = None  # past the cache, for tokens that others own
+        self._add_methods()
         self._register_collectors()
         self._is_draining = False
         self._refusal = ""
+
+    def _new_service(self, cache: ReadThrough[ReadySession], lifetimes: Lifetimes) -> SessionService:
+        return SessionService(
+            self._store,
+            cache,
+            self._touches,
+            clock=self._clock,
+            lifetimes=lifetimes,
+            elsewhere=None if self._node is None else self._node.forwarder,
+        )
+
+    def _add_methods(self) -> None:
+        if self._node is None:
+            session_manager.add_to(self._table, session_manager.Here(self._service))
+        else:
+            self._add_clustered_methods(self._node)
+        self._health.add_to(self._table)
+        reflection.add_to(self._table, _PUBLIC_SERVICES)
+        if self._tracing is not None:
+            self._tracing.trace(self._table)
+
+    def _add_clustered_methods(self, node: ClusterNode) -> None:
+        no_cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=1, max_bytes=0))
+        self._passing = self._new_service(no_cache, replace(_lifetimes(self._config), cache_us=0))
+        services = Services(self._service, self._passing)
+        trace_context = carried if self._tracing is None else self._tracing.context
+        session_manager.add_to(self._table, node.router(services, trace_context))
+        calls = MethodTable()
+        session_manager.add_to(calls, node.owner_router(services))
+        if self._tracing is not None:
+            self._tracing.trace(calls)
+        node.serve_peers(self._table, calls, stop=self._stop.set)
 
     async def run(self) -> None:
         """Serve until a signal.
@@ -140,7 +165,8 @@ class _Daemon:
         Raises:
             StartFailed: a port cannot be listened on, or the storage refuses us.
         """
-        stop = _stop_signal()
+        stop = self._stop
+        _set_on_signal(stop)
         operator, engine = await self._listen()
         try:
             async with asyncio.TaskGroup() as group:
@@ -150,6 +176,8 @@ class _Daemon:
         finally:
             await self._drain(engine)
             await self._service.close()
+            if self._passing is not None:
+                await self._passing.close()
             await self._store.close()
             operator.stop()
             if self._tracing is not None:
@@ -188,6 +216,8 @@ class _Daemon:
                 stop.set()
                 return
             self._health.set_serving(True)
+            if self._node is not None:
+                group.create_task(self._node.run())
             group.create_task(self._watch.run())
             group.create_task(self._touches.run(self._config.touch_interval_s))
             group.create_task(
@@ -203,18 +233,25 @@ class _Daemon:
         log.info("draining", extra={"timeout_s": self._config.drain_timeout_s})
         self._is_draining = True
         self._health.close()
+        if self._node is not None:
+            await self._node.leave()
         await engine.drain()
         try:
             async with asyncio.timeout(_LAST_FLUSH_S):
                 await self._touches.flush()
         except (MnemosyneError, TimeoutError):
             log.error("touches_lost", extra={"sessions": len(self._touches)})
+        if self._node is not None:
+            await self._node.farewell()
 
     def _readiness(self) -> Readiness:
         storage = "SERVING" if self._watch.is_serving else "NOT_SERVING"
         return Readiness(
             is_ready=self._watch.is_serving and not self._is_draining,
-            probes={self._config.storage: storage, "cluster": {}},
+            probes={
+                self._config.storage: storage,
+                "cluster": {} if self._node is None else self._node.probes(),
+            },
         )
 
     def _register_collectors(self) -> None:
@@ -269,6 +306,26 @@ def _new_store(
     return PostgresStore(pool, table, ttl_us=ttl_us, touch_interval_us=touch_interval_us)
 
 
+def _new_node(
+    config: Config,
+    store: SessionStore,
+    clock: StorageClock,
+    cache: ReadThrough[ReadySession],
+    touches: TouchWriter,
+) -> ClusterNode | None:
+    if not config.cluster_listen or config.storage == "memory":
+        return None
+    options = NodeOptions(
+        listen=config.cluster_listen,
+        seeds=[seed for seed in config.cluster_seeds if seed != config.cluster_listen],
+        label=config.cluster_label,
+        secrets=config.cluster_secret,
+        max_message_bytes=config.grpc_max_message_bytes,
+        cache_ttl_s=config.cache_ttl_s,
+    )
+    return ClusterNode(options, Sessions(store=store, clock=clock, cache=cache, touches=touches))
+
+
 def _new_tracing(endpoint: str) -> Tracing | None:
     try:
         return Tracing(endpoint) if endpoint else None
@@ -307,9 +364,8 @@ async def _keep_alive(embedded: EmbeddedPostgres) -> None:
                 log.error("embedded_postgres_restart_failed", extra={"error": str(exc)})
 
 
-def _stop_signal() -> asyncio.Event:
-    """Return an event that the first SIGTERM or SIGINT sets; the next one does what it always does."""
-    stop = asyncio.Event()
+def _set_on_signal(stop: asyncio.Event) -> None:
+    """Have the first SIGTERM or SIGINT set the event; the next one does what it always does."""
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -319,4 +375,3 @@ def _stop_signal() -> asyncio.Event:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    return stop

@@ -65,5 +65,13 @@ class Unimplemented(MnemosyneError):
     """No such method, or a way of calling it that this server does not know."""
 
 
+class Unauthenticated(MnemosyneError):
+    """The call is for peers only, and no peer has signed it."""
+
+
+class NotOurCluster(MnemosyneError):
+    """A peer of another cluster, or of one that stores its sessions elsewhere."""
+
+
 class MalformedMessage(MnemosyneError):
     """The bytes of a request are not a message of the method's type."""

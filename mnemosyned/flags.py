@@ -15,6 +15,8 @@ _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 _BYTES_BY_UNIT: Final = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _MAX_IDENTIFIER_BYTES: Final = 63
+_MIN_SECRET: Final = 16
+MAX_SECRETS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Flag:
     @property
     def is_list(self) -> bool:
         """Whether its values add up when it is repeated."""
-        return self.parse is _nodes
+        return self.parse in (_nodes, secrets)
 
 
 def _boolean(text: str) -> bool:
@@ -118,6 +120,20 @@ def _node_or_nothing(text: str) -> str:
 def _nodes(text: str) -> tuple[str, ...]:
     stripped = (part.strip() for part in text.split(","))
     return tuple(dict.fromkeys(_node(part) for part in stripped if part))
+
+
+def secrets(text: str) -> tuple[str, ...]:
+    """Read secrets separated by commas. Raises ValueError, whose text shows none of them."""
+    found = tuple(dict.fromkeys(part for part in (part.strip() for part in text.split(",")) if part))
+    if any(len(secret) < _MIN_SECRET for secret in found):
+        raise ValueError(f"a secret is shorter than {_MIN_SECRET} characters; try `openssl rand -hex 32`")
+    return found
+
+
+def _label(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text):
+        raise ValueError(f"{text!r} is not a label of at most 63 letters, digits, dots, dashes, underscores")
+    return text
 
 
 def _postgres_address(text: str) -> str:
@@ -226,8 +242,29 @@ FLAGS: Final = (
         "cluster.seeds",
         "",
         _nodes,
-        "addresses of other nodes, comma-separated; may be repeated",
+        "addresses of other nodes, comma-separated; may be repeated; a name may have many addresses",
         "cluster_seeds",
+    ),
+    Flag(
+        "cluster.secret",
+        "",
+        secrets,
+        "secret that all nodes share; two, comma-separated, in a rotation: the first signs",
+        "cluster_secret",
+    ),
+    Flag(
+        "cluster.secret.file",
+        "",
+        str,
+        "file with the secret, or with two in a rotation, one a line",
+        "cluster_secret_file",
+    ),
+    Flag(
+        "cluster.label",
+        "",
+        _label,
+        "name of the cluster; nodes with another one are refused",
+        "cluster_label",
     ),
     Flag(
         "log.environment",

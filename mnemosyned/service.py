@@ -10,15 +10,15 @@ read; whatever changes or ends a session drops it from the cache when the storag
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from cache.lru import Slot
 from cache.readthrough import ReadThrough
 from mnemosyned import bag
 from mnemosyned.clock import StorageClock
-from mnemosyned.errors import InvalidArgument
+from mnemosyned.errors import InvalidArgument, SessionAlreadyExists
 from mnemosyned.ready import ExpiryField, ReadySession, list_response
 from mnemosyned.session import (
     DEFAULT_LIST_LIMIT,
@@ -50,8 +50,16 @@ class Lifetimes:
     touch_interval_us: int
 
 
+class OtherCaches(Protocol):
+    """The caches of other nodes."""
+
+    async def invalidate(self, tokens: Sequence[str]) -> None:
+        """Have their owners drop these sessions; return when those that can be reached have."""
+        ...
+
+
 class SessionService:
-    """Sessions, cached in front of a store."""
+    """Sessions, cached in front of a store; `elsewhere` is told of those that a Delete has ended."""
 
     def __init__(
         self,
@@ -61,8 +69,10 @@ class SessionService:
         *,
         clock: StorageClock,
         lifetimes: Lifetimes,
+        elsewhere: OtherCaches | None = None,
     ) -> None:
         self._store = store
+        self._elsewhere = elsewhere
         self._batched = BatchedStore(store, self._drop)
         self._cache = cache
         self._touches = touches
@@ -117,6 +127,22 @@ class SessionService:
             slot = self._slot(session)
             fill.put(slot)
         return slot.value.response(self._expiry_field.encode(session.expires_at_us))
+
+    async def start_again(self, new: NewSession) -> bytes:
+        """Store a session, unless an earlier try of the same call has.
+
+        Raises:
+            InvalidArgument: a field cannot be stored.
+            SessionAlreadyExists: another session has the token.
+        """
+        try:
+            return await self.start(new)
+        except SessionAlreadyExists:
+            found = await self._batched.load(new.access_token)
+            if not found.is_from(new):
+                raise
+        slot = self._slot(found)
+        return slot.value.response(self._expiry_field.encode(found.expires_at_us))
 
     async def set_value(self, change: ValueChange) -> dict[str, str]:
         """Set one key of a session's bag; return the whole bag. Does not extend the session.
@@ -178,6 +204,8 @@ class SessionService:
         async def delete() -> Deletion:
             step = await self._store.delete(criteria, limit=_DELETE_BATCH)
             self._drop(step.tokens)
+            if self._elsewhere is not None:
+                await self._elsewhere.invalidate(step.tokens)
             return step
 
         # Cancelled with its caller, it might be committed and the cache never told.

@@ -47,6 +47,16 @@ class Session:
     bag: bytes = field(repr=False)  # stored form, see bag.py
     expires_at_us: int  # microseconds since the epoch, on the storage's clock
 
+    def is_from(self, new: NewSession) -> bool:
+        """Tell whether this is what the call made, unchanged."""
+        return (self.access_token, self.subject_id, self.subject_client, self.refresh_token, self.bag) == (
+            new.access_token,
+            new.subject_id,
+            new.subject_client,
+            new.refresh_token,
+            new.bag,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueChange:

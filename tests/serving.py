@@ -58,7 +58,7 @@ async def serving(
     )
     service = SessionService(store, cache, touches, clock=StorageClock(), lifetimes=lifetimes)
     table = MethodTable()
-    session_manager.add_to(table, service)
+    session_manager.add_to(table, session_manager.Here(service))
     health = Health(frozenset({session_manager.SERVICE_NAME}))
     health.add_to(table)
     health.set_serving(True)

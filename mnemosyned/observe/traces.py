@@ -39,7 +39,16 @@ class Tracing:
             service, name = path[1:].split("/")
             attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
             begin = _beginner(tracer, path[1:], attributes)
-            table.add_unary(service, name, _traced(method.answer, begin))
+            answer = _traced(method.answer, begin)
+            table.add_unary(service, name, answer, max_message_bytes=method.max_message_bytes)
+
+    def context(self, _: Call) -> dict[str, str]:
+        """Return the headers by which another node's span continues the current one."""
+        from opentelemetry.propagate import inject  # noqa: PLC0415  # an extra
+
+        headers: dict[str, str] = {}
+        inject(headers)
+        return {key: value for key, value in headers.items() if key in _CARRIED}
 
     def close(self) -> None:
         """Send what is left, for at most a few seconds."""
@@ -76,6 +85,8 @@ def _beginner(tracer: Tracer, name: str, attributes: dict[str, str]) -> Callable
 
 
 def _traced(answer: UnaryAnswer, begin: Callable[[Call], Span]) -> UnaryAnswer:
+    from opentelemetry.trace import use_span  # noqa: PLC0415  # an extra
+
     def traced(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         span = begin(call)
         try:
@@ -90,7 +101,9 @@ def _traced(answer: UnaryAnswer, begin: Callable[[Call], Span]) -> UnaryAnswer:
 
     async def wait(result: Coroutine[Any, Any, bytes], span: Span) -> bytes:
         try:
-            response = await result
+            # Current, so that what this call asks of other nodes continues it.
+            with use_span(span, record_exception=False, set_status_on_exception=False):
+                response = await result
         except (Exception, asyncio.CancelledError) as exc:
             _end_failed(span, exc)
             raise

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from mnemosyned.errors import Unimplemented
+from mnemosyned.errors import MessageTooLarge, Unimplemented
 from mnemosyned.rpc.engine import (
     MAX_CONCURRENT_STREAMS,
     MAX_METADATA_BYTES,
@@ -17,7 +17,7 @@ from mnemosyned.rpc.engine import (
     ListenFailed,
     TlsFiles,
 )
-from mnemosyned.rpc.invoke import Failure, invoke_stream, invoke_unary, refuse
+from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
@@ -33,14 +33,14 @@ class GrpcioEngine:
             options=[
                 # Two daemons on one port would split its connections without a word.
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_receive_message_length", _largest_limit(table, options)),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
             ]
         )
-        self._server.add_generic_rpc_handlers((_Handlers(table),))
+        self._server.add_generic_rpc_handlers((_Handlers(table, options.max_message_bytes),))
 
     async def start(self) -> int:
         """See Engine."""
@@ -87,9 +87,10 @@ class _GrpcioCall:
 class _Handlers(grpc.GenericRpcHandler):
     """Finds the handler of a path."""
 
-    def __init__(self, table: MethodTable) -> None:
+    def __init__(self, table: MethodTable, max_message_bytes: int) -> None:
         self._by_path: dict[str, Any] = {
-            path: grpc.unary_unary_rpc_method_handler(_unary(method)) for path, method in table.unary.items()
+            path: grpc.unary_unary_rpc_method_handler(_unary(method, max_message_bytes))
+            for path, method in table.unary.items()
         }
         for path, method in table.streams.items():
             self._by_path[path] = grpc.stream_stream_rpc_method_handler(_stream(method))
@@ -99,9 +100,22 @@ class _Handlers(grpc.GenericRpcHandler):
         return self._by_path.get(path) or grpc.stream_stream_rpc_method_handler(_unknown(path))
 
 
-def _unary(method: UnaryMethod) -> Callable[[bytes, Context], Awaitable[bytes]]:
+def _largest_limit(table: MethodTable, options: EngineOptions) -> int:
+    # grpcio has one for all methods; each method's own is checked when the message is there.
+    own = (method.max_message_bytes or 0 for method in table.unary.values())
+    return max(options.max_message_bytes, *own)
+
+
+def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    limit_bytes = method.max_message_bytes or max_message_bytes
+
     async def behaviour(message: bytes, context: Context) -> bytes:
-        answer = await invoke_unary(method, message, _GrpcioCall(context))
+        call = _GrpcioCall(context)
+        if len(message) > limit_bytes:
+            method.stats.begin()
+            exc = MessageTooLarge(f"mnemosyned: a message of {len(message)} bytes, over {limit_bytes}")
+            await _abort(context, fail(method, call, exc, time.perf_counter()))
+        answer = await invoke_unary(method, message, call)
         if isinstance(answer, Failure):
             await _abort(context, answer)
         return answer

@@ -60,7 +60,6 @@ class H2cornEngine:
     def __init__(self, table: MethodTable, options: EngineOptions) -> None:
         self._table = table
         self._options = options
-        self._max_body_bytes = frame.HEADER_BYTES + options.max_message_bytes
         self._listener: socket.socket | None = None
         self._server: h2corn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -121,38 +120,16 @@ class H2cornEngine:
         # Most clients end their stream in a frame of its own. A whole message need not wait for it:
         # that would cost a task switch, a fifth of the call.
         message = frame.only_message(event.get("body", b""))
-        if message is None or len(message) > self._options.max_message_bytes:
+        limit_bytes = method.max_message_bytes or self._options.max_message_bytes
+        if message is None or len(message) > limit_bytes:
             started_s = time.perf_counter()
-            body = await self._body(event, receive)
+            body = await _body(event, receive, frame.HEADER_BYTES + limit_bytes)
             try:
-                message = self._unusual_message(body, call)
+                message = _only_message(body, _frame_reader(call, limit_bytes))
             except MnemosyneError as exc:
                 method.stats.begin()
                 return fail(method, call, exc, started_s)
         return await invoke_unary(method, message, call)
-
-    async def _body(self, event: Event, receive: Receive) -> bytes:
-        """Return the request's whole body, or its beginning when it is longer than any we take."""
-        body = bytearray(event.get("body", b""))
-        while event.get("more_body") and frame.announced_bytes(body) <= self._max_body_bytes:
-            event = await receive()
-            body += event.get("body", b"")
-        if event["type"] == "http.disconnect":
-            raise _Disconnected
-        return bytes(body)
-
-    def _unusual_message(self, body: bytes, call: _H2cornCall) -> bytes:
-        """Return the one message of a body that is compressed, or say what is wrong with it."""
-        reader = self._frame_reader(call)
-        messages = reader.feed(body)
-        reader.end()
-        if len(messages) != 1:
-            raise Unimplemented("mnemosyned: the method takes exactly one message")
-        return messages[0]
-
-    def _frame_reader(self, call: _H2cornCall) -> frame.FrameReader:
-        encoding = call.header(b"grpc-encoding") or b""
-        return frame.FrameReader(encoding=encoding, max_message_bytes=self._options.max_message_bytes)
 
     async def _answer_other(self, call: _H2cornCall, receive: Receive, send: Send) -> None:
         stream = self._table.streams.get(call.path)
@@ -170,7 +147,7 @@ class H2cornEngine:
     async def _answer_stream(
         self, method: StreamMethod, call: _H2cornCall, receive: Receive, send: Send
     ) -> None:
-        messages = _messages(self._frame_reader(call), receive)
+        messages = _messages(_frame_reader(call, self._options.max_message_bytes), receive)
         has_begun = False
 
         async def send_message(message: bytes) -> None:
@@ -189,6 +166,31 @@ class H2cornEngine:
         await send(_END)
         trailers = [(b"grpc-status", b"0")] if failure is None else _status_headers(failure)
         await send({"type": "http.response.trailers", "headers": trailers})
+
+
+async def _body(event: Event, receive: Receive, max_bytes: int) -> bytes:
+    """Return the request's whole body, or its beginning when it is longer than any we take."""
+    body = bytearray(event.get("body", b""))
+    while event.get("more_body") and frame.announced_bytes(body) <= max_bytes:
+        event = await receive()
+        body += event.get("body", b"")
+    if event["type"] == "http.disconnect":
+        raise _Disconnected
+    return bytes(body)
+
+
+def _only_message(body: bytes, reader: frame.FrameReader) -> bytes:
+    """Return the one message of a body that is compressed, or say what is wrong with it."""
+    messages = reader.feed(body)
+    reader.end()
+    if len(messages) != 1:
+        raise Unimplemented("mnemosyned: the method takes exactly one message")
+    return messages[0]
+
+
+def _frame_reader(call: _H2cornCall, max_message_bytes: int) -> frame.FrameReader:
+    encoding = call.header(b"grpc-encoding") or b""
+    return frame.FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
 
 
 class _Disconnected(Exception):

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 _MAX_REQUEST_ID: Final = 200
 
 _CALLERS_FAULT: Final = frozenset({
+    StatusCode.UNAUTHENTICATED,
+    StatusCode.FAILED_PRECONDITION,
     StatusCode.INVALID_ARGUMENT,
     StatusCode.NOT_FOUND,
     StatusCode.ALREADY_EXISTS,
@@ -37,6 +39,7 @@ class Failure:
 
     code: StatusCode
     text: str
+    is_bug: bool = False
 
 
 async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes | Failure:
@@ -46,7 +49,7 @@ async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes
     try:
         answer = method.answer(message, call)
         if not isinstance(answer, bytes):
-            answer = await _in_time(answer, call)
+            answer = await answer_in_time(answer, call)
     except asyncio.CancelledError:
         _count_cancelled(method, call, started_s)
         raise
@@ -84,21 +87,21 @@ async def invoke_stream(
 def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started_s: float) -> Failure:
     """Count and log a call that has begun and failed."""
     elapsed_s = time.perf_counter() - started_s
-    failure = _failure(exc)
+    failure = failure_of(exc)
     method.stats.end(failure.code.name, elapsed_s)
     fields = _fields(method, call, failure.code, elapsed_s)
     if failure.code in _CALLERS_FAULT:
         log.info("rpc_failed", extra=fields | {"error": failure.text})
-    elif isinstance(exc, MnemosyneError):
-        log.warning("rpc_failed", extra=fields | {"error": failure.text})
-    else:
+    elif failure.is_bug:
         log.error("rpc_failed", extra=fields, exc_info=exc)
+    else:
+        log.warning("rpc_failed", extra=fields | {"error": failure.text})
     return failure
 
 
 def refuse(path: str, call: Call, exc: MnemosyneError) -> Failure:
     """Log a call to no method of ours. Not counted: its path is no closed label set."""
-    failure = _failure(exc)
+    failure = failure_of(exc)
     log.info("rpc_refused", extra={"method": path[:200], "peer": call.peer, "error": failure.text})
     return failure
 
@@ -116,7 +119,8 @@ async def in_time(seconds: float | None) -> AsyncIterator[None]:
         raise
 
 
-async def _in_time(answer: Coroutine[Any, Any, bytes], call: Call) -> bytes:
+async def answer_in_time(answer: Coroutine[Any, Any, bytes], call: Call) -> bytes:
+    """Wait for an answer until the caller's deadline. Raises DeadlineExceeded, and what it raises."""
     try:
         seconds = call.time_left_s()
         if seconds is not None and seconds <= 0:
@@ -150,8 +154,9 @@ def _fields(
     return fields
 
 
-def _failure(exc: Exception) -> Failure:
+def failure_of(exc: Exception) -> Failure:
+    """Return an error as a status; what is no error of ours is a bug, whose text stays here."""
     code = GRPC_STATUS.get(type(exc)) if isinstance(exc, MnemosyneError) else None
     if code is None:
-        return Failure(StatusCode.INTERNAL, "mnemosyned: internal error")
+        return Failure(StatusCode.INTERNAL, "mnemosyned: internal error", is_bug=True)
     return Failure(code, str(exc))

@@ -42,6 +42,7 @@ class UnaryMethod:
     path: str
     answer: UnaryAnswer
     stats: MethodStats
+    max_message_bytes: int | None = None  # of a request; None: as the engine's options say
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +61,13 @@ class MethodTable:
     unary: dict[str, UnaryMethod] = field(default_factory=dict)
     streams: dict[str, StreamMethod] = field(default_factory=dict)
 
-    def add_unary(self, service: str, name: str, answer: UnaryAnswer) -> None:
+    def add_unary(
+        self, service: str, name: str, answer: UnaryAnswer, *, max_message_bytes: int | None = None
+    ) -> None:
         """Serve a unary method."""
         path = f"/{service}/{name}"
-        self.unary[path] = UnaryMethod(path, answer, MethodStats(service, name, "unary"))
+        stats = MethodStats(service, name, "unary")
+        self.unary[path] = UnaryMethod(path, answer, stats, max_message_bytes)
 
     def add_stream(self, service: str, name: str, answer: StreamAnswer) -> None:
         """Serve a method that streams in either direction or both."""

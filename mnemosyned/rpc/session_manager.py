@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -21,7 +23,7 @@ from mnemosynerpc.session_pb2 import (
 )
 
 from mnemosyned import bag
-from mnemosyned.errors import InvalidArgument, MalformedMessage
+from mnemosyned.errors import InvalidArgument, MalformedMessage, SessionNotFound
 from mnemosyned.rpc.methods import Call, MethodTable, UnaryAnswer
 from mnemosyned.service import SessionService
 from mnemosyned.session import TOKEN_ENTROPY_BYTES, Criteria, NewSession, ValueChange, generate_token
@@ -39,96 +41,194 @@ _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 Request = TypeVar("Request", bound=Message)
 
 
-def add_to(table: MethodTable, service: SessionService) -> None:
-    """Serve the use cases under their names, the older ones included."""
-    rpcs = _SessionManager(service)
-    for name, answer in rpcs.answers().items():
-        table.add_unary(SERVICE_NAME, name, answer)
+Answer: TypeAlias = bytes | Coroutine[Any, Any, bytes]
 
 
-class _SessionManager:
-    """One method per RPC, from serialized request to serialized response."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rpc:
+    """One RPC, from request to serialized response; which service answers is another's choice.
+
+    `token` reads the token whose owner should answer; without it the call is answered where it
+    arrives. `again` answers when an earlier try may have done the work already.
+    """
+
+    name: str
+    kind: Callable[[], Message]
+    answer: Callable[[SessionService, Any], Answer]
+    token: Callable[[Any], str] | None = None
+    is_write: bool = False
+    again: Callable[[SessionService, Any], Answer]
+
+
+class Router(Protocol):
+    """Who chooses where a call is answered."""
+
+    def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+        """Answer here or elsewhere."""
+        ...
+
+
+def add_to(table: MethodTable, router: Router) -> None:
+    """Serve the RPCs under their names, the older ones included."""
+    for name, rpc in RPCS.items():
+        table.add_unary(SERVICE_NAME, name, _answer(rpc, router))
+    table.add_unary(SERVICE_NAME, "Create", _answer(RPCS["Start"], router))
+    table.add_unary(SERVICE_NAME, "SetData", _answer(RPCS["SetValue"], router))
+    table.add_unary(SERVICE_NAME, "Context", _context(router))
+
+
+class Here:
+    """Router of a node without others: everything is answered by its own service."""
 
     def __init__(self, service: SessionService) -> None:
         self._service = service
 
-    def answers(self) -> dict[str, UnaryAnswer]:
-        return {
-            "Start": self.start,
-            "Get": self.get,
-            "Context": self.context,
-            "List": self.list,
-            "Exists": self.exists,
-            "Abandon": self.abandon,
-            "SetValue": self.set_value,
-            "Delete": self.delete,
-            "Create": self.start,
-            "SetData": self.set_value,
-        }
+    def answer(self, rpc: Rpc, request: Message, _: Call) -> Answer:
+        """See Router."""
+        return rpc.answer(self._service, request)
 
-    def get(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
-        return self._service.get(parsed(GetRequest, message).access_token)
 
-    def context(self, _message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
+def _answer(rpc: Rpc, router: Router) -> UnaryAnswer:
+    if rpc.name == "Start":
+
+        def start(message: bytes, call: Call) -> Answer:
+            request = parsed(StartRequest, message)
+            if request.HasField("session") and not request.session.access_token:
+                # Chosen where the call enters, so that its owner is known and a second try is the same call.
+                request.session.access_token = generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
+            return router.answer(rpc, request, call)
+
+        return start
+    return lambda message, call: router.answer(rpc, parsed(rpc.kind, message), call)
+
+
+def _context(router: Router) -> UnaryAnswer:
+    def context(_message: bytes, call: Call) -> Answer:
         value = call.metadata("authorization") or ""
         scheme, _, rest = value.partition(" ")
         token = rest.strip() if scheme.lower() == "bearer" else value
         if not token:
             raise InvalidArgument("mnemosyned: missing access token in metadata")
-        return self._service.get(token)
+        # The two responses are the same on the wire.
+        return router.answer(RPCS["Get"], GetRequest(access_token=token), call)
 
-    def exists(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
-        token = parsed(ExistsRequest, message).access_token
-        return _TRUE if self._service.is_cached(token) else self._exists(token)
+    return context
 
-    async def _exists(self, token: str) -> bytes:
-        return _TRUE if await self._service.exists(token) else _FALSE
 
-    async def start(self, message: bytes, _: Call) -> bytes:
-        request = parsed(StartRequest, message)
-        if not request.HasField("session"):
-            raise InvalidArgument("mnemosyned: missing session")
-        session = request.session
-        if not session.subject_id:
-            raise InvalidArgument("mnemosyned: missing subject accessToken")
-        new = NewSession(
-            access_token=session.access_token or generate_token(os.urandom(TOKEN_ENTROPY_BYTES)),
-            subject_id=session.subject_id,
-            subject_client=session.subject_client,
-            refresh_token=session.refresh_token,
-            bag=bag.encode(session.bag),
-        )
-        return await self._service.start(new)
+def _get(service: SessionService, request: GetRequest) -> Answer:
+    return service.get(request.access_token)
 
-    async def abandon(self, message: bytes, _: Call) -> bytes:
-        await self._service.abandon(parsed(AbandonRequest, message).access_token)
-        return _TRUE
 
-    async def set_value(self, message: bytes, _: Call) -> bytes:
-        request = parsed(SetValueRequest, message)
-        change = ValueChange(access_token=request.access_token, key=request.key, value=request.value)
-        return SetValueResponse(bag=await self._service.set_value(change)).SerializeToString()
+def _exists(service: SessionService, request: ExistsRequest) -> Answer:
+    return _TRUE if service.is_cached(request.access_token) else _asked_exists(service, request)
 
-    async def list(self, message: bytes, _: Call) -> bytes:
-        request = parsed(ListRequest, message)
-        query = request.query
-        criteria = Criteria(
-            refresh_token=query.refresh_token or None,
-            expires_after_us=_instant_us(query, "expire_at_from"),
-            expires_before_us=_instant_us(query, "expire_at_to"),
-        )
-        return await self._service.list(criteria, offset=request.offset, limit=request.limit)
 
-    async def delete(self, message: bytes, _: Call) -> bytes:
-        request = parsed(DeleteRequest, message)
-        criteria = Criteria(
-            access_token=request.access_token or None,
-            refresh_token=request.refresh_token or None,
-            subject_id=request.subject_id or None,
-            expires_after_us=_instant_us(request, "expire_at_from"),
-            expires_before_us=_instant_us(request, "expire_at_to"),
-        )
-        return Int64Value(value=await self._service.delete(criteria)).SerializeToString()
+async def _asked_exists(service: SessionService, request: ExistsRequest) -> bytes:
+    return _TRUE if await service.exists(request.access_token) else _FALSE
+
+
+async def _start(service: SessionService, request: StartRequest) -> bytes:
+    return await service.start(_new_session(request))
+
+
+async def _start_again(service: SessionService, request: StartRequest) -> bytes:
+    return await service.start_again(_new_session(request))
+
+
+def _new_session(request: StartRequest) -> NewSession:
+    if not request.HasField("session"):
+        raise InvalidArgument("mnemosyned: missing session")
+    session = request.session
+    if not session.subject_id:
+        raise InvalidArgument("mnemosyned: missing subject accessToken")
+    return NewSession(
+        access_token=session.access_token,
+        subject_id=session.subject_id,
+        subject_client=session.subject_client,
+        refresh_token=session.refresh_token,
+        bag=bag.encode(session.bag),
+    )
+
+
+async def _abandon(service: SessionService, request: AbandonRequest) -> bytes:
+    await service.abandon(request.access_token)
+    return _TRUE
+
+
+async def _abandon_again(service: SessionService, request: AbandonRequest) -> bytes:
+    # Absent is what the first try may have made it.
+    with suppress(SessionNotFound):
+        await service.abandon(request.access_token)
+    return _TRUE
+
+
+async def _set_value(service: SessionService, request: SetValueRequest) -> bytes:
+    change = ValueChange(access_token=request.access_token, key=request.key, value=request.value)
+    return SetValueResponse(bag=await service.set_value(change)).SerializeToString()
+
+
+async def _list(service: SessionService, request: ListRequest) -> bytes:
+    query = request.query
+    criteria = Criteria(
+        refresh_token=query.refresh_token or None,
+        expires_after_us=_instant_us(query, "expire_at_from"),
+        expires_before_us=_instant_us(query, "expire_at_to"),
+    )
+    return await service.list(criteria, offset=request.offset, limit=request.limit)
+
+
+async def _delete(service: SessionService, request: DeleteRequest) -> bytes:
+    criteria = Criteria(
+        access_token=request.access_token or None,
+        refresh_token=request.refresh_token or None,
+        subject_id=request.subject_id or None,
+        expires_after_us=_instant_us(request, "expire_at_from"),
+        expires_before_us=_instant_us(request, "expire_at_to"),
+    )
+    return Int64Value(value=await service.delete(criteria)).SerializeToString()
+
+
+def _own_token(request: Any) -> str:  # noqa: ANN401  # any request with a token
+    return str(request.access_token)
+
+
+def _session_token(request: StartRequest) -> str:
+    return request.session.access_token
+
+
+RPCS: Final = {
+    rpc.name: rpc
+    for rpc in (
+        Rpc(
+            name="Start",
+            kind=StartRequest,
+            answer=_start,
+            token=_session_token,
+            is_write=True,
+            again=_start_again,
+        ),
+        Rpc(name="Get", kind=GetRequest, answer=_get, token=_own_token, again=_get),
+        Rpc(name="Exists", kind=ExistsRequest, answer=_exists, token=_own_token, again=_exists),
+        Rpc(
+            name="Abandon",
+            kind=AbandonRequest,
+            answer=_abandon,
+            token=_own_token,
+            is_write=True,
+            again=_abandon_again,
+        ),
+        Rpc(
+            name="SetValue",
+            kind=SetValueRequest,
+            answer=_set_value,
+            token=_own_token,
+            is_write=True,
+            again=_set_value,
+        ),
+        Rpc(name="List", kind=ListRequest, answer=_list, again=_list),
+        Rpc(name="Delete", kind=DeleteRequest, answer=_delete, is_write=True, again=_delete),
+    )
+}
 
 
 def parsed(kind: Callable[[], Request], message: bytes) -> Request:

@@ -13,10 +13,12 @@ from mnemosyned.errors import (
     MalformedMessage,
     MessageTooLarge,
     MnemosyneError,
+    NotOurCluster,
     Overloaded,
     SessionAlreadyExists,
     SessionNotFound,
     StorageUnavailable,
+    Unauthenticated,
     Unimplemented,
     UnknownService,
 )
@@ -32,6 +34,15 @@ GRPC_STATUS: Final[dict[type[MnemosyneError], StatusCode]] = {
     MessageTooLarge: StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     Unimplemented: StatusCode.UNIMPLEMENTED,
+    Unauthenticated: StatusCode.UNAUTHENTICATED,
+    NotOurCluster: StatusCode.FAILED_PRECONDITION,
     # As gRPC's own servers answer what they cannot parse.
     MalformedMessage: StatusCode.INTERNAL,
 }
+
+_KIND_BY_CODE: Final = {code.value[0]: kind for kind, code in reversed(GRPC_STATUS.items())}
+
+
+def error_of(code: int, text: str) -> MnemosyneError:
+    """Return the error that another node of ours has answered with; the text stays as it is."""
+    return _KIND_BY_CODE.get(code, MalformedMessage)(text)

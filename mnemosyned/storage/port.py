@@ -85,6 +85,10 @@ class SessionStore(Protocol):
         """Return the storage's clock, microseconds since the epoch; also the test of its health."""
         ...
 
+    async def fingerprint(self) -> bytes:
+        """Return 16 bytes that only engines on the same sessions have in common."""
+        ...
+
     async def open(self) -> None:
         """Make the storage ready for use, creating what is missing.
 

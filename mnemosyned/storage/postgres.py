@@ -7,6 +7,7 @@ a load, which must not wait for a writer, skips rows that are locked.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -73,6 +74,11 @@ class PostgresStore:
         """See SessionStore."""
         rows = await self._pool.fetch(self._queries.now)
         return int(rows[0]["now"])
+
+    async def fingerprint(self) -> bytes:
+        """See SessionStore."""
+        rows = await self._pool.fetch(self._queries.identity)
+        return hashlib.blake2b(str(rows[0]["identity"]).encode(), digest_size=16).digest()
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore."""

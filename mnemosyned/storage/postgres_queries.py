@@ -22,6 +22,13 @@ class Queries:
     def __init__(self, table: str) -> None:
         self._table = table
         self.now = Query("now", "SELECT clock_timestamp() AS now")
+        # The cluster of databases, the database, the table: together there is only one of it.
+        self.identity = Query(
+            "identity",
+            "SELECT concat_ws('/', system_identifier, (SELECT oid FROM pg_database "
+            f"WHERE datname = current_database()), '{_literal(table)}'::regclass::oid) AS identity "
+            "FROM pg_control_system()",
+        )
         self.start = _start(table)
         self.load = _load(table)
         self.exist = _exist(table)
@@ -146,3 +153,7 @@ def _clean_up(table: str) -> Query:
         "WHERE expire_at <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
         "ORDER BY expire_at LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING access_token",
     )
+
+
+def _literal(text: str) -> str:
+    return text.replace("'", "''")

@@ -129,7 +129,7 @@ def test_it_starts_without_its_storage_and_serves_when_that_comes(tmp_path: Path
         (["-postgres.adress=postgres://u:hunter2@h/d"], 2, "did you mean -postgres.address?"),
         (["-ttl=soon"], 2, "flag -ttl: 'soon' is not a duration"),
         (["-postgres.address=embedded:", "-postgres.bin=/nowhere"], 1, "flag -postgres.bin"),
-        (["-cluster.seeds=10.0.0.1:8080"], 1, "flag -cluster.seeds: this version runs as a single node"),
+        (["-cluster.seeds=10.0.0.1:8080"], 2, "flag -cluster.seeds names others, who need -cluster.listen"),
     ],
 )
 def test_what_is_wrong_ends_the_start_with_one_line(

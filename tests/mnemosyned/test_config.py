@@ -62,7 +62,7 @@ def test_a_boolean_stands_alone_or_has_its_value_attached(argv: list[str], is_on
 
 
 def test_seeds_add_up_over_commas_and_repetition() -> None:
-    config = parse(["-cluster.seeds=a:1, b:2", "-cluster.seeds", "[::1]:3,a:1"], {})
+    config = parse(["-cluster.listen=me:1", "-cluster.seeds=a:1, b:2", "-cluster.seeds", "[::1]:3,a:1"], {})
 
     assert config.cluster_seeds == ("a:1", "b:2", "[::1]:3")
 
@@ -71,11 +71,12 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_p
     file = tmp_path / "c.toml"
     file.write_text('ttl = "1m"\nttc = "2m"\nport = 1\n[cluster]\nseeds = ["file:1"]\n')
     environ = {"MNEMOSYNED_TTC": "3m", "MNEMOSYNED_PORT": "2", "MNEMOSYNED_CLUSTER_SEEDS": "env:1,env:2"}
-    config = parse([f"-config={file}", "-port=3"], environ)
+    listen = "-cluster.listen=me:1"
+    config = parse([f"-config={file}", "-port=3", listen], environ)
 
     assert (config.ttl_s, config.ttc_s, config.port) == (60, 180, 3)
     assert config.cluster_seeds == ("env:1", "env:2")
-    assert parse(["-cluster.seeds=flag:1"], environ).cluster_seeds == ("flag:1",)
+    assert parse(["-cluster.seeds=flag:1", listen], environ).cluster_seeds == ("flag:1",)
     assert parse(["-tls=false"], {"MNEMOSYNED_TLS": "true"}).tls is False
 
 
@@ -142,6 +143,9 @@ def test_the_touch_interval_follows_the_ttl() -> None:
         ("-cluster.listen=nowhere", "flag -cluster.listen: 'nowhere' is not an address"),
         ("-cluster.seeds=a:1,b", "flag -cluster.seeds: 'b' is not an address"),
         ("-cluster.seeds=a:70000", "flag -cluster.seeds"),
+        ("-cluster.seeds=a:1", "flag -cluster.seeds names others, who need -cluster.listen"),
+        ("-cluster.label=a b", "flag -cluster.label: 'a b' is not a label"),
+        ("-cluster.secret.file=/nowhere", "flag -cluster.secret.file: /nowhere: No such file"),
         ("-log.environment=staging", "flag -log.environment"),
         ("-log.level=loud", "flag -log.level"),
         ("-tls", "flag -tls needs -tls.crt"),
@@ -251,3 +255,34 @@ def test_help_names_every_flag_with_its_variable(argument: str, capsys: pytest.C
 def test_every_field_has_a_flag_and_a_valid_default() -> None:
     assert isinstance(parse([], {}), Config)
     assert len({flag.field for flag in FLAGS}) == len(FLAGS)
+
+
+def test_secrets_come_from_the_flag_and_the_file_together(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("the second of the two\n".replace(" ", "-"))
+    config = parse(["-cluster.secret=the-first-of-the-two", f"-cluster.secret.file={file}"], {})
+
+    assert config.cluster_secret == ("the-first-of-the-two", "the-second-of-the-two")
+    assert "the-first" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "it is empty"),
+        ("hunter2", "shorter than 16"),
+        ("a" * 16 + "\n" + "b" * 16 + "\n" + "c" * 16, "more than 2"),
+    ],
+    ids=["empty", "short", "three"],
+)
+def test_a_wrong_secret_file_is_named_and_never_shown(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(content)
+    text = complaint(f"-cluster.secret.file={file}")
+
+    assert words in text
+    assert "hunter2" not in text
+
+
+def test_a_short_secret_is_refused_and_not_shown() -> None:
+    assert "hunter2" not in complaint("-cluster.secret=hunter2")

@@ -1,0 +1,51 @@
+"""Seeds to addresses: a name may stand for many nodes, and for others tomorrow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+_RESOLVE_TIMEOUT_S: Final = 2.0
+# Any one that answers knows the others.
+_MAX_ADDRESSES: Final = 64
+
+
+async def addresses(seeds: Sequence[str]) -> list[str]:
+    """Return each address that the seeds stand for, once; a name that is not known yet has none."""
+    found: dict[str, None] = {}
+    for resolved in await asyncio.gather(*map(_resolve, seeds)):
+        found.update(dict.fromkeys(resolved))
+    return list(found)[:_MAX_ADDRESSES]
+
+
+async def own_address(listen: str) -> str:
+    """Return where peers find this node: its name resolved, unless that helps nobody else.
+
+    Peers so need not wait for their resolver to forget where the name led before a restart.
+    """
+    resolved = await _resolve(listen)
+    if not resolved or ip_address(resolved[0].rpartition(":")[0].strip("[]")).is_loopback:
+        return listen
+    return resolved[0]
+
+
+async def _resolve(seed: str) -> list[str]:
+    host, _, port = seed.rpartition(":")
+    host = host.strip("[]")
+    try:
+        async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError) as exc:
+        log.debug("seed_unresolved", extra={"seed": seed, "error": str(exc)})
+        return []
+    return [_joined(str(address[0]), int(port)) for *_, address in found]
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,145 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Origin(_message.Message):
+    __slots__ = ("cluster_label", "storage_fingerprint", "protocol")
+    CLUSTER_LABEL_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    cluster_label: str
+    storage_fingerprint: bytes
+    protocol: int
+    def __init__(self, cluster_label: _Optional[str] = ..., storage_fingerprint: _Optional[bytes] = ..., protocol: _Optional[int] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("name", "address", "generation", "incarnation", "state", "phase", "instance")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    generation: int
+    incarnation: int
+    state: int
+    phase: int
+    instance: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[int] = ..., incarnation: _Optional[int] = ..., state: _Optional[int] = ..., phase: _Optional[int] = ..., instance: _Optional[int] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("member", "accuser", "is_refused")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    ACCUSER_FIELD_NUMBER: _ClassVar[int]
+    IS_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    accuser: str
+    is_refused: bool
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., accuser: _Optional[str] = ..., is_refused: _Optional[bool] = ...) -> None: ...
+
+class Packet(_message.Message):
+    __slots__ = ("kind", "sender", "target", "sequence", "subject", "members_hash", "ring_hash", "updates", "table")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_HASH_FIELD_NUMBER: _ClassVar[int]
+    RING_HASH_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    kind: int
+    sender: Member
+    target: str
+    sequence: int
+    subject: str
+    members_hash: int
+    ring_hash: int
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    table: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, kind: _Optional[int] = ..., sender: _Optional[_Union[Member, _Mapping]] = ..., target: _Optional[str] = ..., sequence: _Optional[int] = ..., subject: _Optional[str] = ..., members_hash: _Optional[int] = ..., ring_hash: _Optional[int] = ..., updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., table: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class GossipRequest(_message.Message):
+    __slots__ = ("origin", "packet")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    PACKET_FIELD_NUMBER: _ClassVar[int]
+    origin: Origin
+    packet: Packet
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., packet: _Optional[_Union[Packet, _Mapping]] = ...) -> None: ...
+
+class GossipResponse(_message.Message):
+    __slots__ = ("packet", "refusal")
+    PACKET_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    packet: Packet
+    refusal: str
+    def __init__(self, packet: _Optional[_Union[Packet, _Mapping]] = ..., refusal: _Optional[str] = ...) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("origin", "items", "deadline_us")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_US_FIELD_NUMBER: _ClassVar[int]
+    origin: Origin
+    items: _containers.RepeatedCompositeFieldContainer[Item]
+    deadline_us: int
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., deadline_us: _Optional[int] = ...) -> None: ...
+
+class Item(_message.Message):
+    __slots__ = ("method", "message", "timeout_ms", "request_id", "traceparent", "tracestate")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    message: bytes
+    timeout_ms: int
+    request_id: str
+    traceparent: str
+    tracestate: str
+    def __init__(self, method: _Optional[str] = ..., message: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("answers",)
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[Answer]
+    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ...) -> None: ...
+
+class Answer(_message.Message):
+    __slots__ = ("code", "message", "text")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: bytes
+    text: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[bytes] = ..., text: _Optional[str] = ...) -> None: ...
+
+class InvalidateRequest(_message.Message):
+    __slots__ = ("origin", "tokens")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    origin: Origin
+    tokens: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class InvalidateResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

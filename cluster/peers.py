@@ -1,0 +1,174 @@
+"""Channels to the other nodes: opened when needed, signed, one for gossip apart from one for calls."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Final, Protocol
+
+import grpc
+
+from cluster.errors import ClusterError, PeerRefused, PeerTimeout, PeerUnreachable
+from cluster.trust import METADATA_KEY, NONCE_BYTES, Trust
+
+SERVICE_NAME: Final = "mnemosynepeer.Peer"
+_MAX_RESPONSE_BYTES: Final = 64 * 1024**2
+_OPTIONS: Final = (
+    # Two channels to one address would share a connection, and gossip would wait behind calls.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    # A restarted peer is back within a second, perhaps elsewhere.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+)
+_MAX_CHANNELS: Final = 512
+_DIAL_TIMEOUT_S: Final = 0.2
+_REFUSALS: Final = frozenset({
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+})  # fmt: skip
+
+
+class Lane(Enum):
+    """Which of the two channels to a peer."""
+
+    GOSSIP = "gossip"
+    CALLS = "calls"
+
+
+class CallStats(Protocol):
+    """Where the calls of one method are counted."""
+
+    def begin(self) -> None:
+        """Count a call in."""
+        ...
+
+    def end(self, code: str, elapsed_s: float) -> None:
+        """Count a call out with its gRPC status name."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    channel: Any  # grpc.aio.Channel; its stubs are partial
+    callables: dict[str, Any] = field(default_factory=dict)
+
+
+class Peers:
+    """The other nodes by address."""
+
+    def __init__(self, trust: Trust, stats_by_method: Mapping[str, CallStats]) -> None:
+        self._trust = trust
+        self._stats_by_method = stats_by_method
+        self._lines: dict[tuple[str, Lane], _Line] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def call(self, address: str, method: str, body: bytes, *, timeout_s: float, lane: Lane) -> bytes:
+        """Return a peer's answer.
+
+        Raises:
+            PeerUnreachable: no connection, or it broke.
+            PeerTimeout: no answer in time.
+            PeerRefused: the peer does not take us for one of its own.
+        """
+        stats = self._stats_by_method[method]
+        path = f"/{SERVICE_NAME}/{method}"
+        signature = self._trust.sign(
+            method, body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(NONCE_BYTES)
+        )
+        metadata = ((METADATA_KEY, signature),) if signature else None
+        stats.begin()
+        started_s, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            call = self._callable(address, lane, path)
+            answer: bytes = await call(body, timeout=timeout_s, metadata=metadata)
+            code = grpc.StatusCode.OK
+        except grpc.aio.AioRpcError as exc:
+            code = exc.code()
+            raise _translated(exc) from None
+        except grpc.aio.UsageError:
+            # The channel was closed for its peer's restart while this call was on its way.
+            code = grpc.StatusCode.UNAVAILABLE
+            raise PeerUnreachable("the channel was closed") from None
+        finally:
+            stats.end(code.name, time.perf_counter() - started_s)
+        return answer
+
+    async def watch(self, address: str, lost: Callable[[], None]) -> None:
+        """Keep the gossip connection to a peer open, and tell each time that it is lost; for ever."""
+        while True:
+            channel = self._line(address, Lane.GOSSIP).channel
+            state = channel.get_state(try_to_connect=True)
+            try:
+                await channel.wait_for_state_change(state)
+            except grpc.aio.UsageError:
+                return
+            if state == grpc.ChannelConnectivity.READY:
+                lost()
+            elif channel.get_state() == grpc.ChannelConnectivity.SHUTDOWN:
+                return
+
+    def forget(self, address: str) -> None:
+        """Close the channels to an address: its node is gone, or another one now."""
+        for lane in Lane:
+            line = self._lines.pop((address, lane), None)
+            if line is not None:
+                task = asyncio.create_task(line.channel.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close all channels; calls under way fail."""
+        lines, self._lines = list(self._lines.values()), {}
+        await asyncio.gather(*(line.channel.close() for line in lines), *self._closing)
+
+    def _line(self, address: str, lane: Lane) -> _Line:
+        line = self._lines.get((address, lane))
+        if line is None:
+            if len(self._lines) >= _MAX_CHANNELS:
+                self.forget(next(iter(self._lines))[0])
+            line = _Line(grpc.aio.insecure_channel(address, options=_OPTIONS))
+            self._lines[address, lane] = line
+        return line
+
+    def _callable(self, address: str, lane: Lane, path: str) -> Any:  # noqa: ANN401  # grpcio's own type is private
+        line = self._line(address, lane)
+        found = line.callables.get(path)
+        if found is None:
+            found = line.callables[path] = line.channel.unary_unary(path)
+        return found
+
+
+async def is_refused(address: str) -> bool:
+    """Dial an address; tell whether its host says that nothing listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(_DIAL_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
+
+
+def _translated(exc: grpc.aio.AioRpcError) -> ClusterError:
+    code, text = exc.code(), exc.details() or ""
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return PeerTimeout("no answer in time")
+    if code in _REFUSALS:
+        return PeerRefused(text)
+    return PeerUnreachable(f"{code.name}: {text}")

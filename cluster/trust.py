@@ -1,0 +1,99 @@
+"""Whom to believe: calls between nodes are signed with the cluster's secret.
+
+A signature covers the method, the time, a nonce and the body, so that it cannot be used again for
+anything else; time-stamps outside a window of 30 s are refused, and nonces inside it are remembered.
+Without a secret only the own host is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Final
+
+from cluster.errors import Stranger
+
+METADATA_KEY: Final = "mnemosyned-peer"
+_VERSION: Final = "v1"
+_WINDOW_MS: Final = 30_000
+NONCE_BYTES: Final = 12
+# Twice the calls that a node can take in a window; more than that at once is no honest peer.
+_MAX_NONCES: Final = 2**19
+
+
+class Trust:
+    """Signs with the first secret, believes them all: two during a rotation."""
+
+    def __init__(self, secrets: Sequence[bytes]) -> None:
+        self._secrets = tuple(secrets)
+        # Two generations of a window each: a nonce is remembered for one to two windows.
+        self._nonces: set[str] = set()
+        self._older_nonces: set[str] = set()
+        self._turned_ms = 0
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether peers may be elsewhere than on this host."""
+        return bool(self._secrets)
+
+    def sign(self, method: str, body: bytes, *, now_ms: int, nonce: bytes) -> str:
+        """Return the metadata value for a call; empty without a secret."""
+        if not self._secrets:
+            return ""
+        nonce_text = nonce.hex()
+        mac = _mac(self._secrets[0], method, str(now_ms), nonce_text, body)
+        return f"{_VERSION} {now_ms} {nonce_text} {mac}"
+
+    def check(self, signature: str | None, method: str, body: bytes, *, peer: str, now_ms: int) -> None:
+        """Return if the call is a peer's.
+
+        Raises:
+            Stranger: it is not; the text tells the operator of the calling node what to look at.
+        """
+        if not self._secrets:
+            if not _is_loopback(peer):
+                raise Stranger("this node has no -cluster.secret and takes peers from its own host only")
+            return
+        version, sent_ms, nonce, mac = _parts(signature)
+        if version != _VERSION:
+            raise Stranger("the call is signed in another way than this release knows")
+        if not any(
+            hmac.compare_digest(mac, _mac(secret, method, sent_ms, nonce, body)) for secret in self._secrets
+        ):
+            raise Stranger("the call is not signed with this cluster's -cluster.secret")
+        if abs(now_ms - int(sent_ms)) > _WINDOW_MS:
+            raise Stranger("the call was signed more than 30 s ago, or the clocks are that far apart")
+        self._remember(nonce, now_ms)
+
+    def _remember(self, nonce: str, now_ms: int) -> None:
+        # A time-stamp may lie a window ahead and be good for two.
+        if now_ms - self._turned_ms > 2 * _WINDOW_MS:
+            self._older_nonces, self._nonces = self._nonces, set()
+            self._turned_ms = now_ms
+        if nonce in self._nonces or nonce in self._older_nonces:
+            raise Stranger("the call was made before")
+        if len(self._nonces) >= _MAX_NONCES:
+            raise Stranger("there were too many calls in the last minute")
+        self._nonces.add(nonce)
+
+
+def _parts(signature: str | None) -> tuple[str, str, str, str]:
+    parts = (signature or "").split(" ")
+    if len(parts) != 4 or not (parts[1].isascii() and parts[1].isdigit()) or len(parts[1]) > 15:  # noqa: PLR2004  # ours
+        raise Stranger("the call is not signed; do both nodes have the same -cluster.secret?")
+    return (parts[0], parts[1], parts[2], parts[3])
+
+
+def _mac(secret: bytes, method: str, sent_ms: str, nonce: str, body: bytes) -> str:
+    head = f"{_VERSION}\n{method}\n{sent_ms}\n{nonce}\n".encode()
+    return hmac.digest(secret, head + hashlib.sha256(body).digest(), "sha256").hex()
+
+
+def _is_loopback(peer: str) -> bool:
+    host = peer.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,128 @@
+"""Packets as protobuf, and back: what comes in is checked here, once."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from cluster.errors import MalformedPacket
+from cluster.member import Kind, Member, Packet, Phase, State, Update
+from cluster.peerpb import peer_pb2 as pb
+from cluster.table import MAX_MEMBERS
+
+_MAX_NAME: Final = 300  # of a host name, 253, and a port
+# Far beyond any clock and any count of refutations; above it arithmetic would leave 64 bits.
+_MAX_NUMBER: Final = 2**62
+
+
+def request(packet: Packet, origin: pb.Origin) -> bytes:
+    """Return a packet as a GossipRequest."""
+    return pb.GossipRequest(origin=origin, packet=_message(packet)).SerializeToString()
+
+
+def response(packet: Packet | None, refusal: str = "") -> bytes:
+    """Return an answer as a GossipResponse."""
+    message = pb.GossipResponse(refusal=refusal)
+    if packet is not None:
+        message.packet.CopyFrom(_message(packet))
+    return message.SerializeToString()
+
+
+def parse_request(body: bytes) -> tuple[pb.Origin, Packet]:
+    """Return what a GossipRequest holds. Raises MalformedPacket."""
+    message = pb.GossipRequest()
+    _parse(message, body)
+    return message.origin, _packet(message.packet)
+
+
+def parse_response(body: bytes) -> tuple[Packet | None, str]:
+    """Return a GossipResponse's packet and refusal. Raises MalformedPacket."""
+    message = pb.GossipResponse()
+    _parse(message, body)
+    packet = _packet(message.packet) if message.HasField("packet") else None
+    return packet, message.refusal
+
+
+def _parse(message: pb.GossipRequest | pb.GossipResponse, body: bytes) -> None:
+    try:
+        message.ParseFromString(body)
+    except DecodeError:
+        raise MalformedPacket(f"not a valid {message.DESCRIPTOR.full_name}") from None
+
+
+def _message(packet: Packet) -> pb.Packet:
+    return pb.Packet(
+        kind=int(packet.kind),
+        sender=_member_message(packet.sender),
+        target=packet.target,
+        sequence=packet.sequence,
+        subject=packet.subject,
+        members_hash=packet.members_hash,
+        ring_hash=packet.ring_hash,
+        updates=map(_update_message, packet.updates),
+        table=map(_update_message, packet.table),
+    )
+
+
+def _update_message(update: Update) -> pb.Update:
+    return pb.Update(
+        member=_member_message(update.member), accuser=update.accuser, is_refused=update.is_refused
+    )
+
+
+def _member_message(member: Member) -> pb.Member:
+    return pb.Member(
+        name=member.name,
+        address="" if member.address == member.name else member.address,
+        generation=member.generation,
+        incarnation=member.incarnation,
+        state=int(member.state),
+        phase=int(member.phase),
+        instance=member.instance,
+    )
+
+
+def _packet(message: pb.Packet) -> Packet:
+    if len(message.table) > MAX_MEMBERS:
+        raise MalformedPacket(f"a table of more than {MAX_MEMBERS} members")
+    try:
+        kind = Kind(message.kind)
+    except ValueError:
+        raise MalformedPacket(f"a packet of unknown kind {message.kind}") from None
+    return Packet(
+        kind=kind,
+        sender=_member(message.sender),
+        target=message.target,
+        sequence=message.sequence,
+        subject=message.subject,
+        members_hash=message.members_hash,
+        ring_hash=message.ring_hash,
+        updates=tuple(map(_update, message.updates)),
+        table=tuple(map(_update, message.table)),
+    )
+
+
+def _update(message: pb.Update) -> Update:
+    return Update(_member(message.member), message.accuser, message.is_refused)
+
+
+def _member(message: pb.Member) -> Member:
+    address = message.address or message.name
+    if not 0 < len(message.name) <= _MAX_NAME or len(address) > _MAX_NAME:
+        raise MalformedPacket("a member without a name, or with an endless one")
+    if max(message.generation, message.incarnation) >= _MAX_NUMBER:
+        raise MalformedPacket("a member whose generation or incarnation is out of bounds")
+    try:
+        state, phase = State(message.state), Phase(message.phase)
+    except ValueError:
+        raise MalformedPacket("a member in an unknown state") from None
+    return Member(
+        name=message.name,
+        address=address,
+        generation=message.generation,
+        incarnation=message.incarnation,
+        state=state,
+        phase=phase,
+        instance=message.instance,
+    )

@@ -1,0 +1,198 @@
+"""This daemon as a node of a cluster: the parts of `cluster`, put together over one storage."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cluster import discovery
+from cluster.errors import ClusterError
+from cluster.forward import Forwarder, RunBatch
+from cluster.gossip import Gossip, Identity
+from cluster.member import Member, Phase, State
+from cluster.peers import SERVICE_NAME, Peers
+from cluster.trust import Trust
+from cluster.view import View, alone
+from mnemosyned.batcher import Batcher, BatchLimits
+from mnemosyned.errors import MnemosyneError, StorageUnavailable
+from mnemosyned.observe.metrics import MethodStats
+from mnemosyned.rpc.peer import METHODS, PeerService
+from mnemosyned.rpc.router import ClusterRouter, OwnerRouter, Services
+
+if TYPE_CHECKING:
+    from cache.readthrough import ReadThrough
+    from cluster.peerpb import peer_pb2 as pb
+    from mnemosyned.clock import StorageClock
+    from mnemosyned.ready import ReadySession
+    from mnemosyned.rpc.methods import Call, MethodTable
+    from mnemosyned.storage.port import SessionStore
+    from mnemosyned.touches import TouchWriter
+
+log = logging.getLogger(__name__)
+
+# A quarter of an h2corn flow-control window: such a batch is on the wire at once.
+_FORWARDS: Final = BatchLimits(max_items=128, max_bytes=256 * 1024, max_waiting=10_000, lanes=2)
+_SWEEP_KEYS: Final = 1000
+_RETRY_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """This node's place in the cluster."""
+
+    listen: str
+    seeds: Sequence[str]
+    label: str
+    secrets: Sequence[str]
+    max_message_bytes: int
+    cache_ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sessions:
+    """What of this daemon's sessions the cluster concerns."""
+
+    store: SessionStore
+    clock: StorageClock
+    cache: ReadThrough[ReadySession]
+    touches: TouchWriter
+
+
+class ClusterNode:
+    """One node, from the construction of its method table to its farewell.
+
+    Calls are answered from the start: until `run` has found the others, past the cache.
+    """
+
+    def __init__(self, options: NodeOptions, sessions: Sessions) -> None:
+        self._options = options
+        self._sessions = sessions
+        self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
+        self.trust = Trust([secret.encode() for secret in options.secrets])
+        self._peers = Peers(self.trust, self.client_stats)
+        self.forwarder = Forwarder(
+            self._peers,
+            new_batches=_new_batches,
+            storage_now_us=sessions.clock.now_us,
+            remember_s=options.cache_ttl_s,
+        )
+        self.view = alone(options.listen, is_active=False)
+        self.gossip: Gossip | None = None
+        self._sweep: asyncio.Task[None] | None = None
+
+    def router(self, services: Services, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
+        """Return the router for calls of clients."""
+        return ClusterRouter(services, self.forwarder, lambda: self.view, trace_context)
+
+    def owner_router(self, services: Services) -> OwnerRouter:
+        """Return the router for calls that peers forward."""
+        return OwnerRouter(services, lambda: self.view)
+
+    def serve_peers(self, table: MethodTable, calls: MethodTable, *, stop: Callable[[], None]) -> None:
+        """Add the Peer service to a table; `calls` answers what is forwarded."""
+        service = PeerService(
+            self._joined, calls, storage_now_us=self._sessions.clock.now_us, drop=self._drop, stop=stop
+        )
+        service.add_to(table, self.trust, max_message_bytes=self._options.max_message_bytes)
+
+    async def run(self) -> None:
+        """Join the cluster and stay in it, for ever; the storage is open."""
+        options = self._options
+        if options.seeds and not self.trust.has_secret:
+            log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
+        identity = Identity(label=options.label, storage_fingerprint=await self._storage_fingerprint())
+        me = Member(
+            name=options.listen,
+            address=await discovery.own_address(options.listen),
+            generation=time.time_ns() // 1_000_000,
+            incarnation=0,
+            state=State.ALIVE,
+            phase=Phase.JOINING,
+            instance=int.from_bytes(os.urandom(8), "big") >> 1,
+        )
+        self.gossip = Gossip(me, identity, self._peers, seeds=options.seeds, on_view=self._follow)
+        self.forwarder.introduce(identity.message(), self.gossip)
+        self.gossip.start()
+        await self.forwarder.run()
+
+    async def leave(self) -> None:
+        """Hand this node's tokens over; it goes on answering."""
+        if self.gossip is not None:
+            await self.gossip.leave()
+
+    async def farewell(self) -> None:
+        """Leave for good, when the last call is answered."""
+        if self.gossip is not None:
+            await self.gossip.farewell()
+        if self._sweep is not None:
+            self._sweep.cancel()
+            await asyncio.gather(self._sweep, return_exceptions=True)
+        await self.forwarder.close()
+        await self._peers.close()
+
+    def probes(self) -> dict[str, str]:
+        """Return each other member's state, as readiness shows it."""
+        if self.gossip is None:
+            return {}
+        return {
+            member.name: "NOT_SERVING" if member.state >= State.DEAD else "SERVING"
+            for member in list(self.gossip.swim.table)
+            if member.name != self._options.listen
+        }
+
+    def _joined(self) -> Gossip:
+        if self.gossip is None:
+            raise StorageUnavailable("mnemosyned: this node has not opened its storage yet")
+        return self.gossip
+
+    async def _storage_fingerprint(self) -> bytes:
+        while True:
+            try:
+                return await self._sessions.store.fingerprint()
+            except StorageUnavailable as exc:
+                log.debug("storage_fingerprint_waits", extra={"error": str(exc)})
+                await asyncio.sleep(_RETRY_S)
+
+    def _drop(self, tokens: Sequence[str]) -> None:
+        for token in tokens:
+            self._sessions.cache.drop(token)
+
+    def _follow(self, view: View) -> None:
+        """Route by a new view, and let go of what is others' now."""
+        is_same_ring = view.ring.nodes == self.view.ring.nodes
+        self.view = view
+        self.forwarder.follow(view)
+        if is_same_ring:
+            return
+        if self._sweep is not None and not self._sweep.done():
+            # What that ring took away and this one gives back may not have been dropped in between.
+            self._sweep.cancel()
+            self._drop(self._sessions.cache.keys())
+        # Owned here until it ends, is cancelled above, or by `farewell`.
+        self._sweep = asyncio.create_task(self._let_go(view))
+
+    async def _let_go(self, view: View) -> None:
+        """Drop the sessions that others own now and write their expiries."""
+        # Loads that were begun under the old view have opened their fills by the next turn but one.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        keys = self._sessions.cache.keys()
+        for start in range(0, len(keys), _SWEEP_KEYS):
+            for key in keys[start : start + _SWEEP_KEYS]:
+                if view.ring.owner(key) != view.me:
+                    self._sessions.cache.drop(key)
+            await asyncio.sleep(0)
+        try:
+            await self._sessions.touches.flush()
+        except MnemosyneError as exc:
+            # They wait for the next round of the writer.
+            log.debug("touches_wait", extra={"error": str(exc)})
+
+
+def _new_batches(run: RunBatch) -> Batcher[pb.Item, pb.Answer | ClusterError]:
+    return Batcher(run, limits=_FORWARDS, size_bytes=lambda item: len(item.message))

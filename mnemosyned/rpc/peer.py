@@ -1,0 +1,175 @@
+"""The Peer service: what other nodes of the cluster may ask. Nobody else gets past `_Guard`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+from cluster.errors import MalformedPacket, Stranger
+from cluster.gossip import Gossip
+from cluster.peerpb import peer_pb2 as pb
+from cluster.peers import SERVICE_NAME
+from cluster.trust import METADATA_KEY, Trust
+from mnemosyned.errors import (
+    DeadlineExceeded,
+    MalformedMessage,
+    NotOurCluster,
+    Unauthenticated,
+    Unimplemented,
+)
+from mnemosyned.rpc import session_manager
+from mnemosyned.rpc.invoke import answer_in_time, failure_of
+from mnemosyned.rpc.methods import Call, MethodTable, UnaryAnswer
+from mnemosyned.rpc.session_manager import Answer, parsed
+
+log = logging.getLogger(__name__)
+
+METHODS: Final = ("Gossip", "Forward", "Invalidate", "Leave")
+# A table of many thousand members; a forwarded request is the client's own and some bytes.
+_MAX_MESSAGE_BYTES: Final = 8 * 1024**2
+_ITEM_OVERHEAD_BYTES: Final = 64 * 1024
+# What the estimates of the storage's clock may differ by.
+_LATE_US: Final = 100_000
+_MS_PER_S: Final = 1000
+
+
+class PeerService:
+    """Gossip, forwarded calls and invalidations."""
+
+    def __init__(
+        self,
+        gossip: Callable[[], Gossip],
+        calls: MethodTable,
+        *,
+        storage_now_us: Callable[[], int],
+        drop: Callable[[Sequence[str]], None],
+        stop: Callable[[], None],
+    ) -> None:
+        """Ask `gossip` for the membership with each call, since it begins later than the listening.
+
+        `calls` answers forwarded calls; `drop` takes tokens; `stop` begins this node's end.
+        """
+        self._gossip = gossip
+        self._calls = calls
+        self._storage_now_us = storage_now_us
+        self._drop = drop
+        self._stop = stop
+
+    def add_to(self, table: MethodTable, trust: Trust, *, max_message_bytes: int) -> None:
+        """Serve it to peers; `max_message_bytes` is a client's limit."""
+        answers: dict[str, UnaryAnswer] = {
+            "Gossip": self._answer_gossip,
+            "Forward": self._forward,
+            "Invalidate": self._invalidate,
+            "Leave": self._leave,
+        }
+        limit = max(_MAX_MESSAGE_BYTES, max_message_bytes + _ITEM_OVERHEAD_BYTES)
+        for name, answer in answers.items():
+            table.add_unary(SERVICE_NAME, name, _guarded(name, answer, trust), max_message_bytes=limit)
+
+    def _answer_gossip(self, message: bytes, _: Call) -> bytes:
+        try:
+            return self._gossip().answer(message)
+        except MalformedPacket as exc:
+            raise MalformedMessage(f"mnemosyned: {exc}") from None
+
+    def _forward(self, message: bytes, call: Call) -> Answer:
+        request = parsed(pb.ForwardRequest, message)
+        self._check_origin(request.origin)
+        if request.deadline_us and self._storage_now_us() > request.deadline_us + _LATE_US:
+            # This process stood still; the caller has long turned to the storage.
+            raise DeadlineExceeded
+        answers = [self._begin(item, call) for item in request.items]
+        ready = [answer for answer in answers if isinstance(answer, pb.Answer)]
+        if len(ready) < len(answers):
+            return _gathered(answers)
+        return pb.ForwardResponse(answers=ready).SerializeToString()
+
+    def _begin(self, item: pb.Item, call: Call) -> pb.Answer | Coroutine[Any, Any, pb.Answer]:
+        """Return an item's answer at once where the cache has it."""
+        method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{item.method}")
+        if method is None:
+            return _failed(item, Unimplemented(f"mnemosyned: unknown method {item.method[:100]}"))
+        forwarded = _ForwardedCall(item, call.peer)
+        try:
+            answer = method.answer(item.message, forwarded)
+        except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
+            return _failed(item, exc)
+        if isinstance(answer, bytes):
+            return pb.Answer(message=answer)
+        return _finish(item, answer, forwarded)
+
+    def _invalidate(self, message: bytes, _: Call) -> bytes:
+        request = parsed(pb.InvalidateRequest, message)
+        self._check_origin(request.origin)
+        self._drop(request.tokens)
+        return pb.InvalidateResponse().SerializeToString()
+
+    def _leave(self, message: bytes, call: Call) -> bytes:
+        parsed(pb.LeaveRequest, message)
+        log.info("asked_to_leave", extra={"peer": call.peer})
+        self._stop()
+        return pb.LeaveResponse().SerializeToString()
+
+    def _check_origin(self, origin: pb.Origin) -> None:
+        objection = self._gossip().objection(origin)
+        if objection:
+            raise NotOurCluster(f"mnemosyned: {objection}")
+
+
+class _ForwardedCall:
+    """Call of a client that came in elsewhere."""
+
+    __slots__ = ("_deadline_s", "_item", "peer")
+
+    def __init__(self, item: pb.Item, peer: str) -> None:
+        self._item = item
+        self._deadline_s = time.monotonic() + item.timeout_ms / _MS_PER_S
+        self.peer = peer
+
+    def metadata(self, key: str) -> str | None:
+        if key not in {"request_id", "traceparent", "tracestate"}:
+            return None
+        return getattr(self._item, key) or None
+
+    def time_left_s(self) -> float | None:
+        return self._deadline_s - time.monotonic()
+
+
+def _guarded(name: str, answer: UnaryAnswer, trust: Trust) -> UnaryAnswer:
+    def guarded(message: bytes, call: Call) -> Answer:
+        signature = call.metadata(METADATA_KEY)
+        try:
+            trust.check(signature, name, message, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
+        except Stranger as exc:
+            raise Unauthenticated(f"mnemosyned: {exc}") from None
+        return answer(message, call)
+
+    return guarded
+
+
+async def _gathered(answers: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -> bytes:
+    waiting = [answer for answer in answers if isinstance(answer, Coroutine)]
+    finished = iter(await asyncio.gather(*waiting))
+    whole = [next(finished) if isinstance(answer, Coroutine) else answer for answer in answers]
+    return pb.ForwardResponse(answers=whole).SerializeToString()
+
+
+async def _finish(item: pb.Item, answer: Coroutine[Any, Any, bytes], call: _ForwardedCall) -> pb.Answer:
+    try:
+        return pb.Answer(message=await answer_in_time(answer, call))
+    except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
+        return _failed(item, exc)
+
+
+def _failed(item: pb.Item, exc: Exception) -> pb.Answer:
+    failure = failure_of(exc)
+    fields = {"method": item.method[:100], "code": failure.code.name, "request_id": item.request_id[:200]}
+    if failure.is_bug:
+        log.error("forwarded_call_failed", extra=fields, exc_info=exc)
+    else:
+        log.debug("forwarded_call_failed", extra=fields | {"error": failure.text})
+    return pb.Answer(code=failure.code.value[0], text=failure.text)
