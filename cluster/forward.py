@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from google.protobuf.message import DecodeError
 
@@ -30,6 +31,9 @@ _TRIAL_PERIOD_S: Final = 0.25
 # Tokens whose owner could not be told; what is older than a cache entry may live needs no telling.
 _MAX_UNTOLD: Final = 10_000
 _TOKENS_A_CALL: Final = 1000
+# All nodes route alike again by then.
+_HANDOVER_S: Final = 2.0
+BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _US_PER_S: Final = 1_000_000
 _MS_PER_S: Final = 1000
 
@@ -62,8 +66,9 @@ class ForwardCounters:
     """Calls that were for another node."""
 
     by_outcome: Counter[tuple[str, str]] = field(default_factory=Counter)  # by peer and outcome
-    batches: int = 0
     items: int = 0
+    # Batches of at most that many items, and one count more for the larger.
+    batch_sizes: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BUCKETS) + 1))
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +105,8 @@ class Forwarder:
         self._view: View | None = None
         self._suspicious: Suspicious | None = None
         self._owners: dict[str, _Owner] = {}
+        self._changed: deque[tuple[float, str]] = deque(maxlen=_MAX_UNTOLD)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def introduce(self, origin: pb.Origin, suspicious: Suspicious) -> None:
         """Say who this node is, and whom to tell of peers that do not answer."""
@@ -108,11 +115,22 @@ class Forwarder:
 
     def follow(self, view: View) -> None:
         """Route by this view from now on."""
-        self._view = view
+        old, self._view = self._view, view
+        if old is not None and old.ring.nodes != view.ring.nodes:
+            # Their new owners may have read them before they changed here.
+            since_s = time.monotonic() - _HANDOVER_S
+            moved = [token for when_s, token in self._changed if when_s >= since_s]
+            if moved:
+                self._spawn(self.invalidate(moved))
+
+    def changed(self, tokens: Iterable[str]) -> None:
+        """Remember for a while what was changed or ended here, in case it gets another owner."""
+        now = time.monotonic()
+        self._changed.extend((now, token) for token in tokens)
 
     def breaker_states(self) -> dict[str, BreakerState]:
         """Return the breaker of each peer that was ever asked and is still there."""
-        return {name: owner.breaker.state for name, owner in self._owners.items()}
+        return {name: owner.breaker.state for name, owner in list(self._owners.items())}
 
     async def ask(self, name: str, item: pb.Item, *, is_write: bool, time_left_s: float | None) -> pb.Answer:
         """Return the owner's own answer, whatever its status.
@@ -148,6 +166,11 @@ class Forwarder:
                 by_owner.setdefault(name, []).append(token)
         await asyncio.gather(*(self._invalidate(name, part) for name, part in by_owner.items()))
 
+    async def invalidate_everywhere(self, tokens: Sequence[str]) -> None:
+        """Have every node drop its copies: for when nodes may not agree on the owner."""
+        if self._view is not None:
+            await asyncio.gather(*(self._invalidate(name, tokens) for name in self._view.address_by_name))
+
     async def run(self) -> None:
         """Try peers whose breaker is open, and tell them what they missed; for ever."""
         while True:
@@ -159,8 +182,17 @@ class Forwarder:
 
     async def close(self) -> None:
         """Cancel what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for name in list(self._owners):
             await self._drop_owner(name)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # Owned by the set until it ends or `close`.
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _owner(self, name: str) -> _Owner:
         owner = self._owners.get(name)
@@ -187,7 +219,7 @@ class Forwarder:
             answers = _answers(body, len(items))
         except ClusterError as exc:
             return [type(exc)(*exc.args) for _ in items]
-        self.counters.batches += 1
+        self.counters.batch_sizes[bisect_left(BATCH_BUCKETS, len(items))] += 1
         self.counters.items += len(items)
         return answers
 
@@ -225,7 +257,7 @@ class Forwarder:
         else:
             owner.breaker.broke(now=time.monotonic())
 
-    async def _invalidate(self, name: str, tokens: list[str]) -> None:
+    async def _invalidate(self, name: str, tokens: Sequence[str]) -> None:
         owner = self._owner(name)
         if owner.breaker.is_closed:
             try:

@@ -75,7 +75,6 @@ class GossipCounters:
     ring_changes: int = 0
     loop_lag_s: float = 0.0  # of the last tick
     max_loop_lag_s: float = 0.0
-    detections_s: deque[float] = field(default_factory=lambda: deque(maxlen=_MAX_EVENTS))
     detections: int = 0
     detection_s_sum: float = 0.0
 

@@ -53,8 +53,11 @@ class Table:
         return len(self._base.names) + len(self._added)
 
     def __iter__(self) -> Iterator[Member]:
-        for index in range(len(self)):
-            yield self.at(index)
+        # A copy, made in one step: another thread may look while this one changes.
+        overlay = self._overlay.copy()
+        for name in self._base.names:
+            yield overlay.pop(name) if name in overlay else self._base.member_by_name[name]
+        yield from overlay.values()
 
     def get(self, name: str) -> Member | None:
         """Return what is held of a member."""

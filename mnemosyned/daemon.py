@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -27,6 +28,7 @@ from mnemosyned.clock import StorageClock
 from mnemosyned.config import Config
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.node import ClusterNode, NodeOptions, Sessions
+from mnemosyned.observe.cluster import ClusterCollector, page
 from mnemosyned.observe.metrics import CacheCollector, QueryMetrics, RpcCollector, UpkeepMetrics, new_registry
 from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
@@ -150,7 +152,7 @@ class _Daemon:
     def _add_clustered_methods(self, node: ClusterNode) -> None:
         no_cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=1, max_bytes=0))
         self._passing = self._new_service(no_cache, replace(_lifetimes(self._config), cache_us=0))
-        services = Services(self._service, self._passing)
+        services = Services(self._service, self._passing, node.forwarder)
         trace_context = carried if self._tracing is None else self._tracing.context
         session_manager.add_to(self._table, node.router(services, trace_context))
         calls = MethodTable()
@@ -193,7 +195,11 @@ class _Daemon:
             port = await engine.start()
             operator_port = config.port and config.port + 1
             operator = OperatorServer.start(
-                config.host, operator_port, registry=self._registry, readiness=self._readiness
+                config.host,
+                operator_port,
+                registry=self._registry,
+                readiness=self._readiness,
+                pages={} if self._node is None else {"/debug/cluster": partial(page, self._node)},
             )
         except ListenFailed as exc:
             raise StartFailed(str(exc)) from exc
@@ -256,6 +262,9 @@ class _Daemon:
 
     def _register_collectors(self) -> None:
         self._registry.register(RpcCollector(self._table.stats()))
+        if self._node is not None:
+            self._registry.register(RpcCollector(self._node.client_stats.values(), side="client"))
+            self._registry.register(ClusterCollector(self._node))
         self._registry.register(
             CacheCollector(self._cache.counters, lambda: len(self._lru), lambda: self._lru.size_bytes)
         )

@@ -57,6 +57,10 @@ class OtherCaches(Protocol):
         """Have their owners drop these sessions; return when those that can be reached have."""
         ...
 
+    def changed(self, tokens: Iterable[str]) -> None:
+        """Take note of sessions that were changed or ended here, or may have been."""
+        ...
+
 
 class SessionService:
     """Sessions, cached in front of a store; `elsewhere` is told of those that a Delete has ended."""
@@ -239,5 +243,8 @@ class SessionService:
         return ready.response(self._expiry_field.encode(ready.expires_at_us))
 
     def _drop(self, tokens: Iterable[str]) -> None:
+        tokens = list(tokens)
         for token in tokens:
             self._cache.drop(token)
+        if self._elsewhere is not None:
+            self._elsewhere.changed(tokens)

@@ -95,26 +95,27 @@ class MethodStats:
 
 
 class RpcCollector(Collector):
-    """Shows the methods' stats as `grpc_server_*`."""
+    """Shows the methods' stats as `grpc_server_*`, or of calls to other nodes as `grpc_client_*`."""
 
-    def __init__(self, stats: Iterable[MethodStats]) -> None:
+    def __init__(self, stats: Iterable[MethodStats], *, side: str = "server") -> None:
         self._stats = list(stats)
+        self._prefix = f"grpc_{side}"
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family for each name."""
         names = ("service", "handler", "type")
         requests = CounterMetricFamily(
-            "grpc_server_requests_total", "RPCs that ended, by status.", labels=(*names, "code")
+            f"{self._prefix}_requests_total", "RPCs that ended, by status.", labels=(*names, "code")
         )
         errors = CounterMetricFamily(
-            "grpc_server_errors_total",
+            f"{self._prefix}_errors_total",
             "RPCs that ended with another status than OK.",
             labels=(*names, "code"),
         )
         durations = HistogramMetricFamily(
-            "grpc_server_request_duration_seconds", "From a request's arrival to its answer.", labels=names
+            f"{self._prefix}_request_duration_seconds", "From a request to its answer.", labels=names
         )
-        in_flight = GaugeMetricFamily("grpc_server_requests", "RPCs in flight.", labels=names)
+        in_flight = GaugeMetricFamily(f"{self._prefix}_requests", "RPCs in flight.", labels=names)
         for stats in self._stats:
             for code, count in stats.requests_by_code().items():
                 requests.add_metric((*stats.labels, code), count)

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 from typing import Any, Final
+from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -38,18 +39,28 @@ class Readiness:
     probes: Mapping[str, object]
 
 
-class OperatorServer:
-    """Serves `/metrics`, `/healthz` and `/healthr` until stopped.
+# From a query, values by name, to what is shown.
+Page = Callable[[Mapping[str, list[str]]], object]
 
-    `readiness` is called on the server's threads and must not block.
+
+class OperatorServer:
+    """Serves `/metrics`, `/healthz`, `/healthr` and further pages of JSON until stopped.
+
+    `readiness` and the pages are called on the server's threads and must not block.
     """
 
     @classmethod
     def start(
-        cls, host: str, port: int, *, registry: CollectorRegistry, readiness: Callable[[], Readiness]
+        cls,
+        host: str,
+        port: int,
+        *,
+        registry: CollectorRegistry,
+        readiness: Callable[[], Readiness],
+        pages: Mapping[str, Page] | None = None,
     ) -> OperatorServer:
         """Listen and serve; port 0 is any free one. Raises OSError."""
-        return cls(_Server((host, port), registry, readiness))
+        return cls(_Server((host, port), registry, readiness, pages or {}))
 
     def __init__(self, server: _Server) -> None:
         self._server = server
@@ -77,8 +88,13 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(
-        self, address: tuple[str, int], registry: CollectorRegistry, readiness: Callable[[], Readiness]
+        self,
+        address: tuple[str, int],
+        registry: CollectorRegistry,
+        readiness: Callable[[], Readiness],
+        pages: Mapping[str, Page],
     ) -> None:
+        self.pages = pages
         self.registry = registry
         self.readiness = readiness
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
@@ -122,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:  # the library's name
-        path = self.path.partition("?")[0]
+        path, _, query = self.path.partition("?")
         if path == "/metrics":
             encode, content_type = choose_encoder(self.headers.get("Accept", ""))
             self._send(HTTPStatus.OK, encode(self.server.registry), content_type)
@@ -132,8 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
             readiness = self.server.readiness()
             status = HTTPStatus.OK if readiness.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
             self._send_json(status, {"version": __version__, "probes": dict(readiness.probes)})
+        elif path in self.server.pages:
+            self._send_json(HTTPStatus.OK, self.server.pages[path](parse_qs(query)))
         else:
-            self._send_json(HTTPStatus.NOT_FOUND, {"error": "known are /metrics, /healthz and /healthr"})
+            known = ", ".join(["/metrics", "/healthz", "/healthr", *self.server.pages])
+            self._send_json(HTTPStatus.NOT_FOUND, {"error": f"known are {known}"})
 
     do_HEAD = do_GET  # noqa: N815  # the library's name
 

@@ -7,7 +7,7 @@ storage. What is answered here for another node's token never enters this node's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.message import Message
 from grpc import StatusCode
@@ -34,13 +34,28 @@ _OWNER_IN_TROUBLE: Final = frozenset(
 class Services:
     """The same sessions twice: through this node's cache, and past it."""
 
-    def __init__(self, owned: SessionService, passing: SessionService) -> None:
+    def __init__(self, owned: SessionService, passing: SessionService, forwarder: Forwarder) -> None:
         self.owned = owned
-        self.passing = passing
+        self._passing = passing
+        self._forwarder = forwarder
 
-    def at(self, place: Local) -> SessionService:
-        """Return the service for calls that are answered here."""
-        return self.owned if place.fill_cache else self.passing
+    def answer(self, place: Local, rpc: Rpc, request: Message) -> Answer:
+        """Answer here, as the place says."""
+        if place.fill_cache:
+            return rpc.answer(self.owned, request)
+        return self.pass_by(rpc, request, rpc.answer)
+
+    async def pass_by(self, rpc: Rpc, request: Message, do: Callable[[SessionService, Any], Answer]) -> bytes:
+        """Answer from the storage for a token that is another's.
+
+        Who owns it is then in doubt, so after a write no copy anywhere is to be trusted.
+        """
+        try:
+            answer = do(self._passing, request)
+            return answer if isinstance(answer, bytes) else await answer
+        finally:
+            if rpc.is_write and rpc.token is not None:
+                await self._forwarder.invalidate_everywhere([rpc.token(request)])
 
 
 class ClusterRouter:
@@ -67,7 +82,7 @@ class ClusterRouter:
         place = route(self._view(), token, hops_left=1)
         if isinstance(place, Forward):
             return self._forward(place.owner, rpc, request, call)
-        return rpc.answer(self._services.at(place), request)
+        return self._services.answer(place, rpc, request)
 
     async def _forward(self, owner: str, rpc: Rpc, request: Message, call: Call) -> bytes:
         item = pb.Item(
@@ -81,24 +96,14 @@ class ClusterRouter:
                 owner, item, is_write=rpc.is_write, time_left_s=call.time_left_s()
             )
         except PeerSkipped:
-            return await self._from_storage(rpc, request, was_tried=False)
+            return await self._services.pass_by(rpc, request, rpc.answer)
         except (ClusterError, Overloaded):
-            return await self._from_storage(rpc, request, was_tried=True)
+            return await self._services.pass_by(rpc, request, rpc.again)
         if answer.code in _OWNER_IN_TROUBLE:
-            return await self._from_storage(rpc, request, was_tried=True)
+            return await self._services.pass_by(rpc, request, rpc.again)
         if answer.code:
             raise error_of(answer.code, answer.text)
         return answer.message
-
-    async def _from_storage(self, rpc: Rpc, request: Message, *, was_tried: bool) -> bytes:
-        try:
-            do = rpc.again if was_tried else rpc.answer
-            answer = do(self._services.passing, request)
-            return answer if isinstance(answer, bytes) else await answer
-        finally:
-            # Whatever came of it, the owner's copy can no longer be trusted.
-            if rpc.is_write and rpc.token is not None:
-                await self._forwarder.invalidate([rpc.token(request)])
 
 
 class OwnerRouter:
@@ -113,7 +118,7 @@ class OwnerRouter:
         token = rpc.token(request) if rpc.token is not None else ""
         place = route(self._view(), token, hops_left=0)
         assert isinstance(place, Local)
-        return rpc.answer(self._services.at(place), request)
+        return self._services.answer(place, rpc, request)
 
 
 def carried(call: Call, names: Iterable[str] = ("traceparent", "tracestate")) -> dict[str, str]:
