@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from cluster.breaker import Breaker, BreakerState
 from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import Lane, Peers
+from cluster.peers import Exchange, Lane, Peers
 from cluster.view import View
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ _TRIAL_PERIOD_S: Final = 0.25
 # Tokens whose owner could not be told; what is older than a cache entry may live needs no telling.
 _MAX_UNTOLD: Final = 10_000
 _TOKENS_A_CALL: Final = 1000
+# The engines close a stream on which nothing came for a minute.
+_IDLE_STREAM_S: Final = 20.0
 # All nodes route alike again by then.
 _HANDOVER_S: Final = 2.0
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -78,6 +80,8 @@ class _Owner:
     breaker: Breaker = field(default_factory=Breaker)
     # (when, token), the oldest first.
     untold: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=_MAX_UNTOLD))
+    # (since when, stream), the latest used last; never more than batches may be under way.
+    idle: list[tuple[float, Exchange]] = field(default_factory=list)
 
 
 class Forwarder:
@@ -178,6 +182,8 @@ class Forwarder:
             names = set(self._view.address_by_name) if self._view is not None else set()
             for name in [name for name in self._owners if name not in names]:
                 await self._drop_owner(name)
+            for name, owner in self._owners.items():
+                await _end_idle(owner, _IDLE_STREAM_S if self._is_owner(name) else 0.0)
             await asyncio.gather(*(self._try_again(name) for name in list(self._owners)))
 
     async def close(self) -> None:
@@ -208,14 +214,19 @@ class Forwarder:
         owner = self._owners.pop(name)
         await owner.reads.close()
         await owner.writes.close()
+        await _end_idle(owner, 0.0)
+
+    def _is_owner(self, name: str) -> bool:
+        return self._view is not None and name in self._view.ring.nodes
 
     async def _run(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer | ClusterError]:
         timeout_s = max(item.timeout_ms for item in items) / _MS_PER_S
         # A peer that stood still must not do later what others have long done instead.
         deadline_us = self._storage_now_us() + int(timeout_s * _US_PER_S)
-        request = pb.ForwardRequest(origin=self._origin, items=items, deadline_us=deadline_us)
+        batch = pb.Batch(origin=self._origin, items=items, deadline_us=deadline_us).SerializeToString()
+        request = pb.ForwardRequest(batch=batch, signature=self._peers.signature("Forward", batch))
         try:
-            body = await self._call(name, "Forward", request.SerializeToString(), timeout_s)
+            body = await self._exchanged(name, request.SerializeToString(), timeout_s)
             answers = _answers(body, len(items))
         except ClusterError as exc:
             return [type(exc)(*exc.args) for _ in items]
@@ -223,11 +234,23 @@ class Forwarder:
         self.counters.items += len(items)
         return answers
 
-    async def _call(self, name: str, method: str, body: bytes, timeout_s: float) -> bytes:
+    async def _exchanged(self, name: str, body: bytes, timeout_s: float) -> bytes:
+        owner, address = self._owner(name), self._address(name)
+        exchange = None
+        while owner.idle and exchange is None:
+            _, exchange = owner.idle.pop()
+            if not exchange.is_open or exchange.address != address:
+                exchange = None
+        exchange = exchange or self._peers.exchange(address, "Forward")
+        answer = await exchange.ask(body, timeout_s=timeout_s)
+        owner.idle.append((time.monotonic(), exchange))
+        return answer
+
+    def _address(self, name: str) -> str:
         address = self._view.address_by_name.get(name) if self._view is not None else None
         if address is None:
             raise PeerUnreachable("it is no member any more")
-        return await self._peers.call(address, method, body, timeout_s=timeout_s, lane=Lane.CALLS)
+        return address
 
     def _failed(self, name: str, owner: _Owner, failure: ClusterError) -> None:
         was_closed = owner.breaker.is_closed
@@ -282,7 +305,15 @@ class Forwarder:
     async def _send_tokens(self, name: str, tokens: Sequence[str]) -> None:
         for start in range(0, len(tokens) or 1, _TOKENS_A_CALL):
             request = pb.InvalidateRequest(origin=self._origin, tokens=tokens[start : start + _TOKENS_A_CALL])
-            await self._call(name, "Invalidate", request.SerializeToString(), _TRY_S)
+            body = request.SerializeToString()
+            await self._peers.call(self._address(name), "Invalidate", body, timeout_s=_TRY_S, lane=Lane.CALLS)
+
+
+async def _end_idle(owner: _Owner, after_s: float) -> None:
+    before_s = time.monotonic() - after_s
+    while owner.idle and owner.idle[0][0] <= before_s:
+        _, exchange = owner.idle.pop(0)
+        await exchange.end()
 
 
 async def _submitted(batches: Batches, item: pb.Item, try_s: float) -> pb.Answer | ClusterError:

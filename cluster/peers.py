@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Protocol
@@ -84,15 +85,11 @@ class Peers:
             PeerRefused: the peer does not take us for one of its own.
         """
         stats = self._stats_by_method[method]
-        path = f"/{SERVICE_NAME}/{method}"
-        signature = self._trust.sign(
-            method, body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(NONCE_BYTES)
-        )
-        metadata = ((METADATA_KEY, signature),) if signature else None
+        metadata = self._metadata(method, body)
         stats.begin()
         started_s, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         try:
-            call = self._callable(address, lane, path)
+            call = self._callable(address, lane, method)
             answer: bytes = await call(body, timeout=timeout_s, metadata=metadata)
             code = grpc.StatusCode.OK
         except grpc.aio.AioRpcError as exc:
@@ -105,6 +102,17 @@ class Peers:
         finally:
             stats.end(code.name, time.perf_counter() - started_s)
         return answer
+
+    def exchange(self, address: str, method: str) -> Exchange:
+        """Open a stream to a peer."""
+        channel = self._line(address, Lane.CALLS).channel
+        call = channel.stream_stream(_path(method))(metadata=self._metadata(method, b""))
+        return Exchange(address, call, self._stats_by_method[method])
+
+    def signature(self, method: str, body: bytes) -> str:
+        """Return what shows a peer that a message is this cluster's; empty without a secret."""
+        now_ms = time.time_ns() // 1_000_000
+        return self._trust.sign(method, body, now_ms=now_ms, nonce=os.urandom(NONCE_BYTES))
 
     async def watch(self, address: str, lost: Callable[[], None]) -> None:
         """Keep the gossip connection to a peer open, and tell each time that it is lost; for ever."""
@@ -143,12 +151,81 @@ class Peers:
             self._lines[address, lane] = line
         return line
 
-    def _callable(self, address: str, lane: Lane, path: str) -> Any:  # noqa: ANN401  # grpcio's own type is private
+    def _callable(self, address: str, lane: Lane, method: str) -> Any:  # noqa: ANN401  # grpcio's own type is private
         line = self._line(address, lane)
-        found = line.callables.get(path)
+        found = line.callables.get(method)
         if found is None:
-            found = line.callables[path] = line.channel.unary_unary(path)
+            found = line.callables[method] = line.channel.unary_unary(_path(method))
         return found
+
+    def _metadata(self, method: str, body: bytes) -> tuple[tuple[str, str]] | None:
+        signature = self.signature(method, body)
+        return ((METADATA_KEY, signature),) if signature else None
+
+
+class Exchange:
+    """A stream to one peer, on which each message is answered before the next is sent."""
+
+    def __init__(self, address: str, call: Any, stats: CallStats) -> None:  # noqa: ANN401  # likewise
+        self.address = address
+        self._call = call
+        self._stats = stats
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the peer, as far as is known, waits for a message."""
+        return not self._call.done()
+
+    async def ask(self, message: bytes, *, timeout_s: float) -> bytes:
+        """Return the peer's answer; after a failure the stream is closed.
+
+        Raises:
+            PeerUnreachable: no connection, or it broke, or the peer ended the stream.
+            PeerTimeout: no answer in time.
+            PeerRefused: the peer does not take us for one of its own.
+        """
+        self._stats.begin()
+        started_s, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._asked(message)
+            code = grpc.StatusCode.OK
+        except TimeoutError:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            raise PeerTimeout("no answer in time") from None
+        except grpc.aio.AioRpcError as exc:
+            code = exc.code()
+            raise _translated(exc) from None
+        except (grpc.aio.UsageError, asyncio.InvalidStateError):
+            code = grpc.StatusCode.UNAVAILABLE
+            raise PeerUnreachable("the stream was closed") from None
+        finally:
+            self._stats.end(code.name, time.perf_counter() - started_s)
+            if code != grpc.StatusCode.OK:
+                self._call.cancel()
+        return answer
+
+    async def _asked(self, message: bytes) -> bytes:
+        # At once, not one after the other: both wait for grpcio's thread, for about the same time.
+        reading = asyncio.create_task(self._call.read())
+        try:
+            await self._call.write(message)
+            answer = await reading
+        except BaseException as exc:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            if isinstance(exc, asyncio.CancelledError) and not asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                # Not this task was cancelled but the call: its channel was closed.
+                raise grpc.aio.UsageError("closed") from None
+            raise
+        if answer is grpc.aio.EOF:
+            raise grpc.aio.UsageError("ended")
+        return bytes(answer)
+
+    async def end(self) -> None:
+        """Close the stream in order; there is nothing under way on it."""
+        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            await self._call.done_writing()
 
 
 async def is_refused(address: str) -> bool:
@@ -163,6 +240,10 @@ async def is_refused(address: str) -> bool:
         return False
     writer.close()
     return False
+
+
+def _path(method: str) -> str:
+    return f"/{SERVICE_NAME}/{method}"
 
 
 def _translated(exc: grpc.aio.AioRpcError) -> ClusterError:

@@ -4,7 +4,7 @@ No timer: an item that finds nothing under way goes out at once, so idle latency
 unchanged, and under load batches grow by themselves until the bounds.
 
 Rules for editing: items leave `_waiting` in order and exactly once; state is consistent
-before every await; nobody awaits a batch but its own task.
+before every await; nobody awaits a batch but its own task, or the caller of a lone item.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class BatchLimits:
     max_waiting: int = 20_000
     lanes: int = 1  # batches under way at once
     is_abandonable: bool = True  # whether a batch is cancelled when all its callers are gone
+    is_eager: bool = False  # whether the caller of an item that finds no lane open runs it, a turn sooner
 
 
 @dataclass(slots=True, eq=False)
@@ -71,11 +72,25 @@ class Batcher(Generic[Item, Result]):
         """
         if len(self._waiting) >= self._limits.max_waiting:
             raise Overloaded("mnemosyned: too many calls are waiting for the storage")
+        if self._limits.is_eager and not self._open_lanes:
+            return await self._run_alone(item)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(item, self._size_bytes(item), answer))
         if self._open_lanes < self._limits.lanes:
             self._open_lane()
         return await answer
+
+    async def _run_alone(self, item: Item) -> Result:
+        self._open_lanes += 1
+        try:
+            (result,) = await self._run([item])
+        finally:
+            self._open_lanes -= 1
+            if self._waiting and self._open_lanes < self._limits.lanes:
+                self._open_lane()
+        if isinstance(result, MnemosyneError):
+            raise result
+        return result
 
     async def close(self) -> None:
         """Cancel what is under way; callers still waiting are cancelled."""

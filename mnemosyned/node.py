@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # A quarter of an h2corn flow-control window: such a batch is on the wire at once.
-_FORWARDS: Final = BatchLimits(max_items=128, max_bytes=256 * 1024, max_waiting=10_000, lanes=2)
+_FORWARDS: Final = BatchLimits(
+    max_items=128, max_bytes=256 * 1024, max_waiting=10_000, lanes=2, is_eager=True
+)
 _SWEEP_KEYS: Final = 1000
 _RETRY_S: Final = 0.5
 
@@ -83,6 +85,7 @@ class ClusterNode:
         )
         self.view = alone(options.listen, is_active=False)
         self.gossip: Gossip | None = None
+        self._service: PeerService | None = None
         self._sweep: asyncio.Task[None] | None = None
 
     def router(self, services: Services, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
@@ -95,10 +98,10 @@ class ClusterNode:
 
     def serve_peers(self, table: MethodTable, calls: MethodTable, *, stop: Callable[[], None]) -> None:
         """Add the Peer service to a table; `calls` answers what is forwarded."""
-        service = PeerService(
+        self._service = PeerService(
             self._joined, calls, storage_now_us=self._sessions.clock.now_us, drop=self._drop, stop=stop
         )
-        service.add_to(table, self.trust, max_message_bytes=self._options.max_message_bytes)
+        self._service.add_to(table, self.trust, max_message_bytes=self._options.max_message_bytes)
 
     async def run(self) -> None:
         """Join the cluster and stay in it, for ever; the storage is open."""
@@ -121,9 +124,11 @@ class ClusterNode:
         await self.forwarder.run()
 
     async def leave(self) -> None:
-        """Hand this node's tokens over; it goes on answering."""
+        """Hand this node's tokens over; it goes on answering its clients."""
         if self.gossip is not None:
             await self.gossip.leave()
+        if self._service is not None:
+            self._service.close()
 
     async def farewell(self) -> None:
         """Leave for good, when the last call is answered."""

@@ -83,6 +83,14 @@ class GossipResponse(_message.Message):
     def __init__(self, packet: _Optional[_Union[Packet, _Mapping]] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
+    __slots__ = ("batch", "signature")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    batch: bytes
+    signature: str
+    def __init__(self, batch: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
+
+class Batch(_message.Message):
     __slots__ = ("origin", "items", "deadline_us")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]

@@ -93,7 +93,7 @@ class _Handlers(grpc.GenericRpcHandler):
             for path, method in table.unary.items()
         }
         for path, method in table.streams.items():
-            self._by_path[path] = grpc.stream_stream_rpc_method_handler(_stream(method))
+            self._by_path[path] = grpc.stream_stream_rpc_method_handler(_stream(method, max_message_bytes))
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:  # noqa: ANN401  # a handler
         path = handler_call_details.method
@@ -102,8 +102,9 @@ class _Handlers(grpc.GenericRpcHandler):
 
 def _largest_limit(table: MethodTable, options: EngineOptions) -> int:
     # grpcio has one for all methods; each method's own is checked when the message is there.
-    own = (method.max_message_bytes or 0 for method in table.unary.values())
-    return max(options.max_message_bytes, *own)
+    unary = (method.max_message_bytes or 0 for method in table.unary.values())
+    streams = (method.max_message_bytes or 0 for method in table.streams.values())
+    return max(options.max_message_bytes, *unary, *streams)
 
 
 def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Context], Awaitable[bytes]]:
@@ -111,9 +112,10 @@ def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Cont
 
     async def behaviour(message: bytes, context: Context) -> bytes:
         call = _GrpcioCall(context)
-        if len(message) > limit_bytes:
+        try:
+            _check_size(message, limit_bytes)
+        except MessageTooLarge as exc:
             method.stats.begin()
-            exc = MessageTooLarge(f"mnemosyned: a message of {len(message)} bytes, over {limit_bytes}")
             await _abort(context, fail(method, call, exc, time.perf_counter()))
         answer = await invoke_unary(method, message, call)
         if isinstance(answer, Failure):
@@ -123,13 +125,29 @@ def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Cont
     return behaviour
 
 
-def _stream(method: StreamMethod) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
+def _stream(
+    method: StreamMethod, max_message_bytes: int
+) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
+    limit_bytes = method.max_message_bytes or max_message_bytes
+
     async def behaviour(messages: AsyncIterator[bytes], context: Context) -> None:
-        failure = await invoke_stream(method, messages, _GrpcioCall(context), context.write)
+        bounded = _bounded(messages, limit_bytes)
+        failure = await invoke_stream(method, bounded, _GrpcioCall(context), context.write)
         if failure is not None:
             await _abort(context, failure)
 
     return behaviour
+
+
+async def _bounded(messages: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[bytes]:
+    async for message in messages:
+        _check_size(message, limit_bytes)
+        yield message
+
+
+def _check_size(message: bytes, limit_bytes: int) -> None:
+    if len(message) > limit_bytes:
+        raise MessageTooLarge(f"mnemosyned: a message of {len(message)} bytes, over {limit_bytes}")
 
 
 def _unknown(path: str) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:

@@ -147,7 +147,8 @@ class H2cornEngine:
     async def _answer_stream(
         self, method: StreamMethod, call: _H2cornCall, receive: Receive, send: Send
     ) -> None:
-        messages = _messages(_frame_reader(call, self._options.max_message_bytes), receive)
+        limit_bytes = method.max_message_bytes or self._options.max_message_bytes
+        messages = _messages(_frame_reader(call, limit_bytes), receive)
         has_begun = False
 
         async def send_message(message: bytes) -> None:

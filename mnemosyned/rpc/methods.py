@@ -52,6 +52,7 @@ class StreamMethod:
     path: str
     answer: StreamAnswer
     stats: MethodStats
+    max_message_bytes: int | None = None  # of each request; None: as the engine's options say
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,13 @@ class MethodTable:
         stats = MethodStats(service, name, "unary")
         self.unary[path] = UnaryMethod(path, answer, stats, max_message_bytes)
 
-    def add_stream(self, service: str, name: str, answer: StreamAnswer) -> None:
+    def add_stream(
+        self, service: str, name: str, answer: StreamAnswer, *, max_message_bytes: int | None = None
+    ) -> None:
         """Serve a method that streams in either direction or both."""
         path = f"/{service}/{name}"
-        self.streams[path] = StreamMethod(path, answer, MethodStats(service, name, "stream"))
+        stats = MethodStats(service, name, "stream")
+        self.streams[path] = StreamMethod(path, answer, stats, max_message_bytes)
 
     def stats(self) -> list[MethodStats]:
         """Return the stats of all methods."""

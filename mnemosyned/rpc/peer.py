@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from cluster.errors import MalformedPacket, Stranger
@@ -57,12 +57,13 @@ class PeerService:
         self._storage_now_us = storage_now_us
         self._drop = drop
         self._stop = stop
+        self._waiting: set[asyncio.Task[Any]] = set()  # streams without a batch under way
+        self._is_closed = False
 
     def add_to(self, table: MethodTable, trust: Trust, *, max_message_bytes: int) -> None:
         """Serve it to peers; `max_message_bytes` is a client's limit."""
         answers: dict[str, UnaryAnswer] = {
             "Gossip": self._answer_gossip,
-            "Forward": self._forward,
             "Invalidate": self._invalidate,
             "Leave": self._leave,
         }
@@ -70,19 +71,57 @@ class PeerService:
         for name, answer in answers.items():
             table.add_unary(SERVICE_NAME, name, _guarded(name, answer, trust), max_message_bytes=limit)
 
+        def forward(messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+            return self._forward(messages, call, trust)
+
+        table.add_stream(SERVICE_NAME, "Forward", forward, max_message_bytes=limit)
+
+    def close(self) -> None:
+        """End the streams of forwarded calls, each when its batch is answered."""
+        self._is_closed = True
+        for task in self._waiting:
+            task.cancel()
+
     def _answer_gossip(self, message: bytes, _: Call) -> bytes:
         try:
             return self._gossip().answer(message)
         except MalformedPacket as exc:
             raise MalformedMessage(f"mnemosyned: {exc}") from None
 
-    def _forward(self, message: bytes, call: Call) -> Answer:
-        request = parsed(pb.ForwardRequest, message)
-        self._check_origin(request.origin)
-        if request.deadline_us and self._storage_now_us() > request.deadline_us + _LATE_US:
+    async def _forward(
+        self, messages: AsyncIterator[bytes], call: Call, trust: Trust
+    ) -> AsyncIterator[bytes]:
+        _check(trust, call.metadata(METADATA_KEY), "Forward", b"", call)
+        async for message in self._until_closed(messages):
+            request = parsed(pb.ForwardRequest, message)
+            _check(trust, request.signature, "Forward", request.batch, call)
+            answer = self._answer_batch(parsed(pb.Batch, request.batch), call)
+            yield answer if isinstance(answer, bytes) else await answer
+
+    async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        task = asyncio.current_task()
+        assert task is not None
+        while not self._is_closed:
+            self._waiting.add(task)
+            try:
+                message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except asyncio.CancelledError:
+                # By `close`, unless the caller has gone as well.
+                if self._is_closed and not task.uncancel():
+                    return
+                raise
+            finally:
+                self._waiting.discard(task)
+            yield message
+
+    def _answer_batch(self, batch: pb.Batch, call: Call) -> Answer:
+        self._check_origin(batch.origin)
+        if batch.deadline_us and self._storage_now_us() > batch.deadline_us + _LATE_US:
             # This process stood still; the caller has long turned to the storage.
             raise DeadlineExceeded
-        answers = [self._begin(item, call) for item in request.items]
+        answers = [self._begin(item, call) for item in batch.items]
         ready = [answer for answer in answers if isinstance(answer, pb.Answer)]
         if len(ready) < len(answers):
             return _gathered(answers)
@@ -141,14 +180,17 @@ class _ForwardedCall:
 
 def _guarded(name: str, answer: UnaryAnswer, trust: Trust) -> UnaryAnswer:
     def guarded(message: bytes, call: Call) -> Answer:
-        signature = call.metadata(METADATA_KEY)
-        try:
-            trust.check(signature, name, message, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
-        except Stranger as exc:
-            raise Unauthenticated(f"mnemosyned: {exc}") from None
+        _check(trust, call.metadata(METADATA_KEY), name, message, call)
         return answer(message, call)
 
     return guarded
+
+
+def _check(trust: Trust, signature: str | None, method: str, body: bytes, call: Call) -> None:
+    try:
+        trust.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
+    except Stranger as exc:
+        raise Unauthenticated(f"mnemosyned: {exc}") from None
 
 
 async def _gathered(answers: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -> bytes:

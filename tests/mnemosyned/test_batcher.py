@@ -209,3 +209,37 @@ async def test_close_cancels_what_is_under_way_and_what_waits() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     assert backend.was_cancelled
+
+
+async def test_an_eager_lone_item_goes_out_in_the_same_turn_and_its_followers_share_the_next_lane() -> None:
+    backend = Backend(is_open=False)
+    batcher = Batcher(backend.run, limits=BatchLimits(lanes=2, is_eager=True))
+    calls = [asyncio.create_task(batcher.submit(n)) for n in (1, 2, 3, 4)]
+    await until(lambda: len(backend.batches) == 2)
+    late = asyncio.create_task(batcher.submit(5))
+    await asyncio.sleep(0)
+    assert backend.batches == [[1], [2, 3, 4]]
+
+    backend.gate.set()
+    assert await asyncio.gather(*calls, late) == [2, 4, 6, 8, 10]
+
+
+async def test_an_eager_item_fails_alone_and_leaves_its_lane() -> None:
+    backend = Backend()
+    batcher = Batcher(backend.run, limits=BatchLimits(is_eager=True))
+
+    with pytest.raises(SessionNotFound):
+        await batcher.submit(-1)
+    assert await batcher.submit(1) == 2
+
+
+async def test_what_waited_for_an_eager_item_goes_out_when_its_caller_is_cancelled() -> None:
+    backend = Backend(is_open=False)
+    batcher = Batcher(backend.run, limits=BatchLimits(lanes=1, is_eager=True))
+    first, second = (asyncio.create_task(batcher.submit(n)) for n in (1, 2))
+    await until(lambda: backend.batches)
+    first.cancel()
+    backend.gate.set()
+
+    assert await second == 4
+    assert backend.was_cancelled
