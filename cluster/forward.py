@@ -180,11 +180,13 @@ class Forwarder:
         while True:
             await asyncio.sleep(_TRIAL_PERIOD_S)
             names = set(self._view.address_by_name) if self._view is not None else set()
-            for name in [name for name in self._owners if name not in names]:
-                await self._drop_owner(name)
+            gone = [name for name in self._owners if name not in names]
+            for name in gone:
+                if not self._missed(self._owners[name]):
+                    await self._drop_owner(name)
             for name, owner in self._owners.items():
                 await _end_idle(owner, _IDLE_STREAM_S if self._is_owner(name) else 0.0)
-            await asyncio.gather(*(self._try_again(name) for name in list(self._owners)))
+            await asyncio.gather(*(self._try_again(name) for name in self._owners if name in names))
 
     async def close(self) -> None:
         """Cancel what is under way."""
@@ -293,14 +295,16 @@ class Forwarder:
         owner.untold.extend((now, token) for token in tokens)
 
     async def _tell_again(self, name: str, owner: _Owner) -> bool:
-        since_s = time.monotonic() - self._remember_s
-        tokens = [token for when_s, token in owner.untold if when_s >= since_s]
         try:
-            await self._send_tokens(name, tokens)
+            await self._send_tokens(name, self._missed(owner))
         except ClusterError:
             return False
         owner.untold.clear()
         return True
+
+    def _missed(self, owner: _Owner) -> list[str]:
+        since_s = time.monotonic() - self._remember_s
+        return [token for when_s, token in owner.untold if when_s >= since_s]
 
     async def _send_tokens(self, name: str, tokens: Sequence[str]) -> None:
         for start in range(0, len(tokens) or 1, _TOKENS_A_CALL):

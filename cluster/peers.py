@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Protocol
@@ -32,6 +32,7 @@ _OPTIONS: Final = (
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
 )
 _MAX_CHANNELS: Final = 512
+_SILENCE_S: Final = 0.9
 _DIAL_TIMEOUT_S: Final = 0.2
 _REFUSALS: Final = frozenset({
     grpc.StatusCode.UNAUTHENTICATED,
@@ -64,6 +65,7 @@ class CallStats(Protocol):
 @dataclass(slots=True, eq=False)
 class _Line:
     channel: Any  # grpc.aio.Channel; its stubs are partial
+    answered_s: float  # when it was opened, or the peer last answered on it
     callables: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,6 +76,7 @@ class Peers:
         self._trust = trust
         self._stats_by_method = stats_by_method
         self._lines: dict[tuple[str, Lane], _Line] = {}
+        self._is_closed = False
         self._closing: set[asyncio.Task[None]] = set()
 
     async def call(self, address: str, method: str, body: bytes, *, timeout_s: float, lane: Lane) -> bytes:
@@ -84,30 +87,17 @@ class Peers:
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take us for one of its own.
         """
-        stats = self._stats_by_method[method]
         metadata = self._metadata(method, body)
-        stats.begin()
-        started_s, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        try:
-            call = self._callable(address, lane, method)
-            answer: bytes = await call(body, timeout=timeout_s, metadata=metadata)
-            code = grpc.StatusCode.OK
-        except grpc.aio.AioRpcError as exc:
-            code = exc.code()
-            raise _translated(exc) from None
-        except grpc.aio.UsageError:
-            # The channel was closed for its peer's restart while this call was on its way.
-            code = grpc.StatusCode.UNAVAILABLE
-            raise PeerUnreachable("the channel was closed") from None
-        finally:
-            stats.end(code.name, time.perf_counter() - started_s)
-        return answer
+        with self._counted(address, lane, method):
+            return bytes(
+                await self._callable(address, lane, method)(body, timeout=timeout_s, metadata=metadata)
+            )
 
     def exchange(self, address: str, method: str) -> Exchange:
         """Open a stream to a peer."""
         channel = self._line(address, Lane.CALLS).channel
         call = channel.stream_stream(_path(method))(metadata=self._metadata(method, b""))
-        return Exchange(address, call, self._stats_by_method[method])
+        return Exchange(address, call, lambda: self._counted(address, Lane.CALLS, method))
 
     def signature(self, method: str, body: bytes) -> str:
         """Return what shows a peer that a message is this cluster's; empty without a secret."""
@@ -116,29 +106,23 @@ class Peers:
 
     async def watch(self, address: str, lost: Callable[[], None]) -> None:
         """Keep the gossip connection to a peer open, and tell each time that it is lost; for ever."""
-        while True:
+        while not self._is_closed:
             channel = self._line(address, Lane.GOSSIP).channel
             state = channel.get_state(try_to_connect=True)
-            try:
+            # Closed meanwhile, it is replaced in the next turn.
+            with suppress(grpc.aio.UsageError):
                 await channel.wait_for_state_change(state)
-            except grpc.aio.UsageError:
-                return
             if state == grpc.ChannelConnectivity.READY:
                 lost()
-            elif channel.get_state() == grpc.ChannelConnectivity.SHUTDOWN:
-                return
 
     def forget(self, address: str) -> None:
         """Close the channels to an address: its node is gone, or another one now."""
         for lane in Lane:
-            line = self._lines.pop((address, lane), None)
-            if line is not None:
-                task = asyncio.create_task(line.channel.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+            self._hang_up(address, lane)
 
     async def close(self) -> None:
         """Close all channels; calls under way fail."""
+        self._is_closed = True
         lines, self._lines = list(self._lines.values()), {}
         await asyncio.gather(*(line.channel.close() for line in lines), *self._closing)
 
@@ -147,7 +131,8 @@ class Peers:
         if line is None:
             if len(self._lines) >= _MAX_CHANNELS:
                 self.forget(next(iter(self._lines))[0])
-            line = _Line(grpc.aio.insecure_channel(address, options=_OPTIONS))
+            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+            line = _Line(channel, answered_s=time.monotonic())
             self._lines[address, lane] = line
         return line
 
@@ -158,6 +143,50 @@ class Peers:
             found = line.callables[method] = line.channel.unary_unary(_path(method))
         return found
 
+    def _hang_up(self, address: str, lane: Lane) -> None:
+        line = self._lines.pop((address, lane), None)
+        if line is not None:
+            task = asyncio.create_task(line.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    @contextmanager
+    def _counted(self, address: str, lane: Lane, method: str) -> Iterator[None]:
+        """Count what is awaited inside, and raise its failure as one of ours."""
+        stats = self._stats_by_method[method]
+        stats.begin()
+        started_s, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            yield
+            code = grpc.StatusCode.OK
+            self._line(address, lane).answered_s = time.monotonic()
+        except grpc.aio.AioRpcError as exc:
+            code = exc.code()
+            if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._doubt(address, lane)
+            raise _translated(exc) from None
+        except TimeoutError:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            self._doubt(address, lane)
+            raise PeerTimeout("no answer in time") from None
+        except (grpc.aio.UsageError, asyncio.InvalidStateError):
+            code = grpc.StatusCode.UNAVAILABLE
+            raise PeerUnreachable("the connection was closed") from None
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # inside a coroutine
+                raise
+            # Not this task was cancelled but the call: its channel was closed.
+            code = grpc.StatusCode.UNAVAILABLE
+            raise PeerUnreachable("the connection was closed") from None
+        finally:
+            stats.end(code.name, time.perf_counter() - started_s)
+
+    def _doubt(self, address: str, lane: Lane) -> None:
+        # What a network lost, TCP sends again ever more rarely; a new connection works as soon as it does.
+        line = self._lines.get((address, lane))
+        if line is not None and time.monotonic() - line.answered_s > _SILENCE_S:
+            self._hang_up(address, lane)
+
     def _metadata(self, method: str, body: bytes) -> tuple[tuple[str, str]] | None:
         signature = self.signature(method, body)
         return ((METADATA_KEY, signature),) if signature else None
@@ -166,10 +195,16 @@ class Peers:
 class Exchange:
     """A stream to one peer, on which each message is answered before the next is sent."""
 
-    def __init__(self, address: str, call: Any, stats: CallStats) -> None:  # noqa: ANN401  # likewise
+    def __init__(
+        self,
+        address: str,
+        call: Any,  # noqa: ANN401  # likewise
+        counted: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """`counted` counts what is awaited inside, and raises its failure as one of ours."""
         self.address = address
         self._call = call
-        self._stats = stats
+        self._counted = counted
 
     @property
     def is_open(self) -> bool:
@@ -184,26 +219,13 @@ class Exchange:
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take us for one of its own.
         """
-        self._stats.begin()
-        started_s, code = time.perf_counter(), grpc.StatusCode.CANCELLED
         try:
-            async with asyncio.timeout(timeout_s):
-                answer = await self._asked(message)
-            code = grpc.StatusCode.OK
-        except TimeoutError:
-            code = grpc.StatusCode.DEADLINE_EXCEEDED
-            raise PeerTimeout("no answer in time") from None
-        except grpc.aio.AioRpcError as exc:
-            code = exc.code()
-            raise _translated(exc) from None
-        except (grpc.aio.UsageError, asyncio.InvalidStateError):
-            code = grpc.StatusCode.UNAVAILABLE
-            raise PeerUnreachable("the stream was closed") from None
-        finally:
-            self._stats.end(code.name, time.perf_counter() - started_s)
-            if code != grpc.StatusCode.OK:
-                self._call.cancel()
-        return answer
+            with self._counted():
+                async with asyncio.timeout(timeout_s):
+                    return await self._asked(message)
+        except BaseException:
+            self._call.cancel()
+            raise
 
     async def _asked(self, message: bytes) -> bytes:
         # At once, not one after the other: both wait for grpcio's thread, for about the same time.
@@ -211,12 +233,9 @@ class Exchange:
         try:
             await self._call.write(message)
             answer = await reading
-        except BaseException as exc:
+        except BaseException:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
-            if isinstance(exc, asyncio.CancelledError) and not asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                # Not this task was cancelled but the call: its channel was closed.
-                raise grpc.aio.UsageError("closed") from None
             raise
         if answer is grpc.aio.EOF:
             raise grpc.aio.UsageError("ended")

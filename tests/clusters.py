@@ -8,12 +8,15 @@ import random
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     ExistsRequest,
@@ -23,69 +26,89 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from networks import Network
 from processes import Daemon
 
 SECRET = "a-secret-for-these-tests-only"
 CALL_TIMEOUT_S = 3.0
+# The daemons' -cache.ttl.
+MAX_STALE_S = 5.0
+_CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1))
 
 
 class Cluster:
-    """Daemons that are one another's seeds; each is listening before the next is started, or all at once."""
+    """Daemons that are one another's seeds."""
 
-    def __init__(self, dsn: str, count: int, *flags: str) -> None:
+    def __init__(
+        self, dsn: str, names: Sequence[str] | int, *flags: str, network: Network | None = None
+    ) -> None:
+        """Start none yet; a number of names means loopback addresses."""
         self.dsn = dsn
         self.flags = flags
-        self.addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        self.names = (
+            [f"127.0.0.1:{port}" for port in free_ports(names)] if isinstance(names, int) else list(names)
+        )
         self.daemons: dict[str, Daemon] = {}
+        self._network = network
 
-    def start(self, addresses: Iterable[str] | None = None) -> None:
-        """Start these nodes, or all, at once."""
-        for address in self.addresses if addresses is None else addresses:
-            self.launch(address)
-        for daemon in self.daemons.values():
-            if not hasattr(daemon, "address"):
-                daemon.serving()
+    def start(self, names: Iterable[str] | None = None) -> None:
+        """Start these nodes, or all, at once, and wait until they serve."""
+        started = [self.launch(name) for name in (self.names if names is None else names)]
+        for daemon in started:
+            daemon.serving()
 
-    def launch(self, address: str, *flags: str) -> Daemon:
+    def launch(self, name: str, *flags: str) -> Daemon:
         """Start one node without waiting for it."""
+        host, _, port = name.rpartition(":")
+        network = self._network
         daemon = Daemon(
-            f"-port={address.rpartition(':')[2]}",
+            f"-host={host if network is None else network.addresses[host]}",
+            f"-port={port}",
             f"-postgres.address={self.dsn}",
             "-postgres.pool.size=4",
-            f"-cluster.listen={address}",
-            f"-cluster.seeds={','.join(self.addresses)}",
+            f"-cluster.listen={name}",
+            f"-cluster.seeds={','.join(self.names)}",
             f"-cluster.secret={SECRET}",
             *self.flags,
             *flags,
+            prefix=() if network is None else network.inside(host),
         )
-        self.daemons[address] = daemon
+        self.daemons[name] = daemon
         return daemon
 
-    def page(self, address: str, query: str = "") -> dict[str, Any]:
+    def page(self, name: str, query: str = "") -> dict[str, Any]:
         """What the node's operator sees."""
-        status, text = self.daemons[address].http(f"/debug/cluster{query}")
+        status, text = self.daemons[name].http(f"/debug/cluster{query}")
         assert status == 200
         page: dict[str, Any] = json.loads(text)
         return page
 
-    def ring(self, address: str) -> list[str]:
-        nodes: list[str] = self.page(address)["ring"]["nodes"]
-        return nodes
+    def ring(self, name: str) -> list[str]:
+        """The nodes by which this one routes, from its log: asking would slow it down."""
+        for line in reversed(self.daemons[name].lines):
+            if '"ring_changed"' in line:
+                nodes: list[str] = json.loads(line)["nodes"]
+                return nodes
+        return [name]
 
-    def wait_for_rings(
-        self, nodes: Sequence[str], *, on: Sequence[str] | None = None, within_s: float = 15.0
+    async def rings_equal(
+        self, names: Sequence[str], *, on: Sequence[str] | None = None, within_s: float = 15.0
     ) -> float:
         """Wait until these nodes all route by exactly these; return how long that took."""
-        began_s = time.monotonic()
-        wanted = sorted(nodes)
-        for address in nodes if on is None else on:
-            while (found := self.ring(address)) != wanted:
-                assert time.monotonic() - began_s < within_s, f"{address} has {found}, not {wanted}"
-                time.sleep(0.02)
-        return time.monotonic() - began_s
+        wanted = sorted(names)
+        lookers = names if on is None else on
+        try:
+            return await until(lambda: all(self.ring(name) == wanted for name in lookers), within_s)
+        except AssertionError:
+            found = {name: self.ring(name) for name in lookers}
+            raise AssertionError(f"after {within_s} s not all have {wanted}: {found}") from None
 
-    def kill(self, address: str, number: int = signal.SIGKILL) -> None:
-        self.daemons[address].process.send_signal(number)
+    def signal(self, name: str, number: int) -> None:
+        self.daemons[name].process.send_signal(number)
+
+    def addresses(self, names: Iterable[str]) -> list[str]:
+        """Where clients reach these nodes."""
+        return [self.daemons[name].address for name in names]
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +127,17 @@ class Outcome:
 
     calls: list[tuple[float, float]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    # Gets of what had been replaced: (when they were made, how long after the write was acknowledged).
+    stale: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def report(self) -> str:
+        """The failures, each kind once with its count."""
+        failed = (
+            f"{len(self.failures)} of {len(self.calls)} calls failed {Counter(self.failures).most_common(5)}"
+        )
+        oldest_s = max((age_s for _, age_s in self.stale), default=0.0)
+        return f"{failed}, {len(self.stale)} stale by up to {oldest_s:.1f} s"
 
     def percentile(self, share: float, *, since_s: float, until_s: float) -> float:
         """Return a percentile of the latencies, in seconds, of calls made in a span of time."""
@@ -114,15 +148,26 @@ class Outcome:
 class Load:
     """Callers at a steady rate on the given nodes; what they know of their sessions is checked.
 
-    Most calls are Gets; some start, change, look for and end sessions.
+    Most calls are Gets; some start, change, look for and end sessions. With `watches_health` a node
+    is called only while its health service says that it serves, as a load balancer does.
     """
 
-    def __init__(self, addresses: Sequence[str], *, rate: float = 500.0, sessions: int = 100) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        rate: float = 500.0,
+        sessions: int = 100,
+        watches_health: bool = False,
+    ) -> None:
         self.outcome = Outcome()
         self.addresses = list(addresses)
+        self._watches_health = watches_health
+        self._tasks: list[asyncio.Task[None]] = []
         self._rate = rate
         self._count = sessions
         self._bags: dict[str, dict[str, str]] = {}
+        self._written_s: dict[str, float] = {}
         self._busy: set[str] = set()
         self._rng = random.Random(1)
         self._stubs: dict[str, Any] = {}
@@ -131,28 +176,38 @@ class Load:
     async def __aenter__(self) -> Self:
         for address in self.addresses:
             self.add(address)
+        await until(lambda: len(self._stubs) == len(self.addresses))
         for number in range(self._count):
             await self._start(number)
-        self._task = asyncio.create_task(self._run())
+        self._tasks.append(asyncio.create_task(self._run()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for channel in self._channels:
             await channel.close()
 
     def add(self, address: str) -> None:
         """Call this node too."""
-        channel = grpc.aio.insecure_channel(
-            address, options=[("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_retries", 1)]
-        )
+        channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._channels.append(channel)
-        self._stubs[address] = SessionManagerStub(channel)
+        if self._watches_health:
+            self._tasks.append(asyncio.create_task(self._watch(address, channel)))
+        else:
+            self._stubs[address] = SessionManagerStub(channel)
 
-    def remove(self, address: str) -> None:
-        """Call this node no more, as a load balancer that has seen NOT_SERVING."""
-        self._stubs.pop(address, None)
+    async def _watch(self, address: str, channel: grpc.aio.Channel) -> None:
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                async for answer in HealthStub(channel).Watch(HealthCheckRequest()):
+                    if answer.status == HealthCheckResponse.SERVING:
+                        self._stubs[address] = SessionManagerStub(channel)
+                    else:
+                        self._stubs.pop(address, None)
+            self._stubs.pop(address, None)
+            await asyncio.sleep(0.1)
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -175,41 +230,46 @@ class Load:
                 await self._replace(token, number)
             elif kind == 2:
                 found = await self._stub().Exists(ExistsRequest(access_token=token), timeout=CALL_TIMEOUT_S)
-                is_known = token in self._bags and token not in self._busy
-                self._expect("Exists: false", holds=found.value or not is_known)
+                if not found.value and self._is_known(token):
+                    self.outcome.failures.append("Exists: false")
             else:
                 await self._read(token)
         except grpc.aio.AioRpcError as exc:
-            if token in self._bags and token not in self._busy:
+            if self._is_known(token):
                 self.outcome.failures.append(f"{kind}: {exc.code().name} {exc.details()}")
         self.outcome.calls.append((made_s, time.monotonic() - made_s))
 
     def _stub(self) -> Any:  # noqa: ANN401  # grpc.aio types its stubs for the synchronous API
         return self._rng.choice(list(self._stubs.values()))
 
-    def _expect(self, text: str, *, holds: bool) -> None:
-        if not holds:
-            self.outcome.failures.append(text)
+    def _is_known(self, token: str) -> bool:
+        return token in self._bags and token not in self._busy
 
     async def _start(self, number: int) -> None:
         bag = {"n": str(number)}
         request = StartRequest(session=Session(subject_id=f"s{number}", bag=bag))
         answer = await self._stub().Start(request, timeout=CALL_TIMEOUT_S)
-        self._bags[answer.session.access_token] = bag
+        self._remember(answer.session.access_token, bag)
+
+    def _remember(self, token: str, bag: dict[str, str]) -> None:
+        self._bags[token] = bag
+        self._written_s[token] = time.monotonic()
 
     async def _read(self, token: str) -> None:
-        before = dict(self._bags.get(token, {}))
+        before, made_s = self._bags[token], time.monotonic()
         answer = await self._stub().Get(GetRequest(access_token=token), timeout=CALL_TIMEOUT_S)
-        if before == self._bags.get(token) and token not in self._busy:
-            bag = dict(answer.session.bag)
-            self._expect(f"Get: {bag} for {before}", holds=bag == before)
+        if self._bags.get(token) is before and self._is_known(token) and answer.session.bag != before:
+            age_s = made_s - self._written_s[token]
+            self.outcome.stale.append((made_s, age_s))
+            if age_s > MAX_STALE_S:
+                self.outcome.failures.append("Get: what was replaced longer ago than the cache's lifetime")
 
     async def _change(self, token: str, number: int) -> None:
         self._busy.add(token)
         try:
             request = SetValueRequest(access_token=token, key="n", value=str(number))
             await self._stub().SetValue(request, timeout=CALL_TIMEOUT_S)
-            self._bags[token] = {"n": str(number)}
+            self._remember(token, {"n": str(number)})
         except grpc.aio.AioRpcError as exc:
             self.outcome.failures.append(f"SetValue: {exc.code().name} {exc.details()}")
         finally:
@@ -223,16 +283,16 @@ class Load:
         except grpc.aio.AioRpcError as exc:
             self.outcome.failures.append(f"Abandon, Start: {exc.code().name} {exc.details()}")
         finally:
-            del self._bags[token]
+            del self._bags[token], self._written_s[token]
             self._busy.discard(token)
 
 
 async def until(is_met: Callable[[], bool], within_s: float = 15.0) -> float:
-    """Wait for a condition, looked at off the loop; return how long that took."""
+    """Wait for a condition; return how long that took, in seconds."""
     began_s = time.monotonic()
-    while not await asyncio.to_thread(is_met):
-        assert time.monotonic() - began_s < within_s
-        await asyncio.sleep(0.01)
+    while not is_met():
+        assert time.monotonic() - began_s < within_s, f"not within {within_s} s"
+        await asyncio.sleep(0.005)
     return time.monotonic() - began_s
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -26,10 +26,12 @@ START_TIMEOUT_S = 30.0
 class Daemon:
     """One `mnemosyned` process on free ports, with a production log."""
 
-    def __init__(self, *flags: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *flags: str, environ: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MNEMOSYNED_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mnemosyned", "-port=0", *flags],
+            [*prefix, sys.executable, "-m", "mnemosyned", "-port=0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
