@@ -453,6 +453,8 @@ class Swim:
         elif claim.generation == me.generation and claim.state != State.ALIVE:
             if claim.incarnation >= me.incarnation:
                 self._worsen(1)
+                # Whoever can be told so is perhaps well again: find out.
+                self._probe_s = min(self._probe_s, now + self.settings.probe_interval_s)
                 self._renew(claim.incarnation + 1, now)
         elif claim.generation == me.generation and claim.incarnation > me.incarnation:
             self._renew(claim.incarnation + 1, now)
@@ -516,9 +518,10 @@ class Swim:
             if now < relay.ends_s:
                 self._send(relay.asker.address, Kind.ACK, target=relay.asker.name, sequence=relay.sequence)
             return
-        if self._probes.pop(packet.sequence, None) is not None:
+        probe = self._probes.pop(packet.sequence, None)
+        if probe is not None:
             self.counters.probes_acked += 1
-            self.health_score = max(0, self.health_score - 1)
+            self._recover(now - probe.began_s, now)
 
     def _nacked(self, packet: Packet) -> None:
         probe = self._probes.get(packet.sequence)
@@ -599,6 +602,14 @@ class Swim:
                     seconds=now - suspicion.began_s,
                 )
             )
+
+    def _recover(self, took_s: float, now: float) -> None:
+        if took_s < self.settings.probe_timeout_s:
+            # As quick as a healthy node's: what made this one slow is over. Lifeguard would take 45 s from 8 to 0.
+            self.health_score //= 2
+        else:
+            self.health_score -= self.health_score > 0
+        self._probe_s = min(self._probe_s, now + self.settings.probe_interval_s * (self.health_score + 1))
 
     def _worsen(self, points: int) -> None:
         self.health_score = min(self.settings.max_health_score, self.health_score + points)
