@@ -605,7 +605,7 @@ class Swim:
 
     def _recover(self, took_s: float, now: float) -> None:
         if took_s < self.settings.probe_timeout_s:
-            # As quick as a healthy node's: what made this one slow is over. Lifeguard would take 45 s from 8 to 0.
+            # As quick as a healthy node's: what was wrong is over. Lifeguard would take 45 s from 8 to 0.
             self.health_score //= 2
         else:
             self.health_score -= self.health_score > 0

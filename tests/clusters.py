@@ -57,7 +57,9 @@ class Cluster:
         for daemon in started:
             daemon.serving()
 
-    def launch(self, name: str, *flags: str) -> Daemon:
+    def launch(
+        self, name: str, *flags: str, seeds: Sequence[str] | None = None, secret: str = SECRET
+    ) -> Daemon:
         """Start one node without waiting for it."""
         host, _, port = name.rpartition(":")
         network = self._network
@@ -67,8 +69,8 @@ class Cluster:
             f"-postgres.address={self.dsn}",
             "-postgres.pool.size=4",
             f"-cluster.listen={name}",
-            f"-cluster.seeds={','.join(self.names)}",
-            f"-cluster.secret={SECRET}",
+            f"-cluster.seeds={','.join(self.names if seeds is None else seeds)}",
+            f"-cluster.secret={secret}",
             *self.flags,
             *flags,
             prefix=() if network is None else network.inside(host),

@@ -56,6 +56,14 @@ class Network:
         run("nft", "flush", "chain", "bridge", self._id, "wall")
 
     def __enter__(self) -> Self:
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _build(self) -> None:
         run("ip", "link", "add", self._id, "type", "bridge")
         run("ip", "address", "add", f"{self.address}/24", "dev", self._id)
         run("ip", "link", "set", self._id, "up")
@@ -65,11 +73,12 @@ class Network:
         hook = "{ type filter hook forward priority 0; }"
         run("nft", "add", "chain", "bridge", self._id, "wall", hook)
         self._write_hosts()
-        return self
 
     def __exit__(self, *_: object) -> None:
         run("nft", "delete", "table", "bridge", self._id, is_checked=False)
-        for name in self.addresses:
+        for number, name in enumerate(self.addresses):
+            # The namespace would take it along, but later.
+            run("ip", "link", "delete", f"{self._id}v{number}", is_checked=False)
             run("ip", "netns", "delete", self._namespace(name), is_checked=False)
             shutil.rmtree(self._directory(name), ignore_errors=True)
         run("ip", "link", "delete", self._id, is_checked=False)

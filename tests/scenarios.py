@@ -113,16 +113,14 @@ async def part(
 async def move(cluster: Cluster, network: Network, name: str) -> float:
     """Kill a node and start it under its name at another address; return when all route to it there.
 
-    In seconds from when the new process listens.
+    In seconds from the start of the new process.
     """
     host = name.partition(":")[0]
     cluster.signal(name, signal.SIGKILL)
     await asyncio.to_thread(cluster.daemons[name].end)
     await asyncio.to_thread(network.move, host)
-    daemon = cluster.launch(name)
-    await asyncio.to_thread(daemon.wait_for, "serving")
     since_s = time.monotonic()
-    await asyncio.to_thread(daemon.wait_for, "storage_ready")
+    await asyncio.to_thread(cluster.launch(name).serving)
     wanted = network.addresses[host]
 
     def routes_there(other: str) -> bool:

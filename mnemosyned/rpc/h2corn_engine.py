@@ -27,7 +27,7 @@ from mnemosyned.rpc.engine import (
     host_port,
 )
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
-from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
+from mnemosyned.rpc.methods import ClientGone, MethodTable, StreamMethod, UnaryMethod
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class H2cornEngine:
             await send(_OK_START)
             await send({"type": "http.response.body", "body": frame.framed(answer), "more_body": False})
             await send(_OK_TRAILERS)
-        except (OSError, _Disconnected):
+        except (OSError, ClientGone):
             # Only what was cancelled meanwhile finds its stream closed, and nobody waits for it.
             log.debug("client_gone", extra={"peer": call.peer})
 
@@ -176,7 +176,7 @@ async def _body(event: Event, receive: Receive, max_bytes: int) -> bytes:
         event = await receive()
         body += event.get("body", b"")
     if event["type"] == "http.disconnect":
-        raise _Disconnected
+        raise ClientGone
     return bytes(body)
 
 
@@ -192,10 +192,6 @@ def _only_message(body: bytes, reader: frame.FrameReader) -> bytes:
 def _frame_reader(call: _H2cornCall, max_message_bytes: int) -> frame.FrameReader:
     encoding = call.header(b"grpc-encoding") or b""
     return frame.FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
-
-
-class _Disconnected(Exception):
-    """The client went away before its request was whole."""
 
 
 class _H2cornCall:
@@ -247,7 +243,7 @@ async def _messages(reader: frame.FrameReader, receive: Receive) -> AsyncIterato
     while True:
         event = await receive()
         if event["type"] == "http.disconnect":
-            raise _Disconnected
+            raise ClientGone
         for message in reader.feed(event.get("body", b"")):
             yield message
         if not event.get("more_body"):

@@ -13,7 +13,7 @@ from typing import Any, Final
 from grpc import StatusCode
 
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
-from mnemosyned.rpc.methods import Call, StreamMethod, UnaryMethod
+from mnemosyned.rpc.methods import Call, ClientGone, StreamMethod, UnaryMethod
 from mnemosyned.rpc.status import GRPC_STATUS
 
 log = logging.getLogger(__name__)
@@ -68,14 +68,18 @@ async def invoke_stream(
     call: Call,
     send: Callable[[bytes], Awaitable[None]],
 ) -> Failure | None:
-    """Send the responses; return why the stream ended early, if it did."""
+    """Send the responses; return why the stream ended early, if it did.
+
+    Raises:
+        ClientGone: by the messages; counted as cancelled.
+    """
     method.stats.begin()
     started_s = time.perf_counter()
     try:
         async with in_time(call.time_left_s()):
             async for answer in method.answer(messages, call):
                 await send(answer)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, ClientGone):
         _count_cancelled(method, call, started_s)
         raise
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status

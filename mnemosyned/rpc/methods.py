@@ -30,6 +30,10 @@ class Call(Protocol):
         ...
 
 
+class ClientGone(Exception):
+    """The client went away before its request was whole; nobody waits for an answer."""
+
+
 # Returns the response at once where it can: that saves a task switch on the hot path.
 UnaryAnswer = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
 StreamAnswer = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
