@@ -7,7 +7,7 @@ SOURCES := mnemosyned cluster cache
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage check fmt lint type imports proto proto-check docs bench wheel lock clean
+.PHONY: help run test coverage check fmt lint type imports proto proto-check docs bench drill wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
 
 bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratios
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill -n 20', see --help
+	$(BIN)/python tests/bench/drill.py $(ARGS)
 
 wheel: $(VENV)/dev.stamp ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters import Cluster, Load, Outcome, until
+from clusters import Cluster, Load, Outcome
 from networks import Network
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,7 +22,6 @@ class Loss:
     removed_s: float
     first_second_p99_s: float
     rejoined_s: float = 0.0
-    since_s: float = 0.0
 
 
 async def lose(cluster: Cluster, name: str, *, number: int = signal.SIGKILL, hold_s: float = 0.0) -> Loss:
@@ -45,7 +44,6 @@ async def lose(cluster: Cluster, name: str, *, number: int = signal.SIGKILL, hol
         removed_s=removed_s,
         first_second_p99_s=p99_s,
         rejoined_s=rejoined_s,
-        since_s=since_s,
     )
 
 
@@ -81,7 +79,6 @@ async def silence(cluster: Cluster, network: Network, name: str) -> Loss:
         removed_s=removed_s,
         first_second_p99_s=p99_s,
         rejoined_s=rejoined_s,
-        since_s=since_s,
     )
 
 
@@ -106,7 +103,6 @@ async def part(
         removed_s=removed_s,
         first_second_p99_s=p99_s,
         rejoined_s=rejoined_s,
-        since_s=since_s,
     )
 
 
@@ -168,8 +164,6 @@ def _spent(cluster: Cluster, name: str) -> tuple[float, float]:
     _, text = cluster.daemons[name].http("/metrics")
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     sent = sum(one.value for one in samples if one.name == "mnemosyned_cluster_gossip_bytes_total")
-    stat = Path(f"/proc/{cluster.daemons[name].process.pid}/schedstat").read_text()
-    del stat
     fields = Path(f"/proc/{cluster.daemons[name].process.pid}/stat").read_text().rpartition(")")[2].split()
     return sent, (int(fields[11]) + int(fields[12])) / 100
 
@@ -188,18 +182,3 @@ async def stall(cluster: Cluster, name: str, seconds: float) -> int:
         busy.kill()
         await busy.wait()
     return sum(line.count('"member_dead"') for daemon in cluster.daemons.values() for line in daemon.lines)
-
-
-__all__ = [
-    "Idle",
-    "Loss",
-    "idle",
-    "lose",
-    "move",
-    "part",
-    "restart_each",
-    "silence",
-    "stall",
-    "start_all",
-    "until",
-]
