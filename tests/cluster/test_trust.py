@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import Stranger
+from cluster.trust import Trust
+
+SECRET, NEXT = b"the-secret-of-today", b"the-secret-of-tomorrow"
+NOW_MS = 1_800_000_000_000
+NONCE = bytes(12)
+PEER = "192.0.2.1:4000"
+
+
+def signed(trust: Trust, *, method: str = "Forward", body: bytes = b"body", at_ms: int = NOW_MS) -> str:
+    return trust.sign(method, body, now_ms=at_ms, nonce=NONCE)
+
+
+def check(trust: Trust, signature: str | None, *, method: str = "Forward", body: bytes = b"body") -> None:
+    trust.check(signature, method, body, peer=PEER, now_ms=NOW_MS)
+
+
+def test_what_one_node_signs_another_believes() -> None:
+    check(Trust([SECRET]), signed(Trust([SECRET])))
+
+
+@pytest.mark.parametrize("changed", [{"method": "Leave"}, {"body": b"another"}])
+def test_a_signature_is_good_for_its_own_method_and_body_only(changed: dict[str, str]) -> None:
+    with pytest.raises(Stranger, match=r"not signed with this cluster's -cluster.secret"):
+        check(Trust([SECRET]), signed(Trust([SECRET])), **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", [1, 2, 3])
+def test_a_signature_with_another_time_nonce_or_code_is_refused(field: int) -> None:
+    parts = signed(Trust([SECRET])).split(" ")
+    parts[field] = str(int(parts[field], 16) + 1).zfill(len(parts[field]))
+
+    with pytest.raises(Stranger):
+        check(Trust([SECRET]), " ".join(parts))
+
+
+def test_another_secret_is_refused_and_not_told() -> None:
+    with pytest.raises(Stranger) as caught:
+        check(Trust([SECRET]), signed(Trust([NEXT])))
+
+    assert SECRET.decode() not in str(caught.value)
+
+
+@pytest.mark.parametrize("off_ms", [-30_001, 30_001])
+def test_a_signature_of_another_time_is_refused(off_ms: int) -> None:
+    with pytest.raises(Stranger, match="30 s"):
+        check(Trust([SECRET]), signed(Trust([SECRET]), at_ms=NOW_MS + off_ms))
+
+
+@pytest.mark.parametrize("off_ms", [-30_000, 30_000])
+def test_clocks_may_differ_by_half_a_minute(off_ms: int) -> None:
+    check(Trust([SECRET]), signed(Trust([SECRET]), at_ms=NOW_MS + off_ms))
+
+
+@pytest.mark.parametrize("later_ms", [0, 29_999, 59_999])
+def test_a_call_is_believed_once(later_ms: int) -> None:
+    trust = Trust([SECRET])
+    signature = signed(trust, at_ms=NOW_MS + 30_000)
+    check(trust, signature)
+
+    with pytest.raises(Stranger, match="made before"):
+        trust.check(signature, "Forward", b"body", peer=PEER, now_ms=NOW_MS + later_ms)
+
+
+def test_nonces_are_forgotten_when_their_time_stamps_are_too_old_anyway() -> None:
+    trust = Trust([SECRET])
+    for minute in range(5):
+        now_ms = NOW_MS + minute * 60_001
+        for number in range(10):
+            nonce = (10 * minute + number).to_bytes(12, "big")
+            signature = trust.sign("Gossip", b"", now_ms=now_ms, nonce=nonce)
+            trust.check(signature, "Gossip", b"", peer=PEER, now_ms=now_ms)
+
+    assert len(trust._nonces) + len(trust._older_nonces) == 20
+
+
+def test_two_secrets_are_believed_in_a_rotation_and_the_first_signs() -> None:
+    old, both, new = Trust([SECRET]), Trust([NEXT, SECRET]), Trust([NEXT])
+    check(both, signed(old))
+    check(new, signed(both))
+
+    with pytest.raises(Stranger):
+        check(old, signed(both))
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1:4000", "127.8.8.8:1", "[::1]:4000"])
+def test_without_a_secret_the_own_host_is_believed(peer: str) -> None:
+    trust = Trust([])
+
+    assert signed(trust) == ""
+    assert not trust.has_secret
+    trust.check(None, "Forward", b"", peer=peer, now_ms=NOW_MS)
+
+
+@pytest.mark.parametrize("peer", ["192.0.2.1:4000", "[2001:db8::1]:4000", "unix:/run/x", "", "localhost:1"])
+def test_without_a_secret_nobody_else_is(peer: str) -> None:
+    with pytest.raises(Stranger, match="its own host only"):
+        Trust([]).check(None, "Forward", b"", peer=peer, now_ms=NOW_MS)
+
+
+@pytest.mark.parametrize(
+    "signature", [None, "", "v1", "v1 1 2", "v1 x 2 3", "v1 ² 2 3", f"v1 {'9' * 16} 2 3"]
+)
+def test_what_is_no_signature_is_refused(signature: str | None) -> None:
+    with pytest.raises(Stranger, match="not signed"):
+        check(Trust([SECRET]), signature)
+
+
+def test_a_signature_of_another_release_is_refused() -> None:
+    with pytest.raises(Stranger, match="in another way"):
+        check(Trust([SECRET]), signed(Trust([SECRET])).replace("v1", "v2"))
+
+
+@given(st.text() | st.builds(" ".join, st.lists(st.text() | st.just("v1"), min_size=4, max_size=4)))
+def test_no_text_is_more_than_a_stranger_s(signature: str) -> None:
+    with pytest.raises(Stranger):
+        check(Trust([SECRET]), signature)
