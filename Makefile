@@ -7,13 +7,16 @@ SOURCES := mnemosyned cluster cache
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage check fmt lint type imports proto proto-check docs bench drill wheel lock clean
+.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench drill wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to try
 	$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: $(ARGS)
+
+cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
+	$(BIN)/python deploy/local_cluster.py
 
 test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)

@@ -636,7 +636,7 @@ class Swim:
 
     def _tell_directly(self) -> None:
         """Send this node's own state to everybody where that is cheap, else to some."""
-        everybody = self.table.live - 1
+        everybody = self.table.live - (not self.me.is_gone)
         count = everybody if everybody <= _DIRECT_LEAVE else self.settings.gossip_fanout
         for member in self.table.pick(count, self._rng, excluding=(self.me.name,)):
             self._send(member.address, Kind.GOSSIP, target=member.name)

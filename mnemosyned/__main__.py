@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import sys
 
+from mnemosyned import cli
 from mnemosyned import config as configuration
 from mnemosyned.daemon import StartFailed, run
 from mnemosyned.observe import logs
 
 
 def main() -> int:
-    """Run the daemon as the command line, the environment and the file say."""
+    """Run the daemon as the command line, the environment and the file say; or a command of `cluster`."""
+    if sys.argv[1:2] == ["cluster"]:
+        return cli.main(sys.argv[2:])
     try:
         config = configuration.parse(sys.argv[1:], os.environ)
     except configuration.ConfigError as exc:

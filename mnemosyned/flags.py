@@ -106,7 +106,8 @@ def _host(text: str) -> str:
     return text
 
 
-def _node(text: str) -> str:
+def node(text: str) -> str:
+    """Read host:port. Raises ValueError."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", text, re.ASCII)
     if match is None or not 0 < int(match[2]) < 2**16:
         raise ValueError(f"{text!r} is not an address of the form host:port")
@@ -114,12 +115,12 @@ def _node(text: str) -> str:
 
 
 def _node_or_nothing(text: str) -> str:
-    return _node(text) if text else ""
+    return node(text) if text else ""
 
 
 def _nodes(text: str) -> tuple[str, ...]:
     stripped = (part.strip() for part in text.split(","))
-    return tuple(dict.fromkeys(_node(part) for part in stripped if part))
+    return tuple(dict.fromkeys(node(part) for part in stripped if part))
 
 
 def secrets(text: str) -> tuple[str, ...]:
@@ -307,7 +308,13 @@ def flag_table() -> str:
 
 def help_text() -> str:
     """Return what `-help` prints."""
-    lines = ["usage: mnemosyned [flags]", "", "A flag takes one dash or two: -ttl 24m, --ttl=24m.", ""]
+    lines = [
+        "usage: mnemosyned [flags]",
+        "       mnemosyned cluster members|ring|whois|check|leave [-help]",
+        "",
+        "A flag takes one dash or two: -ttl 24m, --ttl=24m.",
+        "",
+    ]
     for flag in FLAGS:
         lines.append(f"  -{flag.name}")
         default = f" (default {flag.default})" if flag.default else ""
