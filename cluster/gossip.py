@@ -332,11 +332,14 @@ class Gossip:
         return answer
 
     async def _join(self) -> None:
-        """Ask the seeds until one answers; serve alone meanwhile."""
+        """Ask the seeds until each is a member; serve alone while none is.
+
+        One answer would not do: of nodes that start together, some might find one another and not the rest.
+        """
         self._is_joining = True
         wait_s, longest_s = _JOIN_RETRY_S
-        while not await self._ask_seeds():
-            if self.swim.me.phase == Phase.JOINING:
+        while await self._ask_seeds():
+            if self.swim.table.live == 1 and self.swim.me.phase == Phase.JOINING:
                 log.warning("no_seed_answers", extra={"seeds": list(self._seeds)})
                 self.swim.activate(now=time.monotonic())
                 self._do()
@@ -348,19 +351,19 @@ class Gossip:
         await self._ask_seeds()
 
     async def _ask_seeds(self) -> bool:
-        """Ask every seed that is no member yet; tell whether this node knows another now."""
+        """Ask every seed that is no member; tell whether one is missing still."""
         found = await discovery.addresses(self._foreign_seeds())
-        members = {member.address for member in self._others()}
-        strangers = [
-            address for address in found if address not in members and address not in self._own_addresses
-        ]
         before = set(self._tasks)
-        self.swim.join(strangers)
+        self.swim.join(self._strangers(found))
         self._do()
         asked = self._tasks - before
         if asked:
             await asyncio.wait(asked, timeout=_JOIN_TIMEOUT_S)
-        return self.swim.table.live > 1
+        return not found or bool(self._strangers(found))
+
+    def _strangers(self, addresses: Sequence[str]) -> list[str]:
+        known = {member.address for member in self._others()} | self._own_addresses
+        return [address for address in addresses if address not in known]
 
     def _foreign_seeds(self) -> list[str]:
         return [seed for seed in self._seeds if seed not in self._own_addresses]

@@ -306,6 +306,7 @@ class Swim:
             case Kind.PING_REQUEST:
                 self._relay(packet, now)
             case Kind.SYNC:
+                self._prepare_to_own(now)
                 is_same = packet.members_hash == self.table.members_hash
                 table = () if is_same else self._whole_table()
                 return self._packet(Kind.SYNC_REPLY, sender.name, table=table)
@@ -320,12 +321,16 @@ class Swim:
 
     def _synced(self, packet: Packet, now: float) -> None:
         self.counters.syncs += 1
-        if self.me.phase == Phase.JOINING and self._active_s == math.inf:
-            self._active_s = now + self.settings.stabilise_s
+        self._prepare_to_own(now)
         if packet.members_hash != self.table.members_hash:
             sender = packet.sender
             push = self._packet(Kind.SYNC_PUSH, sender.name, table=self._whole_table())
             self._outputs.append(Send(sender.address, push))
+
+    def _prepare_to_own(self, now: float) -> None:
+        """Own tokens soon: a member has been found, by this node or the other way round."""
+        if self.me.phase == Phase.JOINING and self._active_s == math.inf:
+            self._active_s = now + self.settings.stabilise_s
 
     def _compare_rings(self, packet: Packet, now: float) -> None:
         # While updates are under way rings differ as a matter of course; a sync is for when they

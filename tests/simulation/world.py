@@ -1,9 +1,10 @@
 """A simulated cluster: virtual time, a network with faults, and one seed that decides everything.
 
 A link may delay, lose, duplicate and reorder packets and may be cut in one direction; hosts may be
-partitioned. A node may crash (its host refuses connections), vanish with its host (silence), restart
-under its name at a new address, pause, lose its input and output while its timers run, and have a
-clock that is off and drifts. Invariants are checked at every step.
+partitioned. A node may crash (its host refuses connections), vanish with its host (silence), leave,
+restart under its name at a new address, pause, lose its input and output while its timers run, and
+have a clock that is off and drifts. Invariants are checked at every step. What the nodes do about
+their seeds and about leaving is what the shell, cluster/gossip.py, does.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
+from cluster.dissemination import MAX_QUEUED
 from cluster.member import Event, Member, News, Packet, Phase, Send, State
-from cluster.swim import Settings, Swim
+from cluster.swim import MAX_UPDATES, Settings, Swim
 from cluster.table import Base
 
 LAG_NOTICED_S = 0.1
+JOIN_TIMEOUT_S = 1.0
+JOIN_RETRY_S = (0.3, 15.0)
+LAST_WORDS_S = 0.05
+# A timer is late rather than early: one that rounding made early would find nothing due, for ever.
+TIMER_LATENESS_S = 1e-6
 
 
 @dataclass
@@ -41,10 +48,12 @@ class Node:
     is_running: bool = True
     paused_until_s: float = 0.0
     is_blocked: bool = False
+    is_joining: bool = False
+    seeds: list[str] = field(default_factory=list)
     inbox: list[Packet] = field(default_factory=list)
     outbox: list[Send] = field(default_factory=list)
     tick_s: float = float("inf")
-    last_versions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    last_seen: dict[str, Member] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -65,6 +74,7 @@ class World:
         self.packets = 0
         self.steps = 0
         self._node_by_address: dict[str, Node] = {}
+        self._spoken: dict[str, tuple[int, int]] = {}  # the greatest version that a name gave itself
         self._dark: set[str] = set()
         self._cuts: set[tuple[str, str]] = set()
         self._group_by_address: dict[str, int] = {}
@@ -85,20 +95,19 @@ class World:
         me = Member(
             name=name,
             address=address or name,
-            generation=int(self.now_s * 1000),
+            generation=int((self.now_s + offset_s) * rate * 1000),
             incarnation=0,
             state=State.ALIVE,
             phase=Phase.JOINING,
             instance=self.rng.getrandbits(63),
         )
         node = self._place(me, None, offset_s, rate)
-        others = [seed for seed in seeds if seed != me.address]
-        if others:
-            node.swim.join(others)
-            self.at(self.now_s + 1.0, self._give_up_joining, node, others)
+        node.seeds = [seed for seed in seeds if seed != me.address]
+        if node.seeds:
+            self._join(node, JOIN_RETRY_S[0])
         else:
             node.swim.activate(now=self._clock(node))
-        self._settle(node)
+            self._settle(node)
         return node
 
     def add_settled(self, count: int) -> None:
@@ -120,14 +129,31 @@ class World:
         self._dark.discard(me.address)
         return node
 
-    def _give_up_joining(self, node: Node, seeds: list[str]) -> None:
-        """As the shell does: serve alone, and go on trying."""
-        if not node.is_running or len(node.swim.table) > 1:
+    def _join(self, node: Node, wait_s: float) -> None:
+        if not node.is_running:
             return
-        node.swim.activate(now=self._clock(node))
-        node.swim.join(seeds)
+        node.is_joining = True
+        node.swim.join(self._strangers(node))
         self._settle(node)
-        self.at(self.now_s + 1.0, self._give_up_joining, node, seeds)
+        self.at(self.now_s + JOIN_TIMEOUT_S, self._judge_join, node, wait_s)
+
+    def _judge_join(self, node: Node, wait_s: float) -> None:
+        """Serve alone when nobody answered, and go on trying."""
+        if node.paused_until_s > self.now_s:
+            self.at(node.paused_until_s, self._judge_join, node, wait_s)
+            return
+        node.is_joining = bool(self._strangers(node))
+        if not node.is_running or not node.is_joining:
+            return
+        if node.swim.table.live == 1:
+            node.swim.activate(now=self._clock(node))
+            self._settle(node)
+        pause_s = wait_s * (0.5 + self.rng.random())
+        self.at(self.now_s + pause_s, self._join, node, min(2 * wait_s, JOIN_RETRY_S[1]))
+
+    def _strangers(self, node: Node) -> list[str]:
+        members = {member.address for member in node.swim.table if not member.is_gone}
+        return [seed for seed in node.seeds if seed not in members]
 
     # -- faults
 
@@ -144,6 +170,23 @@ class World:
         node = self.nodes[name]
         node.is_running = False
         self._dark.add(node.address)
+
+    def leave(self, name: str, *, drain_s: float = 1.0) -> None:
+        """The process is told to end: it hands over, answers on for a while, and says farewell."""
+        node = self.nodes[name]
+        node.swim.leave(now=self._clock(node))
+        self._settle(node)
+        self.at(self.now_s + drain_s, self._say_farewell, node)
+
+    def _say_farewell(self, node: Node) -> None:
+        if node.is_running:
+            node.swim.left(now=self._clock(node))
+            self._settle(node)
+            self.at(self.now_s + LAST_WORDS_S, self._end, node)
+
+    def _end(self, node: Node) -> None:
+        if node.is_running and self.nodes[node.name] is node:
+            self.crash(node.name)
 
     def pause(self, name: str, seconds: float) -> None:
         """The process stands still, timers and all, as after SIGSTOP or in a stalled loop."""
@@ -194,29 +237,57 @@ class World:
         while self._heap and self._heap[0][0] <= end_s:
             if is_met():
                 return True
-            self.now_s, _, act, arguments = heapq.heappop(self._heap)
-            self.steps += 1
-            act(*arguments)
+            self.step()
         self.now_s = end_s
         return is_met()
+
+    def seconds_to_converge(self, limit_s: float) -> float:
+        """Let the time pass; return how much of it went by until all agreed, for good. Fails if never."""
+        began_s = apart_s = self.now_s
+        end_s = began_s + limit_s
+        while self._heap and self._heap[0][0] <= end_s:
+            self.step()
+            if not self.is_converged():
+                apart_s = self.now_s
+        self.now_s = end_s
+        assert self.is_converged(), self.story()
+        return apart_s - began_s
+
+    def step(self) -> None:
+        """Let the next thing happen."""
+        self.now_s, _, act, arguments = heapq.heappop(self._heap)
+        self.steps += 1
+        act(*arguments)
 
     @property
     def running(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.is_running]
 
     def is_converged(self) -> bool:
-        """Whether all running nodes hold the same members, exactly those that run, and the same ring."""
+        """Whether all running nodes own tokens and hold the same members: those that run, no others."""
         running = self.running
         first = running[0].swim.table
         return all(
             node.swim.table.members_hash == first.members_hash
             and node.swim.table.ring_hash == first.ring_hash
             and node.swim.table.live == len(running)
+            and node.swim.me.is_routable
             for node in running
         )
 
     def log_hash(self) -> str:
         return hashlib.blake2b(repr(self.log).encode(), digest_size=16).hexdigest()
+
+    def story(self, length: int = 60) -> str:
+        """Return the seed, the last events and what each running node holds, for whoever must find a bug."""
+        lines = [f"seed {self.seed}, {self.now_s:.3f} s"]
+        lines += [
+            f"{at_s:.3f} {who}: {what} {whom} {inc}" for at_s, who, what, whom, inc in self.log[-length:]
+        ]
+        for node in self.running:
+            held = ", ".join(f"{member.name} {member.status}" for member in node.swim.table)
+            lines.append(f"{node.name} holds {held}")
+        return "\n".join(lines)
 
     # -- inside
 
@@ -225,6 +296,12 @@ class World:
 
     def _settle(self, node: Node) -> None:
         """Do what the core ordered, and see to its next tick."""
+        if node.swim.wants_seeds:
+            node.swim.wants_seeds = False
+            if node.seeds and not node.is_joining:
+                node.swim.join(self._strangers(node))
+        if self.checks_invariants:
+            self._check(node)
         sends, events = node.swim.take()
         for event in events:
             self._note(node, event)
@@ -233,9 +310,8 @@ class World:
                 node.outbox.append(send)
             else:
                 self._transmit(node, send)
-        if self.checks_invariants:
-            self._check(node)
-        due_s = max(self.now_s, node.swim.next_deadline() / node.rate - node.offset_s)
+        due_s = node.swim.next_deadline() / node.rate - node.offset_s + TIMER_LATENESS_S
+        due_s = max(self.now_s, due_s)
         if due_s < node.tick_s or node.tick_s <= self.now_s:
             node.tick_s = due_s
             self.at(due_s, self._tick, node, due_s)
@@ -254,12 +330,10 @@ class World:
             return
         node.tick_s = float("inf")
         node.swim.tick(now=self._clock(node))
-        if node.swim.wants_seeds:
-            node.swim.wants_seeds = False
         self._settle(node)
 
     def _resume(self, node: Node) -> None:
-        if not node.is_running:
+        if not node.is_running or node.paused_until_s > self.now_s:
             return
         lag_s = self.now_s - min(node.tick_s, self.now_s)
         if lag_s > LAG_NOTICED_S:
@@ -320,19 +394,30 @@ class World:
 
     def _check(self, node: Node) -> None:
         swim = node.swim
-        assert len(swim._updates) <= 32_768
+        assert len(swim._updates) <= MAX_QUEUED
         assert len(swim._probes) <= 64
-        assert len(swim._relays) <= 256
+        assert max(len(swim._relays), len(swim._drops_s)) <= 256
+        assert len(swim._rivals) <= 8
+        assert max(len(swim._early_s), len(swim._gone_since_s)) <= len(swim.table)
+        assert all(len(send.packet.updates) <= MAX_UPDATES for send in swim._outputs)
+        assert all(send.address != node.address for send in swim._outputs), f"seed {self.seed}: to itself"
+        me = swim.me
+        assert swim.table.get(me.name) is me
+        self._spoken[me.name] = max(self._spoken.get(me.name, (0, 0)), me.version[:2])
         for member in swim.table:
-            held = node.last_versions.get(member.name)
-            assert held is None or member.version >= held, f"seed {self.seed}: a version fell"
-            node.last_versions[member.name] = member.version
-            subject = self.nodes.get(member.name)
-            if subject is not None and member.name != node.name:
-                own = subject.swim.me
-                assert (member.generation, member.incarnation) <= (own.generation, own.incarnation), (
-                    f"seed {self.seed}: {node.name} raised the incarnation of {member.name}"
-                )
+            self._check_claim(node, member)
+
+    def _check_claim(self, node: Node, member: Member) -> None:
+        seen = node.last_seen.get(member.name)
+        if seen is member:
+            return
+        node.last_seen[member.name] = member
+        about = f"seed {self.seed}, {self.now_s:.3f} s: {node.name} on {member.name}"
+        assert seen is None or member.version > seen.version, f"{about}: a version fell"
+        is_suspected = member.name in node.swim._suspicions
+        assert is_suspected == (member.state == State.SUSPECT), f"{about}: a suspect without a deadline"
+        if member.name in self._spoken:
+            assert member.version[:2] <= self._spoken[member.name], f"{about}: another raised its incarnation"
 
 
 def false_deaths(world: World, healthy: Callable[[str], bool]) -> list[tuple[float, str, str]]:
