@@ -7,7 +7,7 @@ SOURCES := mnemosyned cluster cache
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench drill wheel lock clean
+.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench drill simulate wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ proto-check: $(VENV)/dev.stamp ## fail when the stubs are not what the .proto sa
 		--grpc_python_out=build/proto-check mnemosynerpc/session.proto
 	$(PROTOC) -I cluster/peerpb=proto --python_out=build/proto-check --pyi_out=build/proto-check \
 		cluster/peerpb/peer.proto
-	diff -r --exclude='__*' --exclude=py.typed --exclude=example.py build/proto-check/mnemosynerpc client/mnemosynerpc
+	diff -r --exclude='__*' --exclude=py.typed --exclude=example.py --exclude=reader.py build/proto-check/mnemosynerpc client/mnemosynerpc
 	diff -r --exclude='__*' build/proto-check/cluster/peerpb cluster/peerpb
 
 docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
@@ -67,6 +67,9 @@ bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratio
 
 drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill -n 20', see --help
 	$(BIN)/python tests/bench/drill.py $(ARGS)
+
+simulate: $(VENV)/dev.stamp ## lose, let go and gain nodes of a simulated cluster of N, 1000 if not said
+	$(BIN)/python tests/bench/simulate.py -n $(or $(N),1000) $(ARGS)
 
 wheel: $(VENV)/dev.stamp ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
