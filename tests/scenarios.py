@@ -120,7 +120,8 @@ async def move(cluster: Cluster, network: Network, name: str) -> float:
     wanted = network.addresses[host]
 
     def routes_there(other: str) -> bool:
-        member = next(one for one in cluster.page(other)["members"] if one["name"] == name)
+        members = {one["name"]: one for one in cluster.page(other)["members"]}
+        member = members.get(name, {"address": "", "status": ""})
         return bool(member["address"].startswith(f"{wanted}:") and member["status"] == "active")
 
     for other in cluster.names:

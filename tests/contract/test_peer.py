@@ -1,0 +1,278 @@
+"""The service for other nodes, on both engines: what it does for peers, and nothing for anybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+import pytest
+from clusters import until
+from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, GetResponse, Session, StartRequest
+from peering import Peer, peering
+from serving import ENGINES
+
+from cluster import wire
+from cluster.gossip import Identity
+from cluster.member import Kind, Member, Packet, Phase, State
+from cluster.peerpb import peer_pb2 as pb
+from cluster.trust import METADATA_KEY, Trust
+from mnemosyned.rpc.methods import Call
+from mnemosyned.storage.memory import MemoryStore
+
+SERVICE = "mnemosynepeer.Peer"
+METHODS = ["Gossip", "Invalidate", "Leave"]
+STRANGER = Member("192.0.2.9:1", "192.0.2.9:1", 1, 0, State.ALIVE, Phase.ACTIVE, 99)
+UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000)
+
+
+@pytest.fixture(params=sorted(ENGINES))
+async def peer(request: pytest.FixtureRequest, store: MemoryStore) -> AsyncIterator[Peer]:
+    async with peering(store, request.param) as one:
+        yield one
+
+
+@pytest.fixture
+async def origin(store: MemoryStore) -> pb.Origin:
+    return Identity(label="", storage_fingerprint=await store.fingerprint()).message()
+
+
+def signed(trust: Trust, method: str, body: bytes) -> str:
+    return trust.sign(method, body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(12))
+
+
+async def call(peer: Peer, method: str, body: bytes, *, signature: str | None = None) -> bytes:
+    value = signed(peer.trust, method, body) if signature is None else signature
+    metadata = ((METADATA_KEY, value),) if value else ()
+    answer: bytes = await peer.channel.unary_unary(f"/{SERVICE}/{method}")(body, metadata=metadata, timeout=5)
+    return answer
+
+
+async def status_of(awaited: object) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaited  # type: ignore[misc]
+    return caught.value.code(), caught.value.details() or ""
+
+
+class Stream:
+    """A peer's stream of forwarded calls."""
+
+    def __init__(self, peer: Peer, origin: pb.Origin, *, signature: str | None = None) -> None:
+        value = signed(peer.trust, "Forward", b"") if signature is None else signature
+        metadata = ((METADATA_KEY, value),) if value else ()
+        self.call = peer.channel.stream_stream(f"/{SERVICE}/Forward")(metadata=metadata, timeout=10)
+        self._trust = peer.trust
+        self._origin = origin
+
+    async def forward(
+        self, *items: pb.Item, deadline_us: int = 0, trust: Trust | None = None
+    ) -> Sequence[pb.Answer]:
+        batch = pb.Batch(origin=self._origin, items=items, deadline_us=deadline_us).SerializeToString()
+        signature = signed(trust or self._trust, "Forward", batch)
+        return await self.send(pb.ForwardRequest(batch=batch, signature=signature).SerializeToString())
+
+    async def send(self, message: bytes) -> Sequence[pb.Answer]:
+        await self.call.write(message)
+        answer = await self.call.read()
+        assert answer is not grpc.aio.EOF
+        return pb.ForwardResponse.FromString(answer).answers
+
+
+def get(token: str, **fields: object) -> pb.Item:
+    message = GetRequest(access_token=token).SerializeToString()
+    return pb.Item(method="Get", message=message, **({"timeout_ms": 1000} | fields))  # type: ignore[arg-type]
+
+
+async def started(peer: Peer, **fields: str) -> str:
+    return (
+        await peer.stub.Start(StartRequest(session=Session(subject_id="s", **fields)))
+    ).session.access_token
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signature", ["", "v1 1 2 3", "nonsense"])
+async def test_a_stranger_is_refused(peer: Peer, method: str, signature: str) -> None:
+    code, text = await status_of(call(peer, method, b"", signature=signature))
+
+    assert code is UNAUTHENTICATED
+    assert "secret" in text
+    assert not peer.stopped.is_set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_another_clusters_secret_is_refused(peer: Peer, method: str) -> None:
+    signature = signed(Trust([b"quite-another-secret"]), method, b"")
+
+    assert (await status_of(call(peer, method, b"", signature=signature)))[0] is UNAUTHENTICATED
+
+
+async def test_a_call_is_believed_once_and_for_its_own_method(peer: Peer) -> None:
+    signature = signed(peer.trust, "Leave", b"")
+    assert (await status_of(call(peer, "Invalidate", b"", signature=signature)))[0] is UNAUTHENTICATED
+    await call(peer, "Leave", b"", signature=signature)
+    assert peer.stopped.is_set()
+
+    assert (await status_of(call(peer, "Leave", b"", signature=signature)))[0] is UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("signature", ["", "nonsense"])
+async def test_a_strangers_stream_is_ended_before_its_first_batch(
+    peer: Peer, origin: pb.Origin, signature: str
+) -> None:
+    stream = Stream(peer, origin, signature=signature)
+
+    assert (await status_of(stream.call.read()))[0] is UNAUTHENTICATED
+
+
+async def test_each_batch_is_signed(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer)
+    stream = Stream(peer, origin)
+    assert [answer.code for answer in await stream.forward(get(token))] == [0]
+
+    assert (await status_of(stream.forward(get(token), trust=Trust([b"quite-another-secret"]))))[
+        0
+    ] is UNAUTHENTICATED
+
+
+async def test_a_batch_is_answered_item_by_item(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer, subject_client="web")
+    exists = pb.Item(
+        method="Exists", message=ExistsRequest(access_token="x").SerializeToString(), timeout_ms=1000
+    )
+    stream = Stream(peer, origin)
+    for _ in range(2):
+        good, absent, unknown, garbage, absent_too = await stream.forward(
+            get(token), get("absent"), pb.Item(method="Dance"), pb.Item(method="Get", message=b"\xff"), exists
+        )
+        assert GetResponse.FromString(good.message).session.subject_client == "web"
+        assert (absent.code, absent.message) == (grpc.StatusCode.NOT_FOUND.value[0], b"")
+        assert unknown.code == grpc.StatusCode.UNIMPLEMENTED.value[0]
+        assert garbage.code == grpc.StatusCode.INTERNAL.value[0]
+        assert absent_too.code == 0
+
+
+async def test_the_owners_error_has_one_prefix(peer: Peer, origin: pb.Origin) -> None:
+    (answer,) = await Stream(peer, origin).forward(get("absent"))
+    here = await status_of(peer.stub.Get(GetRequest(access_token="absent")))
+
+    assert (answer.code, answer.text) == (here[0].value[0], here[1])
+
+
+async def test_an_item_has_its_own_deadline_and_metadata(peer: Peer, origin: pb.Origin) -> None:
+    seen: list[dict[str, str | None]] = []
+
+    async def slow(_: bytes, call: Call) -> bytes:
+        seen.append({key: call.metadata(key) for key in ("request_id", "traceparent", "authorization")})
+        await asyncio.sleep(0.3)
+        return b""
+
+    peer.calls.add_unary("mnemosynerpc.SessionManager", "Slow", slow)
+    short, long = await Stream(peer, origin).forward(
+        pb.Item(method="Slow", timeout_ms=20, request_id="r-1", traceparent="00-a-b-01"),
+        pb.Item(method="Slow", timeout_ms=5000),
+    )
+
+    assert (short.code, long.code) == (grpc.StatusCode.DEADLINE_EXCEEDED.value[0], 0)
+    assert seen[0] == {"request_id": "r-1", "traceparent": "00-a-b-01", "authorization": None}
+
+
+async def test_a_batch_that_comes_late_is_not_begun(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer)
+    code, _ = await status_of(Stream(peer, origin).forward(get(token), deadline_us=1))
+
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("changed", [{"cluster_label": "another"}, {"storage_fingerprint": b"another"}])
+async def test_a_node_of_another_cluster_is_told_why_it_is_refused(
+    peer: Peer, origin: pb.Origin, changed: dict[str, object]
+) -> None:
+    foreign = pb.Origin()
+    foreign.CopyFrom(origin)
+    for name, value in changed.items():
+        setattr(foreign, name, value)
+    word = "label" if "cluster_label" in changed else "databases"
+    invalidate = pb.InvalidateRequest(origin=foreign, tokens=["t"]).SerializeToString()
+    packet = Packet(Kind.SYNC, STRANGER)
+    answer, refusal = wire.parse_response(await call(peer, "Gossip", wire.request(packet, foreign)))
+
+    assert answer is None
+    assert word in refusal
+    for refused in (call(peer, "Invalidate", invalidate), Stream(peer, foreign).forward(get("t"))):
+        code, text = await status_of(refused)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert word in text
+    assert peer.node.gossip is not None
+    assert len(peer.node.gossip.swim.table) == 1
+
+
+async def test_a_member_is_answered_and_known(peer: Peer, origin: pb.Origin) -> None:
+    packet = Packet(Kind.SYNC, STRANGER._replace(phase=Phase.JOINING))
+    answer, _ = wire.parse_response(await call(peer, "Gossip", wire.request(packet, origin)))
+
+    assert answer is not None
+    assert answer.kind is Kind.SYNC_REPLY
+    assert answer.sender.name == peer.address
+    assert peer.node.probes() == {STRANGER.name: "SERVING"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_garbage_has_a_clear_answer(peer: Peer, method: str) -> None:
+    code, text = await status_of(call(peer, method, b"\xff\xff"))
+
+    # As gRPC servers say it of bytes that are no message.
+    assert code is grpc.StatusCode.INTERNAL
+    assert "not a valid" in text
+
+
+async def test_garbage_ends_a_stream_with_a_clear_status(peer: Peer, origin: pb.Origin) -> None:
+    code, text = await status_of(Stream(peer, origin).send(b"\xff"))
+
+    assert code is grpc.StatusCode.INTERNAL
+    assert "not a valid" in text
+
+
+async def test_a_message_beyond_the_limit_is_refused(peer: Peer) -> None:
+    code, _ = await status_of(call(peer, "Invalidate", bytes(9 * 1024**2)))
+
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_copies_are_dropped_when_a_peer_says_so(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer)
+    assert token in peer.cache.keys()  # noqa: SIM118  # no mapping
+    await call(peer, "Invalidate", pb.InvalidateRequest(origin=origin, tokens=[token]).SerializeToString())
+
+    assert token not in peer.cache.keys()  # noqa: SIM118
+
+
+async def test_streams_end_in_order_when_the_node_leaves(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer)
+    stream = Stream(peer, origin)
+    assert [answer.code for answer in await stream.forward(get(token))] == [0]
+    await peer.node.leave()
+
+    assert await stream.call.read() is grpc.aio.EOF
+    assert await stream.call.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("key", ["hops", "mnemosyned-hops", "mnemosyned-peer", "mnemosyned-forwarded"])
+async def test_no_metadata_of_a_client_changes_who_answers(store: MemoryStore, key: str) -> None:
+    async with peering(store) as first, peering(store, seeds=(first.address,)) as second:
+        await until(lambda: len(first.node.view.ring.nodes) == len(second.node.view.ring.nodes) == 2)
+        tokens = [await started(first) for _ in range(12)]
+        theirs = [token for token in tokens if first.node.view.ring.owner(token) == second.address]
+        before = first.node.forwarder.counters.by_outcome[second.address, "ok"]
+        for token in theirs:
+            await first.stub.Get(GetRequest(access_token=token), metadata=((key, "1"),))
+
+        assert theirs
+        assert first.node.forwarder.counters.by_outcome[second.address, "ok"] == before + len(theirs)
+        assert not any(token in first.cache.keys() for token in theirs)  # noqa: SIM118

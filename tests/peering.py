@@ -1,0 +1,123 @@
+"""Nodes of a cluster inside the test's own process: real engines on real sockets, any store behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import grpc
+from clusters import SECRET, free_ports
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from prometheus_client import CollectorRegistry
+from serving import ENGINES, LIFETIMES, OPTIONS
+
+from cache.lru import Lru
+from cache.readthrough import ReadThrough
+from cluster.trust import Trust
+from mnemosyned.clock import StorageClock
+from mnemosyned.node import ClusterNode, NodeOptions, Sessions
+from mnemosyned.observe.metrics import UpkeepMetrics
+from mnemosyned.ready import ReadySession
+from mnemosyned.rpc import session_manager
+from mnemosyned.rpc.methods import MethodTable
+from mnemosyned.rpc.router import Services, carried
+from mnemosyned.service import SessionService
+from mnemosyned.storage.port import SessionStore
+from mnemosyned.touches import TouchWriter
+
+
+@dataclass(kw_only=True)
+class Parts:
+    address: str
+    node: ClusterNode
+    table: MethodTable
+    calls: MethodTable  # what is forwarded here
+    cache: ReadThrough[ReadySession]
+    services: tuple[SessionService, SessionService]
+    stopped: asyncio.Event
+    trust: Trust
+
+
+@dataclass(kw_only=True)
+class Peer(Parts):
+    channel: grpc.aio.Channel
+    stub: SessionManagerStub
+
+
+@asynccontextmanager
+async def peering(
+    store: SessionStore,
+    engine_name: str = "h2corn",
+    *,
+    seeds: tuple[str, ...] = (),
+    secrets: tuple[str, ...] = (SECRET,),
+    label: str = "",
+) -> AsyncIterator[Peer]:
+    """Run a node until it has joined, lend it, and take it down again."""
+    (port,) = free_ports(1)
+    parts = _put_together(store, f"127.0.0.1:{port}", seeds, secrets, label)
+    node = parts.node
+    engine = ENGINES[engine_name](parts.table, replace(OPTIONS, port=port))
+    await engine.start()
+    running = asyncio.create_task(node.run())
+    try:
+        async with asyncio.timeout(5):
+            while not node.view.is_active:
+                await asyncio.sleep(0.01)
+        async with grpc.aio.insecure_channel(parts.address) as channel:
+            yield Peer(**vars(parts), channel=channel, stub=SessionManagerStub(channel))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await node.leave()
+        await engine.drain()
+        await node.farewell()
+        for service in parts.services:
+            await service.close()
+
+
+def _put_together(
+    store: SessionStore, address: str, seeds: tuple[str, ...], secrets: tuple[str, ...], label: str
+) -> Parts:
+    """Make the parts of a node, as the daemon does."""
+    cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=1000, max_bytes=10_000_000))
+    lost = UpkeepMetrics(CollectorRegistry()).touches_lost
+    touches = TouchWriter(store, max_waiting=100, lost=lost, on_gone=cache.drop)
+    clock = StorageClock()
+    options = NodeOptions(
+        listen=address,
+        seeds=seeds,
+        label=label,
+        secrets=secrets,
+        max_message_bytes=OPTIONS.max_message_bytes,
+        cache_ttl_s=5.0,
+    )
+    node = ClusterNode(options, Sessions(store=store, clock=clock, cache=cache, touches=touches))
+
+    def service(kept: ReadThrough[ReadySession], cache_us: int) -> SessionService:
+        lifetimes = replace(LIFETIMES, cache_us=cache_us)
+        return SessionService(
+            store, kept, touches, clock=clock, lifetimes=lifetimes, elsewhere=node.forwarder
+        )
+
+    owned, passing = (
+        service(cache, LIFETIMES.cache_us),
+        service(ReadThrough(Lru(max_entries=1, max_bytes=0)), 0),
+    )
+    services = Services(owned, passing, node.forwarder)
+    table, calls, stopped = MethodTable(), MethodTable(), asyncio.Event()
+    session_manager.add_to(table, node.router(services, carried))
+    session_manager.add_to(calls, node.owner_router(services))
+    node.serve_peers(table, calls, stop=stopped.set)
+    return Parts(
+        address=address,
+        node=node,
+        table=table,
+        calls=calls,
+        cache=cache,
+        services=(owned, passing),
+        stopped=stopped,
+        trust=Trust([secret.encode() for secret in secrets]),
+    )
