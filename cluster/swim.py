@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
 from cluster.dissemination import Dissemination
 from cluster.member import Event, Kind, Member, News, Packet, Phase, Send, State, Update
@@ -314,6 +314,8 @@ class Swim:
                 self._synced(packet, now)
             case Kind.GOSSIP | Kind.SYNC_PUSH:
                 pass
+            case never:
+                assert_never(never)
         return None
 
     def _whole_table(self) -> tuple[Update, ...]:
@@ -404,6 +406,8 @@ class Swim:
                 self._tell_of_life(claim, held, seconds)
             case State.SUSPECT:
                 pass
+            case never:
+                assert_never(never)
 
     def _tell_of_life(self, claim: Member, held: Member | None, seconds: float) -> None:
         if held is not None and held.state == State.SUSPECT:
@@ -631,8 +635,8 @@ class Swim:
             if now - since_s < self.settings.gossip_to_dead_s
         ]
         if recent:
-            gone = self.table.get(self._rng.choice(recent))
-            if gone is not None and gone.state == State.DEAD:
+            gone = self._dead(self._rng.choice(recent))
+            if gone is not None:
                 receivers.append(gone)
         for member in receivers:
             if self._updates:
@@ -656,20 +660,18 @@ class Swim:
         if self._rng.random() * self.table.live >= 3:  # noqa: PLR2004  # as ringpop does
             return
         self.wants_seeds = True
-        dead = [name for name in self._gone_since_s if self._is_dead(name)]
+        dead = [member for name in self._gone_since_s if (member := self._dead(name)) is not None]
         if dead:
-            member = self.table.get(self._rng.choice(dead))
-            if member is not None:
-                self._send(member.address, Kind.SYNC, target="")
+            self._send(self._rng.choice(dead).address, Kind.SYNC, target="")
 
-    def _is_dead(self, name: str) -> bool:
+    def _dead(self, name: str) -> Member | None:
         held = self.table.get(name)
-        return held is not None and held.state == State.DEAD
+        return held if held is not None and held.state == State.DEAD else None
 
     def _forget(self, now: float) -> None:
         excess = len(self._gone_since_s) - self.settings.max_gone
         for index, (name, since_s) in enumerate(list(self._gone_since_s.items())):
-            keep_s = self.settings.forget_dead_s if self._is_dead(name) else self.settings.forget_left_s
+            keep_s = self.settings.forget_left_s if self._dead(name) is None else self.settings.forget_dead_s
             if index < excess or now - since_s >= keep_s:
                 self._gone_since_s.pop(name)
                 self.table.forget(name)

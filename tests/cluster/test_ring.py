@@ -47,3 +47,13 @@ def test_a_new_node_takes_little_more_than_its_share_and_nothing_else_moves(coun
 def test_a_ring_of_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a node"):
         Ring([])
+
+
+def test_shares_are_what_the_tokens_show_and_add_up_to_one() -> None:
+    ring = Ring(names(3))
+    load = Counter(ring.owner(token) for token in TOKENS)
+    shares = ring.shares()
+
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert all(shares[node] == pytest.approx(load[node] / len(TOKENS), abs=0.01) for node in ring.nodes)
+    assert Ring(["a:1"]).shares() == {"a:1": 1.0}

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from cluster.ring import Ring
+from cluster.routing import OWNED, PASSING, Forward, route
+from cluster.view import View, alone
+
+NODES = ("a:1", "b:1", "c:1")
+
+
+def view(me: str) -> View:
+    return View(me=me, ring=Ring(NODES), address_by_name={})
+
+
+@pytest.mark.parametrize("hops_left", [0, 1])
+def test_a_node_alone_owns_every_token(hops_left: int) -> None:
+    assert route(alone("a:1", is_active=True), "token", hops_left=hops_left) is OWNED
+
+
+def test_a_node_that_joins_keeps_no_copies() -> None:
+    assert route(alone("a:1", is_active=False), "token", hops_left=1) is PASSING
+
+
+def test_each_token_has_one_owner_and_all_others_forward_to_it() -> None:
+    for token in (f"token-{number}" for number in range(100)):
+        routes = {me: route(view(me), token, hops_left=1) for me in NODES}
+        (owner,) = (me for me, found in routes.items() if found is OWNED)
+
+        assert all(found == Forward(owner) for me, found in routes.items() if me != owner)
+
+
+def test_what_was_forwarded_is_answered_and_never_forwarded_on() -> None:
+    for token in (f"token-{number}" for number in range(100)):
+        found = [route(view(me), token, hops_left=0) for me in NODES]
+
+        assert found.count(OWNED) == 1
+        assert found.count(PASSING) == 2
+
+
+def test_a_node_that_owns_nothing_forwards_everything() -> None:
+    leaving = View(me="d:1", ring=Ring(NODES), address_by_name={})
+
+    assert not leaving.is_alone
+    assert isinstance(route(leaving, "token", hops_left=1), Forward)
+
+
+@pytest.mark.parametrize("nodes", [("b:1",), ("a:1", "b:1")])
+def test_only_a_ring_of_this_node_makes_it_alone(nodes: tuple[str, ...]) -> None:
+    assert not View(me="a:1", ring=Ring(nodes), address_by_name={}).is_alone
