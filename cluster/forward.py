@@ -226,9 +226,8 @@ class Forwarder:
         # A peer that stood still must not do later what others have long done instead.
         deadline_us = self._storage_now_us() + int(timeout_s * _US_PER_S)
         batch = pb.Batch(origin=self._origin, items=items, deadline_us=deadline_us).SerializeToString()
-        request = pb.ForwardRequest(batch=batch, signature=self._peers.signature("Forward", batch))
         try:
-            body = await self._exchanged(name, request.SerializeToString(), timeout_s)
+            body = await self._exchanged(name, batch, timeout_s)
             answers = _answers(body, len(items))
         except ClusterError as exc:
             return [type(exc)(*exc.args) for _ in items]
@@ -236,15 +235,15 @@ class Forwarder:
         self.counters.items += len(items)
         return answers
 
-    async def _exchanged(self, name: str, body: bytes, timeout_s: float) -> bytes:
+    async def _exchanged(self, name: str, batch: bytes, timeout_s: float) -> bytes:
         owner, address = self._owner(name), self._address(name)
         exchange = None
         while owner.idle and exchange is None:
             _, exchange = owner.idle.pop()
             if not exchange.is_open or exchange.address != address:
                 exchange = None
-        exchange = exchange or self._peers.exchange(address, "Forward")
-        answer = await exchange.ask(body, timeout_s=timeout_s)
+        exchange = exchange or self._peers.exchange(address)
+        answer = await exchange.ask(batch, timeout_s=timeout_s)
         owner.idle.append((time.monotonic(), exchange))
         return answer
 

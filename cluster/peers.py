@@ -14,7 +14,8 @@ from typing import Any, Final, Protocol
 import grpc
 
 from cluster.errors import ClusterError, PeerRefused, PeerTimeout, PeerUnreachable
-from cluster.trust import METADATA_KEY, NONCE_BYTES, Trust
+from cluster.peerpb import peer_pb2 as pb
+from cluster.trust import METADATA_KEY, NONCE_BYTES, Seals, Trust
 
 SERVICE_NAME: Final = "mnemosynepeer.Peer"
 _MAX_RESPONSE_BYTES: Final = 64 * 1024**2
@@ -87,22 +88,19 @@ class Peers:
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take us for one of its own.
         """
-        metadata = self._metadata(method, body)
+        metadata = _metadata(self._signature(method, body))
         with self._counted(address, lane, method):
             return bytes(
                 await self._callable(address, lane, method)(body, timeout=timeout_s, metadata=metadata)
             )
 
-    def exchange(self, address: str, method: str) -> Exchange:
-        """Open a stream to a peer."""
+    def exchange(self, address: str) -> Exchange:
+        """Open a stream of forwarded batches to a peer."""
         channel = self._line(address, Lane.CALLS).channel
-        call = channel.stream_stream(_path(method))(metadata=self._metadata(method, b""))
-        return Exchange(address, call, lambda: self._counted(address, Lane.CALLS, method))
-
-    def signature(self, method: str, body: bytes) -> str:
-        """Return what shows a peer that a message is this cluster's; empty without a secret."""
-        now_ms = time.time_ns() // 1_000_000
-        return self._trust.sign(method, body, now_ms=now_ms, nonce=os.urandom(NONCE_BYTES))
+        opening = self._signature("Forward", b"")
+        call = channel.stream_stream(_path("Forward"))(metadata=_metadata(opening))
+        seals = self._trust.seals(opening)
+        return Exchange(address, call, seals, lambda: self._counted(address, Lane.CALLS, "Forward"))
 
     async def watch(self, address: str, lost: Callable[[], None]) -> None:
         """Keep the gossip connection to a peer open, and tell each time that it is lost; for ever."""
@@ -187,42 +185,45 @@ class Peers:
         if line is not None and time.monotonic() - line.answered_s > _SILENCE_S:
             self._hang_up(address, lane)
 
-    def _metadata(self, method: str, body: bytes) -> tuple[tuple[str, str]] | None:
-        signature = self.signature(method, body)
-        return ((METADATA_KEY, signature),) if signature else None
+    def _signature(self, method: str, body: bytes) -> str:
+        now_ms = time.time_ns() // 1_000_000
+        return self._trust.sign(method, body, now_ms=now_ms, nonce=os.urandom(NONCE_BYTES))
 
 
 class Exchange:
-    """A stream to one peer, on which each message is answered before the next is sent."""
+    """A stream to one peer, on which each batch is answered before the next is sent."""
 
     def __init__(
         self,
         address: str,
         call: Any,  # noqa: ANN401  # likewise
+        seals: Seals,
         counted: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """`counted` counts what is awaited inside, and raises its failure as one of ours."""
         self.address = address
         self._call = call
+        self._seals = seals
         self._counted = counted
 
     @property
     def is_open(self) -> bool:
-        """Whether the peer, as far as is known, waits for a message."""
+        """Whether the peer, as far as is known, waits for a batch."""
         return not self._call.done()
 
-    async def ask(self, message: bytes, *, timeout_s: float) -> bytes:
-        """Return the peer's answer; after a failure the stream is closed.
+    async def ask(self, batch: bytes, *, timeout_s: float) -> bytes:
+        """Return the peer's answer to a serialized Batch; after a failure the stream is closed.
 
         Raises:
             PeerUnreachable: no connection, or it broke, or the peer ended the stream.
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take us for one of its own.
         """
+        request = pb.ForwardRequest(batch=batch, seal=self._seals.seal(batch)).SerializeToString()
         try:
             with self._counted():
                 async with asyncio.timeout(timeout_s):
-                    return await self._asked(message)
+                    return await self._asked(request)
         except BaseException:
             self._call.cancel()
             raise
@@ -263,6 +264,10 @@ async def is_refused(address: str) -> bool:
 
 def _path(method: str) -> str:
     return f"/{SERVICE_NAME}/{method}"
+
+
+def _metadata(signature: str) -> tuple[tuple[str, str]] | None:
+    return ((METADATA_KEY, signature),) if signature else None
 
 
 def _translated(exc: grpc.aio.AioRpcError) -> ClusterError:

@@ -2,6 +2,7 @@
 
 A signature covers the method, the time, a nonce and the body, so that it cannot be used again for
 anything else; time-stamps outside a window of 30 s are refused, and nonces inside it are remembered.
+Messages on a stream are sealed: with what opened it, which is believed once, and their number on it.
 Without a secret only the own host is believed.
 """
 
@@ -16,9 +17,10 @@ from cluster.errors import Stranger
 
 METADATA_KEY: Final = "mnemosyned-peer"
 _VERSION: Final = "v1"
+_SEAL: Final = "v1 seal"  # no method's signature begins so
 _WINDOW_MS: Final = 30_000
 NONCE_BYTES: Final = 12
-# Twice the calls that a node can take in a window; more than that at once is no honest peer.
+# More calls, streams being one each, than a node can answer in that time.
 _MAX_NONCES: Final = 2**19
 
 
@@ -67,6 +69,10 @@ class Trust:
             raise Stranger("the call was signed more than 30 s ago, or the clocks are that far apart")
         self._remember(nonce, now_ms)
 
+    def seals(self, opening: str) -> Seals:
+        """Return the seals of a stream that this signature opened; both ends make their own."""
+        return Seals([_begun(keyed, _SEAL, opening) for keyed in self._keyed])
+
     def _remember(self, nonce: str, now_ms: int) -> None:
         # A time-stamp may lie a window ahead and be good for two.
         if now_ms - self._turned_ms > 2 * _WINDOW_MS:
@@ -79,6 +85,38 @@ class Trust:
         self._nonces.add(nonce)
 
 
+class Seals:
+    """Shows of one message of a stream after another that it belongs there: whole, in place, and ours."""
+
+    def __init__(self, begun: Sequence[hmac.HMAC]) -> None:
+        self._begun = begun
+        self._number = 0
+
+    def seal(self, body: bytes) -> bytes:
+        """Return what goes with the next message; empty without a secret."""
+        number = self._take_number()
+        return _seal(self._begun[0], number, body) if self._begun else b""
+
+    def check(self, seal: bytes, body: bytes) -> None:
+        """Return if this is the next message. Raises Stranger."""
+        number = self._take_number()
+        if self._begun and not any(
+            hmac.compare_digest(seal, _seal(begun, number, body)) for begun in self._begun
+        ):
+            raise Stranger("a message is not sealed with this cluster's -cluster.secret, or not the next one")
+
+    def _take_number(self) -> bytes:
+        self._number += 1
+        return self._number.to_bytes(8, "big")
+
+
+def _seal(begun: hmac.HMAC, number: bytes, body: bytes) -> bytes:
+    mac = begun.copy()
+    mac.update(number)
+    mac.update(body)
+    return mac.digest()
+
+
 def _parts(signature: str | None) -> tuple[str, str, str, str]:
     # What is not ASCII has digits that are no digits, and cannot be compared in constant time.
     parts = signature.split(" ") if signature is not None and signature.isascii() else []
@@ -88,10 +126,15 @@ def _parts(signature: str | None) -> tuple[str, str, str, str]:
 
 
 def _mac(keyed: hmac.HMAC, method: str, sent_ms: str, nonce: str, body: bytes) -> str:
-    mac = keyed.copy()
-    mac.update(f"{_VERSION}\n{method}\n{sent_ms}\n{nonce}\n".encode())
+    mac = _begun(keyed, _VERSION, method, sent_ms, nonce)
     mac.update(body)
     return mac.hexdigest()
+
+
+def _begun(keyed: hmac.HMAC, *words: str) -> hmac.HMAC:
+    mac = keyed.copy()
+    mac.update("".join(f"{word}\n" for word in words).encode())
+    return mac
 
 
 def _is_loopback(peer: str) -> bool:

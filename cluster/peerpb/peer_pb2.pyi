@@ -83,12 +83,12 @@ class GossipResponse(_message.Message):
     def __init__(self, packet: _Optional[_Union[Packet, _Mapping]] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("batch", "signature")
+    __slots__ = ("batch", "seal")
     BATCH_FIELD_NUMBER: _ClassVar[int]
-    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     batch: bytes
-    signature: str
-    def __init__(self, batch: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
+    seal: bytes
+    def __init__(self, batch: _Optional[bytes] = ..., seal: _Optional[bytes] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("origin", "items", "deadline_us")

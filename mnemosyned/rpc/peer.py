@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from cluster.errors import MalformedPacket, Stranger
@@ -91,10 +92,13 @@ class PeerService:
     async def _forward(
         self, messages: AsyncIterator[bytes], call: Call, trust: Trust
     ) -> AsyncIterator[bytes]:
-        _check(trust, call.metadata(METADATA_KEY), "Forward", b"", call)
+        opening = call.metadata(METADATA_KEY)
+        _check(trust, opening, "Forward", b"", call)
+        seals = trust.seals(opening or "")
         async for message in self._until_closed(messages):
             request = parsed(pb.ForwardRequest, message)
-            _check(trust, request.signature, "Forward", request.batch, call)
+            with _refusing_strangers():
+                seals.check(request.seal, request.batch)
             answer = self._answer_batch(parsed(pb.Batch, request.batch), call)
             yield answer if isinstance(answer, bytes) else await answer
 
@@ -187,8 +191,14 @@ def _guarded(name: str, answer: UnaryAnswer, trust: Trust) -> UnaryAnswer:
 
 
 def _check(trust: Trust, signature: str | None, method: str, body: bytes, call: Call) -> None:
-    try:
+    with _refusing_strangers():
         trust.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
+
+
+@contextmanager
+def _refusing_strangers() -> Iterator[None]:
+    try:
+        yield
     except Stranger as exc:
         raise Unauthenticated(f"mnemosyned: {exc}") from None
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import trust as trusts
 from cluster.errors import Stranger
-from cluster.trust import Trust
+from cluster.trust import Seals, Trust
 
 SECRET, NEXT = b"the-secret-of-today", b"the-secret-of-tomorrow"
 NOW_MS = 1_800_000_000_000
@@ -121,3 +122,49 @@ def test_a_signature_of_another_release_is_refused() -> None:
 def test_no_text_is_more_than_a_stranger_s(signature: str) -> None:
     with pytest.raises(Stranger):
         check(Trust([SECRET]), signature)
+
+
+def test_calls_in_a_minute_are_remembered_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trusts, "_MAX_NONCES", 1)
+    trust = Trust([SECRET])
+    check(trust, signed(trust))
+
+    with pytest.raises(Stranger, match="too many calls"):
+        check(trust, trust.sign("Forward", b"body", now_ms=NOW_MS, nonce=bytes([1] * 12)))
+
+
+def test_what_is_sealed_on_one_end_of_a_stream_is_believed_on_the_other() -> None:
+    opening = signed(Trust([SECRET]))
+    here, there = Trust([SECRET]).seals(opening), Trust([NEXT, SECRET]).seals(opening)
+    for body in (b"one", b"two", b"two", b""):
+        there.check(here.seal(body), body)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        Trust([NEXT]).seals("opening"),
+        Trust([SECRET]).seals("another opening"),
+        Trust([]).seals("opening"),
+    ],
+    ids=["another secret", "another stream", "no seal"],
+)
+def test_what_is_sealed_otherwise_is_refused(forged: Seals) -> None:
+    with pytest.raises(Stranger, match="not sealed"):
+        Trust([SECRET]).seals("opening").check(forged.seal(b"body"), b"body")
+
+
+def test_a_sealed_message_is_good_for_its_body_and_its_place_only() -> None:
+    for bodies, sent in [((b"one",), b"two"), ((b"one", b"two"), b"two")]:
+        here, there = Trust([SECRET]).seals("opening"), Trust([SECRET]).seals("opening")
+        seal = [here.seal(body) for body in bodies][-1]
+
+        with pytest.raises(Stranger, match="not the next one"):
+            there.check(seal, sent)
+
+
+def test_without_a_secret_nothing_is_sealed() -> None:
+    seals = Trust([]).seals("")
+
+    assert seals.seal(b"body") == b""
+    seals.check(b"", b"body")

@@ -18,7 +18,7 @@ from cluster import wire
 from cluster.gossip import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
 from cluster.peerpb import peer_pb2 as pb
-from cluster.trust import METADATA_KEY, Trust
+from cluster.trust import METADATA_KEY, Seals, Trust
 from mnemosyned.rpc.methods import Call
 from mnemosyned.storage.memory import MemoryStore
 
@@ -68,15 +68,16 @@ class Stream:
         value = signed(peer.trust, "Forward", b"") if signature is None else signature
         metadata = ((METADATA_KEY, value),) if value else ()
         self.call = peer.channel.stream_stream(f"/{SERVICE}/Forward")(metadata=metadata, timeout=10)
-        self._trust = peer.trust
+        self.opening = value
+        self._seals = peer.trust.seals(value)
         self._origin = origin
 
     async def forward(
-        self, *items: pb.Item, deadline_us: int = 0, trust: Trust | None = None
+        self, *items: pb.Item, deadline_us: int = 0, seals: Seals | None = None
     ) -> Sequence[pb.Answer]:
         batch = pb.Batch(origin=self._origin, items=items, deadline_us=deadline_us).SerializeToString()
-        signature = signed(trust or self._trust, "Forward", batch)
-        return await self.send(pb.ForwardRequest(batch=batch, signature=signature).SerializeToString())
+        seal = (seals or self._seals).seal(batch)
+        return await self.send(pb.ForwardRequest(batch=batch, seal=seal).SerializeToString())
 
     async def send(self, message: bytes) -> Sequence[pb.Answer]:
         await self.call.write(message)
@@ -131,14 +132,24 @@ async def test_a_strangers_stream_is_ended_before_its_first_batch(
     assert (await status_of(stream.call.read()))[0] is UNAUTHENTICATED
 
 
-async def test_each_batch_is_signed(peer: Peer, origin: pb.Origin) -> None:
+@pytest.mark.parametrize("forger", ["another secret", "another stream", "a batch sent again"])
+async def test_each_batch_is_sealed_for_its_stream_and_its_place(
+    peer: Peer, origin: pb.Origin, forger: str
+) -> None:
     token = await started(peer)
     stream = Stream(peer, origin)
     assert [answer.code for answer in await stream.forward(get(token))] == [0]
+    seals = {
+        "another secret": Trust([b"quite-another-secret"]).seals(stream.opening),
+        "another stream": peer.trust.seals(signed(peer.trust, "Forward", b"")),
+        "a batch sent again": peer.trust.seals(stream.opening),
+    }[forger]
+    if forger == "another stream":
+        seals.seal(b"")
+    code, text = await status_of(stream.forward(get(token), seals=seals))
 
-    assert (await status_of(stream.forward(get(token), trust=Trust([b"quite-another-secret"]))))[
-        0
-    ] is UNAUTHENTICATED
+    assert code is UNAUTHENTICATED
+    assert "sealed" in text
 
 
 async def test_a_batch_is_answered_item_by_item(peer: Peer, origin: pb.Origin) -> None:
