@@ -116,7 +116,7 @@ class Gossip:
         self._seen_changes = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, tuple[Member, asyncio.Task[None]]] = {}
-        self._looked_s: dict[str, float] = {}
+        self._looks: dict[str, bool] = {}  # under way, and whether there is a reason for another
         self._logged_s: dict[str, float] = {}
         self._own_addresses: set[str] = {me.address, me.name}
         self._is_joining = False
@@ -153,14 +153,11 @@ class Gossip:
 
     def look_into(self, name: str) -> None:
         """Find out soon whether a member is alive: its host may refuse, or it is probed."""
-        now = time.monotonic()
-        held = self.swim.table.get(name)
-        if held is None or held.is_gone or now - self._looked_s.get(name, 0.0) < _LOOK_PAUSE_S:
-            return
-        if len(self._looked_s) >= _MAX_EVENTS:
-            self._looked_s.clear()
-        self._looked_s[name] = now
-        self._spawn(self._look(held))
+        if name in self._looks:
+            # A process that ends closes its connections before its port, or the other way round.
+            self._looks[name] = True
+        elif self._spawn(self._look(name)):
+            self._looks[name] = False
 
     async def leave(self) -> None:
         """Own nothing from now on, and return when the others route by that or a second has passed."""
@@ -286,14 +283,23 @@ class Gossip:
             name=f"watch {member.name}",
         )
 
-    async def _look(self, member: Member) -> None:
-        refused = await is_refused(member.address)
-        now = time.monotonic()
-        if refused:
-            self.swim.refused(member.name, now=now)
-        else:
-            self.swim.dropped(member.name, now=now)
-        self._do()
+    async def _look(self, name: str) -> None:
+        """Look, and once more after a pause if there was another sign meanwhile."""
+        try:
+            while (member := self.swim.table.get(name)) is not None and not member.is_gone:
+                self._looks[name] = False
+                refused = await is_refused(member.address)
+                now = time.monotonic()
+                if refused:
+                    self.swim.refused(name, now=now)
+                else:
+                    self.swim.dropped(name, now=now)
+                self._do()
+                await asyncio.sleep(_LOOK_PAUSE_S)
+                if not self._looks[name]:
+                    return
+        finally:
+            del self._looks[name]
 
     async def _deliver(self, send: Send) -> None:
         """Send a packet; its answer goes back to the core, a failure is looked into."""
@@ -401,14 +407,15 @@ class Gossip:
         self._logged_s[event + peer] = now
         log.error(event, extra={"peer_node": peer[:300], "error": text[:300]})
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> bool:
         """Own a task until it ends or `close`; beyond the bound the work is dropped, as by a network."""
         if self._is_closed or len(self._tasks) >= _MAX_CALLS:
             work.close()
-            return
+            return False
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return True
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

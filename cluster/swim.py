@@ -59,7 +59,7 @@ class Settings:
     refused_suspicion_s: float = 0.5
     max_health_score: int = 8  # 0: no local health, as in plain SWIM
     has_buddy_rule: bool = True
-    early_probes: float = 4.0  # how many members probe a suspect they hear of, on average
+    early_probes: float = 6.0  # how many members probe a suspect they hear of, on average
     gossip_interval_s: float = 0.2
     gossip_fanout: int = 3
     retransmit_factor: int = 4
@@ -410,14 +410,17 @@ class Swim:
                 assert_never(never)
 
     def _tell_of_life(self, claim: Member, held: Member | None, seconds: float) -> None:
-        if held is not None and held.state == State.SUSPECT:
-            self.counters.false_suspicions += held.generation == claim.generation
-            self._note(News.REFUTED, claim, seconds=seconds)
-        elif held is None or held.is_gone:
+        phase = Phase.JOINING
+        if held is None or held.is_gone or held.generation < claim.generation:
             self._note(News.JOINED, claim)
+        else:
+            phase = held.phase
+            if held.state == State.SUSPECT:
+                self.counters.false_suspicions += 1
+                self._note(News.REFUTED, claim, seconds=seconds)
         if held is not None and held.address != claim.address:
             self._note(News.MOVED, claim)
-        if claim.phase != (held.phase if held is not None else Phase.JOINING):
+        if claim.phase != phase:
             self._note(News.ACTIVE if claim.phase == Phase.ACTIVE else News.LEAVING, claim)
 
     def _note(self, news: News, member: Member, evidence: str = "", *, seconds: float = 0.0) -> None:

@@ -99,13 +99,19 @@ def test_older_news_change_nothing(older: Member) -> None:
     assert told(one) == []
 
 
-def test_a_restarted_node_replaces_its_former_self_wherever_it_is() -> None:
-    one = swim(A, B._replace(incarnation=99, state=State.DEAD))
-    reborn = B._replace(generation=8, address="elsewhere:1", instance=1)
+@pytest.mark.parametrize("state", [State.ALIVE, State.SUSPECT, State.DEAD])
+def test_a_restarted_node_replaces_its_former_self_wherever_it_is(state: State) -> None:
+    one = swim(A, B._replace(incarnation=99))
+    one.receive(gossip(A, Update(B._replace(incarnation=99, state=state))), now=NOW_S)
+    one.take()
+    reborn = B._replace(generation=8, address="elsewhere:1", phase=Phase.JOINING, instance=1)
     one.receive(gossip(reborn), now=NOW_S)
 
     assert one.table.get("b") == reborn
     assert news(one) == [(News.JOINED, "b"), (News.MOVED, "b")]
+    assert one.counters.false_suspicions == 0
+    one.receive(gossip(reborn._replace(incarnation=1, phase=Phase.ACTIVE)), now=NOW_S)
+    assert news(one) == [(News.ACTIVE, "b")]
 
 
 def test_the_dead_whom_nobody_knew_are_remembered_in_silence() -> None:
