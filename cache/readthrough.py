@@ -58,11 +58,15 @@ class Fill(Generic[Value]):
 class ReadThrough(Generic[Value]):
     """A cache that loads what it lacks, each key once at a time."""
 
-    def __init__(self, lru: Lru[Value]) -> None:
+    def __init__(self, lru: Lru[Value], *, beside: ReadThrough[Value] | None = None) -> None:
+        """Begin with what is in `lru`; of two caches beside each other, what one drops both drop."""
         self.lru = lru
         self.counters = CacheCounters()
         self._flights: SingleFlight[Value] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
+        self._beside = beside
+        if beside is not None:
+            beside._beside = self  # noqa: SLF001  # of this very class
 
     def peek(self, key: str, *, now_us: int) -> Value | None:
         """Return the value if it may be served now; counts one lookup."""
@@ -109,7 +113,13 @@ class ReadThrough(Generic[Value]):
             del self._fills[key]
 
     def drop(self, key: str) -> None:
-        """Forget the key's value and keep fills under way from bringing it back."""
+        """Forget the key's value and keep fills under way from bringing it back; beside as well."""
+        self.forget(key)
+        if self._beside is not None:
+            self._beside.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Drop here alone."""
         for fill in self._fills.get(key, ()):
             fill.close()
         self._flights.forget(key)

@@ -23,6 +23,7 @@ from mnemosyned.ready import ExpiryField, ReadySession, list_response
 from mnemosyned.session import (
     DEFAULT_LIST_LIMIT,
     MAX_LIST_LIMIT,
+    Abandonment,
     Criteria,
     NewSession,
     Session,
@@ -126,9 +127,10 @@ class SessionService:
         """
         check_new(new)
         bag.check_size(new.bag)
+        asked_us = self._clock.now_us()
         with self._cache.begin_fill(new.access_token) as fill:
             session = await self._batched.start(new)
-            slot = self._slot(session)
+            slot = self._slot(session, asked_us)
             fill.put(slot)
         return slot.value.response(self._expiry_field.encode(session.expires_at_us))
 
@@ -145,8 +147,7 @@ class SessionService:
             found = await self._batched.load(new.access_token)
             if not found.is_from(new):
                 raise
-        slot = self._slot(found)
-        return slot.value.response(self._expiry_field.encode(found.expires_at_us))
+        return ReadySession(found).response(self._expiry_field.encode(found.expires_at_us))
 
     async def set_value(self, change: ValueChange) -> dict[str, str]:
         """Set one key of a session's bag; return the whole bag. Does not extend the session.
@@ -160,9 +161,10 @@ class SessionService:
             raise InvalidArgument("mnemosyned: missing bag key")
         return await self._batched.set_value(change)
 
-    async def abandon(self, token: str) -> None:
+    async def abandon(self, ending: Abandonment) -> None:
         """End a session. Raises SessionNotFound."""
-        await self._batched.abandon(check_token(token))
+        check_token(ending.access_token)
+        await self._batched.abandon(ending)
 
     async def list(self, criteria: Criteria, *, offset: int, limit: int) -> bytes:
         """Return live sessions as a response message; limit 0 means DEFAULT_LIST_LIMIT.
@@ -219,18 +221,24 @@ class SessionService:
         return await asyncio.shield(task)
 
     async def _load(self, token: str, asked_us: int) -> bytes:
-        ready = await self._cache.load(token, self._fetch)
+        if self._lifetimes.cache_us:
+            ready = await self._cache.load(token, self._fetch)
+        else:
+            # Nobody may share a load that was begun before another node's write was acknowledged.
+            ready = (await self._fetch(token)).value
         # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
         return self._extended(token, ready, asked_us)
 
     async def _fetch(self, token: str) -> Slot[ReadySession]:
-        return self._slot(await self._batched.load(token))
+        asked_us = self._clock.now_us()
+        return self._slot(await self._batched.load(token), asked_us)
 
-    def _slot(self, session: Session) -> Slot[ReadySession]:
+    def _slot(self, session: Session, asked_us: int) -> Slot[ReadySession]:
         ready = ReadySession(session)
         # Past this the row might expire before its next touch is written.
         row_good_until_us = session.expires_at_us - 2 * self._lifetimes.touch_interval_us
-        good_until_us = min(self._clock.now_us() + self._lifetimes.cache_us, row_good_until_us)
+        # From when it was asked for: the answer may have waited for this process.
+        good_until_us = min(asked_us + self._lifetimes.cache_us, row_good_until_us)
         return Slot(ready, ready.size_bytes, good_until_us)
 
     def _extended(self, token: str, ready: ReadySession, now_us: int) -> bytes:

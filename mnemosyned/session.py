@@ -17,6 +17,9 @@ DEFAULT_LIST_LIMIT: Final = 10
 # What the bags of one page may add up to; a client accepts 4 MiB unless it is told otherwise.
 MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
 
+# An instant that no clock will reach, for writes that are never too late.
+NEVER_US: Final = 2**61
+
 TOKEN_ENTROPY_BYTES: Final = 128
 _TOKEN_DIGEST_BYTES: Final = 64
 
@@ -30,6 +33,7 @@ class NewSession:
     subject_client: str = ""
     refresh_token: str = field(default="", repr=False)
     bag: bytes = field(default=b"", repr=False)  # stored form, see bag.py
+    not_after_us: int = NEVER_US  # on the storage's clock, as below
 
     def size_bytes(self) -> int:
         """Bound the memory that the session takes in a batch; strings count as ASCII."""
@@ -65,10 +69,19 @@ class ValueChange:
     access_token: str = field(repr=False)
     key: str = field(repr=False)
     value: str = field(repr=False)
+    not_after_us: int = NEVER_US
 
     def size_bytes(self) -> int:
         """Bound the memory that the change takes in a batch; strings count as ASCII."""
         return len(self.access_token) + len(self.key) + len(self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandonment:
+    """A session to be ended."""
+
+    access_token: str = field(repr=False)
+    not_after_us: int = NEVER_US
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from mnemosyned.rpc.engine import (
 )
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
+from mnemosyned.session import NEVER_US
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
 Context = Any
@@ -73,6 +74,10 @@ class _GrpcioCall:
     @property
     def peer(self) -> str:
         return str(self._context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")
+
+    @property
+    def not_after_us(self) -> int:
+        return NEVER_US
 
     def metadata(self, key: str) -> str | None:
         for name, value in self._context.invocation_metadata() or ():

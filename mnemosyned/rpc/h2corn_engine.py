@@ -28,6 +28,7 @@ from mnemosyned.rpc.engine import (
 )
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import ClientGone, MethodTable, StreamMethod, UnaryMethod
+from mnemosyned.session import NEVER_US
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +154,14 @@ class H2cornEngine:
 
         async def send_message(message: bytes) -> None:
             nonlocal has_begun
-            if not has_begun:
-                has_begun = True
-                await send(_OK_START)
-            await send({"type": "http.response.body", "body": frame.framed(message), "more_body": True})
+            try:
+                if not has_begun:
+                    has_begun = True
+                    await send(_OK_START)
+                await send({"type": "http.response.body", "body": frame.framed(message), "more_body": True})
+            except OSError:
+                # A stream that the client has closed meanwhile.
+                raise ClientGone from None
 
         failure = await invoke_stream(method, messages, call, send_message)
         if failure is not None and not has_begun:
@@ -229,6 +234,10 @@ class _H2cornCall:
                 found: bytes = value
                 return found
         return None
+
+    @property
+    def not_after_us(self) -> int:
+        return NEVER_US
 
     def metadata(self, key: str) -> str | None:
         value = self.header(key.encode())

@@ -17,6 +17,11 @@ class Call(Protocol):
         """The caller's address."""
         ...
 
+    @property
+    def not_after_us(self) -> int:
+        """When, on the storage's clock, somebody else may begin to do this instead."""
+        ...
+
     def metadata(self, key: str) -> str | None:
         """Return the value of a metadata key, if the caller sent one."""
         ...

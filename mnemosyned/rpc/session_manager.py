@@ -26,7 +26,14 @@ from mnemosyned import bag
 from mnemosyned.errors import InvalidArgument, MalformedMessage, SessionNotFound
 from mnemosyned.rpc.methods import Call, MethodTable, UnaryAnswer
 from mnemosyned.service import SessionService
-from mnemosyned.session import TOKEN_ENTROPY_BYTES, Criteria, NewSession, ValueChange, generate_token
+from mnemosyned.session import (
+    TOKEN_ENTROPY_BYTES,
+    Abandonment,
+    Criteria,
+    NewSession,
+    ValueChange,
+    generate_token,
+)
 
 SERVICE_NAME: Final = "mnemosynerpc.SessionManager"
 
@@ -49,15 +56,16 @@ class Rpc:
     """One RPC, from request to serialized response; which service answers is another's choice.
 
     `token` reads the token whose owner should answer; without it the call is answered where it
-    arrives. `again` answers when an earlier try may have done the work already.
+    arrives. `again` answers when an earlier try may have done the work already. Both take the call's
+    `not_after_us` last.
     """
 
     name: str
     kind: Callable[[], Message]
-    answer: Callable[[SessionService, Any], Answer]
+    answer: Callable[[SessionService, Any, int], Answer]
     token: Callable[[Any], str] | None = None
     is_write: bool = False
-    again: Callable[[SessionService, Any], Answer]
+    again: Callable[[SessionService, Any, int], Answer]
 
 
 class Router(Protocol):
@@ -83,9 +91,9 @@ class Here:
     def __init__(self, service: SessionService) -> None:
         self._service = service
 
-    def answer(self, rpc: Rpc, request: Message, _: Call) -> Answer:
+    def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
         """See Router."""
-        return rpc.answer(self._service, request)
+        return rpc.answer(self._service, request, call.not_after_us)
 
 
 def _answer(rpc: Rpc, router: Router) -> UnaryAnswer:
@@ -115,11 +123,11 @@ def _context(router: Router) -> UnaryAnswer:
     return context
 
 
-def _get(service: SessionService, request: GetRequest) -> Answer:
+def _get(service: SessionService, request: GetRequest, _: int) -> Answer:
     return service.get(request.access_token)
 
 
-def _exists(service: SessionService, request: ExistsRequest) -> Answer:
+def _exists(service: SessionService, request: ExistsRequest, _: int) -> Answer:
     return _TRUE if service.is_cached(request.access_token) else _asked_exists(service, request)
 
 
@@ -127,15 +135,15 @@ async def _asked_exists(service: SessionService, request: ExistsRequest) -> byte
     return _TRUE if await service.exists(request.access_token) else _FALSE
 
 
-async def _start(service: SessionService, request: StartRequest) -> bytes:
-    return await service.start(_new_session(request))
+async def _start(service: SessionService, request: StartRequest, not_after_us: int) -> bytes:
+    return await service.start(_new_session(request, not_after_us))
 
 
-async def _start_again(service: SessionService, request: StartRequest) -> bytes:
-    return await service.start_again(_new_session(request))
+async def _start_again(service: SessionService, request: StartRequest, not_after_us: int) -> bytes:
+    return await service.start_again(_new_session(request, not_after_us))
 
 
-def _new_session(request: StartRequest) -> NewSession:
+def _new_session(request: StartRequest, not_after_us: int) -> NewSession:
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
     session = request.session
@@ -147,27 +155,33 @@ def _new_session(request: StartRequest) -> NewSession:
         subject_client=session.subject_client,
         refresh_token=session.refresh_token,
         bag=bag.encode(session.bag),
+        not_after_us=not_after_us,
     )
 
 
-async def _abandon(service: SessionService, request: AbandonRequest) -> bytes:
-    await service.abandon(request.access_token)
+async def _abandon(service: SessionService, request: AbandonRequest, not_after_us: int) -> bytes:
+    await service.abandon(Abandonment(access_token=request.access_token, not_after_us=not_after_us))
     return _TRUE
 
 
-async def _abandon_again(service: SessionService, request: AbandonRequest) -> bytes:
+async def _abandon_again(service: SessionService, request: AbandonRequest, not_after_us: int) -> bytes:
     # Absent is what the first try may have made it.
     with suppress(SessionNotFound):
-        await service.abandon(request.access_token)
+        await _abandon(service, request, not_after_us)
     return _TRUE
 
 
-async def _set_value(service: SessionService, request: SetValueRequest) -> bytes:
-    change = ValueChange(access_token=request.access_token, key=request.key, value=request.value)
+async def _set_value(service: SessionService, request: SetValueRequest, not_after_us: int) -> bytes:
+    change = ValueChange(
+        access_token=request.access_token,
+        key=request.key,
+        value=request.value,
+        not_after_us=not_after_us,
+    )
     return SetValueResponse(bag=await service.set_value(change)).SerializeToString()
 
 
-async def _list(service: SessionService, request: ListRequest) -> bytes:
+async def _list(service: SessionService, request: ListRequest, _: int) -> bytes:
     query = request.query
     criteria = Criteria(
         refresh_token=query.refresh_token or None,
@@ -177,7 +191,7 @@ async def _list(service: SessionService, request: ListRequest) -> bytes:
     return await service.list(criteria, offset=request.offset, limit=request.limit)
 
 
-async def _delete(service: SessionService, request: DeleteRequest) -> bytes:
+async def _delete(service: SessionService, request: DeleteRequest, _: int) -> bytes:
     criteria = Criteria(
         access_token=request.access_token or None,
         refresh_token=request.refresh_token or None,

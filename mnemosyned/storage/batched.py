@@ -8,7 +8,7 @@ from typing import Final
 
 from mnemosyned.batcher import Batcher, BatchLimits
 from mnemosyned.errors import MnemosyneError, SessionNotFound
-from mnemosyned.session import NewSession, Session, ValueChange
+from mnemosyned.session import Abandonment, NewSession, Session, ValueChange
 from mnemosyned.storage.port import SessionStore
 
 # Reads of different callers need not wait for each other; writes share the disk's flush. A write that
@@ -35,7 +35,7 @@ class BatchedStore:
         self._changes: Batcher[ValueChange, dict[str, str]] = Batcher(
             self._set_values, limits=_WRITES, size_bytes=ValueChange.size_bytes
         )
-        self._abandonments: Batcher[str, bool] = Batcher(self._abandon, limits=_WRITES)
+        self._abandonments: Batcher[Abandonment, bool] = Batcher(self._abandon, limits=_WRITES)
 
     async def start(self, session: NewSession) -> Session:
         """Store a session. Raises SessionAlreadyExists."""
@@ -53,9 +53,9 @@ class BatchedStore:
         """Set one key; return the whole bag. Raises SessionNotFound."""
         return await self._changes.submit(change)
 
-    async def abandon(self, token: str) -> None:
+    async def abandon(self, ending: Abandonment) -> None:
         """End a session. Raises SessionNotFound."""
-        if not await self._abandonments.submit(token):
+        if not await self._abandonments.submit(ending):
             raise SessionNotFound
 
     async def close(self) -> None:
@@ -69,8 +69,8 @@ class BatchedStore:
         finally:
             self._on_written(change.access_token for change in changes)
 
-    async def _abandon(self, tokens: Sequence[str]) -> Sequence[bool | MnemosyneError]:
+    async def _abandon(self, endings: Sequence[Abandonment]) -> Sequence[bool | MnemosyneError]:
         try:
-            return await self._store.abandon(tokens)
+            return await self._store.abandon(endings)
         finally:
-            self._on_written(tokens)
+            self._on_written(ending.access_token for ending in endings)

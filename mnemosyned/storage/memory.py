@@ -9,6 +9,7 @@ from dataclasses import replace
 from mnemosyned import bag
 from mnemosyned.errors import (
     CorruptBag,
+    DeadlineExceeded,
     InvalidArgument,
     MnemosyneError,
     SessionAlreadyExists,
@@ -16,6 +17,7 @@ from mnemosyned.errors import (
 )
 from mnemosyned.session import (
     MAX_PAGE_BYTES,
+    Abandonment,
     Criteria,
     NewSession,
     Session,
@@ -66,9 +68,9 @@ class MemoryStore:
         """See SessionStore."""
         return [self._set_value(change) for change in changes]
 
-    async def abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+    async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
-        return [self._live(token) is not None and bool(self._session_by_token.pop(token)) for token in tokens]
+        return [self._abandon(ending) for ending in endings]
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -100,6 +102,8 @@ class MemoryStore:
         return session if session is not None and session.expires_at_us > self._wall_us() else None
 
     def _start(self, new: NewSession) -> Session | MnemosyneError:
+        if self._wall_us() >= new.not_after_us:
+            return DeadlineExceeded()
         if self._live(new.access_token) is not None:
             return SessionAlreadyExists()
         session = Session(
@@ -124,6 +128,8 @@ class MemoryStore:
         return self._session_by_token[token]
 
     def _set_value(self, change: ValueChange) -> dict[str, str] | MnemosyneError:
+        if self._wall_us() >= change.not_after_us:
+            return DeadlineExceeded()
         session = self._live(change.access_token)
         if session is None:
             return SessionNotFound()
@@ -133,6 +139,14 @@ class MemoryStore:
             return exc
         self._session_by_token[change.access_token] = replace(session, bag=stored)
         return values
+
+    def _abandon(self, ending: Abandonment) -> bool | MnemosyneError:
+        if self._wall_us() >= ending.not_after_us:
+            return DeadlineExceeded()
+        if self._live(ending.access_token) is None:
+            return False
+        del self._session_by_token[ending.access_token]
+        return True
 
     def _touch(self, token: str, expires_at_us: int) -> bool:
         session = self._live(token)

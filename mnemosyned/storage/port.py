@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+from mnemosyned.session import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,9 @@ class SessionStore(Protocol):
     engine's own time-out; what it then did is unknown. Batches never deadlock with one another:
     engines lock rows in the order of their tokens. Items are checked already (session.py), but for
     what only the engine can know (InvalidArgument).
+
+    A write past its `not_after_us` fails with DeadlineExceeded and is not done. So it is either done
+    before whatever is begun on the session after that instant, or never: its caller may repeat it then.
     """
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
@@ -57,7 +60,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+    async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """Delete sessions; False where there was no live one."""
         ...
 

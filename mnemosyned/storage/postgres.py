@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import asyncpg
 
 from mnemosyned import bag
 from mnemosyned.errors import (
     CorruptBag,
+    DeadlineExceeded,
     InvalidArgument,
     MnemosyneError,
     SessionAlreadyExists,
@@ -25,6 +27,8 @@ from mnemosyned.errors import (
 )
 from mnemosyned.session import (
     MAX_PAGE_BYTES,
+    NEVER_US,
+    Abandonment,
     Criteria,
     NewSession,
     Session,
@@ -42,6 +46,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# In each round at least one writer of a session succeeds: more than the nodes that could compete for it.
+_MAX_ROUNDS: Final = 32
 
 
 class PostgresStore:
@@ -100,9 +107,9 @@ class PostgresStore:
         """See SessionStore."""
         return await _isolating(self._set_values, changes)
 
-    async def abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
+    async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
-        return await _isolating(self._abandon, tokens)
+        return await _isolating(self._abandon, endings)
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -143,32 +150,63 @@ class PostgresStore:
             [new.subject_client for new in firsts],
             [new.bag for new in firsts],
             self._ttl,
+            [new.not_after_us for new in firsts],
             passing=ITEM_FAULTS,
         )
-        expiry_by_token = {row["access_token"].decode(): row["expire_at"] for row in rows}
+        row_by_token = {row["access_token"].decode(): row for row in rows}
         return [
-            _started(new, expiry_by_token[new.access_token])
-            if new.access_token in expiry_by_token and first_by_token[new.access_token] is new
+            _started(new, row_by_token[new.access_token])
+            if first_by_token[new.access_token] is new
             else SessionAlreadyExists()
             for new in sessions
         ]
 
     async def _set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
-        tokens = _encoded({change.access_token for change in changes})
-        pool = self._pool
-        async with pool.connection(passing=ITEM_FAULTS) as connection, connection.transaction():
-            rows = await pool.run(connection, self._queries.lock_bags, tokens, passing=ITEM_FAULTS)
-            before = {row["access_token"]: row["bag"] for row in rows}
-            results, after = _with_values(changes, before)
-            if after:
-                await pool.run(connection, self._queries.write_bags, list(after.keys()), list(after.values()))
-        return results
+        """Write each bag where it is still what was read, and begin again where it is not.
 
-    async def _abandon(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
-        rows = await self._pool.fetch(self._queries.abandon, _encoded(tokens), passing=ITEM_FAULTS)
-        ended = {row["access_token"].decode() for row in rows if row["was_live"]}
+        A transaction around both would keep the row locked while this process stands still.
+        """
+        results: dict[int, dict[str, str] | MnemosyneError] = {}
+        left = list(range(len(changes)))
+        for _ in range(_MAX_ROUNDS):
+            outcomes, written = await self._try_to_set([changes[at] for at in left])
+            for at, outcome in zip(left, outcomes, strict=True):
+                if outcome.after is None or outcome.token in written:
+                    results[at] = outcome.result
+            left = [at for at in left if at not in results]
+            if not left:
+                break
+        return [results.get(at) or _contended() for at in range(len(changes))]
+
+    async def _try_to_set(self, changes: Sequence[ValueChange]) -> tuple[list[_Outcome], set[bytes]]:
+        tokens = _encoded({change.access_token for change in changes})
+        rows = await self._pool.fetch(self._queries.read_bags, tokens, passing=ITEM_FAULTS)
+        before = {row["access_token"]: row for row in rows}
+        outcomes = _with_values(changes, before)
+        writes: dict[bytes, tuple[int, bytes, int]] = {}
+        for outcome in outcomes:
+            if outcome.after is not None:
+                _, _, not_after_us = writes.get(outcome.token, (0, b"", NEVER_US))
+                version = before[outcome.token]["version"]
+                not_after_us = min(not_after_us, outcome.not_after_us)
+                writes[outcome.token] = (version, outcome.after, not_after_us)
+        if not writes:
+            return outcomes, set()
+        columns = map(list, zip(*writes.values(), strict=True))
+        rows = await self._pool.fetch(self._queries.write_bags, list(writes), *columns, passing=ITEM_FAULTS)
+        return outcomes, {row["access_token"] for row in rows}
+
+    async def _abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
+        latest_us: dict[bytes, int] = {}
+        for ending in endings:
+            token = ending.access_token.encode()
+            latest_us[token] = max(ending.not_after_us, latest_us.get(token, 0))
+        rows = await self._pool.fetch(
+            self._queries.abandon, list(latest_us), list(latest_us.values()), passing=ITEM_FAULTS
+        )
+        row_by_token = {row["access_token"]: row for row in rows}
         # Of several callers for one token in a batch, the first has ended the session.
-        return [token in ended and token not in tokens[:at] for at, token in enumerate(tokens)]
+        return [_abandoned(row_by_token.pop(ending.access_token.encode(), None)) for ending in endings]
 
     async def _touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         latest: dict[bytes, int] = {}
@@ -220,36 +258,61 @@ def _session(row: Record) -> Session:
     )
 
 
-def _started(new: NewSession, expires_at_us: int) -> Session:
+def _started(new: NewSession, row: Record) -> Session | MnemosyneError:
+    if row["expire_at"] is None:
+        # A duplicate may be called late, which is safe; what was late is never called a duplicate.
+        return DeadlineExceeded() if row["is_late"] else SessionAlreadyExists()
     return Session(
         access_token=new.access_token,
         subject_id=new.subject_id,
         subject_client=new.subject_client,
         refresh_token=new.refresh_token,
         bag=new.bag,
-        expires_at_us=expires_at_us,
+        expires_at_us=row["expire_at"],
     )
 
 
-def _with_values(
-    changes: Sequence[ValueChange], before: dict[bytes, bytes]
-) -> tuple[list[dict[str, str] | MnemosyneError], dict[bytes, bytes]]:
-    """Apply the changes in order; return each one's result and the bags to write."""
-    after: dict[bytes, bytes] = {}
-    results: list[dict[str, str] | MnemosyneError] = []
+def _abandoned(row: Record | None) -> bool | MnemosyneError:
+    if row is None:
+        return False
+    return DeadlineExceeded() if row["is_late"] else bool(row["was_live"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What one change comes to: a result and the bag to write, or a failure and none."""
+
+    token: bytes
+    result: dict[str, str] | MnemosyneError
+    after: bytes | None
+    not_after_us: int = NEVER_US
+
+
+def _with_values(changes: Sequence[ValueChange], before: Mapping[bytes, Record]) -> list[_Outcome]:
+    """Apply the changes in order; of several for one token, the last one's bag is to be written."""
+    bags = {token: row["bag"] for token, row in before.items()}
+    outcomes: list[_Outcome] = []
     for change in changes:
         token = change.access_token.encode()
-        if token not in before:
-            results.append(SessionNotFound())
-            continue
-        try:
-            values, stored = bag.with_value(after.get(token, before[token]), change.key, change.value)
-        except (InvalidArgument, CorruptBag) as exc:
-            results.append(exc)
-            continue
-        after[token] = stored
-        results.append(values)
-    return results, after
+        if token not in bags:
+            outcomes.append(_Outcome(token, SessionNotFound(), None))
+        elif before[token]["now"] >= change.not_after_us:
+            outcomes.append(_Outcome(token, DeadlineExceeded(), None))
+        else:
+            outcomes.append(_with_value(change, token, bags))
+    return outcomes
+
+
+def _with_value(change: ValueChange, token: bytes, bags: dict[bytes, bytes]) -> _Outcome:
+    try:
+        values, bags[token] = bag.with_value(bags[token], change.key, change.value)
+    except (InvalidArgument, CorruptBag) as exc:
+        return _Outcome(token, exc, None)
+    return _Outcome(token, values, bags[token], change.not_after_us)
+
+
+def _contended() -> MnemosyneError:
+    return StorageUnavailable("mnemosyned: storage: others changed the session too often meanwhile")
 
 
 async def _isolating(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-_COLUMNS: Final = "access_token, refresh_token, subject_id, subject_client, bag, expire_at"
+_NEW_COLUMNS: Final = "access_token, refresh_token, subject_id, subject_client, bag"
+_COLUMNS: Final = f"{_NEW_COLUMNS}, expire_at"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Queries:
         self.start = _start(table)
         self.load = _load(table)
         self.exist = _exist(table)
-        self.lock_bags = _lock_bags(table)
+        self.read_bags = _read_bags(table)
         self.write_bags = _write_bags(table)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
@@ -67,18 +68,24 @@ class Queries:
         )
 
 
+# A write that must not be done late looks at the clock when its row is locked: whoever does it instead
+# then waits for the lock, or comes first. Rows are looked at one by one, the fence (OFFSET 0) in front.
 def _start(table: str) -> Query:
     return Query(
         "start",
-        f"INSERT INTO {table} AS held ({_COLUMNS}) "
-        "SELECT access_token, refresh_token, subject_id, subject_client, bag, now() + $6::interval "
-        "FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], $5::bytea[]) "
-        "AS new (access_token, refresh_token, subject_id, subject_client, bag) ORDER BY access_token "
+        "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], "
+        f"$5::bytea[], $7::timestamptz[]) AS new ({_NEW_COLUMNS}, not_after)), "
+        f"made AS (INSERT INTO {table} AS held ({_COLUMNS}) "
+        f"SELECT {_NEW_COLUMNS}, now() + $6::interval "
+        "FROM (SELECT * FROM asked ORDER BY access_token OFFSET 0) AS sorted "
+        "WHERE clock_timestamp() < not_after "
         # A row that is past its expiry does not exist, though cleanup has not seen it yet.
         "ON CONFLICT (access_token) DO UPDATE SET refresh_token = EXCLUDED.refresh_token, "
         "subject_id = EXCLUDED.subject_id, subject_client = EXCLUDED.subject_client, "
         "bag = EXCLUDED.bag, expire_at = EXCLUDED.expire_at WHERE held.expire_at <= now() "
-        "RETURNING access_token, expire_at",
+        "RETURNING access_token, expire_at) "
+        "SELECT access_token, expire_at, clock_timestamp() >= not_after AS is_late "
+        "FROM asked LEFT JOIN made USING (access_token)",
     )
 
 
@@ -105,31 +112,40 @@ def _exist(table: str) -> Query:
     )
 
 
-def _lock_bags(table: str) -> Query:
+def _read_bags(table: str) -> Query:
     return Query(
         "set_value_select",
-        f"SELECT access_token, bag FROM {table} "
-        "WHERE access_token = ANY($1::bytea[]) AND expire_at > now() "
-        "ORDER BY access_token FOR NO KEY UPDATE",
+        # The transaction that wrote a row tells its versions apart.
+        f"SELECT access_token, bag, xmin AS version, clock_timestamp() AS now FROM {table} "
+        "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()",
     )
 
 
 def _write_bags(table: str) -> Query:
     return Query(
         "set_value_update",
-        f"UPDATE {table} AS held SET bag = new.bag "
-        "FROM unnest($1::bytea[], $2::bytea[]) AS new (access_token, bag) "
-        "WHERE held.access_token = new.access_token",
+        "WITH unchanged AS MATERIALIZED (SELECT held.access_token, new.bag, not_after "
+        f"FROM {table} AS held JOIN unnest($1::bytea[], $2::xid[], $3::bytea[], $4::timestamptz[]) "
+        "AS new (access_token, version, bag, not_after) "
+        "ON held.access_token = new.access_token AND held.xmin = new.version "
+        "ORDER BY held.access_token FOR NO KEY UPDATE OF held) "
+        f"UPDATE {table} AS held SET bag = unchanged.bag FROM unchanged "
+        "WHERE held.access_token = unchanged.access_token AND clock_timestamp() < not_after "
+        "RETURNING held.access_token",
     )
 
 
 def _abandon(table: str) -> Query:
     return Query(
         "abandon",
-        f"WITH ended AS (SELECT access_token FROM {table} "
-        "WHERE access_token = ANY($1::bytea[]) ORDER BY access_token FOR UPDATE) "
-        f"DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
-        "RETURNING held.access_token, held.expire_at > now() AS was_live",
+        "WITH ended AS MATERIALIZED (SELECT held.access_token, not_after "
+        f"FROM {table} AS held JOIN unnest($1::bytea[], $2::timestamptz[]) "
+        "AS asked (access_token, not_after) ON held.access_token = asked.access_token "
+        "ORDER BY held.access_token FOR UPDATE OF held), "
+        f"gone AS (DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
+        "AND clock_timestamp() < not_after RETURNING held.access_token, held.expire_at > now() AS was_live) "
+        "SELECT access_token, was_live, was_live IS NULL AS is_late "
+        "FROM ended LEFT JOIN gone USING (access_token)",
     )
 
 

@@ -117,3 +117,15 @@ async def test_a_failed_refresh_leaves_nothing_behind() -> None:
     assert cache.peek("k", now_us=SOON_US) == "old"
     assert await cache.load("k", storage.fetch) == "old"
     assert not cache._fills
+
+
+async def test_what_one_of_two_caches_beside_each_other_drops_both_drop() -> None:
+    kept = new_cache()
+    beside: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=0), beside=kept)
+    for dropping in (kept, beside):
+        with kept.begin_fill("k") as late, beside.begin_fill("k"):
+            kept.lru.put("k", Slot("old", 1, 10))
+            dropping.drop("k")
+            late.put(Slot("older", 1, 10))
+
+        assert kept.peek("k", now_us=0) is None

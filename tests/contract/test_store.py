@@ -6,15 +6,21 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from mnemosyned import bag
-from mnemosyned.errors import InvalidArgument, MessageTooLarge, SessionAlreadyExists, SessionNotFound
+from mnemosyned.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    MessageTooLarge,
+    SessionAlreadyExists,
+    SessionNotFound,
+)
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.session import Criteria, NewSession, Session, Touch, ValueChange
+from mnemosyned.session import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.port import SessionStore
 from mnemosyned.storage.postgres import PostgresStore
@@ -100,6 +106,10 @@ async def test_a_started_session_is_loaded_as_it_was(engine: Engine) -> None:
     assert await engine.store.load([session.access_token]) == [session]
 
 
+def endings(*tokens: str) -> list[Abandonment]:
+    return [Abandonment(access_token=token) for token in tokens]
+
+
 async def test_a_session_expires_a_ttl_after_its_start_on_the_storages_clock(engine: Engine) -> None:
     before_us = await engine.store.now_us()
     session = await started(engine)
@@ -138,7 +148,7 @@ async def test_an_expired_session_does_not_exist(engine: Engine) -> None:
     assert isinstance((await store.set_values([change]))[0], SessionNotFound)
     assert await store.touch([Touch(access_token=token, expires_at_us=2**50)]) == [False]
     assert await store.find(Criteria(), offset=0, limit=10) == []
-    assert await store.abandon([token]) == [False]
+    assert await store.abandon(endings(token)) == [False]
 
 
 async def test_the_token_of_an_expired_session_is_free(engine: Engine) -> None:
@@ -239,7 +249,7 @@ async def test_setting_a_value_does_not_extend(engine: Engine) -> None:
 async def test_an_abandoned_session_is_gone_and_only_one_caller_ended_it(engine: Engine) -> None:
     token = (await started(engine)).access_token
 
-    assert await engine.store.abandon([token, token, "absent"]) == [True, False, False]
+    assert await engine.store.abandon(endings(token, token, "absent")) == [True, False, False]
     assert await engine.store.exist([token]) == [False]
 
 
@@ -356,7 +366,7 @@ async def test_batches_of_any_order_do_not_deadlock(engine: Engine) -> None:
         await engine.store.load(order)
 
     await asyncio.gather(*(write(n) for n in range(12)))
-    await asyncio.gather(engine.store.abandon(tokens), engine.store.abandon(tokens[::-1]))
+    await asyncio.gather(engine.store.abandon(endings(*tokens)), engine.store.abandon(endings(*tokens[::-1])))
 
     assert await engine.store.exist(tokens) == [False] * 30
 
@@ -366,3 +376,53 @@ async def test_tokens_of_the_full_length_are_stored(engine: Engine) -> None:
 
     assert (await started(engine, token)).access_token == token
     assert await engine.store.exist([token]) == [True]
+
+
+async def test_a_write_past_its_time_is_not_done(engine: Engine) -> None:
+    token, store = (await started(engine)).access_token, engine.store
+    late_us = await store.now_us()
+    results = [
+        *await store.start([replace(new("late"), not_after_us=late_us)]),
+        *await store.set_values([ValueChange(access_token=token, key="k", value="v", not_after_us=late_us)]),
+        *await store.abandon([Abandonment(access_token=token, not_after_us=late_us)]),
+    ]
+
+    assert [type(result) for result in results] == [DeadlineExceeded] * 3
+    assert await store.exist([token, "late"]) == [True, False]
+    (loaded,) = await store.load([token])
+    assert isinstance(loaded, Session)
+    assert "k" not in bag.decode(loaded.bag)
+
+
+async def test_a_late_item_of_a_batch_harms_no_other(engine: Engine) -> None:
+    token, store = (await started(engine)).access_token, engine.store
+    late_us = await store.now_us()
+    soon_us = late_us + 60_000_000
+    starts = await store.start(
+        [replace(new("late"), not_after_us=late_us), replace(new("x"), not_after_us=soon_us)]
+    )
+    values = await store.set_values(
+        [
+            ValueChange(access_token=token, key="a", value="1", not_after_us=soon_us),
+            ValueChange(access_token=token, key="b", value="2", not_after_us=late_us),
+            ValueChange(access_token=token, key="c", value="3"),
+        ]
+    )
+    ends = await store.abandon([Abandonment(access_token="x", not_after_us=soon_us), *endings("absent")])
+
+    assert [type(result) for result in starts] == [DeadlineExceeded, Session]
+    assert isinstance(values[1], DeadlineExceeded)
+    assert isinstance(values[2], dict)
+    assert {"a": "1", "c": "3"}.items() <= values[2].items()
+    assert "b" not in values[2]
+    assert ends == [True, False]
+
+
+async def test_a_token_in_use_is_refused_in_time_and_called_late_or_refused_after_it(engine: Engine) -> None:
+    await started(engine, "taken")
+    soon_us = await engine.store.now_us() + 60_000_000
+    (in_time,) = await engine.store.start([replace(new("taken"), not_after_us=soon_us)])
+    (late,) = await engine.store.start([replace(new("taken"), not_after_us=1)])
+
+    assert isinstance(in_time, SessionAlreadyExists)
+    assert isinstance(late, DeadlineExceeded)

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.ready import ReadySession
-from mnemosyned.session import NewSession, Session, Touch
+from mnemosyned.session import Abandonment, NewSession, Session, Touch
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.touches import TouchWriter
 
@@ -83,7 +83,7 @@ async def test_what_could_not_be_written_waits_for_the_next_flush() -> None:
 async def test_a_session_that_the_storage_lost_is_reported() -> None:
     setup = Setup()
     await setup.extended("t")
-    await setup.store.abandon(["t"])
+    await setup.store.abandon([Abandonment(access_token="t")])
     await setup.touches.flush()
 
     assert setup.gone == ["t"]

@@ -1,0 +1,151 @@
+"""Writes that wait for a lock while somebody else has long done them instead."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from prometheus_client import CollectorRegistry
+
+from mnemosyned import bag
+from mnemosyned.errors import DeadlineExceeded
+from mnemosyned.observe.metrics import QueryMetrics
+from mnemosyned.session import Abandonment, NewSession, Session, ValueChange
+from mnemosyned.storage.postgres import PostgresStore
+from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres_schema import Table
+
+TOKENS = ["first", "locked", "other"]  # in the order of locking
+IN_TIME_US = 100_000
+
+
+@pytest.fixture
+async def store(postgres_dsn: str) -> AsyncIterator[PostgresStore]:
+    options = PostgresOptions(dsn=postgres_dsn, pool_size=4, connect_timeout_s=5, statement_timeout_s=9)
+    pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
+    table = Table(schema="mnemosyne", name="session")
+    one = PostgresStore(pool, table, ttl_us=60_000_000, touch_interval_us=6_000_000)
+    await one.open()
+    await one.start([NewSession(access_token=token, subject_id="s") for token in TOKENS])
+    yield one
+    await one.close()
+
+
+@contextlib.asynccontextmanager
+async def held(dsn: str, statement: str) -> AsyncIterator[None]:
+    """Keep what a statement locks, and take it back at the end."""
+    connection = await asyncpg.connect(dsn)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute(statement)
+    try:
+        yield
+    finally:
+        await transaction.rollback()
+        await connection.close()
+
+
+async def until_waiting(dsn: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    async with asyncio.timeout(5):
+        while not await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        ):
+            await asyncio.sleep(0.005)
+    await connection.close()
+
+
+LOCKED = "SELECT 1 FROM mnemosyne.session WHERE access_token = 'locked' FOR UPDATE"
+
+
+async def until_late(store: PostgresStore, not_after_us: int) -> None:
+    while await store.now_us() < not_after_us:
+        await asyncio.sleep(0.01)
+
+
+async def test_a_change_that_gets_its_lock_too_late_is_not_made(
+    store: PostgresStore, postgres_dsn: str
+) -> None:
+    not_after_us = await store.now_us() + IN_TIME_US
+    changes = [
+        ValueChange(access_token=token, key="k", value="1", not_after_us=not_after_us) for token in TOKENS
+    ]
+    async with held(postgres_dsn, LOCKED):
+        late = asyncio.create_task(store.set_values(changes))
+        await until_waiting(postgres_dsn)
+        await until_late(store, not_after_us)
+        # Behind the locked one: whoever repeats it now must not be overwritten later.
+        (repeated,) = await store.set_values([ValueChange(access_token="other", key="k", value="2")])
+    results = await late
+    loaded = [one for one in await store.load(TOKENS) if isinstance(one, Session)]
+
+    assert repeated == {"k": "2"}
+    assert [type(one) for one in results] == [dict, DeadlineExceeded, DeadlineExceeded]
+    assert [bag.decode(one.bag) for one in loaded] == [{"k": "1"}, {}, {"k": "2"}]
+
+
+async def test_an_abandonment_that_gets_its_lock_too_late_is_not_done(
+    store: PostgresStore, postgres_dsn: str
+) -> None:
+    not_after_us = await store.now_us() + IN_TIME_US
+    async with held(postgres_dsn, LOCKED):
+        late = asyncio.create_task(
+            store.abandon([Abandonment(access_token=token, not_after_us=not_after_us) for token in TOKENS])
+        )
+        await until_waiting(postgres_dsn)
+        await until_late(store, not_after_us)
+        assert await store.abandon([Abandonment(access_token="other")]) == [True]
+        (again,) = await store.start([NewSession(access_token="other", subject_id="again")])
+    results = await late
+
+    assert isinstance(again, Session)
+    assert [one if isinstance(one, bool) else type(one) for one in results[:2]] == [True, DeadlineExceeded]
+    assert await store.exist(TOKENS) == [False, True, True]
+
+
+async def test_a_start_that_waited_too_long_revives_no_session(
+    store: PostgresStore, postgres_dsn: str
+) -> None:
+    insert = (
+        "INSERT INTO mnemosyne.session (access_token, subject_id, bag, expire_at) "
+        "VALUES ('made 1', 's', '', now() + interval '1 h')"
+    )
+    not_after_us = await store.now_us() + IN_TIME_US
+    new = [
+        NewSession(access_token=token, subject_id="s", not_after_us=not_after_us)
+        for token in ("made 0", "made 1", "made 2")
+    ]
+    async with held(postgres_dsn, insert):
+        late = asyncio.create_task(store.start(new))
+        await until_waiting(postgres_dsn)
+        await until_late(store, not_after_us)
+        (repeated,) = await store.start([NewSession(access_token="made 2", subject_id="s")])
+        assert await store.abandon([Abandonment(access_token="made 2")]) == [True]
+    results = await late
+
+    assert isinstance(repeated, Session)
+    assert isinstance(results[0], Session)
+    assert isinstance(results[2], DeadlineExceeded)
+    assert await store.exist(["made 2"]) == [False]
+
+
+async def test_writers_of_one_bag_on_many_connections_lose_nothing(store: PostgresStore) -> None:
+    changes = [ValueChange(access_token="first", key=str(number), value="v") for number in range(40)]
+    results = await asyncio.gather(*(store.set_values([change]) for change in changes))
+    (loaded,) = await store.load(["first"])
+
+    assert all(isinstance(result, dict) for (result,) in results)
+    assert isinstance(loaded, Session)
+    assert bag.decode(loaded.bag) == {str(number): "v" for number in range(40)}
+
+
+async def test_a_row_that_another_holds_for_good_fails_alone(store: PostgresStore, postgres_dsn: str) -> None:
+    changes = [ValueChange(access_token=token, key="k", value="v") for token in TOKENS]
+    async with held(postgres_dsn, LOCKED):
+        results = await store.set_values(changes)
+
+    assert [isinstance(result, dict) for result in results] == [True, False, True]
+    assert "locked by another writer" in str(results[1])
