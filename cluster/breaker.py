@@ -8,6 +8,8 @@ from typing import Final
 
 _TIMEOUTS_TO_OPEN: Final = 3
 _HALF_OPEN_S: Final = 1.0
+# Membership suspects a peer that answers nobody by then.
+_SLOW_S: Final = 2.0
 
 
 class BreakerState(IntEnum):
@@ -28,6 +30,7 @@ class Breaker:
     def __init__(self) -> None:
         self._timeouts = 0
         self._opened_s = math.inf
+        self._slow_since_s = math.inf
         self.state = BreakerState.CLOSED
 
     @property
@@ -35,21 +38,27 @@ class Breaker:
         """Whether calls go through."""
         return self.state == BreakerState.CLOSED
 
+    def may_be_slow(self, *, now: float) -> bool:
+        """Whether it was opened by time-outs, and not long ago: the peer may answer yet, if late."""
+        return 0 <= now - self._slow_since_s < _SLOW_S
+
     def broke(self, *, now: float) -> None:
         """Take note of a connection that could not be made or ended."""
-        self.state = BreakerState.OPEN
-        self._opened_s = now
+        self._open(now)
+        self._slow_since_s = math.inf
 
     def timed_out(self, *, now: float) -> None:
         """Take note of a call without an answer."""
         self._timeouts += 1
         if self._timeouts >= _TIMEOUTS_TO_OPEN:
-            self.broke(now=now)
+            if self.is_closed:
+                self._slow_since_s = now
+            self._open(now)
 
     def answered(self) -> None:
         """Take note of an answer, whatever it said."""
         self._timeouts = 0
-        self._opened_s = math.inf
+        self._opened_s = self._slow_since_s = math.inf
         self.state = BreakerState.CLOSED
 
     def may_try(self, *, now: float) -> bool:
@@ -58,3 +67,7 @@ class Breaker:
             return False
         self.state = BreakerState.HALF_OPEN
         return True
+
+    def _open(self, now: float) -> None:
+        self.state = BreakerState.OPEN
+        self._opened_s = now

@@ -41,7 +41,8 @@ async def _resolve(seed: str) -> list[str]:
     try:
         async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
             found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except (OSError, TimeoutError) as exc:
+    except (OSError, UnicodeError, TimeoutError) as exc:
+        # A name that cannot be one, such as a..b, is a UnicodeError.
         log.debug("seed_unresolved", extra={"seed": seed, "error": str(exc)})
         return []
     return [_joined(str(address[0]), int(port)) for *_, address in found]

@@ -10,10 +10,10 @@ import asyncio
 import logging
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -21,30 +21,41 @@ from cluster.breaker import Breaker, BreakerState
 from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import Exchange, Lane, Peers
+from cluster.untold import Untold
 from cluster.view import View
 
 log = logging.getLogger(__name__)
 
 # The try ends in time for the storage to answer within the caller's deadline.
 _TRY_S: Final = 0.25
+# Who writes waits this long for those that have copies: longer than it takes to stop asking them.
+_TELL_S: Final = 1.0
+# A time-out after less than this says more of the caller's deadline than of the peer.
+_LEAST_TRY_S: Final = 0.05
+# The stream gives up first, so that its connection comes under suspicion.
+_GRACE_S: Final = 0.02
 _TRIAL_PERIOD_S: Final = 0.25
-# Tokens whose owner could not be told; what is older than a cache entry may live needs no telling.
 _MAX_UNTOLD: Final = 10_000
+# What a node can write in the time that a copy lives.
+_MAX_CHANGED: Final = 50_000
 _TOKENS_A_CALL: Final = 1000
 # The engines close a stream on which nothing came for a minute.
 _IDLE_STREAM_S: Final = 20.0
-# All nodes route alike again by then.
-_HANDOVER_S: Final = 2.0
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _US_PER_S: Final = 1_000_000
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Sent_contra = TypeVar("Sent_contra", contravariant=True)
+Received_co = TypeVar("Received_co", covariant=True)
 _MS_PER_S: Final = 1000
 
 
-class Batches(Protocol):
+class Batches(Protocol[Sent_contra, Received_co]):
     """Natural batching, as the daemon's Batcher does it."""
 
-    async def submit(self, item: pb.Item) -> pb.Answer | ClusterError:
-        """Return the item's own result."""
+    async def submit(self, item: Sent_contra) -> Received_co:
+        """Return the item's own result. Raises PeerSkipped when too many wait already."""
         ...
 
     async def close(self) -> None:
@@ -52,7 +63,17 @@ class Batches(Protocol):
         ...
 
 
-RunBatch = Callable[[Sequence[pb.Item]], Awaitable[Sequence[pb.Answer | ClusterError]]]
+class NewBatches(Protocol):
+    """Who makes batches."""
+
+    def __call__(
+        self,
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
+        *,
+        size_bytes: Callable[[Item], int],
+    ) -> Batches[Item, Result]:
+        """Have `run` send what is submitted."""
+        ...
 
 
 class Suspicious(Protocol):
@@ -75,13 +96,18 @@ class ForwardCounters:
 
 @dataclass(slots=True, eq=False)
 class _Owner:
-    reads: Batches
-    writes: Batches
+    reads: Batches[pb.Item, pb.Answer | ClusterError]
+    writes: Batches[pb.Item, pb.Answer | ClusterError]
+    notices: Batches[str, ClusterError | None]  # tokens to drop
     breaker: Breaker = field(default_factory=Breaker)
-    # (when, token), the oldest first.
-    untold: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=_MAX_UNTOLD))
+    untold: Untold = field(default_factory=lambda: Untold(max_tokens=_MAX_UNTOLD))
     # (since when, stream), the latest used last; never more than batches may be under way.
     idle: list[tuple[float, Exchange]] = field(default_factory=list)
+
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether it answers, as far as is known, and has missed no change."""
+        return self.breaker.is_closed and not self.untold
 
 
 class Forwarder:
@@ -91,7 +117,7 @@ class Forwarder:
         self,
         peers: Peers,
         *,
-        new_batches: Callable[[RunBatch], Batches],
+        new_batches: NewBatches,
         storage_now_us: Callable[[], int],
         remember_s: float,
     ) -> None:
@@ -102,64 +128,90 @@ class Forwarder:
         """
         self.counters = ForwardCounters()
         self._peers = peers
-        self._origin = pb.Origin()
+        self._origin_for: Callable[[str], pb.Origin] = lambda name: pb.Origin(callee=name)
         self._new_batches = new_batches
         self._storage_now_us = storage_now_us
         self._remember_s = remember_s
         self._view: View | None = None
         self._suspicious: Suspicious | None = None
         self._owners: dict[str, _Owner] = {}
-        self._changed: deque[tuple[float, str]] = deque(maxlen=_MAX_UNTOLD)
+        self._is_needed = asyncio.Event()
+        self._changed = Untold(max_tokens=_MAX_CHANGED)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def introduce(self, origin: pb.Origin, suspicious: Suspicious) -> None:
-        """Say who this node is, and whom to tell of peers that do not answer."""
-        self._origin = origin
+    def introduce(self, origin_for: Callable[[str], pb.Origin], suspicious: Suspicious) -> None:
+        """Say who this node is to the node of a name, and whom to tell of peers that do not answer."""
+        self._origin_for = origin_for
         self._suspicious = suspicious
 
     def follow(self, view: View) -> None:
         """Route by this view from now on."""
         old, self._view = self._view, view
-        if old is not None and old.ring.nodes != view.ring.nodes:
+        if view.address_by_name:
+            self._is_needed.set()
+        if old is None or old.ring.nodes != view.ring.nodes:
             # Their new owners may have read them before they changed here.
-            since_s = time.monotonic() - _HANDOVER_S
-            moved = [token for when_s, token in self._changed if when_s >= since_s]
-            if moved:
-                self._spawn(self.invalidate(moved))
+            self._changed.forget(before=time.monotonic() - self._remember_s)
+            if self._changed:
+                self._spawn(self._hand_over(self._changed.tokens(), self._changed.is_everything))
 
     def changed(self, tokens: Iterable[str]) -> None:
         """Remember for a while what was changed or ended here, in case it gets another owner."""
         now = time.monotonic()
-        self._changed.extend((now, token) for token in tokens)
+        self._changed.forget(before=now - self._remember_s)
+        self._changed.add(tokens, now=now)
 
     def breaker_states(self) -> dict[str, BreakerState]:
         """Return the breaker of each peer that was ever asked and is still there."""
         return {name: owner.breaker.state for name, owner in list(self._owners.items())}
 
-    async def ask(self, name: str, item: pb.Item, *, is_write: bool, time_left_s: float | None) -> pb.Answer:
-        """Return the owner's own answer, whatever its status.
+    async def ask(
+        self, name: str, item: pb.Item, *, written: str | None, time_left_s: float | None
+    ) -> pb.Answer:
+        """Return the owner's own answer, whatever its status; `written` is the token that the call changes.
+
+        After PeerUnreachable and PeerTimeout the peer may be doing the work still, but no write from the
+        item's `deadline_us` on.
 
         Raises:
-            PeerSkipped: its breaker is open, so nothing was sent.
+            PeerSkipped: it is known not to answer, has yet to hear of changes, or too many calls wait for
+                it; nothing was sent.
             PeerUnreachable: there is no connection, or it broke.
             PeerTimeout: no answer within the short time it gets.
         """
         owner = self._owner(name)
-        if not owner.breaker.is_closed:
+        try:
+            result = await self._asked(owner, item, written=written, time_left_s=time_left_s)
+        except PeerSkipped:
             self.counters.by_outcome[name, "skipped"] += 1
-            raise PeerSkipped("its breaker is open")
-        try_s = _TRY_S if time_left_s is None else min(time_left_s / 2, _TRY_S)
-        item.timeout_ms = max(1, int(try_s * _MS_PER_S))
-        result = await _submitted(owner.writes if is_write else owner.reads, item, try_s)
+            raise
         if isinstance(result, ClusterError):
-            self._failed(name, owner, result)
+            if written is not None:
+                owner.untold.add([written], now=time.monotonic())
+            self._failed(name, owner, result, item.timeout_ms / _MS_PER_S)
             raise result
         owner.breaker.answered()
         self.counters.by_outcome[name, "ok"] += 1
         return result
 
+    async def _asked(
+        self, owner: _Owner, item: pb.Item, *, written: str | None, time_left_s: float | None
+    ) -> pb.Answer | ClusterError:
+        if not owner.may_be_asked:
+            raise PeerSkipped("it does not answer, or has missed changes")
+        try_s = _TRY_S if time_left_s is None else min(time_left_s / 2, _TRY_S)
+        item.timeout_ms = max(1, int(try_s * _MS_PER_S))
+        item.deadline_us = self._storage_now_us() + int(try_s * _US_PER_S)
+        return await _submitted(owner.reads if written is None else owner.writes, item, try_s + _GRACE_S)
+
+    async def until_over(self, item: pb.Item) -> None:
+        """Return when nobody does any more what `ask` was asked to."""
+        left_us = item.deadline_us - self._storage_now_us()
+        if left_us > 0:
+            await asyncio.sleep(left_us / _US_PER_S)
+
     async def invalidate(self, tokens: Sequence[str]) -> None:
-        """Have the owners drop their copies; one that cannot be told now is told when it is back."""
+        """Have the owners drop their copies; one that cannot be told now is told before it is asked again."""
         view = self._view
         if view is None or view.is_alone:
             return
@@ -168,25 +220,37 @@ class Forwarder:
             name = view.ring.owner(token)
             if name != view.me:
                 by_owner.setdefault(name, []).append(token)
-        await asyncio.gather(*(self._invalidate(name, part) for name, part in by_owner.items()))
+        await asyncio.gather(*(self._invalidate(name, part, _TELL_S) for name, part in by_owner.items()))
 
-    async def invalidate_everywhere(self, tokens: Sequence[str]) -> None:
+    async def invalidate_everywhere(self, tokens: Sequence[str], *, time_left_s: float | None = None) -> None:
         """Have every node drop its copies: for when nodes may not agree on the owner."""
         if self._view is not None:
-            await asyncio.gather(*(self._invalidate(name, tokens) for name in self._view.address_by_name))
+            tell_s = _TELL_S if time_left_s is None else max(0.0, min(time_left_s / 2, _TELL_S))
+            names = self._view.address_by_name
+            await asyncio.gather(*(self._invalidate(name, tokens, tell_s) for name in names))
 
     async def run(self) -> None:
-        """Try peers whose breaker is open, and tell them what they missed; for ever."""
+        """Try peers that do not answer, and tell them what they missed; for ever."""
         while True:
+            # Alone, there is nobody to look after, and no timer.
+            await self._is_needed.wait()
             await asyncio.sleep(_TRIAL_PERIOD_S)
-            names = set(self._view.address_by_name) if self._view is not None else set()
-            gone = [name for name in self._owners if name not in names]
-            for name in gone:
-                if not self._missed(self._owners[name]):
-                    await self._drop_owner(name)
-            for name, owner in self._owners.items():
+            try:
+                await self._look_after_owners()
+            except Exception as exc:  # the root of this work: the next round may succeed
+                log.error("forwarder_failed", exc_info=exc)
+
+    async def _look_after_owners(self) -> None:
+        names = set(self._view.address_by_name) if self._view is not None else set()
+        for name, owner in list(self._owners.items()):
+            owner.untold.forget(before=time.monotonic() - self._remember_s)
+            if name not in names and not owner.untold:
+                await self._drop_owner(name)
+            else:
                 await _end_idle(owner, _IDLE_STREAM_S if self._is_owner(name) else 0.0)
-            await asyncio.gather(*(self._try_again(name) for name in self._owners if name in names))
+        await asyncio.gather(*(self._try_again(name) for name in list(self._owners) if name in names))
+        if not names and not self._owners:
+            self._is_needed.clear()
 
     async def close(self) -> None:
         """Cancel what is under way."""
@@ -209,25 +273,31 @@ class Forwarder:
             async def run(items: Sequence[pb.Item]) -> Sequence[pb.Answer | ClusterError]:
                 return await self._run(name, items)
 
-            owner = self._owners[name] = _Owner(self._new_batches(run), self._new_batches(run))
+            async def tell(tokens: Sequence[str]) -> Sequence[ClusterError | None]:
+                return await self._tell(name, tokens)
+
+            owner = self._owners[name] = _Owner(
+                reads=self._new_batches(run, size_bytes=_item_bytes),
+                writes=self._new_batches(run, size_bytes=_item_bytes),
+                notices=self._new_batches(tell, size_bytes=len),
+            )
+            self._is_needed.set()
         return owner
 
     async def _drop_owner(self, name: str) -> None:
         owner = self._owners.pop(name)
-        await owner.reads.close()
-        await owner.writes.close()
+        for batches in (owner.reads, owner.writes, owner.notices):
+            await batches.close()
         await _end_idle(owner, 0.0)
 
     def _is_owner(self, name: str) -> bool:
         return self._view is not None and name in self._view.ring.nodes
 
     async def _run(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer | ClusterError]:
-        timeout_s = max(item.timeout_ms for item in items) / _MS_PER_S
-        # A peer that stood still must not do later what others have long done instead.
-        deadline_us = self._storage_now_us() + int(timeout_s * _US_PER_S)
-        batch = pb.Batch(origin=self._origin, items=items, deadline_us=deadline_us).SerializeToString()
+        batch = pb.Batch(origin=self._origin_for(name), items=items).SerializeToString()
+        left_us = max(item.deadline_us for item in items) - self._storage_now_us()
         try:
-            body = await self._exchanged(name, batch, timeout_s)
+            body = await self._exchanged(name, batch, max(0.0, left_us / _US_PER_S))
             answers = _answers(body, len(items))
         except ClusterError as exc:
             return [type(exc)(*exc.args) for _ in items]
@@ -253,14 +323,14 @@ class Forwarder:
             raise PeerUnreachable("it is no member any more")
         return address
 
-    def _failed(self, name: str, owner: _Owner, failure: ClusterError) -> None:
+    def _failed(self, name: str, owner: _Owner, failure: ClusterError, try_s: float) -> None:
         was_closed = owner.breaker.is_closed
         is_timeout = isinstance(failure, PeerTimeout)
-        if is_timeout:
-            owner.breaker.timed_out(now=time.monotonic())
-        else:
-            owner.breaker.broke(now=time.monotonic())
         self.counters.by_outcome[name, "timeout" if is_timeout else "unreachable"] += 1
+        if not is_timeout:
+            owner.breaker.broke(now=time.monotonic())
+        elif try_s >= _LEAST_TRY_S:
+            owner.breaker.timed_out(now=time.monotonic())
         if was_closed and not owner.breaker.is_closed:
             log.warning("breaker_opened", extra={"peer_node": name, "error": str(failure)})
         if self._suspicious is not None:
@@ -275,41 +345,80 @@ class Forwarder:
         if not owner.breaker.may_try(now=time.monotonic()):
             return
         # The trial is what it missed, if anything: that must be dropped before it is asked again.
-        if await self._tell_again(name, owner):
+        failure = await self._tell_again(name, owner)
+        if failure is None:
             owner.breaker.answered()
             log.info("breaker_closed", extra={"peer_node": name})
+        elif isinstance(failure, PeerTimeout):
+            owner.breaker.timed_out(now=time.monotonic())
         else:
             owner.breaker.broke(now=time.monotonic())
 
-    async def _invalidate(self, name: str, tokens: Sequence[str]) -> None:
-        owner = self._owner(name)
-        if owner.breaker.is_closed:
-            try:
-                await self._send_tokens(name, tokens)
-            except ClusterError as exc:
-                self._failed(name, owner, exc)
-            else:
-                return
-        now = time.monotonic()
-        owner.untold.extend((now, token) for token in tokens)
+    async def _hand_over(self, tokens: Sequence[str], is_everything: bool) -> None:  # noqa: FBT001  # a fact
+        if not is_everything:
+            await self.invalidate(tokens)
+            return
+        names = [] if self._view is None else list(self._view.address_by_name)
+        await asyncio.gather(*(self._drop_all(name) for name in names))
 
-    async def _tell_again(self, name: str, owner: _Owner) -> bool:
+    async def _drop_all(self, name: str) -> None:
         try:
-            await self._send_tokens(name, self._missed(owner))
-        except ClusterError:
-            return False
-        owner.untold.clear()
-        return True
+            await self._send_tokens(name, [], _TRY_S, is_everything=True)
+        except ClusterError as exc:
+            self._failed(name, self._owner(name), exc, _TRY_S)
 
-    def _missed(self, owner: _Owner) -> list[str]:
-        since_s = time.monotonic() - self._remember_s
-        return [token for when_s, token in owner.untold if when_s >= since_s]
+    async def _invalidate(self, name: str, tokens: Sequence[str], tell_s: float) -> None:
+        owner = self._owner(name)
+        # One that is slow still serves its own callers, from copies.
+        if owner.breaker.is_closed or owner.breaker.may_be_slow(now=time.monotonic()):
+            failure = await self._told(name, owner, tokens, tell_s)
+            if failure is None:
+                return
+            if not isinstance(failure, PeerSkipped):
+                self._failed(name, owner, failure, tell_s)
+        owner.untold.add(tokens, now=time.monotonic())
 
-    async def _send_tokens(self, name: str, tokens: Sequence[str]) -> None:
+    async def _told(
+        self, name: str, owner: _Owner, tokens: Sequence[str], tell_s: float
+    ) -> ClusterError | None:
+        try:
+            if len(tokens) == 1:
+                return await _submitted(owner.notices, tokens[0], tell_s)
+            await self._send_tokens(name, tokens, tell_s)
+        except ClusterError as exc:
+            return exc
+        return None
+
+    async def _tell(self, name: str, tokens: Sequence[str]) -> Sequence[ClusterError | None]:
+        try:
+            await self._send_tokens(name, tokens, _TELL_S)
+        except ClusterError as exc:
+            return [type(exc)(*exc.args) for _ in tokens]
+        return [None] * len(tokens)
+
+    async def _tell_again(self, name: str, owner: _Owner) -> ClusterError | None:
+        since_s = time.monotonic()
+        try:
+            await self._send_tokens(
+                name, owner.untold.tokens(), _TRY_S, is_everything=owner.untold.is_everything
+            )
+        except ClusterError as exc:
+            return exc
+        # What has come to it meanwhile stays.
+        owner.untold.forget(before=since_s)
+        return None
+
+    async def _send_tokens(
+        self, name: str, tokens: Sequence[str], try_s: float, *, is_everything: bool = False
+    ) -> None:
         for start in range(0, len(tokens) or 1, _TOKENS_A_CALL):
-            request = pb.InvalidateRequest(origin=self._origin, tokens=tokens[start : start + _TOKENS_A_CALL])
+            request = pb.InvalidateRequest(
+                origin=self._origin_for(name),
+                tokens=tokens[start : start + _TOKENS_A_CALL],
+                everything=is_everything,
+            )
             body = request.SerializeToString()
-            await self._peers.call(self._address(name), "Invalidate", body, timeout_s=_TRY_S, lane=Lane.CALLS)
+            await self._peers.call(self._address(name), "Invalidate", body, timeout_s=try_s, lane=Lane.CALLS)
 
 
 async def _end_idle(owner: _Owner, after_s: float) -> None:
@@ -319,7 +428,7 @@ async def _end_idle(owner: _Owner, after_s: float) -> None:
         await exchange.end()
 
 
-async def _submitted(batches: Batches, item: pb.Item, try_s: float) -> pb.Answer | ClusterError:
+async def _submitted(batches: Batches[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
     try:
         async with asyncio.timeout(try_s):
             return await batches.submit(item)
@@ -330,6 +439,10 @@ async def _submitted(batches: Batches, item: pb.Item, try_s: float) -> pb.Answer
             raise
         # Not the caller was cancelled but the batch: the peer has left the cluster.
         return PeerUnreachable("it is no member any more")
+
+
+def _item_bytes(item: pb.Item) -> int:
+    return len(item.message)
 
 
 def _answers(body: bytes, count: int) -> Sequence[pb.Answer]:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Final
 
@@ -31,6 +31,10 @@ _LAG_NOTICED_S: Final = 0.1
 # After a stall, what waits in the sockets is read before any time-out fires.
 _DRAIN_INBOX_S: Final = 0.02
 _RING_DEBOUNCE_S: Final = 0.05
+# All nodes route alike again by then, as a rule.
+_SETTLE_S: Final = 2.0
+# With more changes at once than that, nobody's copies are worth much.
+_MAX_FORMER: Final = 4
 _JOIN_TIMEOUT_S: Final = 1.0
 _JOIN_RETRY_S: Final = (0.3, 15.0)
 _LEAVE_TIMEOUT_S: Final = 1.0
@@ -50,10 +54,13 @@ class Identity:
     label: str
     storage_fingerprint: bytes
 
-    def message(self) -> pb.Origin:
-        """Return it as it goes over the wire."""
+    def message(self, callee: str = "") -> pb.Origin:
+        """Return it as it goes over the wire to the node of this name, or to any."""
         return pb.Origin(
-            cluster_label=self.label, storage_fingerprint=self.storage_fingerprint, protocol=PROTOCOL
+            cluster_label=self.label,
+            storage_fingerprint=self.storage_fingerprint,
+            protocol=PROTOCOL,
+            callee=callee,
         )
 
     def objection(self, origin: pb.Origin) -> str:
@@ -113,6 +120,7 @@ class Gossip:
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0
         self._ring_timer: asyncio.TimerHandle | None = None
+        self._settle_timer: asyncio.TimerHandle | None = None
         self._seen_changes = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, tuple[Member, asyncio.Task[None]]] = {}
@@ -148,7 +156,10 @@ class Gossip:
         return response
 
     def objection(self, origin: pb.Origin) -> str:
-        """Return why a caller is none of ours; empty if it is."""
+        """Return why a call is none of ours, or not for this node; empty if it is."""
+        name = self.swim.me.name
+        if origin.callee != name:
+            return f"this node is {name}, and the call is for {origin.callee[:100] or 'nobody'}"
         return self._identity.objection(origin)
 
     def look_into(self, name: str) -> None:
@@ -176,7 +187,7 @@ class Gossip:
     async def close(self) -> None:
         """Stop without a word."""
         self._is_closed = True
-        for timer in (self._timer, self._ring_timer):
+        for timer in (self._timer, self._ring_timer, self._settle_timer):
             if timer is not None:
                 timer.cancel()
         tasks = [*self._tasks, *(task for _, task in self._watchers.values())]
@@ -216,14 +227,15 @@ class Gossip:
         # Alone and without seeds there is nobody to talk to, and no timer.
         if self._is_closed or (len(self.swim.table) == 1 and not self._seeds):
             return
-        due_s = self.swim.next_deadline()
+        # What was due while there was no timer, alone, is due now and not late.
+        due_s = max(self.swim.next_deadline(), time.monotonic())
         if self._timer is not None:
             if due_s >= self._due_s:
                 return
             self._timer.cancel()
         self._due_s = due_s
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, due_s - time.monotonic()), self._on_timer)
+        self._timer = loop.call_later(due_s - time.monotonic(), self._on_timer)
 
     def _on_timer(self) -> None:
         now = time.monotonic()
@@ -254,6 +266,7 @@ class Gossip:
             ring=ring,
             address_by_name={member.name: member.address for member in members},
             is_active=self.swim.me.phase != Phase.JOINING,
+            former=self._former(ring),
         )
         self._watch(members)
         if ring.nodes != self.view.ring.nodes:
@@ -261,6 +274,26 @@ class Gossip:
             log.info("ring_changed", extra={"nodes": list(ring.nodes), "fingerprint": ring.fingerprint})
         self.view = view
         self._on_view(view)
+
+    def _former(self, ring: Ring) -> tuple[Ring, ...]:
+        """Return the rings that others may still route by when this one is the newest."""
+        old = self.view
+        if ring.nodes == old.ring.nodes:
+            return old.former
+        others = [name for name in ring.nodes if name != self.swim.me.name]
+        if not old.is_active and not others:
+            return ()
+        if self._settle_timer is not None:
+            self._settle_timer.cancel()
+        self._settle_timer = asyncio.get_running_loop().call_later(_SETTLE_S, self._settle)
+        # Before it joined, a node owned nothing, though it knew of nobody else.
+        last = Ring(others) if old.is_alone and not old.is_active else old.ring
+        return (*old.former, last)[-_MAX_FORMER:]
+
+    def _settle(self) -> None:
+        self._settle_timer = None
+        self.view = replace(self.view, former=())
+        self._on_view(self.view)
 
     def _watch(self, members: Sequence[Member]) -> None:
         """Hold a connection to each member, and look into each loss of one."""

@@ -35,6 +35,7 @@ _OPTIONS: Final = (
 _MAX_CHANNELS: Final = 512
 _SILENCE_S: Final = 0.9
 _DIAL_TIMEOUT_S: Final = 0.2
+_END_TIMEOUT_S: Final = 0.2
 _REFUSALS: Final = frozenset({
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -108,7 +109,7 @@ class Peers:
             channel = self._line(address, Lane.GOSSIP).channel
             state = channel.get_state(try_to_connect=True)
             # Closed meanwhile, it is replaced in the next turn.
-            with suppress(grpc.aio.UsageError):
+            with suppress(grpc.aio.BaseError):
                 await channel.wait_for_state_change(state)
             if state == grpc.ChannelConnectivity.READY:
                 lost()
@@ -167,7 +168,7 @@ class Peers:
             code = grpc.StatusCode.DEADLINE_EXCEEDED
             self._doubt(address, lane)
             raise PeerTimeout("no answer in time") from None
-        except (grpc.aio.UsageError, asyncio.InvalidStateError):
+        except (grpc.aio.BaseError, asyncio.InvalidStateError):
             code = grpc.StatusCode.UNAVAILABLE
             raise PeerUnreachable("the connection was closed") from None
         except asyncio.CancelledError:
@@ -243,9 +244,13 @@ class Exchange:
         return bytes(answer)
 
     async def end(self) -> None:
-        """Close the stream in order; there is nothing under way on it."""
-        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            await self._call.done_writing()
+        """Close the stream, in order where that is quick; there is nothing under way on it."""
+        try:
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await self._call.done_writing()
+        except (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError):
+            # Its channel may have been closed meanwhile.
+            self._call.cancel()
 
 
 async def is_refused(address: str) -> bool:

@@ -23,16 +23,15 @@ class Forward:
 
 Route = Local | Forward
 OWNED = Local(fill_cache=True)
-# Out of hops: answer from the storage, but leave the copy to the owner.
+# Out of hops, or owner since a moment ago: answer from the storage, but leave the copy to who has it.
 PASSING = Local(fill_cache=False)
 
 
 def route(view: View, token: str, *, hops_left: int) -> Route:
     """Return where a call for the token is answered; one that was forwarded has no hops left."""
-    if view.is_alone:
+    if not view.is_alone and (owner := view.ring.owner(token)) != view.me:
+        return Forward(owner) if hops_left > 0 else PASSING
+    if not view.is_active:
         # Joining, it does not know yet who holds copies.
-        return OWNED if view.is_active else PASSING
-    owner = view.ring.owner(token)
-    if owner == view.me:
-        return OWNED
-    return Forward(owner) if hops_left > 0 else PASSING
+        return PASSING
+    return OWNED if not view.former or view.has_settled(token) else PASSING

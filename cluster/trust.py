@@ -2,6 +2,7 @@
 
 A signature covers the method, the time, a nonce and the body, so that it cannot be used again for
 anything else; time-stamps outside a window of 30 s are refused, and nonces inside it are remembered.
+That is each node's own memory: a body says for which node it is where it could do harm at another.
 Messages on a stream are sealed: with what opened it, which is believed once, and their number on it.
 Without a secret only the own host is believed.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Final
+from urllib.parse import unquote
 
 from cluster.errors import Stranger
 
@@ -75,7 +77,7 @@ class Trust:
 
     def _remember(self, nonce: str, now_ms: int) -> None:
         # A time-stamp may lie a window ahead and be good for two.
-        if now_ms - self._turned_ms > 2 * _WINDOW_MS:
+        if abs(now_ms - self._turned_ms) > 2 * _WINDOW_MS:
             self._older_nonces, self._nonces = self._nonces, set()
             self._turned_ms = now_ms
         if nonce in self._nonces or nonce in self._older_nonces:
@@ -138,8 +140,12 @@ def _begun(keyed: hmac.HMAC, *words: str) -> hmac.HMAC:
 
 
 def _is_loopback(peer: str) -> bool:
-    host = peer.rpartition(":")[0].strip("[]")
+    # grpcio writes [::1] in percent-encoding.
+    host = unquote(peer).rpartition(":")[0].strip("[]")
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
     except ValueError:
         return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback

@@ -11,6 +11,7 @@ from cluster.member import Kind, Member, Packet, Phase, State, Update
 from cluster.peerpb import peer_pb2 as pb
 from cluster.table import MAX_MEMBERS
 
+_MAX_PORT: Final = 65_535
 _MAX_NAME: Final = 300  # of a host name, 253, and a port
 # Far beyond any clock and any count of refutations; above it arithmetic would leave 64 bits.
 _MAX_NUMBER: Final = 2**62
@@ -111,6 +112,8 @@ def _member(message: pb.Member) -> Member:
     address = message.address or message.name
     if not 0 < len(message.name) <= _MAX_NAME or len(address) > _MAX_NAME:
         raise MalformedPacket("a member without a name, or with an endless one")
+    if not _is_address(address):
+        raise MalformedPacket("a member with an address that is not host:port")
     if max(message.generation, message.incarnation) >= _MAX_NUMBER:
         raise MalformedPacket("a member whose generation or incarnation is out of bounds")
     try:
@@ -126,3 +129,8 @@ def _member(message: pb.Member) -> Member:
         phase=phase,
         instance=message.instance,
     )
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT

@@ -43,12 +43,20 @@ def main() -> int:
         "MNEMOSYNED_CLUSTER_SECRET_FILE": str(secret_path),
     }
     with server, log_path.open("ab") as log:
-        nodes = [_start(port, environ, log) for port in PORTS]
-        lines = [f"  {address}  pid {node.pid}" for address, node in zip(ADDRESSES, nodes, strict=True)]
-        words = {"log": log_path, "secret": secret_path, "nodes": "\n".join(lines)}
-        sys.stdout.write(WELCOME.format(bin=os.path.relpath(Path(sys.executable).parent), **words))
-        sys.stdout.flush()
-        return _wait(nodes)
+        nodes: list[subprocess.Popen[bytes]] = []
+        try:
+            nodes += (_start(port, environ, log) for port in PORTS)
+            lines = [f"  {address}  pid {node.pid}" for address, node in zip(ADDRESSES, nodes, strict=True)]
+            words = {"log": log_path, "secret": secret_path, "nodes": "\n".join(lines)}
+            sys.stdout.write(WELCOME.format(bin=os.path.relpath(Path(sys.executable).parent), **words))
+            sys.stdout.flush()
+            while any(node.poll() is None for node in nodes):
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            _stop(nodes)
+    return 1
 
 
 def _start(port: int, environ: dict[str, str], log: object) -> subprocess.Popen[bytes]:
@@ -63,21 +71,12 @@ def _start(port: int, environ: dict[str, str], log: object) -> subprocess.Popen[
     )
 
 
-def _wait(nodes: list[subprocess.Popen[bytes]]) -> int:
-    code = 0
-    try:
-        while any(node.poll() is None for node in nodes):
-            time.sleep(0.2)
-        code = 1
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                node.terminate()
-        for node in nodes:
-            node.wait()
-    return code
+def _stop(nodes: list[subprocess.Popen[bytes]]) -> None:
+    for node in nodes:
+        if node.poll() is None:
+            node.terminate()
+    for node in nodes:
+        node.wait()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`mnemosyned cluster …`: what the cluster looks like, from any machine that reaches a node.
 
-Reads go to the node's operator's port, the one after its gRPC port; `leave` is a signed call of its
-Peer service. Exit codes: 0 it is well or was done, 1 it is not, 2 wrong usage.
+Reads go to the node's operator's port, the one after its gRPC port; `leave` asks there for the node's name
+and is then a signed call of its Peer service. Exit codes: 0 it is well or was done, 1 it is not, 2 wrong
+usage.
 """
 
 from __future__ import annotations
@@ -172,12 +173,13 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
     secrets = configuration.parse(flags, environ).cluster_secret
     trust = Trust([secret.encode() for secret in secrets])
-    _call_leave(arguments.node, trust)
-    return {"node": arguments.node, "leaving": True}, f"{arguments.node} is leaving\n", 0
+    name = _page(arguments.node)["node"]
+    _call_leave(arguments.node, name, trust)
+    return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
 
-def _call_leave(address: str, trust: Trust) -> None:
-    body = pb.LeaveRequest().SerializeToString()
+def _call_leave(address: str, name: str, trust: Trust) -> None:
+    body = pb.LeaveRequest(node=name).SerializeToString()
     nonce = os.urandom(NONCE_BYTES)
     signature = trust.sign("Leave", body, now_ms=time.time_ns() // 1_000_000, nonce=nonce)
     metadata = ((METADATA_KEY, signature),) if signature else None

@@ -40,7 +40,7 @@ from mnemosyned.rpc.h2corn_engine import H2cornEngine
 from mnemosyned.rpc.health import SERVICE_NAME as HEALTH
 from mnemosyned.rpc.health import Health
 from mnemosyned.rpc.methods import MethodTable
-from mnemosyned.rpc.router import Services, carried
+from mnemosyned.rpc.router import carried
 from mnemosyned.service import Lifetimes, SessionService
 from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
 from mnemosyned.storage.memory import MemoryStore
@@ -126,7 +126,7 @@ class _Daemon:
         self._passing: SessionService | None = None  # past the cache, for tokens that others own
         self._add_methods()
         self._register_collectors()
-        self._is_draining = False
+        self._is_in_service = False
         self._refusal = ""
 
     def _new_service(self, cache: ReadThrough[ReadySession], lifetimes: Lifetimes) -> SessionService:
@@ -150,9 +150,10 @@ class _Daemon:
             self._tracing.trace(self._table)
 
     def _add_clustered_methods(self, node: ClusterNode) -> None:
-        no_cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=1, max_bytes=0))
+        # Beside the cache: a write past it ends what is in it, and the other way round.
+        no_cache = ReadThrough(Lru[ReadySession](max_entries=1, max_bytes=0), beside=self._cache)
         self._passing = self._new_service(no_cache, replace(_lifetimes(self._config), cache_us=0))
-        services = Services(self._service, self._passing, node.forwarder)
+        services = node.services(self._service, self._passing)
         trace_context = carried if self._tracing is None else self._tracing.context
         session_manager.add_to(self._table, node.router(services, trace_context))
         calls = MethodTable()
@@ -221,9 +222,9 @@ class _Daemon:
                 self._refusal = str(exc)
                 stop.set()
                 return
-            self._health.set_serving(True)
             if self._node is not None:
                 group.create_task(self._node.run())
+            group.create_task(self._begin_to_serve())
             group.create_task(self._watch.run())
             group.create_task(self._touches.run(self._config.touch_interval_s))
             group.create_task(
@@ -235,9 +236,15 @@ class _Daemon:
                 )
             )
 
+    async def _begin_to_serve(self) -> None:
+        if self._node is not None:
+            await self._node.has_joined.wait()
+        self._health.set_serving(True)
+        self._is_in_service = True
+
     async def _drain(self, engine: Engine) -> None:
         log.info("draining", extra={"timeout_s": self._config.drain_timeout_s})
-        self._is_draining = True
+        self._is_in_service = False
         self._health.close()
         if self._node is not None:
             await self._node.leave()
@@ -253,7 +260,7 @@ class _Daemon:
     def _readiness(self) -> Readiness:
         storage = "SERVING" if self._watch.is_serving else "NOT_SERVING"
         return Readiness(
-            is_ready=self._watch.is_serving and not self._is_draining,
+            is_ready=self._watch.is_serving and self._is_in_service,
             probes={
                 self._config.storage: storage,
                 "cluster": {} if self._node is None else self._node.probes(),

@@ -6,30 +6,30 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from cluster import discovery
-from cluster.errors import ClusterError
-from cluster.forward import Forwarder, RunBatch
+from cluster.errors import PeerSkipped
+from cluster.forward import Forwarder
 from cluster.gossip import Gossip, Identity
 from cluster.member import Member, Phase, State
 from cluster.peers import SERVICE_NAME, Peers
 from cluster.trust import Trust
 from cluster.view import View, alone
 from mnemosyned.batcher import Batcher, BatchLimits
-from mnemosyned.errors import MnemosyneError, StorageUnavailable
+from mnemosyned.errors import MnemosyneError, Overloaded, StorageUnavailable
 from mnemosyned.observe.metrics import MethodStats
 from mnemosyned.rpc.peer import METHODS, PeerService
 from mnemosyned.rpc.router import ClusterRouter, OwnerRouter, Services
 
 if TYPE_CHECKING:
     from cache.readthrough import ReadThrough
-    from cluster.peerpb import peer_pb2 as pb
     from mnemosyned.clock import StorageClock
     from mnemosyned.ready import ReadySession
     from mnemosyned.rpc.methods import Call, MethodTable
+    from mnemosyned.service import SessionService
     from mnemosyned.storage.port import SessionStore
     from mnemosyned.touches import TouchWriter
 
@@ -41,6 +41,9 @@ _FORWARDS: Final = BatchLimits(
 )
 _SWEEP_KEYS: Final = 1000
 _RETRY_S: Final = 0.5
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,8 @@ class Sessions:
 class ClusterNode:
     """One node, from the construction of its method table to its farewell.
 
-    Calls are answered from the start: until `run` has found the others, past the cache.
+    Calls are answered from the start: until `run` has found the others, past the cache. Nobody should be
+    sent here before `has_joined`, though: what is written until then, the others hear of only afterwards.
     """
 
     def __init__(self, options: NodeOptions, sessions: Sessions) -> None:
@@ -79,22 +83,27 @@ class ClusterNode:
         self._peers = Peers(self.trust, self.client_stats)
         self.forwarder = Forwarder(
             self._peers,
-            new_batches=_new_batches,
+            new_batches=PeerBatches,
             storage_now_us=sessions.clock.now_us,
             remember_s=options.cache_ttl_s,
         )
         self.view = alone(options.listen, is_active=False)
+        self.has_joined = asyncio.Event()  # set for good when it knows its peers, or that there are none
         self.gossip: Gossip | None = None
         self._service: PeerService | None = None
         self._sweep: asyncio.Task[None] | None = None
 
+    def services(self, owned: SessionService, passing: SessionService) -> Services:
+        """Return the services that routers choose between."""
+        return Services(owned, passing, self.forwarder, lambda: self.view)
+
     def router(self, services: Services, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
         """Return the router for calls of clients."""
-        return ClusterRouter(services, self.forwarder, lambda: self.view, trace_context)
+        return ClusterRouter(services, self.forwarder, trace_context)
 
     def owner_router(self, services: Services) -> OwnerRouter:
         """Return the router for calls that peers forward."""
-        return OwnerRouter(services, lambda: self.view)
+        return OwnerRouter(services)
 
     def serve_peers(self, table: MethodTable, calls: MethodTable, *, stop: Callable[[], None]) -> None:
         """Add the Peer service to a table; `calls` answers what is forwarded."""
@@ -119,7 +128,7 @@ class ClusterNode:
             instance=int.from_bytes(os.urandom(8), "big") >> 1,
         )
         self.gossip = Gossip(me, identity, self._peers, seeds=options.seeds, on_view=self._follow)
-        self.forwarder.introduce(identity.message(), self.gossip)
+        self.forwarder.introduce(identity.message, self.gossip)
         self.gossip.start()
         await self.forwarder.run()
 
@@ -163,8 +172,9 @@ class ClusterNode:
                 log.debug("storage_fingerprint_waits", extra={"error": str(exc)})
                 await asyncio.sleep(_RETRY_S)
 
-    def _drop(self, tokens: Sequence[str]) -> None:
-        for token in tokens:
+    def _drop(self, tokens: Sequence[str] | None) -> None:
+        """Drop copies of these sessions, or of all."""
+        for token in self._sessions.cache.keys() if tokens is None else tokens:
             self._sessions.cache.drop(token)
 
     def _follow(self, view: View) -> None:
@@ -172,12 +182,14 @@ class ClusterNode:
         is_same_ring = view.ring.nodes == self.view.ring.nodes
         self.view = view
         self.forwarder.follow(view)
+        if view.is_active:
+            self.has_joined.set()
         if is_same_ring:
             return
         if self._sweep is not None and not self._sweep.done():
             # What that ring took away and this one gives back may not have been dropped in between.
             self._sweep.cancel()
-            self._drop(self._sessions.cache.keys())
+            self._drop(None)
         # Owned here until it ends, is cancelled above, or by `farewell`.
         self._sweep = asyncio.create_task(self._let_go(view))
 
@@ -199,5 +211,21 @@ class ClusterNode:
             log.debug("touches_wait", extra={"error": str(exc)})
 
 
-def _new_batches(run: RunBatch) -> Batcher[pb.Item, pb.Answer | ClusterError]:
-    return Batcher(run, limits=_FORWARDS, size_bytes=lambda item: len(item.message))
+class PeerBatches(Generic[Item, Result]):
+    """Batches to a peer, with the cluster's own word for a queue that is full."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
+        *,
+        size_bytes: Callable[[Item], int],
+    ) -> None:
+        self._batcher: Batcher[Item, Result] = Batcher(run, limits=_FORWARDS, size_bytes=size_bytes)
+        self.close = self._batcher.close
+
+    async def submit(self, item: Item) -> Result:
+        """Return the item's own result. Raises PeerSkipped."""
+        try:
+            return await self._batcher.submit(item)
+        except Overloaded:
+            raise PeerSkipped("too many calls wait for it") from None

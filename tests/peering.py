@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.ready import ReadySession
 from mnemosyned.rpc import session_manager
 from mnemosyned.rpc.methods import MethodTable
-from mnemosyned.rpc.router import Services, carried
+from mnemosyned.rpc.router import carried
 from mnemosyned.service import SessionService
 from mnemosyned.storage.port import SessionStore
 from mnemosyned.touches import TouchWriter
@@ -44,6 +44,7 @@ class Parts:
 class Peer(Parts):
     channel: grpc.aio.Channel
     stub: SessionManagerStub
+    run: Callable[[], None]  # joins now, where it has not
 
 
 @asynccontextmanager
@@ -54,23 +55,27 @@ async def peering(
     seeds: tuple[str, ...] = (),
     secrets: tuple[str, ...] = (SECRET,),
     label: str = "",
+    runs: bool = True,
 ) -> AsyncIterator[Peer]:
-    """Run a node until it has joined, lend it, and take it down again."""
+    """Run a node until it has joined, lend it, and take it down again; without `runs` it does not join."""
     (port,) = free_ports(1)
     parts = _put_together(store, f"127.0.0.1:{port}", seeds, secrets, label)
     node = parts.node
     engine = ENGINES[engine_name](parts.table, replace(OPTIONS, port=port))
     await engine.start()
-    running = asyncio.create_task(node.run())
+    running: list[asyncio.Task[None]] = []
+    run = lambda: running.append(asyncio.create_task(node.run()))  # noqa: E731
     try:
-        async with asyncio.timeout(5):
-            while not node.view.is_active:
-                await asyncio.sleep(0.01)
+        if runs:
+            run()
+            async with asyncio.timeout(5):
+                await node.has_joined.wait()
         async with grpc.aio.insecure_channel(parts.address) as channel:
-            yield Peer(**vars(parts), channel=channel, stub=SessionManagerStub(channel))
+            yield Peer(**vars(parts), channel=channel, stub=SessionManagerStub(channel), run=run)
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await node.leave()
         await engine.drain()
         await node.farewell()
@@ -104,9 +109,9 @@ def _put_together(
 
     owned, passing = (
         service(cache, LIFETIMES.cache_us),
-        service(ReadThrough(Lru(max_entries=1, max_bytes=0)), 0),
+        service(ReadThrough(Lru(max_entries=1, max_bytes=0), beside=cache), 0),
     )
-    services = Services(owned, passing, node.forwarder)
+    services = node.services(owned, passing)
     table, calls, stopped = MethodTable(), MethodTable(), asyncio.Event()
     session_manager.add_to(table, node.router(services, carried))
     session_manager.add_to(calls, node.owner_router(services))

@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Origin(_message.Message):
-    __slots__ = ("cluster_label", "storage_fingerprint", "protocol")
+    __slots__ = ("cluster_label", "storage_fingerprint", "protocol", "callee")
     CLUSTER_LABEL_FIELD_NUMBER: _ClassVar[int]
     STORAGE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CALLEE_FIELD_NUMBER: _ClassVar[int]
     cluster_label: str
     storage_fingerprint: bytes
     protocol: int
-    def __init__(self, cluster_label: _Optional[str] = ..., storage_fingerprint: _Optional[bytes] = ..., protocol: _Optional[int] = ...) -> None: ...
+    callee: str
+    def __init__(self, cluster_label: _Optional[str] = ..., storage_fingerprint: _Optional[bytes] = ..., protocol: _Optional[int] = ..., callee: _Optional[str] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("name", "address", "generation", "incarnation", "state", "phase", "instance")
@@ -91,30 +93,30 @@ class ForwardRequest(_message.Message):
     def __init__(self, batch: _Optional[bytes] = ..., seal: _Optional[bytes] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("origin", "items", "deadline_us")
+    __slots__ = ("origin", "items")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_US_FIELD_NUMBER: _ClassVar[int]
     origin: Origin
     items: _containers.RepeatedCompositeFieldContainer[Item]
-    deadline_us: int
-    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., deadline_us: _Optional[int] = ...) -> None: ...
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("method", "message", "timeout_ms", "request_id", "traceparent", "tracestate")
+    __slots__ = ("method", "message", "timeout_ms", "request_id", "traceparent", "tracestate", "deadline_us")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_US_FIELD_NUMBER: _ClassVar[int]
     method: str
     message: bytes
     timeout_ms: int
     request_id: str
     traceparent: str
     tracestate: str
-    def __init__(self, method: _Optional[str] = ..., message: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+    deadline_us: int
+    def __init__(self, method: _Optional[str] = ..., message: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., deadline_us: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("answers",)
@@ -133,20 +135,24 @@ class Answer(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[bytes] = ..., text: _Optional[str] = ...) -> None: ...
 
 class InvalidateRequest(_message.Message):
-    __slots__ = ("origin", "tokens")
+    __slots__ = ("origin", "tokens", "everything")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVERYTHING_FIELD_NUMBER: _ClassVar[int]
     origin: Origin
     tokens: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ...) -> None: ...
+    everything: bool
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., everything: _Optional[bool] = ...) -> None: ...
 
 class InvalidateResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...
 
 class LeaveResponse(_message.Message):
     __slots__ = ()

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import contextmanager
 from typing import Any, Final
 
+from grpc import StatusCode
+
 from cluster.errors import MalformedPacket, Stranger
 from cluster.gossip import Gossip
 from cluster.peerpb import peer_pb2 as pb
@@ -32,8 +34,10 @@ METHODS: Final = ("Gossip", "Forward", "Invalidate", "Leave")
 # A table of many thousand members; a forwarded request is the client's own and some bytes.
 _MAX_MESSAGE_BYTES: Final = 8 * 1024**2
 _ITEM_OVERHEAD_BYTES: Final = 64 * 1024
-# What the estimates of the storage's clock may differ by.
-_LATE_US: Final = 100_000
+# More than what two estimates of the storage's clock differ by.
+_CLOCK_ERROR_US: Final = 50_000
+# Well below what a caller takes: it gets the rest from the storage.
+_MAX_RESPONSE_BYTES: Final = 32 * 1024**2
 _MS_PER_S: Final = 1000
 
 
@@ -46,12 +50,12 @@ class PeerService:
         calls: MethodTable,
         *,
         storage_now_us: Callable[[], int],
-        drop: Callable[[Sequence[str]], None],
+        drop: Callable[[Sequence[str] | None], None],
         stop: Callable[[], None],
     ) -> None:
         """Ask `gossip` for the membership with each call, since it begins later than the listening.
 
-        `calls` answers forwarded calls; `drop` takes tokens; `stop` begins this node's end.
+        `calls` answers forwarded calls; `drop` takes tokens, or None for all; `stop` begins this node's end.
         """
         self._gossip = gossip
         self._calls = calls
@@ -122,20 +126,20 @@ class PeerService:
 
     def _answer_batch(self, batch: pb.Batch, call: Call) -> Answer:
         self._check_origin(batch.origin)
-        if batch.deadline_us and self._storage_now_us() > batch.deadline_us + _LATE_US:
-            # This process stood still; the caller has long turned to the storage.
-            raise DeadlineExceeded
         answers = [self._begin(item, call) for item in batch.items]
         ready = [answer for answer in answers if isinstance(answer, pb.Answer)]
         if len(ready) < len(answers):
             return _gathered(answers)
-        return pb.ForwardResponse(answers=ready).SerializeToString()
+        return _response(ready)
 
     def _begin(self, item: pb.Item, call: Call) -> pb.Answer | Coroutine[Any, Any, pb.Answer]:
         """Return an item's answer at once where the cache has it."""
         method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{item.method}")
         if method is None:
             return _failed(item, Unimplemented(f"mnemosyned: unknown method {item.method[:100]}"))
+        if self._storage_now_us() > item.deadline_us + _CLOCK_ERROR_US:
+            # This process stood still; the caller has long turned to the storage.
+            return _failed(item, DeadlineExceeded())
         forwarded = _ForwardedCall(item, call.peer)
         try:
             answer = method.answer(item.message, forwarded)
@@ -148,11 +152,13 @@ class PeerService:
     def _invalidate(self, message: bytes, _: Call) -> bytes:
         request = parsed(pb.InvalidateRequest, message)
         self._check_origin(request.origin)
-        self._drop(request.tokens)
+        self._drop(None if request.everything else request.tokens)
         return pb.InvalidateResponse().SerializeToString()
 
     def _leave(self, message: bytes, call: Call) -> bytes:
-        parsed(pb.LeaveRequest, message)
+        request, name = parsed(pb.LeaveRequest, message), self._gossip().swim.me.name
+        if request.node != name:
+            raise NotOurCluster(f"mnemosyned: this node is {name}, and the call is for another one")
         log.info("asked_to_leave", extra={"peer": call.peer})
         self._stop()
         return pb.LeaveResponse().SerializeToString()
@@ -166,12 +172,13 @@ class PeerService:
 class _ForwardedCall:
     """Call of a client that came in elsewhere."""
 
-    __slots__ = ("_deadline_s", "_item", "peer")
+    __slots__ = ("_deadline_s", "_item", "not_after_us", "peer")
 
     def __init__(self, item: pb.Item, peer: str) -> None:
         self._item = item
         self._deadline_s = time.monotonic() + item.timeout_ms / _MS_PER_S
         self.peer = peer
+        self.not_after_us = item.deadline_us - _CLOCK_ERROR_US
 
     def metadata(self, key: str) -> str | None:
         if key not in {"request_id", "traceparent", "tracestate"}:
@@ -207,7 +214,21 @@ async def _gathered(answers: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -
     waiting = [answer for answer in answers if isinstance(answer, Coroutine)]
     finished = iter(await asyncio.gather(*waiting))
     whole = [next(finished) if isinstance(answer, Coroutine) else answer for answer in answers]
-    return pb.ForwardResponse(answers=whole).SerializeToString()
+    return _response(whole)
+
+
+def _response(answers: list[pb.Answer]) -> bytes:
+    size_bytes = 0
+    for answer in answers:
+        size_bytes += len(answer.message)
+        if size_bytes > _MAX_RESPONSE_BYTES:
+            answer.CopyFrom(_TOO_MUCH)
+    return pb.ForwardResponse(answers=answers).SerializeToString()
+
+
+_TOO_MUCH: Final = pb.Answer(
+    code=StatusCode.UNAVAILABLE.value[0], text="mnemosyned: the batch's answers are too large together"
+)
 
 
 async def _finish(item: pb.Item, answer: Coroutine[Any, Any, bytes], call: _ForwardedCall) -> pb.Answer:

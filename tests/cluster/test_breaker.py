@@ -54,3 +54,28 @@ def test_a_trial_that_succeeds_closes_it() -> None:
     assert breaker.is_closed
     breaker.timed_out(now=12.0)
     assert breaker.is_closed
+
+
+def test_a_peer_that_timed_out_may_be_slow_for_a_while() -> None:
+    breaker = Breaker()
+    assert not breaker.may_be_slow(now=10.0)
+    for _ in range(3):
+        breaker.timed_out(now=10.0)
+    assert breaker.may_be_slow(now=11.0)
+    assert breaker.may_try(now=11.0)
+    breaker.timed_out(now=11.5)
+    assert breaker.state is BreakerState.OPEN
+
+    assert breaker.may_be_slow(now=11.9)
+    assert not breaker.may_be_slow(now=12.1)
+
+
+def test_a_peer_whose_connection_broke_is_away_and_not_slow() -> None:
+    breaker = Breaker()
+    for _ in range(3):
+        breaker.timed_out(now=10.0)
+    breaker.broke(now=10.1)
+
+    assert not breaker.may_be_slow(now=10.2)
+    breaker.answered()
+    assert not breaker.may_be_slow(now=10.2)

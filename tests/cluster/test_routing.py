@@ -48,3 +48,24 @@ def test_a_node_that_owns_nothing_forwards_everything() -> None:
 @pytest.mark.parametrize("nodes", [("b:1",), ("a:1", "b:1")])
 def test_only_a_ring_of_this_node_makes_it_alone(nodes: tuple[str, ...]) -> None:
     assert not View(me="a:1", ring=Ring(nodes), address_by_name={}).is_alone
+
+
+def test_a_token_that_has_just_come_to_a_node_is_kept_in_no_cache_yet() -> None:
+    former = (Ring(("b:1", "c:1")),)
+    tokens = [f"token-{number}" for number in range(100)]
+    mine = [token for token in tokens if route(view("a:1"), token, hops_left=1) is OWNED]
+    young = View(me="a:1", ring=Ring(NODES), address_by_name={}, former=former)
+
+    assert mine
+    assert {route(young, token, hops_left=1) for token in mine} == {PASSING}
+
+
+def test_a_token_that_stays_is_kept_while_others_come() -> None:
+    young = View(me="a:1", ring=Ring(NODES), address_by_name={}, former=(Ring(("a:1", "b:1")),))
+    last = View(me="a:1", ring=Ring(["a:1"]), address_by_name={}, former=(Ring(("a:1", "b:1")),))
+    for token in (f"token-{number}" for number in range(100)):
+        is_mine = NODES[0] == young.ring.owner(token)
+        was_mine = young.former[0].owner(token) == "a:1"
+
+        assert (route(young, token, hops_left=1) is OWNED) == (is_mine and was_mine)
+        assert (route(last, token, hops_left=1) is OWNED) == was_mine

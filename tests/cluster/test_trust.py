@@ -81,6 +81,16 @@ def test_nonces_are_forgotten_when_their_time_stamps_are_too_old_anyway() -> Non
     assert len(trust._nonces) + len(trust._older_nonces) == 20
 
 
+def test_nonces_are_forgotten_too_when_the_clock_has_gone_back() -> None:
+    trust = Trust([SECRET])
+    for number in range(5):
+        now_ms = NOW_MS - number * 60_001
+        signature = trust.sign("Gossip", b"", now_ms=now_ms, nonce=number.to_bytes(12, "big"))
+        trust.check(signature, "Gossip", b"", peer=PEER, now_ms=now_ms)
+
+    assert len(trust._nonces) + len(trust._older_nonces) == 2
+
+
 def test_two_secrets_are_believed_in_a_rotation_and_the_first_signs() -> None:
     old, both, new = Trust([SECRET]), Trust([NEXT, SECRET]), Trust([NEXT])
     check(both, signed(old))
@@ -90,7 +100,9 @@ def test_two_secrets_are_believed_in_a_rotation_and_the_first_signs() -> None:
         check(old, signed(both))
 
 
-@pytest.mark.parametrize("peer", ["127.0.0.1:4000", "127.8.8.8:1", "[::1]:4000"])
+@pytest.mark.parametrize(
+    "peer", ["127.0.0.1:4000", "127.8.8.8:1", "[::1]:4000", "%5B::1%5D:4000", "[::ffff:127.0.0.1]:1"]
+)
 def test_without_a_secret_the_own_host_is_believed(peer: str) -> None:
     trust = Trust([])
 
@@ -99,7 +111,9 @@ def test_without_a_secret_the_own_host_is_believed(peer: str) -> None:
     trust.check(None, "Forward", b"", peer=peer, now_ms=NOW_MS)
 
 
-@pytest.mark.parametrize("peer", ["192.0.2.1:4000", "[2001:db8::1]:4000", "unix:/run/x", "", "localhost:1"])
+@pytest.mark.parametrize(
+    "peer", ["192.0.2.1:4000", "[2001:db8::1]:4000", "[::ffff:192.0.2.1]:1", "unix:/run/x", "", "localhost:1"]
+)
 def test_without_a_secret_nobody_else_is(peer: str) -> None:
     with pytest.raises(Stranger, match="its own host only"):
         Trust([]).check(None, "Forward", b"", peer=peer, now_ms=NOW_MS)

@@ -6,11 +6,19 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 import grpc
 import pytest
 from clusters import until
-from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, GetResponse, Session, StartRequest
+from mnemosynerpc.session_pb2 import (
+    AbandonRequest,
+    ExistsRequest,
+    GetRequest,
+    GetResponse,
+    Session,
+    StartRequest,
+)
 from peering import Peer, peering
 from serving import ENGINES
 
@@ -40,8 +48,8 @@ async def peer(request: pytest.FixtureRequest, store: MemoryStore) -> AsyncItera
 
 
 @pytest.fixture
-async def origin(store: MemoryStore) -> pb.Origin:
-    return Identity(label="", storage_fingerprint=await store.fingerprint()).message()
+async def origin(store: MemoryStore, peer: Peer) -> pb.Origin:
+    return Identity(label="", storage_fingerprint=await store.fingerprint()).message(peer.address)
 
 
 def signed(trust: Trust, method: str, body: bytes) -> str:
@@ -72,10 +80,8 @@ class Stream:
         self._seals = peer.trust.seals(value)
         self._origin = origin
 
-    async def forward(
-        self, *items: pb.Item, deadline_us: int = 0, seals: Seals | None = None
-    ) -> Sequence[pb.Answer]:
-        batch = pb.Batch(origin=self._origin, items=items, deadline_us=deadline_us).SerializeToString()
+    async def forward(self, *items: pb.Item, seals: Seals | None = None) -> Sequence[pb.Answer]:
+        batch = pb.Batch(origin=self._origin, items=items).SerializeToString()
         seal = (seals or self._seals).seal(batch)
         return await self.send(pb.ForwardRequest(batch=batch, seal=seal).SerializeToString())
 
@@ -86,9 +92,16 @@ class Stream:
         return pb.ForwardResponse.FromString(answer).answers
 
 
-def get(token: str, **fields: object) -> pb.Item:
-    message = GetRequest(access_token=token).SerializeToString()
-    return pb.Item(method="Get", message=message, **({"timeout_ms": 1000} | fields))  # type: ignore[arg-type]
+def item(method: str, message: bytes = b"", *, in_ms: int = 1000, **fields: str) -> pb.Item:
+    """An item for which its caller waits so long."""
+    deadline_us = time.time_ns() // 1000 + in_ms * 1000
+    return pb.Item(
+        method=method, message=message, timeout_ms=max(1, in_ms), deadline_us=deadline_us, **fields
+    )
+
+
+def get(token: str) -> pb.Item:
+    return item("Get", GetRequest(access_token=token).SerializeToString())
 
 
 async def started(peer: Peer, **fields: str) -> str:
@@ -115,12 +128,13 @@ async def test_another_clusters_secret_is_refused(peer: Peer, method: str) -> No
 
 
 async def test_a_call_is_believed_once_and_for_its_own_method(peer: Peer) -> None:
-    signature = signed(peer.trust, "Leave", b"")
-    assert (await status_of(call(peer, "Invalidate", b"", signature=signature)))[0] is UNAUTHENTICATED
-    await call(peer, "Leave", b"", signature=signature)
+    body = pb.LeaveRequest(node=peer.address).SerializeToString()
+    signature = signed(peer.trust, "Leave", body)
+    assert (await status_of(call(peer, "Invalidate", body, signature=signature)))[0] is UNAUTHENTICATED
+    await call(peer, "Leave", body, signature=signature)
     assert peer.stopped.is_set()
 
-    assert (await status_of(call(peer, "Leave", b"", signature=signature)))[0] is UNAUTHENTICATED
+    assert (await status_of(call(peer, "Leave", body, signature=signature)))[0] is UNAUTHENTICATED
 
 
 @pytest.mark.parametrize("signature", ["", "nonsense"])
@@ -154,13 +168,11 @@ async def test_each_batch_is_sealed_for_its_stream_and_its_place(
 
 async def test_a_batch_is_answered_item_by_item(peer: Peer, origin: pb.Origin) -> None:
     token = await started(peer, subject_client="web")
-    exists = pb.Item(
-        method="Exists", message=ExistsRequest(access_token="x").SerializeToString(), timeout_ms=1000
-    )
+    exists = item("Exists", ExistsRequest(access_token="x").SerializeToString())
     stream = Stream(peer, origin)
     for _ in range(2):
         good, absent, unknown, garbage, absent_too = await stream.forward(
-            get(token), get("absent"), pb.Item(method="Dance"), pb.Item(method="Get", message=b"\xff"), exists
+            get(token), get("absent"), item("Dance"), item("Get", b"\xff"), exists
         )
         assert GetResponse.FromString(good.message).session.subject_client == "web"
         assert (absent.code, absent.message) == (grpc.StatusCode.NOT_FOUND.value[0], b"")
@@ -186,19 +198,61 @@ async def test_an_item_has_its_own_deadline_and_metadata(peer: Peer, origin: pb.
 
     peer.calls.add_unary("mnemosynerpc.SessionManager", "Slow", slow)
     short, long = await Stream(peer, origin).forward(
-        pb.Item(method="Slow", timeout_ms=20, request_id="r-1", traceparent="00-a-b-01"),
-        pb.Item(method="Slow", timeout_ms=5000),
+        item("Slow", in_ms=20, request_id="r-1", traceparent="00-a-b-01"), item("Slow", in_ms=5000)
     )
 
     assert (short.code, long.code) == (grpc.StatusCode.DEADLINE_EXCEEDED.value[0], 0)
     assert seen[0] == {"request_id": "r-1", "traceparent": "00-a-b-01", "authorization": None}
 
 
-async def test_a_batch_that_comes_late_is_not_begun(peer: Peer, origin: pb.Origin) -> None:
-    token = await started(peer)
-    code, _ = await status_of(Stream(peer, origin).forward(get(token), deadline_us=1))
+async def test_an_item_that_comes_late_is_not_begun(peer: Peer, origin: pb.Origin) -> None:
+    request = StartRequest(session=Session(subject_id="s", access_token="late")).SerializeToString()
+    late, in_time = await Stream(peer, origin).forward(
+        item("Start", request, in_ms=-1000),
+        item("Exists", ExistsRequest(access_token="late").SerializeToString()),
+    )
 
-    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert late.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert in_time == pb.Answer(message=b"")
+
+
+async def test_a_write_that_could_not_be_done_well_in_time_is_not_done(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer)
+    request = AbandonRequest(access_token=token).SerializeToString()
+    (answer,) = await Stream(peer, origin).forward(item("Abandon", request, in_ms=20))
+
+    assert answer.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert (await peer.stub.Exists(ExistsRequest(access_token=token))).value
+
+
+async def test_what_is_for_another_node_is_refused(peer: Peer, origin: pb.Origin) -> None:
+    token = await started(peer)
+    for callee in ("127.0.0.1:1", ""):
+        origin.callee = callee
+        invalidate = pb.InvalidateRequest(origin=origin, tokens=[token]).SerializeToString()
+        for refused in (call(peer, "Invalidate", invalidate), Stream(peer, origin).forward(get(token))):
+            code, text = await status_of(refused)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert f"this node is {peer.address}" in text
+
+
+async def test_a_leave_for_another_node_is_refused(peer: Peer) -> None:
+    for name in ("127.0.0.1:1", ""):
+        code, _ = await status_of(call(peer, "Leave", pb.LeaveRequest(node=name).SerializeToString()))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+    assert not peer.stopped.is_set()
+
+
+async def test_answers_too_large_together_are_left_to_the_storage(
+    peer: Peer, origin: pb.Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnemosyned.rpc.peer._MAX_RESPONSE_BYTES", 2500)
+    tokens = [await started(peer, subject_client="x" * 1000) for _ in range(4)]
+    answers = await Stream(peer, origin).forward(*map(get, tokens))
+
+    unavailable = grpc.StatusCode.UNAVAILABLE.value[0]
+    assert [answer.code for answer in answers] == [0, 0, unavailable, unavailable]
 
 
 @pytest.mark.parametrize("changed", [{"cluster_label": "another"}, {"storage_fingerprint": b"another"}])
@@ -262,6 +316,10 @@ async def test_copies_are_dropped_when_a_peer_says_so(peer: Peer, origin: pb.Ori
     await call(peer, "Invalidate", pb.InvalidateRequest(origin=origin, tokens=[token]).SerializeToString())
 
     assert token not in peer.cache.keys()  # noqa: SIM118
+    for _ in range(3):
+        await started(peer)
+    await call(peer, "Invalidate", pb.InvalidateRequest(origin=origin, everything=True).SerializeToString())
+    assert not peer.cache.keys()
 
 
 async def test_streams_end_in_order_when_the_node_leaves(peer: Peer, origin: pb.Origin) -> None:
@@ -272,6 +330,27 @@ async def test_streams_end_in_order_when_the_node_leaves(peer: Peer, origin: pb.
 
     assert await stream.call.read() is grpc.aio.EOF
     assert await stream.call.code() is grpc.StatusCode.OK
+
+
+async def test_a_caller_that_gives_up_as_its_answer_is_sent_is_no_bug(
+    peer: Peer, origin: pb.Origin, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def slow(_: bytes, __: Call) -> bytes:
+        await asyncio.sleep(0.01)
+        return b""
+
+    peer.calls.add_unary("mnemosynerpc.SessionManager", "Slow", slow)
+    for number in range(60):
+        stream = Stream(peer, origin)
+        await stream.forward(item("Slow"))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.0095 + number % 30 * 0.0001):
+                await stream.forward(item("Slow"))
+        stream.call.cancel()
+
+    stats = peer.table.streams[f"/{SERVICE}/Forward"].stats
+    await until(lambda: stats.in_flight == 0)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("key", ["hops", "mnemosyned-hops", "mnemosyned-peer", "mnemosyned-forwarded"])

@@ -108,7 +108,7 @@ async def test_no_call_fails_when_a_node_is_killed(make_cluster: MakeCluster, en
     assert not loss.outcome.failures, loss.outcome.report
     assert not loss.outcome.stale, loss.outcome.report
     assert loss.removed_s < 2.0
-    assert loss.first_second_p99_s < 0.5
+    assert loss.first_second_p99_s < 1.0
 
 
 async def test_no_call_fails_while_a_node_stands_still(make_cluster: MakeCluster) -> None:

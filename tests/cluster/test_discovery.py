@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from cluster.discovery import addresses, own_address
+
+
+async def test_a_seed_stands_for_each_of_its_addresses_once() -> None:
+    assert await addresses(["127.0.0.1:80", "127.0.0.1:80", "[::1]:81"]) == ["127.0.0.1:80", "[::1]:81"]
+    assert "127.0.0.1:80" in await addresses(["localhost:80"])
+    assert await addresses([]) == []
+
+
+@pytest.mark.parametrize("seed", ["no-such-host.invalid:80", "a..b:80", f"{'x' * 70}.local:80"])
+async def test_a_name_that_is_not_known_has_no_address(seed: str) -> None:
+    assert await addresses([seed, "127.0.0.1:80"]) == ["127.0.0.1:80"]
+
+
+async def test_there_are_only_so_many_addresses() -> None:
+    assert len(await addresses([f"127.0.1.{number}:80" for number in range(100)])) == 64
+
+
+@pytest.mark.parametrize("listen", ["localhost:80", "no-such-host.invalid:80", "a..b:80"])
+async def test_a_name_that_helps_nobody_else_is_kept(listen: str) -> None:
+    assert await own_address(listen) == listen
+
+
+async def test_an_address_that_others_can_dial_is_itself() -> None:
+    assert await own_address("192.0.2.1:80") == "192.0.2.1:80"

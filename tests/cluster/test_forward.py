@@ -1,0 +1,389 @@
+"""Forwarding against peers that answer as a test says; real ones are in tests/contract and tests/e2e."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.breaker import BreakerState
+from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.forward import Forwarder
+from cluster.peerpb import peer_pb2 as pb
+from cluster.ring import Ring
+from cluster.view import View
+from mnemosyned.node import PeerBatches
+
+ME, B, C = "me:1", "b:1", "c:1"
+
+
+def storage_now_us() -> int:
+    return time.time_ns() // 1000
+
+
+@dataclass
+class Peer:
+    """What one peer does, and what it has seen."""
+
+    fails_with: type[ClusterError] | None = None
+    is_slow: bool = False
+    answers: list[pb.Answer] | None = None
+    asked: int = 0
+    streams: int = 0
+    ended: int = 0
+    told: list[str] = field(default_factory=list)
+    drops_everything: int = 0
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def respond(self, timeout_s: float) -> None:
+        if self.fails_with is not None:
+            raise self.fails_with("as the test says")
+        if self.is_slow:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self.may_answer.wait()
+            except TimeoutError:
+                raise PeerTimeout("no answer in time") from None
+
+
+class FakeExchange:
+    def __init__(self, address: str, peer: Peer) -> None:
+        self.address = address
+        self.is_open = True
+        self._peer = peer
+
+    async def ask(self, batch: bytes, *, timeout_s: float) -> bytes:
+        self._peer.asked += 1
+        try:
+            await self._peer.respond(timeout_s)
+        except BaseException:
+            self.is_open = False
+            raise
+        items = pb.Batch.FromString(batch).items
+        answers = [pb.Answer() for _ in items] if self._peer.answers is None else self._peer.answers
+        return pb.ForwardResponse(answers=answers).SerializeToString()
+
+    async def end(self) -> None:
+        await asyncio.sleep(0.01)
+        self._peer.ended += 1
+
+
+class FakePeers:
+    def __init__(self, peers: dict[str, Peer]) -> None:
+        self._peers = peers
+
+    def exchange(self, address: str) -> FakeExchange:
+        self._peers[address].streams += 1
+        return FakeExchange(address, self._peers[address])
+
+    async def call(self, address: str, _method: str, body: bytes, *, timeout_s: float, lane: object) -> bytes:
+        assert lane
+        await self._peers[address].respond(timeout_s)
+        request = pb.InvalidateRequest.FromString(body)
+        self._peers[address].told += request.tokens
+        self._peers[address].drops_everything += request.everything
+        return b""
+
+
+class Suspicious:
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def look_into(self, name: str) -> None:
+        self.names.append(name)
+
+
+@dataclass
+class Setup:
+    forwarder: Forwarder
+    peers: dict[str, Peer]
+    suspicious: Suspicious
+
+    async def ask(
+        self, name: str = B, *, written: str | None = None, left_s: float | None = None
+    ) -> pb.Answer:
+        return await self.forwarder.ask(name, pb.Item(method="Get"), written=written, time_left_s=left_s)
+
+
+def view(*ring: str, members: Sequence[str] = (B, C)) -> View:
+    return View(me=ME, ring=Ring(ring), address_by_name={name: name for name in members})
+
+
+@asynccontextmanager
+async def forwarding(remember_s: float = 5.0) -> AsyncIterator[Setup]:
+    peers = {B: Peer(), C: Peer()}
+    # The fakes do what a Forwarder asks of Peers.
+    fakes: Any = FakePeers(peers)
+    forwarder = Forwarder(
+        fakes, new_batches=PeerBatches, storage_now_us=storage_now_us, remember_s=remember_s
+    )
+    suspicious = Suspicious()
+    forwarder.introduce(lambda name: pb.Origin(callee=name), suspicious)
+    forwarder.follow(view(ME, B, C))
+    running = asyncio.create_task(forwarder.run())
+    try:
+        yield Setup(forwarder, peers, suspicious)
+    finally:
+        assert not running.done()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await forwarder.close()
+
+
+async def until(is_met: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not is_met():
+            await asyncio.sleep(0.01)
+
+
+def owned_by(name: str, ring: Ring | None = None) -> str:
+    ring = ring or Ring([ME, B, C])
+    return next(token for token in map(str, range(1000)) if ring.owner(token) == name)
+
+
+async def test_a_broken_connection_opens_the_breaker_and_the_next_call_is_not_sent() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        with pytest.raises(PeerUnreachable):
+            await setup.ask()
+        with pytest.raises(PeerSkipped):
+            await setup.ask()
+
+        assert setup.peers[B].asked == 1
+        assert setup.suspicious.names == [B]
+        assert setup.forwarder.breaker_states()[B] is BreakerState.OPEN
+
+
+async def test_a_peer_that_is_back_is_asked_again() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        with pytest.raises(PeerUnreachable):
+            await setup.ask()
+        setup.peers[B].fails_with = None
+        await until(lambda: setup.forwarder.breaker_states()[B] is BreakerState.CLOSED)
+
+        assert (await setup.ask()).code == 0
+
+
+async def test_a_peer_that_is_slow_gets_a_quarter_of_a_second() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].is_slow = True
+        began_s = time.monotonic()
+        with pytest.raises(PeerTimeout):
+            await setup.ask()
+
+        assert 0.2 < time.monotonic() - began_s < 1.0
+
+
+async def test_callers_in_a_hurry_do_not_open_a_breaker() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].is_slow = True
+        for _ in range(5):
+            with pytest.raises(PeerTimeout):
+                await setup.ask(left_s=0.02)
+
+        assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
+
+
+async def test_a_peer_whose_write_failed_is_asked_nothing_before_it_was_told() -> None:
+    async with forwarding() as setup:
+        peer = setup.peers[B]
+        peer.is_slow = True
+        with pytest.raises(PeerTimeout):
+            await setup.ask(written="t")
+        with pytest.raises(PeerSkipped):
+            await setup.ask()
+        assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
+        peer.may_answer.set()
+        await until(lambda: "t" in peer.told)
+        await asyncio.sleep(0)
+
+        assert (await setup.ask()).code == 0
+
+
+async def test_a_peer_that_missed_a_change_is_asked_nothing_before_it_was_told() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].is_slow = True
+        await setup.forwarder.invalidate_everywhere(["t"], time_left_s=0.1)
+        with pytest.raises(PeerSkipped):
+            await setup.ask()
+        assert setup.peers[C].told == ["t"]
+        setup.peers[B].may_answer.set()
+        await until(lambda: setup.peers[B].told == ["t"])
+
+
+async def test_what_changes_while_a_peer_is_told_of_the_rest_is_told_as_well() -> None:
+    async with forwarding() as setup:
+        peer = setup.peers[B]
+        peer.fails_with = PeerUnreachable
+        await setup.forwarder.invalidate_everywhere(["one"])
+        peer.fails_with, peer.is_slow = None, True
+        await until(lambda: setup.forwarder.breaker_states()[B] is BreakerState.HALF_OPEN)
+        await setup.forwarder.invalidate_everywhere(["two"])
+        peer.may_answer.set()
+
+        await until(lambda: set(peer.told) == {"one", "two"})
+
+
+async def test_a_peer_that_is_slow_is_told_and_waited_for_though_it_is_not_asked() -> None:
+    async with forwarding() as setup:
+        peer = setup.peers[B]
+        peer.is_slow = True
+        for _ in range(3):
+            with pytest.raises(PeerTimeout):
+                await setup.ask()
+        assert setup.forwarder.breaker_states()[B] is BreakerState.OPEN
+        telling = asyncio.create_task(setup.forwarder.invalidate_everywhere(["t"]))
+        await until(lambda: setup.peers[C].told == ["t"])
+        assert not telling.done()
+        peer.may_answer.set()
+        await telling
+
+        assert peer.told == ["t"]
+
+
+async def test_a_change_older_than_any_copy_is_not_told() -> None:
+    async with forwarding(remember_s=0.3) as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        await setup.forwarder.invalidate_everywhere(["old"])
+        await asyncio.sleep(0.4)
+        setup.peers[B].fails_with = None
+        await until(lambda: setup.forwarder.breaker_states()[B] is BreakerState.CLOSED)
+
+        assert setup.peers[B].told == []
+
+
+async def test_a_peer_that_missed_too_much_drops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.forward._MAX_UNTOLD", 2)
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        await setup.forwarder.invalidate_everywhere(["a", "b", "c"])
+        setup.peers[B].fails_with = None
+        await until(lambda: setup.peers[B].drops_everything == 1)
+
+        assert (await setup.ask()).code == 0
+
+
+async def test_owners_are_told_of_their_tokens_alone() -> None:
+    async with forwarding() as setup:
+        tokens = [owned_by(name) for name in (ME, B, C)]
+        await setup.forwarder.invalidate(tokens)
+
+        assert (setup.peers[B].told, setup.peers[C].told) == ([tokens[1]], [tokens[2]])
+
+
+async def test_new_owners_hear_of_what_changed_lately() -> None:
+    async with forwarding() as setup:
+        setup.forwarder.follow(view(ME, B))
+        token = owned_by(C)
+        setup.forwarder.changed([token])
+        setup.forwarder.follow(view(ME, B, C))
+
+        await until(lambda: setup.peers[C].told == [token])
+        assert setup.peers[B].told == []
+
+
+async def test_new_owners_drop_everything_where_too_much_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.forward._MAX_CHANGED", 1)
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        setup.forwarder.changed(["a", "b"])
+        setup.forwarder.follow(view(ME, B))
+
+        await until(lambda: setup.peers[C].drops_everything == 1)
+        assert setup.suspicious.names == [B]
+
+
+async def test_the_first_view_is_a_change_too() -> None:
+    peers = {B: Peer()}
+    fakes: Any = FakePeers(peers)
+    forwarder = Forwarder(fakes, new_batches=PeerBatches, storage_now_us=storage_now_us, remember_s=5.0)
+    await forwarder.invalidate_everywhere(["t"])
+    await forwarder.invalidate(["t"])
+    forwarder.changed(["t"])
+    forwarder.follow(view(B, members=[B]))
+
+    await until(lambda: peers[B].told == ["t"])
+    await forwarder.close()
+
+
+async def test_a_new_peer_may_be_asked_while_an_old_ones_stream_ends() -> None:
+    async with forwarding() as setup:
+        await setup.ask(B)
+        setup.forwarder.follow(view(ME, C, members=[C]))
+        ended = setup.peers[B]
+        async with asyncio.timeout(5):
+            while not ended.ended:
+                with suppress(ClusterError):
+                    await setup.ask(C)
+                await asyncio.sleep(0.001)
+
+        assert (await setup.ask(C)).code == 0
+        await until(lambda: B not in setup.forwarder.breaker_states())
+
+
+async def test_a_stream_is_used_again_unless_the_peer_has_moved() -> None:
+    async with forwarding() as setup:
+        for _ in range(3):
+            await setup.ask(B)
+        assert setup.peers[B].streams == 1
+        setup.forwarder.follow(View(me=ME, ring=Ring([ME, B]), address_by_name={B: C}))
+        await setup.ask(B)
+
+        assert (setup.peers[B].streams, setup.peers[C].streams) == (1, 1)
+
+
+async def test_a_peer_that_is_no_member_is_unreachable() -> None:
+    async with forwarding() as setup:
+        with pytest.raises(PeerUnreachable, match="no member"):
+            await setup.ask("stranger:1")
+
+
+@pytest.mark.parametrize("answers", [[], [pb.Answer(), pb.Answer()]])
+async def test_a_wrong_number_of_answers_is_malformed(answers: list[pb.Answer]) -> None:
+    async with forwarding() as setup:
+        setup.peers[B].answers = answers
+
+        with pytest.raises(MalformedPacket, match="answers to 1 items"):
+            await setup.ask()
+
+
+async def test_the_owners_own_error_is_an_answer() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].answers = [pb.Answer(code=5, text="gone")]
+
+        assert (await setup.ask()).text == "gone"
+        assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
+
+
+async def test_a_write_may_be_repeated_when_the_owner_has_stopped_trying() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        item = pb.Item(method="Abandon")
+        with pytest.raises(PeerUnreachable):
+            await setup.forwarder.ask(B, item, written="t", time_left_s=None)
+        assert storage_now_us() < item.deadline_us
+        await setup.forwarder.until_over(item)
+        assert storage_now_us() >= item.deadline_us
+        began_s = time.monotonic()
+        await setup.forwarder.until_over(item)
+
+        assert time.monotonic() - began_s < 0.1
+
+
+async def test_alone_it_sets_no_timer() -> None:
+    fakes: Any = FakePeers({})
+    forwarder = Forwarder(fakes, new_batches=PeerBatches, storage_now_us=storage_now_us, remember_s=5.0)
+    forwarder.follow(view(ME, members=[]))
+    running = asyncio.create_task(forwarder.run())
+    await asyncio.sleep(0.05)
+    loop: Any = asyncio.get_running_loop()
+
+    assert not [timer for timer in loop._scheduled if not timer.cancelled()]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -1,0 +1,229 @@
+"""The shell around the core, on peers that are not there; clusters of real ones are in tests/e2e."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from cluster import gossip as shell
+from cluster import wire
+from cluster.errors import MalformedPacket, PeerRefused, PeerUnreachable
+from cluster.gossip import Gossip, Identity
+from cluster.member import Kind, Member, News, Packet, Phase, State
+from cluster.view import View
+
+ME = Member("127.0.0.1:1", "127.0.0.1:1", 1, 0, State.ALIVE, Phase.JOINING, 7)
+OTHER = Member("127.0.0.1:2", "127.0.0.1:2", 1, 0, State.ALIVE, Phase.ACTIVE, 9)
+IDENTITY = Identity(label="ours", storage_fingerprint=b"f")
+
+
+class FakePeers:
+    """Peers that are unreachable, or whatever a test makes of them."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+        self.fails_with: Exception = PeerUnreachable("not there")
+
+    async def call(self, address: str, *_: object, **__: object) -> bytes:
+        self.called.append(address)
+        raise self.fails_with
+
+    async def watch(self, _address: str, _lost: object) -> None:
+        await asyncio.Event().wait()
+
+    def forget(self, address: str) -> None:
+        pass
+
+
+class Shell(Gossip):
+    def __init__(self, seeds: Sequence[str]) -> None:
+        self.peers = FakePeers()
+        self.views: list[View] = []
+        # The fake does what a Gossip asks of Peers.
+        fake: Any = self.peers
+        super().__init__(ME, IDENTITY, fake, seeds=seeds, on_view=self.views.append)
+
+    def hear(self, packet: Packet) -> Packet | None:
+        return wire.parse_response(self.answer(wire.request(packet, IDENTITY.message())))[0]
+
+
+@asynccontextmanager
+async def gossiping(*seeds: str) -> AsyncIterator[Shell]:
+    one = Shell(seeds)
+    one.start()
+    try:
+        yield one
+    finally:
+        await one.close()
+
+
+async def until(is_met: Callable[[], bool], within_s: float = 5.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not is_met():
+            await asyncio.sleep(0.005)
+
+
+def timers() -> list[asyncio.TimerHandle]:
+    loop: Any = asyncio.get_running_loop()
+    return [timer for timer in loop._scheduled if not timer.cancelled()]
+
+
+async def test_without_seeds_a_node_owns_everything_and_sets_no_timer() -> None:
+    async with gossiping() as one:
+        await until(lambda: len(one.views) == 1)
+
+        assert one.view.is_alone
+        assert one.view.is_active
+        assert one.view.former == ()
+        assert timers() == []
+        assert one.peers.called == []
+
+
+async def test_a_node_that_is_joined_late_has_not_stalled() -> None:
+    async with gossiping() as one:
+        await until(lambda: len(one.views) == 1)
+        # As if it had been alone for an hour.
+        one.swim._probe_s -= 3600.0
+        answer = one.hear(Packet(Kind.SYNC, OTHER))
+        await until(lambda: OTHER.name in one.view.ring.nodes)
+
+        assert answer is not None
+        assert one.swim.counters.stalls == 0
+        assert one.swim.health_score == 0
+        assert one.counters.max_loop_lag_s < 1.0
+
+
+async def test_a_stalled_loop_is_noticed_and_the_inbox_read_first() -> None:
+    async with gossiping() as one:
+        one.hear(Packet(Kind.SYNC, OTHER))
+        assert one._timer is not None
+        one._due_s -= 0.5
+        one._timer.cancel()
+        one._on_timer()
+        deadline_s = one._due_s
+        one.hear(Packet(Kind.PING, OTHER, target=ME.name, sequence=1))
+
+        assert one.swim.counters.stalls == 1
+        assert one._due_s == deadline_s == 0.0
+        await until(lambda: one._due_s > 0.0)
+
+
+async def test_what_came_to_this_node_by_a_new_ring_has_not_settled_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shell, "_SETTLE_S", 0.2)
+    async with gossiping() as one:
+        await until(lambda: one.view.is_active)
+        one.hear(Packet(Kind.SYNC, OTHER))
+        await until(lambda: len(one.view.ring.nodes) == 2)
+        assert [ring.nodes for ring in one.view.former] == [(ME.name,)]
+        one.hear(Packet(Kind.GOSSIP, OTHER._replace(incarnation=1, state=State.LEFT), target=ME.name))
+        await until(lambda: len(one.view.ring.nodes) == 1)
+        assert [len(ring.nodes) for ring in one.view.former] == [1, 2]
+
+        await until(lambda: one.view.former == ())
+        assert one.views[-1] is one.view
+
+
+async def test_a_node_that_joins_owned_nothing_before() -> None:
+    async with gossiping("127.0.0.1:2") as one:
+        one.hear(Packet(Kind.SYNC, OTHER))
+        await until(lambda: one.view.is_active)
+
+        assert one.view.ring.nodes == (ME.name, OTHER.name)
+        assert all(ring.owner(str(number)) == OTHER.name for ring in one.view.former for number in range(9))
+
+
+async def test_former_rings_are_kept_within_a_bound() -> None:
+    async with gossiping() as one:
+        await until(lambda: one.view.is_active)
+        for number in range(8):
+            name = f"10.0.0.{number}:1"
+            one.hear(Packet(Kind.SYNC, OTHER._replace(name=name, address=name)))
+            await until(lambda count=number: len(one.view.ring.nodes) == count + 2)  # type: ignore[misc]
+
+        assert len(one.view.former) == 4
+
+
+async def test_all_seeds_away_a_node_serves_alone_and_goes_on_asking() -> None:
+    async with gossiping("127.0.0.1:2", "127.0.0.1:3") as one:
+        await until(lambda: one.view.is_active)
+
+        assert one.view.is_alone
+        await until(lambda: one.peers.called.count("127.0.0.1:3") >= 2)
+
+
+@pytest.mark.parametrize("seed", ["a..b:80", f"{'x' * 70}.local:80"])
+async def test_a_seed_that_is_no_name_keeps_nobody_from_joining(seed: str) -> None:
+    async with gossiping(seed, "127.0.0.1:2") as one:
+        await until(lambda: one.peers.called != [])
+        assert set(one.peers.called) == {"127.0.0.1:2"}
+        await until(lambda: one.view.is_active)
+
+
+async def test_a_refused_dial_is_evidence_and_a_member_is_looked_into_once_at_a_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        there = OTHER._replace(name=f"127.0.0.1:{port}", address=f"127.0.0.1:{port}")
+        async with gossiping() as one:
+            one.hear(Packet(Kind.SYNC, there))
+            one.look_into(there.name)
+            one.look_into(there.name)
+            assert one._looks == {there.name: True}
+            # Its connections ended before its port did.
+            await until(lambda: one._looks == {there.name: False} or not one._looks)
+            listener.close()
+            one.look_into(there.name)
+            await until(lambda: any(timed.event.news is News.DEAD for timed in one.events))
+
+            assert next(t.event for t in one.events if t.event.news is News.DEAD).evidence == "refused"
+            await until(lambda: not one._looks)
+
+
+async def test_strangers_and_the_gone_are_not_looked_into() -> None:
+    async with gossiping() as one:
+        one.look_into("127.0.0.1:99")
+        await until(lambda: not one._looks)
+
+        assert not one.events
+
+
+async def test_a_packet_of_another_cluster_is_refused_and_a_refusal_logged_now_and_then(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    foreign = Identity(label="theirs", storage_fingerprint=b"f")
+    async with gossiping("127.0.0.1:2") as one:
+        one.peers.fails_with = PeerRefused("another cluster's label")
+        for _ in range(3):
+            answer = one.answer(wire.request(Packet(Kind.SYNC, OTHER), foreign.message()))
+        await until(lambda: one.peers.called != [])
+
+        assert "'theirs' on the other" in wire.parse_response(answer)[1]
+        assert len(one.swim.table) == 1
+        await until(lambda: {"peer_refused", "peer_refuses_us"} <= {one.message for one in caplog.records})
+        assert [record.message for record in caplog.records].count("peer_refused") == 1
+
+
+async def test_garbage_is_malformed() -> None:
+    async with gossiping() as one:
+        with pytest.raises(MalformedPacket):
+            one.answer(b"\xff\xff")
+
+
+async def test_nothing_is_sent_after_the_end() -> None:
+    async with gossiping() as one:
+        one.hear(Packet(Kind.SYNC, OTHER))
+        await one.farewell()
+        called = len(one.peers.called)
+        one.hear(Packet(Kind.GOSSIP, OTHER._replace(incarnation=5), target=ME.name))
+        one.look_into(OTHER.name)
+        await asyncio.sleep(0.05)
+
+        assert called >= 1
+        assert len(one.peers.called) == called
+        assert timers() == []

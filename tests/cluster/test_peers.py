@@ -1,0 +1,182 @@
+"""Channels to peers, on a real server that answers what it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from clusters import free_ports
+
+from cluster.errors import PeerRefused, PeerTimeout, PeerUnreachable
+from cluster.peerpb import peer_pb2 as pb
+from cluster.peers import Lane, Peers, is_refused
+from cluster.trust import Trust
+
+METHODS = ("Gossip", "Forward", "Invalidate")
+
+
+@dataclass
+class Stats:
+    begun: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+
+    def begin(self) -> None:
+        self.begun += 1
+
+    def end(self, code: str, _elapsed_s: float) -> None:
+        self.codes[code] += 1
+
+
+class Echo(grpc.GenericRpcHandler):
+    """Answers each message with itself; `late` late, `refuse` and `fail` with a status."""
+
+    def service(self, call: Any) -> Any:  # noqa: ANN401  # grpcio's own types are private
+        if call.method.endswith("/Forward"):
+            return grpc.stream_stream_rpc_method_handler(self._stream)
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    async def _answer(self, message: bytes, context: Any) -> bytes:  # noqa: ANN401
+        if message == b"late":
+            await asyncio.sleep(5)
+        if message == b"refuse":
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no secret")
+        if message == b"fail":
+            await context.abort(grpc.StatusCode.INTERNAL, "oh")
+        return message
+
+    async def _stream(self, messages: AsyncIterator[bytes], context: Any) -> None:  # noqa: ANN401
+        async for message in messages:
+            batch = pb.ForwardRequest.FromString(message).batch
+            if batch == b"end":
+                return
+            await context.write(await self._answer(batch, context))
+
+
+@dataclass
+class Setup:
+    peers: Peers
+    address: str
+    stats: dict[str, Stats]
+    server: grpc.aio.Server
+
+    async def call(self, body: bytes, *, timeout_s: float = 5.0) -> bytes:
+        return await self.peers.call(self.address, "Gossip", body, timeout_s=timeout_s, lane=Lane.GOSSIP)
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((Echo(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    stats = {method: Stats() for method in METHODS}
+    peers = Peers(Trust([b"a-secret-of-a-cluster"]), stats)
+    yield Setup(peers, f"127.0.0.1:{port}", stats, server)
+    await peers.close()
+    await server.stop(None)
+
+
+async def until(is_met: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not is_met():
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_comes_back_and_is_counted(setup: Setup) -> None:
+    assert await setup.call(b"hello") == b"hello"
+    assert setup.stats["Gossip"].codes == {"OK": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "code"),
+    [
+        (b"refuse", PeerRefused, "UNAUTHENTICATED"),
+        (b"fail", PeerUnreachable, "INTERNAL"),
+        (b"late", PeerTimeout, "DEADLINE_EXCEEDED"),
+    ],
+)
+async def test_a_failure_is_one_of_ours(setup: Setup, body: bytes, error: type[Exception], code: str) -> None:
+    with pytest.raises(error):
+        await setup.call(body, timeout_s=0.2)
+
+    assert setup.stats["Gossip"].codes == {code: 1}
+
+
+async def test_a_peer_that_is_not_there_is_unreachable(setup: Setup) -> None:
+    setup.address = f"127.0.0.1:{free_ports(1)[0]}"
+
+    with pytest.raises(PeerUnreachable):
+        await setup.call(b"hello")
+
+
+async def test_a_call_whose_channel_is_closed_is_unreachable(setup: Setup) -> None:
+    await setup.call(b"hello")
+    waiting = asyncio.create_task(setup.call(b"late"))
+    await until(lambda: setup.stats["Gossip"].begun == 2)
+    await asyncio.sleep(0.05)
+    setup.peers.forget(setup.address)
+
+    with pytest.raises(PeerUnreachable):
+        await waiting
+    assert await setup.call(b"hello") == b"hello"
+
+
+async def test_a_stream_answers_one_batch_after_another(setup: Setup) -> None:
+    exchange = setup.peers.exchange(setup.address)
+    for number in range(5):
+        assert await exchange.ask(str(number).encode(), timeout_s=5) == str(number).encode()
+    assert exchange.is_open
+    await exchange.end()
+    await until(lambda: not exchange.is_open)
+    await exchange.end()
+
+    assert setup.stats["Forward"].codes == {"OK": 5}
+
+
+@pytest.mark.parametrize(
+    ("batch", "error"), [(b"refuse", PeerRefused), (b"late", PeerTimeout), (b"end", PeerUnreachable)]
+)
+async def test_a_stream_is_over_after_a_failure(setup: Setup, batch: bytes, error: type[Exception]) -> None:
+    exchange = setup.peers.exchange(setup.address)
+    await exchange.ask(b"hello", timeout_s=5)
+    with pytest.raises(error):
+        await exchange.ask(batch, timeout_s=0.2)
+    assert not exchange.is_open
+
+    with pytest.raises(PeerUnreachable):
+        await exchange.ask(b"hello", timeout_s=5)
+
+
+async def test_a_stream_may_end_while_its_channel_is_closed(setup: Setup) -> None:
+    for turns in range(40):
+        exchange = setup.peers.exchange(setup.address)
+        await exchange.ask(b"hello", timeout_s=5)
+        ending = asyncio.create_task(exchange.end())
+        for _ in range(turns % 4):
+            await asyncio.sleep(0)
+        setup.peers.forget(setup.address)
+
+        # Raises nothing, whatever grpcio thinks of it.
+        await ending
+
+
+async def test_each_loss_of_a_connection_is_told(setup: Setup) -> None:
+    losses: list[None] = []
+    watching = asyncio.create_task(setup.peers.watch(setup.address, lambda: losses.append(None)))
+    await setup.call(b"hello")
+    await setup.server.stop(None)
+    await until(lambda: len(losses) == 1)
+
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_only_a_host_that_says_so_has_refused(setup: Setup) -> None:
+    assert not await is_refused(setup.address)
+    assert await is_refused(f"127.0.0.1:{free_ports(1)[0]}")
+    assert not await is_refused("no-such-host.invalid:80")

@@ -1,0 +1,201 @@
+"""What the caches of several nodes serve after a write, when owners change or do not answer meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import grpc
+import pytest
+from clusters import until
+from mnemosynerpc.session_pb2 import (
+    AbandonRequest,
+    ExistsRequest,
+    GetRequest,
+    Session,
+    SetValueRequest,
+    StartRequest,
+)
+from peering import Peer, peering
+from serving import LIFETIMES, serving
+
+from cluster.ring import Ring
+from cluster.view import View
+from mnemosyned import session
+from mnemosyned.errors import MnemosyneError
+from mnemosyned.session import Abandonment
+from mnemosyned.storage.memory import MemoryStore
+
+
+class HeldStore(MemoryStore):
+    """A memory store whose answers can be kept back, as by a lock or in a socket."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000
+        )
+        self.may_abandon = asyncio.Event()
+        self.may_abandon.set()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.loads = 0
+
+    async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
+        await self.may_abandon.wait()
+        return await super().abandon(endings)
+
+    async def load(self, tokens: Sequence[str]) -> list[session.Session | MnemosyneError]:
+        loaded = await super().load(tokens)
+        self.loads += 1
+        await self.may_answer.wait()
+        return loaded
+
+
+@pytest.fixture
+def store() -> HeldStore:
+    return HeldStore()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a process that stands still: its kernel takes connections, and nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        yield f"{host}:{port}"
+
+
+async def start(peer: Peer, count: int = 1) -> list[str]:
+    request = StartRequest(session=Session(subject_id="s"))
+    return [(await peer.stub.Start(request)).session.access_token for _ in range(count)]
+
+
+async def served(peer: Peer, tokens: Sequence[str]) -> list[str]:
+    """Of these tokens, those for which the node returns a session."""
+    found = []
+    for token in tokens:
+        try:
+            found.append((await peer.stub.Get(GetRequest(access_token=token))).session.access_token)
+        except grpc.aio.AioRpcError as exc:
+            assert exc.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017  # the loop goes on
+    return found
+
+
+def look_as(peer: Peer, *nodes: str) -> None:
+    """Have a node route by these nodes, whether or not they are there."""
+    others = {name: name for name in nodes if name != peer.address}
+    peer.node._follow(View(me=peer.address, ring=Ring(nodes), address_by_name=others))
+
+
+async def abandoning(peer: Peer, tokens: Sequence[str]) -> asyncio.Task[list[object]]:
+    """Begin to end these sessions, as far as the storage."""
+
+    async def all_of_them() -> list[object]:
+        return list(
+            await asyncio.gather(*(peer.stub.Abandon(AbandonRequest(access_token=token)) for token in tokens))
+        )
+
+    task = asyncio.create_task(all_of_them())
+    stats = peer.table.unary["/mnemosynerpc.SessionManager/Abandon"].stats
+    await until(lambda: stats.in_flight == len(tokens))
+    return task
+
+
+async def test_a_write_that_ends_under_a_new_ring_is_told_to_the_new_owner(store: HeldStore) -> None:
+    async with peering(store) as old:
+        tokens = await start(old, 16)
+        store.may_abandon.clear()
+        ending = await abandoning(old, tokens)
+        async with peering(store, seeds=(old.address,)) as new:
+            await until(lambda: len(old.node.view.ring.nodes) == len(new.node.view.ring.nodes) == 2)
+            moved = [token for token in tokens if new.node.view.ring.owner(token) == new.address]
+            # The new owner reads them before they end.
+            assert await served(old, moved) == moved
+            store.may_abandon.set()
+            await ending
+
+            assert moved
+            assert await served(new, tokens) == []
+            assert await served(old, tokens) == []
+
+
+async def test_a_write_past_the_cache_of_a_node_that_becomes_the_owner_ends_its_own_copy(
+    store: HeldStore,
+) -> None:
+    async with peering(store) as one:
+        gone = "127.0.0.1:9"
+        look_as(one, one.address, gone)
+        tokens = [token for token in await start(one, 16) if one.node.view.ring.owner(token) == gone]
+        store.may_abandon.clear()
+        ending = await abandoning(one, tokens)
+        look_as(one, one.address)
+        assert await served(one, tokens) == tokens
+        store.may_abandon.set()
+        await ending
+
+        assert tokens
+        assert await served(one, tokens) == []
+
+
+async def test_a_read_past_the_cache_joins_none_that_began_before_a_write(store: HeldStore) -> None:
+    async with peering(store) as one:
+        (token,) = await start(one)
+        # Both read it as of another node, which nobody can ask.
+        look_as(one, "127.0.0.1:9")
+        await served(one, [token])
+        store.may_answer.clear()
+        store.loads = 0
+        before = asyncio.create_task(served(one, [token]))
+        await until(lambda: store.loads == 1)
+        await store.abandon([Abandonment(access_token=token)])
+        after = asyncio.create_task(served(one, [token]))
+        await until(lambda: one.table.unary["/mnemosynerpc.SessionManager/Get"].stats.in_flight == 2)
+        store.may_answer.set()
+
+        assert await before == [token]
+        assert await after == []
+
+
+async def test_the_writes_of_a_node_that_joins_reach_the_owners_caches(store: HeldStore) -> None:
+    async with peering(store) as old:
+        tokens = await start(old, 8)
+        async with peering(store, seeds=(old.address,), runs=False) as new:
+            await new.stub.Abandon(AbandonRequest(access_token=tokens[0]))
+            assert not new.node.has_joined.is_set()
+            new.run()
+            await until(new.node.has_joined.is_set)
+            await until(lambda: tokens[0] not in old.cache.keys())  # noqa: SIM118  # no mapping
+            for token in tokens[1:]:
+                await new.stub.Abandon(AbandonRequest(access_token=token))
+
+            assert await served(old, tokens) == []
+
+
+async def test_a_write_succeeds_in_time_though_the_owner_stands_still(store: HeldStore, silent: str) -> None:
+    async with peering(store) as one:
+        ring = Ring([one.address, silent])
+        tokens = [token for token in await start(one, 16) if ring.owner(token) == silent]
+        look_as(one, one.address, silent)
+        for token in tokens[:5]:
+            request = SetValueRequest(access_token=token, key="k", value="v")
+            assert (await one.stub.SetValue(request, timeout=0.45)).bag == {"k": "v"}
+
+
+async def test_a_copy_lives_from_when_it_was_asked_for(store: HeldStore) -> None:
+    cache_s = 0.5
+    async with serving(store, lifetimes=replace(LIFETIMES, cache_us=int(cache_s * 1e6))) as node:
+        request = StartRequest(session=Session(subject_id="s"))
+        token = (await node.stub.Start(request)).session.access_token
+        node.cache.drop(token)
+        store.may_answer.clear()
+        reading = node.stub.Get(GetRequest(access_token=token))
+        await until(lambda: store.loads == 1)
+        # As if another node had ended it, and this one had stood still with the answer in its socket.
+        await store.abandon([Abandonment(access_token=token)])
+        await asyncio.sleep(cache_s)
+        store.may_answer.set()
+        await reading
+
+        assert not (await node.stub.Exists(ExistsRequest(access_token=token))).value
