@@ -16,12 +16,13 @@ _RESOLVE_TIMEOUT_S: Final = 2.0
 _MAX_ADDRESSES: Final = 64
 
 
-async def addresses(seeds: Sequence[str]) -> list[str]:
-    """Return each address that the seeds stand for, once; a name that is not known yet has none."""
-    found: dict[str, None] = {}
-    for resolved in await asyncio.gather(*map(_resolve, seeds)):
-        found.update(dict.fromkeys(resolved))
-    return list(found)[:_MAX_ADDRESSES]
+async def addresses(seeds: Sequence[str]) -> dict[str, str]:
+    """Return each address that the seeds stand for, with its seed; a name that is not known yet has none."""
+    found: dict[str, str] = {}
+    for seed, resolved in zip(seeds, await asyncio.gather(*map(_resolve, seeds)), strict=True):
+        for address in resolved:
+            found.setdefault(address, seed)
+    return dict(list(found.items())[:_MAX_ADDRESSES])
 
 
 async def own_address(listen: str) -> str:

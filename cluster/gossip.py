@@ -126,6 +126,7 @@ class Gossip:
         self._watchers: dict[str, tuple[Member, asyncio.Task[None]]] = {}
         self._looks: dict[str, bool] = {}  # under way, and whether there is a reason for another
         self._logged_s: dict[str, float] = {}
+        self._seed_by_address: dict[str, str] = {}
         self._own_addresses: set[str] = {me.address, me.name}
         self._is_joining = False
         self._is_closed = False
@@ -161,6 +162,13 @@ class Gossip:
         if origin.callee != name:
             return f"this node is {name}, and the call is for {origin.callee[:100] or 'nobody'}"
         return self._identity.objection(origin)
+
+    def host_at(self, address: str) -> str:
+        """Return the host name of whoever is at an address: a member, or a seed that is none yet."""
+        for member in self.swim.table:
+            if member.address == address:
+                return member.name.rpartition(":")[0]
+        return self._seed_by_address.get(address, address).rpartition(":")[0]
 
     def look_into(self, name: str) -> None:
         """Find out soon whether a member is alive: its host may refuse, or it is probed."""
@@ -391,7 +399,8 @@ class Gossip:
 
     async def _ask_seeds(self) -> bool:
         """Ask every seed that is no member; tell whether one is missing still."""
-        found = await discovery.addresses(self._foreign_seeds())
+        self._seed_by_address = await discovery.addresses(self._foreign_seeds())
+        found = list(self._seed_by_address)
         before = set(self._tasks)
         self.swim.join(self._strangers(found))
         self._do()

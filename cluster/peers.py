@@ -52,6 +52,19 @@ class Lane(Enum):
     CALLS = "calls"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsIdentity:
+    """With what nodes dial one another over TLS, all in PEM."""
+
+    certificate: bytes
+    private_key: bytes = field(repr=False)
+    authorities: bytes | None  # None: those that grpcio knows
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return it as grpcio wants it."""
+        return grpc.ssl_channel_credentials(self.authorities, self.private_key, self.certificate)
+
+
 class CallStats(Protocol):
     """Where the calls of one method are counted."""
 
@@ -74,12 +87,25 @@ class _Line:
 class Peers:
     """The other nodes by address."""
 
-    def __init__(self, trust: Trust, stats_by_method: Mapping[str, CallStats]) -> None:
+    def __init__(
+        self,
+        trust: Trust,
+        stats_by_method: Mapping[str, CallStats],
+        *,
+        server_name: Callable[[str], str] = lambda address: address.rpartition(":")[0],
+    ) -> None:
+        """`server_name` returns, over TLS, the name that an address's certificate must have."""
         self._trust = trust
         self._stats_by_method = stats_by_method
+        self._server_name = server_name
+        self._credentials: grpc.ChannelCredentials | None = None
         self._lines: dict[tuple[str, Lane], _Line] = {}
         self._is_closed = False
         self._closing: set[asyncio.Task[None]] = set()
+
+    def identify(self, identity: TlsIdentity) -> None:
+        """Open connections over TLS from now on, with this; those that are open stay."""
+        self._credentials = identity.credentials()
 
     async def call(self, address: str, method: str, body: bytes, *, timeout_s: float, lane: Lane) -> bytes:
         """Return a peer's answer.
@@ -130,10 +156,17 @@ class Peers:
         if line is None:
             if len(self._lines) >= _MAX_CHANNELS:
                 self.forget(next(iter(self._lines))[0])
-            channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-            line = _Line(channel, answered_s=time.monotonic())
+            line = _Line(self._channel(address), answered_s=time.monotonic())
             self._lines[address, lane] = line
         return line
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=_OPTIONS)
+        # Peers are dialled by address, and their certificates are for names.
+        name = self._server_name(address).strip("[]")
+        options = (*_OPTIONS, ("grpc.ssl_target_name_override", name))
+        return grpc.aio.secure_channel(address, self._credentials, options=options)
 
     def _callable(self, address: str, lane: Lane, method: str) -> Any:  # noqa: ANN401  # grpcio's own type is private
         line = self._line(address, lane)

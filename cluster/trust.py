@@ -4,7 +4,8 @@ A signature covers the method, the time, a nonce and the body, so that it cannot
 anything else; time-stamps outside a window of 30 s are refused, and nonces inside it are remembered.
 That is each node's own memory: a body says for which node it is where it could do harm at another.
 Messages on a stream are sealed: with what opened it, which is believed once, and their number on it.
-Without a secret only the own host is believed.
+Instead, a node may show a certificate with one of the names of nodes. Without a secret and without such
+names only the own host is believed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ _MAX_NONCES: Final = 2**19
 
 
 class Trust:
-    """Signs with the first secret, believes them all: two during a rotation."""
+    """Signs with the first secret, believes them all: two during a rotation; and certificates by name.
 
-    def __init__(self, secrets: Sequence[bytes]) -> None:
+    A name such as `*.nodes.example` stands for one label more.
+    """
+
+    def __init__(self, secrets: Sequence[bytes], certificate_names: Sequence[str] = ()) -> None:
+        self._names = certificate_names
         # Keyed once: that is half of the work on a short message.
         self._keyed = [hmac.new(secret, digestmod="sha256") for secret in secrets]
         # Two generations of a window each: a nonce is remembered for one to two windows.
@@ -38,9 +43,9 @@ class Trust:
         self._turned_ms = 0
 
     @property
-    def has_secret(self) -> bool:
+    def reaches_elsewhere(self) -> bool:
         """Whether peers may be elsewhere than on this host."""
-        return bool(self._keyed)
+        return bool(self._keyed or self._names)
 
     def sign(self, method: str, body: bytes, *, now_ms: int, nonce: bytes) -> str:
         """Return the metadata value for a call; empty without a secret."""
@@ -50,13 +55,19 @@ class Trust:
         mac = _mac(self._keyed[0], method, str(now_ms), nonce_text, body)
         return f"{_VERSION} {now_ms} {nonce_text} {mac}"
 
+    def knows(self, certificate_names: Sequence[str]) -> bool:
+        """Tell whether a certificate with these names is a node's, so that nothing need be signed."""
+        return any(_matches(pattern, name) for pattern in self._names for name in certificate_names)
+
     def check(self, signature: str | None, method: str, body: bytes, *, peer: str, now_ms: int) -> None:
-        """Return if the call is a peer's.
+        """Return if a call without a node's certificate is a peer's.
 
         Raises:
             Stranger: it is not; the text tells the operator of the calling node what to look at.
         """
         if not self._keyed:
+            if self._names:
+                raise Stranger("the caller's certificate has none of this cluster's -tls.peer-names")
             if not _is_loopback(peer):
                 raise Stranger("this node has no -cluster.secret and takes peers from its own host only")
             return
@@ -72,7 +83,10 @@ class Trust:
         self._remember(nonce, now_ms)
 
     def seals(self, opening: str) -> Seals:
-        """Return the seals of a stream that this signature opened; both ends make their own."""
+        """Return the seals of a stream that this signature opened; both ends make their own.
+
+        One that a certificate opened has none: `Seals([])`.
+        """
         return Seals([_begun(keyed, _SEAL, opening) for keyed in self._keyed])
 
     def _remember(self, nonce: str, now_ms: int) -> None:
@@ -149,3 +163,10 @@ def _is_loopback(peer: str) -> bool:
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return address.is_loopback
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if not pattern.startswith("*."):
+        return pattern.lower() == name.lower()
+    label, _, rest = name.partition(".")
+    return bool(label) and rest.lower() == pattern[2:].lower()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import ssl
 import sys
 import time
 import urllib.error
@@ -17,6 +18,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -25,11 +27,16 @@ from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
 from cluster.trust import METADATA_KEY, NONCE_BYTES, Trust
 from mnemosyned import config as configuration
-from mnemosyned.flags import node
+from mnemosyned.flags import FLAG_BY_NAME, boolean, node
+from mnemosyned.tls import TlsUnusable, client_context
 
 _TIMEOUT_S: Final = 5.0
 _SECRET_VARIABLES: Final = ("MNEMOSYNED_CLUSTER_SECRET", "MNEMOSYNED_CLUSTER_SECRET_FILE")
-_DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_TLS_FLAGS: Final = {
+    "tls.ca": "authorities that sign the nodes' certificates",
+    "tls.crt": "certificate to show, for leave",
+    "tls.key": "its private key",
+}
 
 Page = dict[str, Any]
 
@@ -72,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="form of the output (default: text)"
     )
+    tls = common.add_argument_group(
+        "TLS", "as the nodes' own flags and variables say; -tls.ca alone implies it"
+    )
+    for name, text in _TLS_FLAGS.items():
+        tls.add_argument(
+            f"-{name}", f"--{name}", dest=name, default=_environ(name), metavar="FILE", help=text
+        )
+    tls.add_argument("-tls", "--tls", action="store_true", help="use TLS")
     parser = argparse.ArgumentParser(
         "mnemosyned cluster",
         description="Look at a cluster, or leave it.",
@@ -98,6 +113,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _environ(name: str) -> str:
+    return os.environ.get(FLAG_BY_NAME[name].variable, "")
+
+
+def _context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return how to reach nodes; None: without TLS."""
+    authorities = getattr(arguments, "tls.ca")
+    try:
+        if not (arguments.tls or authorities or boolean(_environ("tls") or "false")):
+            return None
+    except ValueError as exc:
+        raise configuration.ConfigError(f"environment variable MNEMOSYNED_TLS: {exc}") from None
+    try:
+        return client_context(authorities)
+    except TlsUnusable as exc:
+        raise configuration.ConfigError(f"flag -tls.ca: {exc}") from None
+
+
 def _node(text: str) -> str:
     try:
         return node(text)
@@ -106,7 +139,7 @@ def _node(text: str) -> str:
 
 
 def _members(arguments: argparse.Namespace) -> Outcome:
-    page = _page(arguments.node)
+    page = _page(arguments.node, _context(arguments))
     rows = [
         (
             member["name"],
@@ -121,7 +154,7 @@ def _members(arguments: argparse.Namespace) -> Outcome:
 
 
 def _ring(arguments: argparse.Namespace) -> Outcome:
-    page = _page(arguments.node)
+    page = _page(arguments.node, _context(arguments))
     shares = {
         one["name"]: one["ring_share"] for one in page["members"] if one["name"] in page["ring"]["nodes"]
     }
@@ -135,15 +168,18 @@ def _whois(arguments: argparse.Namespace) -> Outcome:
     token = sys.stdin.readline().strip() if is_piped else arguments.token
     if not token:
         raise configuration.ConfigError("the token is empty")
-    page = _page(arguments.node, token=token)
+    page = _page(arguments.node, _context(arguments), token=token)
     return page, f"{page['owner']}\n", 0
 
 
 def _check(arguments: argparse.Namespace) -> Outcome:
-    asked = _page(arguments.node)
+    context = _context(arguments)
+    asked = _page(arguments.node, context)
     there = [one for one in asked["members"] if one["status"] not in {"dead", "left"}]
     with ThreadPoolExecutor(max_workers=16) as pool:
-        pages = list(pool.map(lambda one: _page_or_trouble(one["address"]), there))
+        # A certificate is for a name.
+        where = "address" if context is None else "name"
+        pages = list(pool.map(lambda one: _page_or_trouble(one[where], context), there))
     troubles = [f"{one['name']}: {one['status']}" for one in asked["members"] if one["status"] not in _WELL]
     for one, page in zip(there, pages, strict=True):
         troubles += [f"{one['name']}: {trouble}" for trouble in _troubles(page, asked)]
@@ -173,17 +209,18 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
     secrets = configuration.parse(flags, environ).cluster_secret
     trust = Trust([secret.encode() for secret in secrets])
-    name = _page(arguments.node)["node"]
-    _call_leave(arguments.node, name, trust)
+    name = _page(arguments.node, _context(arguments))["node"]
+    _call_leave(arguments, name, trust)
     return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
 
-def _call_leave(address: str, name: str, trust: Trust) -> None:
+def _call_leave(arguments: argparse.Namespace, name: str, trust: Trust) -> None:
+    address = arguments.node
     body = pb.LeaveRequest(node=name).SerializeToString()
     nonce = os.urandom(NONCE_BYTES)
     signature = trust.sign("Leave", body, now_ms=time.time_ns() // 1_000_000, nonce=nonce)
     metadata = ((METADATA_KEY, signature),) if signature else None
-    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    with _channel(arguments) as channel:
         leave: Any = channel.unary_unary(f"/{SERVICE_NAME}/Leave")
         try:
             leave(body, timeout=_TIMEOUT_S, metadata=metadata)
@@ -193,20 +230,37 @@ def _call_leave(address: str, name: str, trust: Trust) -> None:
             raise Unanswered(f"{address}: {reason.removeprefix('mnemosyned: ')}") from None
 
 
-def _page_or_trouble(address: str) -> Page | Unanswered:
+def _channel(arguments: argparse.Namespace) -> grpc.Channel:
+    options = (("grpc.enable_http_proxy", 0),)
+    if _context(arguments) is None:
+        return grpc.insecure_channel(arguments.node, options=options)
+    paths = [getattr(arguments, name) for name in ("tls.ca", "tls.key", "tls.crt")]
     try:
-        return _page(address)
+        pems = [Path(path).read_bytes() if path else None for path in paths]
+    except OSError as exc:
+        raise configuration.ConfigError(f"{exc.filename}: {exc.strerror}") from None
+    return grpc.secure_channel(arguments.node, grpc.ssl_channel_credentials(*pems), options=options)
+
+
+def _page_or_trouble(address: str, context: ssl.SSLContext | None) -> Page | Unanswered:
+    try:
+        return _page(address, context)
     except Unanswered as exc:
         return exc
 
 
-def _page(address: str, **query: str) -> Page:
+def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
     """Return what the operator's port of a node says of the cluster. Raises Unanswered."""
     host, _, port = address.rpartition(":")
     where = f"{host}:{int(port) + 1}"
-    url = f"http://{where}/debug/cluster?{urllib.parse.urlencode(query)}"
+    scheme = "http" if context is None else "https"
+    url = f"{scheme}://{where}/debug/cluster?{urllib.parse.urlencode(query)}"
+    # No proxy: it is a node that is asked.
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
     try:
-        with _DIRECT.open(url, timeout=_TIMEOUT_S) as response:
+        with direct.open(url, timeout=_TIMEOUT_S) as response:
             page: Page = json.load(response)
     except urllib.error.HTTPError as exc:
         exc.close()

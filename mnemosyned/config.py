@@ -73,6 +73,9 @@ class Config:
     tls: bool
     tls_crt: str
     tls_key: str
+    tls_ca: str
+    tls_client_auth: str
+    tls_peer_names: tuple[str, ...]
     tracing_agent_address: str
     check_config: bool
 
@@ -179,8 +182,6 @@ def _check_cluster(config: Config) -> None:
         raise ConfigError("flag -storage: memory is for a single node, and -cluster.seeds names others")
     if others and not config.cluster_listen:
         raise ConfigError("flag -cluster.seeds names others, who need -cluster.listen to dial this node")
-    if others and config.tls:
-        raise ConfigError("flag -tls: nodes of a cluster cannot dial one another over TLS yet")
     if len(config.cluster_secret) > MAX_SECRETS:
         raise ConfigError(f"flag -cluster.secret: more than {MAX_SECRETS} secrets; two are for a rotation")
 
@@ -203,16 +204,28 @@ def _secrets_in(path: str) -> tuple[str, ...]:
 
 
 def _check_tls(config: Config) -> None:
-    for name, path in (("tls.crt", config.tls_crt), ("tls.key", config.tls_key)):
+    files = {"tls.crt": config.tls_crt, "tls.key": config.tls_key, "tls.ca": config.tls_ca}
+    for name, path in files.items():
         if not config.tls and path:
             raise ConfigError(f"flag -{name} is given, and -tls is not")
-        if config.tls and not path:
+        if config.tls and not path and name != "tls.ca":
             raise ConfigError(f"flag -tls needs -{name}")
-        if config.tls:
+        if path:
             try:
                 Path(path).open("rb").close()
             except OSError as exc:
                 raise ConfigError(f"flag -{name}: {path}: {exc.strerror}") from None
+    _check_client_auth(config)
+
+
+def _check_client_auth(config: Config) -> None:
+    how = config.tls_client_auth
+    if how != "none" and not config.tls_ca:
+        raise ConfigError(f"flag -tls.client-auth: {how} needs -tls.ca, and that -tls")
+    if how == "optional" and config.grpc_engine == "grpcio":
+        raise ConfigError("flag -tls.client-auth: -grpc.engine=grpcio knows none and require only")
+    if config.tls_peer_names and how == "none":
+        raise ConfigError("flag -tls.peer-names: nodes show no certificate while -tls.client-auth is none")
 
 
 class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArgParse is untyped

@@ -29,12 +29,19 @@ from mnemosyned.config import Config
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.node import ClusterNode, NodeOptions, Sessions
 from mnemosyned.observe.cluster import ClusterCollector, page
-from mnemosyned.observe.metrics import CacheCollector, QueryMetrics, RpcCollector, UpkeepMetrics, new_registry
+from mnemosyned.observe.metrics import (
+    CacheCollector,
+    QueryMetrics,
+    RpcCollector,
+    UpkeepMetrics,
+    new_registry,
+    show_certificates_end,
+)
 from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
 from mnemosyned.ready import ReadySession
 from mnemosyned.rpc import reflection, session_manager
-from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, TlsFiles, host_port
+from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, host_port
 from mnemosyned.rpc.grpcio_engine import GrpcioEngine
 from mnemosyned.rpc.h2corn_engine import H2cornEngine
 from mnemosyned.rpc.health import SERVICE_NAME as HEALTH
@@ -49,6 +56,15 @@ from mnemosyned.storage.postgres import PostgresStore
 from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres_schema import Table
 from mnemosyned.storage.watch import StorageWatch
+from mnemosyned.tls import (
+    ClientAuth,
+    TlsFiles,
+    TlsMaterial,
+    TlsUnusable,
+    TlsWatch,
+    load_again,
+    operator_context,
+)
 from mnemosyned.touches import TouchWriter
 
 log = logging.getLogger(__name__)
@@ -117,6 +133,8 @@ class _Daemon:
             lost=self._upkeep.touches_lost,
             on_gone=self._cache.drop,
         )
+        self._tls = _new_tls_watch(config)
+        self._operator_tls = None if self._tls is None else operator_context(_tls_files(config))
         self._node = _new_node(config, self._store, self._clock, self._cache, self._touches)
         self._service = self._new_service(self._cache, _lifetimes(config))
         self._stop = asyncio.Event()
@@ -201,6 +219,7 @@ class _Daemon:
                 registry=self._registry,
                 readiness=self._readiness,
                 pages={} if self._node is None else {"/debug/cluster": partial(page, self._node)},
+                tls=self._operator_tls,
             )
         except ListenFailed as exc:
             raise StartFailed(str(exc)) from exc
@@ -208,8 +227,23 @@ class _Daemon:
             await engine.drain()
             address = host_port(config.host, operator_port)
             raise StartFailed(f"cannot listen on {address}: {exc.strerror}") from exc
+        if self._tls is not None:
+            await self._follow_tls(self._tls, engine)
         self._announce(port, operator.port)
         return operator, engine
+
+    async def _follow_tls(self, tls: TlsWatch, engine: Engine) -> None:
+        """Have everything that uses the TLS files take new ones."""
+        context = self._operator_tls
+        assert context is not None
+
+        async def reload_operator(_: TlsMaterial) -> None:
+            load_again(context, _tls_files(self._config))
+
+        tls.followers += [reload_operator, engine.reload_tls]
+        if self._node is not None:
+            await self._node.identify(tls.material)
+            tls.followers.append(self._node.identify)
 
     async def _open_and_keep_up(self, stop: asyncio.Event) -> None:
         """Open the storage and then do what must go on while calls are served."""
@@ -225,6 +259,8 @@ class _Daemon:
             if self._node is not None:
                 group.create_task(self._node.run())
             group.create_task(self._begin_to_serve())
+            if self._tls is not None:
+                group.create_task(self._tls.run())
             group.create_task(self._watch.run())
             group.create_task(self._touches.run(self._config.touch_interval_s))
             group.create_task(
@@ -268,6 +304,9 @@ class _Daemon:
         )
 
     def _register_collectors(self) -> None:
+        tls = self._tls
+        if tls is not None:
+            show_certificates_end(self._registry, lambda: tls.material.expires_at_s)
         self._registry.register(RpcCollector(self._table.stats()))
         if self._node is not None:
             self._registry.register(RpcCollector(self._node.client_stats.values(), side="client"))
@@ -280,7 +319,7 @@ class _Daemon:
         config = self._config
         where = {
             "grpc": host_port(config.host, port),
-            "operator": f"http://{host_port(config.host, operator_port)}",
+            "operator": f"http{'s' if config.tls else ''}://{host_port(config.host, operator_port)}",
             "storage": config.storage if self._embedded is None else str(self._embedded.directory),
         }
         log.info("serving", extra={"version": __version__, "engine": config.grpc_engine, **where})
@@ -336,6 +375,7 @@ def _new_node(
         seeds=[seed for seed in config.cluster_seeds if seed != config.cluster_listen],
         label=config.cluster_label,
         secrets=config.cluster_secret,
+        peer_names=config.tls_peer_names,
         max_message_bytes=config.grpc_max_message_bytes,
         cache_ttl_s=config.cache_ttl_s,
     )
@@ -364,8 +404,27 @@ def _engine_options(config: Config) -> EngineOptions:
         max_message_bytes=config.grpc_max_message_bytes,
         drain_timeout_s=config.drain_timeout_s,
         log_as_json=config.log_environment != "development",
-        tls=TlsFiles(certificate=config.tls_crt, private_key=config.tls_key) if config.tls else None,
+        tls=_tls_files(config) if config.tls else None,
     )
+
+
+def _tls_files(config: Config) -> TlsFiles:
+    return TlsFiles(
+        certificate=config.tls_crt,
+        private_key=config.tls_key,
+        authorities=config.tls_ca,
+        client_auth=ClientAuth(config.tls_client_auth),
+    )
+
+
+def _new_tls_watch(config: Config) -> TlsWatch | None:
+    if not config.tls:
+        return None
+    files = _tls_files(config)
+    try:
+        return TlsWatch(files, files.read())
+    except TlsUnusable as exc:
+        raise StartFailed(f"flag -tls: {exc}") from exc
 
 
 async def _keep_alive(embedded: EmbeddedPostgres) -> None:

@@ -37,15 +37,16 @@ class Flag:
     @property
     def is_boolean(self) -> bool:
         """Whether it may stand without a value."""
-        return self.parse is _boolean
+        return self.parse is boolean
 
     @property
     def is_list(self) -> bool:
         """Whether its values add up when it is repeated."""
-        return self.parse in (_nodes, secrets)
+        return self.parse in (_nodes, names, secrets)
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """Read a Go boolean. Raises ValueError."""
     if text in _TRUE:
         return True
     if text in _FALSE:
@@ -131,6 +132,15 @@ def secrets(text: str) -> tuple[str, ...]:
     return found
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Read names of hosts separated by commas. Raises ValueError."""
+    found = tuple(dict.fromkeys(part for part in (part.strip() for part in text.split(",")) if part))
+    for name in found:
+        if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_.:-]+", name):
+            raise ValueError(f"{name!r} is not a host name, or *. and a domain")
+    return found
+
+
 def _label(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text):
         raise ValueError(f"{text!r} is not a label of at most 63 letters, digits, dots, dashes, underscores")
@@ -162,7 +172,7 @@ FLAGS: Final = (
         "largest request accepted, in bytes or with KiB, MiB",
         "grpc_max_message_bytes",
     ),
-    Flag("grpc.debug", "false", _boolean, "very verbose gRPC logging", "grpc_debug"),
+    Flag("grpc.debug", "false", boolean, "very verbose gRPC logging", "grpc_debug"),
     Flag(
         "drain.timeout",
         "10s",
@@ -275,9 +285,30 @@ FLAGS: Final = (
         "log_environment",
     ),
     Flag("log.level", "info", _one_of(*_LEVELS), f"least level logged: {', '.join(_LEVELS)}", "log_level"),
-    Flag("tls", "false", _boolean, "serve gRPC over TLS", "tls"),
-    Flag("tls.crt", "", str, "PEM file of the certificate chain", "tls_crt"),
-    Flag("tls.key", "", str, "PEM file of the private key", "tls_key"),
+    Flag("tls", "false", boolean, "serve both ports, and dial other nodes, over TLS", "tls"),
+    Flag("tls.crt", "", str, "PEM file of this node's certificate chain", "tls_crt"),
+    Flag("tls.key", "", str, "PEM file of its private key", "tls_key"),
+    Flag(
+        "tls.ca",
+        "",
+        str,
+        "PEM file of the authorities that sign the certificates of clients and of other nodes",
+        "tls_ca",
+    ),
+    Flag(
+        "tls.client-auth",
+        "none",
+        _one_of("none", "optional", "require"),
+        "whether gRPC clients show a certificate: none, optional (not with grpcio) or require",
+        "tls_client_auth",
+    ),
+    Flag(
+        "tls.peer-names",
+        "",
+        names,
+        "names in the certificates of nodes, comma-separated, also *.domain; they then need no secret",
+        "tls_peer_names",
+    ),
     Flag(
         "tracing.agent.address",
         "",
@@ -285,7 +316,7 @@ FLAGS: Final = (
         "OTLP endpoint for traces, host:port or URL; needs the extra otel",
         "tracing_agent_address",
     ),
-    Flag("check-config", "false", _boolean, "check flags, environment and file, and exit", "check_config"),
+    Flag("check-config", "false", boolean, "check flags, environment and file, and exit", "check_config"),
 )
 FLAG_BY_NAME: Final = {flag.name: flag for flag in FLAGS}
 ACTIONS: Final = {

@@ -15,7 +15,7 @@ from cluster.errors import PeerSkipped
 from cluster.forward import Forwarder
 from cluster.gossip import Gossip, Identity
 from cluster.member import Member, Phase, State
-from cluster.peers import SERVICE_NAME, Peers
+from cluster.peers import SERVICE_NAME, Peers, TlsIdentity
 from cluster.trust import Trust
 from cluster.view import View, alone
 from mnemosyned.batcher import Batcher, BatchLimits
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mnemosyned.rpc.methods import Call, MethodTable
     from mnemosyned.service import SessionService
     from mnemosyned.storage.port import SessionStore
+    from mnemosyned.tls import TlsMaterial
     from mnemosyned.touches import TouchWriter
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class NodeOptions:
     seeds: Sequence[str]
     label: str
     secrets: Sequence[str]
+    peer_names: Sequence[str] = ()  # in the certificates of nodes
     max_message_bytes: int
     cache_ttl_s: float
 
@@ -79,8 +81,8 @@ class ClusterNode:
         self._options = options
         self._sessions = sessions
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
-        self.trust = Trust([secret.encode() for secret in options.secrets])
-        self._peers = Peers(self.trust, self.client_stats)
+        self.trust = Trust([secret.encode() for secret in options.secrets], options.peer_names)
+        self._peers = Peers(self.trust, self.client_stats, server_name=self._host_at)
         self.forwarder = Forwarder(
             self._peers,
             new_batches=PeerBatches,
@@ -92,6 +94,16 @@ class ClusterNode:
         self.gossip: Gossip | None = None
         self._service: PeerService | None = None
         self._sweep: asyncio.Task[None] | None = None
+
+    async def identify(self, material: TlsMaterial) -> None:
+        """Dial peers over TLS from now on, with this identity."""
+        self._peers.identify(
+            TlsIdentity(
+                certificate=material.certificate,
+                private_key=material.private_key,
+                authorities=material.authorities,
+            )
+        )
 
     def services(self, owned: SessionService, passing: SessionService) -> Services:
         """Return the services that routers choose between."""
@@ -115,7 +127,7 @@ class ClusterNode:
     async def run(self) -> None:
         """Join the cluster and stay in it, for ever; the storage is open."""
         options = self._options
-        if options.seeds and not self.trust.has_secret:
+        if options.seeds and not self.trust.reaches_elsewhere:
             log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
         identity = Identity(label=options.label, storage_fingerprint=await self._storage_fingerprint())
         me = Member(
@@ -158,6 +170,9 @@ class ClusterNode:
             for member in list(self.gossip.swim.table)
             if member.name != self._options.listen
         }
+
+    def _host_at(self, address: str) -> str:
+        return address.rpartition(":")[0] if self.gossip is None else self.gossip.host_at(address)
 
     def _joined(self) -> Gossip:
         if self.gossip is None:

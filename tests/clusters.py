@@ -40,9 +40,15 @@ class Cluster:
     """Daemons that are one another's seeds."""
 
     def __init__(
-        self, dsn: str, names: Sequence[str] | int, *flags: str, network: Network | None = None
+        self,
+        dsn: str,
+        names: Sequence[str] | int,
+        *flags: str,
+        network: Network | None = None,
+        secret: str = SECRET,
     ) -> None:
         """Start none yet; a number of names means loopback addresses."""
+        self.secret = secret
         self.dsn = dsn
         self.flags = flags
         self.names = (
@@ -58,9 +64,10 @@ class Cluster:
             daemon.serving()
 
     def launch(
-        self, name: str, *flags: str, seeds: Sequence[str] | None = None, secret: str = SECRET
+        self, name: str, *flags: str, seeds: Sequence[str] | None = None, secret: str | None = None
     ) -> Daemon:
         """Start one node without waiting for it."""
+        secret = self.secret if secret is None else secret
         host, _, port = name.rpartition(":")
         network = self._network
         daemon = Daemon(
@@ -70,7 +77,7 @@ class Cluster:
             "-postgres.pool.size=4",
             f"-cluster.listen={name}",
             f"-cluster.seeds={','.join(self.names if seeds is None else seeds)}",
-            f"-cluster.secret={secret}",
+            *([f"-cluster.secret={secret}"] if secret else []),
             *self.flags,
             *flags,
             prefix=() if network is None else network.inside(host),

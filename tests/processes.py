@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ class Daemon:
             text=True,
             env=clean | (environ or {}),
         )
+        self.context: ssl.SSLContext | None = None  # to ask the operator's port over TLS
         self.lines: list[str] = []
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -78,7 +80,7 @@ class Daemon:
     def http(self, path: str) -> tuple[int, str]:
         """Ask the operator's port."""
         try:
-            with urllib.request.urlopen(self.operator + path, timeout=5) as response:  # noqa: S310  # ours
+            with urllib.request.urlopen(self.operator + path, timeout=5, context=self.context) as response:  # noqa: S310  # ours
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as exc:
             with exc:

@@ -204,3 +204,13 @@ class UpkeepMetrics:
             "Extended expiries given up because too many waited for the storage.",
             registry=registry,
         )
+
+
+def show_certificates_end(registry: CollectorRegistry, ends_at_s: Callable[[], float]) -> None:
+    """Export when this node's certificate ends, seconds since the epoch."""
+    gauge = Gauge(
+        "mnemosyned_tls_certificate_end_timestamp_seconds",
+        "When the certificate that is served ends, seconds since the epoch.",
+        registry=registry,
+    )
+    gauge.set_function(ends_at_s)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
+from ssl import SSLContext
 from typing import Any, Final
 from urllib.parse import parse_qs
 
@@ -58,9 +59,12 @@ class OperatorServer:
         registry: CollectorRegistry,
         readiness: Callable[[], Readiness],
         pages: Mapping[str, Page] | None = None,
+        tls: SSLContext | None = None,
     ) -> OperatorServer:
         """Listen and serve; port 0 is any free one. Raises OSError."""
-        return cls(_Server((host, port), registry, readiness, pages or {}))
+        server = _Server((host, port), registry, readiness, pages or {})
+        server.tls = tls
+        return cls(server)
 
     def __init__(self, server: _Server) -> None:
         self._server = server
@@ -86,6 +90,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 64
+    tls: SSLContext | None = None
 
     def __init__(
         self,
@@ -119,6 +124,15 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._places.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401  # as inherited
+        if self.tls is None:
+            super().finish_request(request, client_address)
+            return
+        # On the request's own thread: a client that says nothing keeps nobody else waiting.
+        request.settimeout(_TIMEOUT_S)
+        with self.tls.wrap_socket(request, server_side=True) as encrypted:
+            super().finish_request(encrypted, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401, ARG002  # as inherited
         log.debug("operator_request_failed", extra={"peer": str(client_address)})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from mnemosyned.tls import TlsFiles, TlsMaterial
+
 # Metadata beyond this is refused; a token of 4,096 bytes travels in it.
 MAX_METADATA_BYTES: Final = 32 * 1024
 MAX_CONCURRENT_STREAMS: Final = 1024
@@ -12,14 +14,6 @@ MAX_CONCURRENT_STREAMS: Final = 1024
 
 class ListenFailed(Exception):
     """The address cannot be listened on; the text is for the operator."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsFiles:
-    """PEM files of the server's identity."""
-
-    certificate: str
-    private_key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +25,7 @@ class EngineOptions:
     max_message_bytes: int
     drain_timeout_s: float
     log_as_json: bool = False  # the engine's own lines on stderr
-    tls: TlsFiles | None = None
+    tls: TlsFiles | None = None  # they have been read once, and were good
 
     @property
     def address(self) -> str:
@@ -52,6 +46,14 @@ class Engine(Protocol):
 
         Raises:
             ListenFailed: the address is taken or not ours, or the TLS files are no good.
+        """
+        ...
+
+    async def reload_tls(self, material: TlsMaterial) -> None:
+        """Serve new connections with what the TLS files hold now; calls in flight go on as they are.
+
+        Raises:
+            TlsUnusable: the files have changed again meanwhile, and are no good.
         """
         ...
 

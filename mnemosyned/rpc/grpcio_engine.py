@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 
+from mnemosyned.certificates import names_of
 from mnemosyned.errors import MessageTooLarge, Unimplemented
 from mnemosyned.rpc.engine import (
     MAX_CONCURRENT_STREAMS,
     MAX_METADATA_BYTES,
     EngineOptions,
     ListenFailed,
-    TlsFiles,
 )
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
 from mnemosyned.session import NEVER_US
+from mnemosyned.tls import ClientAuth, TlsMaterial, TlsUnusable
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
 Context = Any
@@ -30,6 +30,7 @@ class GrpcioEngine:
 
     def __init__(self, table: MethodTable, options: EngineOptions) -> None:
         self._options = options
+        self._identity: grpc.ServerCertificateConfiguration | None = None
         self._server = grpc.aio.server(
             options=[
                 # Two daemons on one port would split its connections without a word.
@@ -50,15 +51,25 @@ class GrpcioEngine:
             if options.tls is None:
                 port = self._server.add_insecure_port(options.address)
             else:
-                port = self._server.add_secure_port(options.address, _credentials(options.tls))
-        except (RuntimeError, OSError) as exc:
+                port = self._server.add_secure_port(options.address, self._credentials(options.tls.read()))
+        except (RuntimeError, OSError, TlsUnusable) as exc:
             raise ListenFailed(f"cannot listen on {options.address}: {_reason(exc)}") from exc
         await self._server.start()
         return port
 
+    async def reload_tls(self, material: TlsMaterial) -> None:
+        """See Engine."""
+        self._identity = _identity(material)
+
     async def drain(self) -> None:
         """See Engine."""
         await self._server.stop(self._options.drain_timeout_s)
+
+    def _credentials(self, material: TlsMaterial) -> grpc.ServerCredentials:
+        self._identity = identity = _identity(material)
+        is_required = material.client_auth is ClientAuth.REQUIRE
+        # The second is asked at each handshake.
+        return grpc.dynamic_ssl_server_credentials(identity, lambda: self._identity or identity, is_required)
 
 
 class _GrpcioCall:
@@ -78,6 +89,11 @@ class _GrpcioCall:
     @property
     def not_after_us(self) -> int:
         return NEVER_US
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        (pem,) = self._context.auth_context().get("x509_pem_cert", (b"",))
+        return names_of(pem.decode()) if pem else ()
 
     def metadata(self, key: str) -> str | None:
         for name, value in self._context.invocation_metadata() or ():
@@ -168,9 +184,9 @@ async def _abort(context: Context, failure: Failure) -> NoReturn:
     raise AssertionError("abort returns never")
 
 
-def _credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    pair = (Path(files.private_key).read_bytes(), Path(files.certificate).read_bytes())
-    return grpc.ssl_server_credentials([pair])
+def _identity(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:
+    pair = (material.private_key, material.certificate)
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=material.authorities)
 
 
 def _reason(exc: Exception) -> str:

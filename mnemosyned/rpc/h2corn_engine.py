@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import h2corn
 
+from mnemosyned.certificates import names_of
 from mnemosyned.errors import MnemosyneError, Unimplemented
 from mnemosyned.rpc import frame
 from mnemosyned.rpc.engine import (
@@ -29,6 +30,7 @@ from mnemosyned.rpc.engine import (
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import ClientGone, MethodTable, StreamMethod, UnaryMethod
 from mnemosyned.session import NEVER_US
+from mnemosyned.tls import ClientAuth, TlsFiles, TlsMaterial, TlsUnusable
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +55,27 @@ _BODY_IDLE_S: Final = 60.0
 _RESPONSE_STALL_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 600.0
 _BACKLOG: Final = 1024
+_CERT_REQS: Final = {
+    ClientAuth.NONE: "none",
+    ClientAuth.OPTIONAL: "optional",
+    ClientAuth.REQUIRE: "required",
+}
 
 
 class H2cornEngine:
-    """Engine on h2corn."""
+    """Engine on h2corn.
+
+    A server of h2corn keeps the certificate it began with. New ones are served by another on the same
+    listener, while the former finishes its calls.
+    """
 
     def __init__(self, table: MethodTable, options: EngineOptions) -> None:
         self._table = table
         self._options = options
         self._listener: socket.socket | None = None
         self._server: h2corn.Server | None = None
-        self._serving: asyncio.Task[None] | None = None
+        # Owned by this engine until `drain`; the current server's, and those of former ones.
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> int:
         """See Engine."""
@@ -72,20 +84,29 @@ class H2cornEngine:
             self._listener = await _listener(self._options)
         except OSError as exc:
             raise ListenFailed(f"cannot listen on {address}: {exc.strerror or exc}") from exc
-        self._server = h2corn.Server(self._app, _config(self._options, self._listener.fileno()))
-        # Owned by this engine until `drain`.
-        self._serving = asyncio.create_task(self._server.serve())
         try:
-            await self._server.wait_started()
+            self._server = await self._serve(self._listener)
         except (OSError, ValueError) as exc:
-            await asyncio.gather(self._serving, return_exceptions=True)
             self._listener.close()
             raise ListenFailed(f"cannot listen on {address}: {exc}") from exc
         return int(self._listener.getsockname()[1])
 
+    async def reload_tls(self, material: TlsMaterial) -> None:
+        """See Engine."""
+        former = self._server
+        assert self._listener is not None
+        assert former is not None
+        try:
+            # It reads the files itself, which may have changed again.
+            self._server = await self._serve(self._listener)
+        except (OSError, ValueError) as exc:
+            raise TlsUnusable(str(exc)) from exc
+        former.shutdown()
+        log.debug("tls_generation", extra={"expires_at": round(material.expires_at_s)})
+
     async def drain(self) -> None:
         """See Engine."""
-        if self._server is None or self._serving is None or self._listener is None:
+        if self._server is None or self._listener is None:
             return
         self._server.shutdown()
         # h2corn keeps its copy open while it drains, and the kernel would go on accepting for it:
@@ -93,10 +114,15 @@ class H2cornEngine:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        try:
-            await self._serving
-        except RuntimeError as exc:
-            log.warning("drain_incomplete", extra={"error": str(exc)})
+        await asyncio.gather(*self._serving)
+
+    async def _serve(self, listener: socket.socket) -> h2corn.Server:
+        server = h2corn.Server(self._app, _config(self._options, listener.fileno()))
+        serving = asyncio.create_task(_served(server))
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
+        await server.wait_started()
+        return server
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = _H2cornCall(scope)
@@ -174,6 +200,16 @@ class H2cornEngine:
         await send({"type": "http.response.trailers", "headers": trailers})
 
 
+async def _served(server: h2corn.Server) -> None:
+    try:
+        await server.serve()
+    except RuntimeError as exc:
+        log.warning("drain_incomplete", extra={"error": str(exc)})
+    except (OSError, ValueError) as exc:
+        # `wait_started` has told it.
+        log.debug("not_started", extra={"error": str(exc)})
+
+
 async def _body(event: Event, receive: Receive, max_bytes: int) -> bytes:
     """Return the request's whole body, or its beginning when it is longer than any we take."""
     body = bytearray(event.get("body", b""))
@@ -238,6 +274,12 @@ class _H2cornCall:
     @property
     def not_after_us(self) -> int:
         return NEVER_US
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        tls = self._scope["extensions"].get("tls")
+        chain = tls["client_cert_chain"] if tls is not None else ()
+        return names_of(chain[0]) if chain else ()
 
     def metadata(self, key: str) -> str | None:
         value = self.header(key.encode())
@@ -318,6 +360,17 @@ def _config(options: EngineOptions, listener_fd: int) -> h2corn.Config:
         request_policies=(policy,),
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=options.drain_timeout_s,
-        certfile=None if options.tls is None else Path(options.tls.certificate),
-        keyfile=None if options.tls is None else Path(options.tls.private_key),
+        **_tls(options.tls),
     )
+
+
+def _tls(files: TlsFiles | None) -> dict[str, Any]:
+    if files is None:
+        return {}
+    asked = {} if files.client_auth is ClientAuth.NONE else {"ca_certs": Path(files.authorities)}
+    return {
+        "certfile": Path(files.certificate),
+        "keyfile": Path(files.private_key),
+        "cert_reqs": _CERT_REQS[files.client_auth],
+        **asked,
+    }

@@ -22,6 +22,11 @@ class Call(Protocol):
         """When, on the storage's clock, somebody else may begin to do this instead."""
         ...
 
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """The names in the caller's certificate, where it has shown one that an authority of ours signed."""
+        ...
+
     def metadata(self, key: str) -> str | None:
         """Return the value of a metadata key, if the caller sent one."""
         ...

@@ -15,7 +15,7 @@ from cluster.errors import MalformedPacket, Stranger
 from cluster.gossip import Gossip
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
-from cluster.trust import METADATA_KEY, Trust
+from cluster.trust import METADATA_KEY, Seals, Trust
 from mnemosyned.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -98,7 +98,7 @@ class PeerService:
     ) -> AsyncIterator[bytes]:
         opening = call.metadata(METADATA_KEY)
         _check(trust, opening, "Forward", b"", call)
-        seals = trust.seals(opening or "")
+        seals = Seals([]) if trust.knows(call.certificate_names) else trust.seals(opening or "")
         async for message in self._until_closed(messages):
             request = parsed(pb.ForwardRequest, message)
             with _refusing_strangers():
@@ -172,13 +172,16 @@ class PeerService:
 class _ForwardedCall:
     """Call of a client that came in elsewhere."""
 
-    __slots__ = ("_deadline_s", "_item", "not_after_us", "peer")
+    __slots__ = ("_deadline_s", "_item", "certificate_names", "not_after_us", "peer")
+
+    certificate_names: tuple[str, ...]  # the client showed one to the node that forwards, if at all
 
     def __init__(self, item: pb.Item, peer: str) -> None:
         self._item = item
         self._deadline_s = time.monotonic() + item.timeout_ms / _MS_PER_S
         self.peer = peer
         self.not_after_us = item.deadline_us - _CLOCK_ERROR_US
+        self.certificate_names = ()
 
     def metadata(self, key: str) -> str | None:
         if key not in {"request_id", "traceparent", "tracestate"}:
@@ -198,8 +201,9 @@ def _guarded(name: str, answer: UnaryAnswer, trust: Trust) -> UnaryAnswer:
 
 
 def _check(trust: Trust, signature: str | None, method: str, body: bytes, call: Call) -> None:
-    with _refusing_strangers():
-        trust.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
+    if not trust.knows(call.certificate_names):
+        with _refusing_strangers():
+            trust.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_without_a_secret_the_own_host_is_believed(peer: str) -> None:
     trust = Trust([])
 
     assert signed(trust) == ""
-    assert not trust.has_secret
+    assert not trust.reaches_elsewhere
     trust.check(None, "Forward", b"", peer=peer, now_ms=NOW_MS)
 
 
@@ -182,3 +182,27 @@ def test_without_a_secret_nothing_is_sealed() -> None:
 
     assert seals.seal(b"body") == b""
     seals.check(b"", b"body")
+
+
+NODES = Trust([SECRET], ["*.nodes.example", "one.example"])
+
+
+@pytest.mark.parametrize(
+    "names", [("one.example",), ("ONE.example",), ("web.example", "a.nodes.example"), ("a.NODES.example",)]
+)
+def test_a_certificate_with_a_nodes_name_is_known(names: tuple[str, ...]) -> None:
+    assert NODES.knows(names)
+    assert NODES.reaches_elsewhere
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("nodes.example",), (".nodes.example",), ("a.b.nodes.example",), ("*.example",), ("two.example",)],
+)
+def test_any_other_is_not(names: tuple[str, ...]) -> None:
+    assert not NODES.knows(names)
+
+
+def test_with_names_and_without_a_secret_nobody_else_is_believed() -> None:
+    with pytest.raises(Stranger, match="peer-names"):
+        Trust([], ["*.nodes.example"]).check(None, "Forward", b"", peer="127.0.0.1:1", now_ms=NOW_MS)

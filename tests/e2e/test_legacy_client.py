@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from processes import Daemon
 
 ENVIRONMENT = Path(__file__).parents[2] / ".cache" / f"legacy-client-{sys.version_info.minor}"
@@ -19,7 +20,13 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from mnemosynerpc import session_pb2 as pb, session_pb2_grpc
 
-stub = session_pb2_grpc.SessionManagerStub(grpc.insecure_channel(sys.argv[1]))
+address, authorities = sys.argv[1:]
+if authorities:
+    credentials = grpc.ssl_channel_credentials(open(authorities, "rb").read())
+    channel = grpc.secure_channel(address, credentials)
+else:
+    channel = grpc.insecure_channel(address)
+stub = session_pb2_grpc.SessionManagerStub(channel)
 new = pb.Session(subject_id="user:1", subject_client="web", refresh_token="r", bag={"k": "v"})
 started = stub.Start(pb.StartRequest(session=new)).session
 token = started.access_token
@@ -62,10 +69,16 @@ def legacy_python() -> str:
 @pytest.mark.timeout(180)
 @pytest.mark.xdist_group("legacy")
 @pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
-def test_the_whole_flow_passes(legacy_python: str, postgres_dsn: str, engine: str) -> None:
+@pytest.mark.parametrize("wire", ["plain", "tls"])
+def test_the_whole_flow_passes(
+    legacy_python: str, postgres_dsn: str, engine: str, wire: str, tmp_path: Path
+) -> None:
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with Daemon(f"-postgres.address={postgres_dsn}", f"-grpc.engine={engine}") as daemon:
-        command = [legacy_python, "-c", FLOW, daemon.serving().address]
+    authority = Authority(tmp_path)
+    flags = authority.flags("127.0.0.1") if wire == "tls" else []
+    with Daemon(f"-postgres.address={postgres_dsn}", f"-grpc.engine={engine}", *flags) as daemon:
+        authorities = str(authority.path) if wire == "tls" else ""
+        command = [legacy_python, "-c", FLOW, daemon.serving().address, authorities]
         run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environ)
 
     assert run.stdout == "the whole flow passed\n", run.stderr

@@ -150,6 +150,12 @@ def test_the_touch_interval_follows_the_ttl() -> None:
         ("-log.level=loud", "flag -log.level"),
         ("-tls", "flag -tls needs -tls.crt"),
         ("-tls.crt=x", "flag -tls.crt is given, and -tls is not"),
+        ("-tls.ca=x", "flag -tls.ca is given, and -tls is not"),
+        ("-tls.client-auth=maybe", "flag -tls.client-auth: 'maybe' is not one of none, optional, require"),
+        ("-tls.client-auth=require", "flag -tls.client-auth: require needs -tls.ca"),
+        ("-tls.peer-names=a b", "flag -tls.peer-names: 'a b' is not a host name"),
+        ("-tls.peer-names=a.*", "flag -tls.peer-names: 'a.*' is not a host name"),
+        ("-tls.peer-names=*.nodes", "nodes show no certificate while -tls.client-auth is none"),
         ("-stor=memory", "flag -stor is not known; did you mean -storage?"),
         ("--st=memory", "flag -st is not known"),
         ("-t", "flag -t is not known"),
@@ -209,7 +215,12 @@ def test_tls_needs_files_that_can_be_read(tmp_path: Path) -> None:
 
     assert "flag -tls.key" in missing
     assert "No such file" in missing
-    assert parse(["-tls", f"-tls.crt={certificate}", f"-tls.key={key}"], {}).tls
+    given = ["-tls", f"-tls.crt={certificate}", f"-tls.key={key}"]
+    assert parse(given, {}).tls
+    assert "flag -tls.ca: /nowhere: No such file" in complaint(*given, "-tls.ca=/nowhere")
+    mutual = [*given, f"-tls.ca={certificate}", "-tls.client-auth=optional", "-tls.peer-names=a.b,*.c"]
+    assert parse(mutual, {}).tls_peer_names == ("a.b", "*.c")
+    assert "knows none and require only" in complaint(*mutual, "-grpc.engine=grpcio")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from mnemosyned.observe.metrics import (
     RpcCollector,
     UpkeepMetrics,
     new_registry,
+    show_certificates_end,
 )
 from mnemosyned.storage.memory import MemoryStore
 
@@ -47,6 +48,7 @@ async def test_the_readmes_metrics_are_all_that_are_exported() -> None:
     registry = new_registry()
     QueryMetrics(registry)
     UpkeepMetrics(registry)
+    show_certificates_end(registry, lambda: 0.0)
     registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
     registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
     registry.register(CacheCollector(CacheCounters(), lambda: 0, lambda: 0))
