@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import random
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -306,13 +308,10 @@ async def until(is_met: Callable[[], bool], within_s: float = 15.0) -> float:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of which each next one, the operator's, is free too."""
+    """Return ports of which each next one, the operator's, is free too; each process of tests has its own."""
     found: list[int] = []
-    rng = random.Random()
     while len(found) < count:
-        port = rng.randrange(20_000, 32_000, 2)
-        if port in found:
-            continue
+        port = next(_ports)
         try:
             for number in (port, port + 1):
                 with socket.create_server(("127.0.0.1", number)):
@@ -321,3 +320,15 @@ def free_ports(count: int) -> list[int]:
             continue
         found.append(port)
     return found
+
+
+def _own_ports() -> Iterator[int]:
+    """Yield the even ports of this process's share again and again, from a random one on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw5").removeprefix("gw"))
+    share = range(20_000 + worker % 6 * 2_000, 22_000 + worker % 6 * 2_000, 2)
+    start = random.randrange(len(share))
+    for number in itertools.count(start):
+        yield share[number % len(share)]
+
+
+_ports = _own_ports()
