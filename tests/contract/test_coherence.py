@@ -26,7 +26,7 @@ from cluster.ring import Ring
 from cluster.view import View
 from mnemosyned import session
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.session import Abandonment
+from mnemosyned.session import Abandonment, NewSession, ValueChange
 from mnemosyned.storage.memory import MemoryStore
 
 
@@ -42,10 +42,29 @@ class HeldStore(MemoryStore):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.loads = 0
+        self.loses_next_answer = False
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         await self.may_abandon.wait()
-        return await super().abandon(endings)
+        ended = await super().abandon(endings)
+        await self._answer_of_a_write()
+        return ended
+
+    async def start(self, sessions: Sequence[NewSession]) -> list[session.Session | MnemosyneError]:
+        started = await super().start(sessions)
+        await self._answer_of_a_write()
+        return started
+
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+        changed = await super().set_values(changes)
+        await self._answer_of_a_write()
+        return changed
+
+    async def _answer_of_a_write(self) -> None:
+        """Keep back the next answer to a write, if so told, though it is done."""
+        if self.loses_next_answer:
+            self.loses_next_answer = False
+            await asyncio.sleep(1.0)
 
     async def load(self, tokens: Sequence[str]) -> list[session.Session | MnemosyneError]:
         loaded = await super().load(tokens)
@@ -199,3 +218,45 @@ async def test_a_copy_lives_from_when_it_was_asked_for(store: HeldStore) -> None
         await reading
 
         assert not (await node.stub.Exists(ExistsRequest(access_token=token))).value
+
+
+async def test_a_write_whose_answer_was_lost_counts_once(store: HeldStore) -> None:
+    async with peering(store) as one, peering(store, seeds=(one.address,)) as owner:
+        await until(lambda: len(one.node.view.ring.nodes) == len(owner.node.view.ring.nodes) == 2)
+        token = next(name for name in map(str, range(99)) if one.node.view.ring.owner(name) == owner.address)
+        new = StartRequest(session=Session(access_token=token, subject_id="s", bag={"a": "b"}))
+
+        async def repeated() -> bool:
+            """Whether the owner's answer to the last call came too late."""
+            was_late = one.node.forwarder.counters.by_outcome.pop((owner.address, "timeout"), 0) == 1
+            await until(lambda: one.node.forwarder._owners[owner.address].may_be_asked)
+            return was_late
+
+        store.loses_next_answer = True
+        started = (await one.stub.Start(new)).session
+        assert (started.access_token, dict(started.bag)) == (token, {"a": "b"})
+        assert await repeated()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await one.stub.Start(StartRequest(session=Session(access_token=token, subject_id="another")))
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+        store.loses_next_answer = True
+        change = SetValueRequest(access_token=token, key="k", value="v")
+        assert dict((await one.stub.SetValue(change)).bag) == {"a": "b", "k": "v"}
+        assert await repeated()
+        store.loses_next_answer = True
+        assert (await one.stub.Abandon(AbandonRequest(access_token=token))).value
+        assert await repeated()
+
+        assert await served(one, [token]) == []
+        assert await served(owner, [token]) == []
+
+
+async def test_a_token_in_use_is_refused_by_a_repeated_start_as_well(store: HeldStore, silent: str) -> None:
+    async with peering(store) as one:
+        ring = Ring([one.address, silent])
+        (token, *_) = (token for token in await start(one, 16) if ring.owner(token) == silent)
+        look_as(one, one.address, silent)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await one.stub.Start(StartRequest(session=Session(access_token=token, subject_id="another")))
+
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
