@@ -57,7 +57,7 @@ class Trust:
 
     def knows(self, certificate_names: Sequence[str]) -> bool:
         """Tell whether a certificate with these names is a node's, so that nothing need be signed."""
-        return any(_matches(pattern, name) for pattern in self._names for name in certificate_names)
+        return any(matches_name(pattern, name) for pattern in self._names for name in certificate_names)
 
     def check(self, signature: str | None, method: str, body: bytes, *, peer: str, now_ms: int) -> None:
         """Return if a call without a node's certificate is a peer's.
@@ -68,7 +68,8 @@ class Trust:
         if not self._keyed:
             if self._names:
                 raise Stranger("the caller's certificate has none of this cluster's -tls.peer-names")
-            if not _is_loopback(peer):
+            # grpcio writes [::1] in percent-encoding.
+            if not is_loopback(unquote(peer).rpartition(":")[0].strip("[]")):
                 raise Stranger("this node has no -cluster.secret and takes peers from its own host only")
             return
         version, sent_ms, nonce, mac = _parts(signature)
@@ -153,9 +154,10 @@ def _begun(keyed: hmac.HMAC, *words: str) -> hmac.HMAC:
     return mac
 
 
-def _is_loopback(peer: str) -> bool:
-    # grpcio writes [::1] in percent-encoding.
-    host = unquote(peer).rpartition(":")[0].strip("[]")
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this one by its address, or by the usual name."""
+    if host == "localhost":
+        return True
     try:
         address = ip_address(host)
     except ValueError:
@@ -165,7 +167,8 @@ def _is_loopback(peer: str) -> bool:
     return address.is_loopback
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches_name(pattern: str, name: str) -> bool:
+    """Tell whether a certificate's name is the pattern, or has one label more than its `*.domain`."""
     if not pattern.startswith("*."):
         return pattern.lower() == name.lower()
     label, _, rest = name.partition(".")

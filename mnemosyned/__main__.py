@@ -15,9 +15,11 @@ from mnemosyned.observe import logs
 
 
 def main() -> int:
-    """Run the daemon as the command line, the environment and the file say; or a command of `cluster`."""
+    """Run the daemon as the command line, the environment and the file say; or another command."""
     if sys.argv[1:2] == ["cluster"]:
         return cli.main(sys.argv[2:])
+    if sys.argv[1:2] == ["key"]:
+        return cli.make_key(sys.argv[2:])
     try:
         config = configuration.parse(sys.argv[1:], os.environ)
     except configuration.ConfigError as exc:

@@ -28,7 +28,9 @@ from cluster.peers import SERVICE_NAME
 from cluster.trust import METADATA_KEY, NONCE_BYTES, Trust
 from mnemosyned import config as configuration
 from mnemosyned.flags import FLAG_BY_NAME, boolean, node
-from mnemosyned.tls import TlsUnusable, client_context
+from mnemosyned.keys import MIN_KEY_LENGTH, Role, line_of, new_key
+from mnemosyned.reload import FilesUnusable
+from mnemosyned.tls import client_context
 
 _TIMEOUT_S: Final = 5.0
 _SECRET_VARIABLES: Final = ("MNEMOSYNED_CLUSTER_SECRET", "MNEMOSYNED_CLUSTER_SECRET_FILE")
@@ -58,6 +60,30 @@ def main(argv: Sequence[str]) -> int:
         return 2
     sys.stdout.write(json.dumps(content, indent=2) + "\n" if arguments.output == "json" else text)
     return int(exit_code)
+
+
+def make_key(argv: Sequence[str]) -> int:
+    """`mnemosyned key`: make an API key, or take one; print it and its line for -auth.keys."""
+    parser = argparse.ArgumentParser(
+        "mnemosyned key",
+        description="Make an API key for the file of -auth.keys, which keeps its hash alone.",
+        epilog="Callers send the key as metadata x-api-key. It is printed once and kept nowhere.",
+    )
+    words = [role.word for role in Role]
+    parser.add_argument("role", nargs="?", choices=words, default="session", help="default: session")
+    parser.add_argument(
+        "-", dest="is_given", action="store_true", help="hash the key on the standard input instead"
+    )
+    arguments = parser.parse_args(argv)
+    role = Role[arguments.role.upper()]
+    key = sys.stdin.readline().strip() if arguments.is_given else new_key()
+    if len(key) < MIN_KEY_LENGTH:
+        sys.stderr.write(f"mnemosyned: the key is shorter than {MIN_KEY_LENGTH} characters\n")
+        return 2
+    if not arguments.is_given:
+        sys.stdout.write(f"{key}\n")
+    sys.stdout.write(f"{line_of(key, role)}\n")
+    return 0
 
 
 # What `-o json` prints, what is printed otherwise, and the exit code.
@@ -127,7 +153,7 @@ def _context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
         raise configuration.ConfigError(f"environment variable MNEMOSYNED_TLS: {exc}") from None
     try:
         return client_context(authorities)
-    except TlsUnusable as exc:
+    except FilesUnusable as exc:
         raise configuration.ConfigError(f"flag -tls.ca: {exc}") from None
 
 

@@ -76,6 +76,7 @@ class Config:
     tls_ca: str
     tls_client_auth: str
     tls_peer_names: tuple[str, ...]
+    auth_keys: str
     tracing_agent_address: str
     check_config: bool
 

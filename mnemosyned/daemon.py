@@ -22,14 +22,17 @@ from prometheus_client import CollectorRegistry
 
 from cache.lru import Lru
 from cache.readthrough import ReadThrough
-from mnemosyned import __version__
+from cluster.trust import is_loopback
+from mnemosyned import __version__, keys
 from mnemosyned.cleanup import run_cleanup
 from mnemosyned.clock import StorageClock
 from mnemosyned.config import Config
 from mnemosyned.errors import MnemosyneError
+from mnemosyned.keys import Callers
 from mnemosyned.node import ClusterNode, NodeOptions, Sessions
 from mnemosyned.observe.cluster import ClusterCollector, page
 from mnemosyned.observe.metrics import (
+    AuthMetrics,
     CacheCollector,
     QueryMetrics,
     RpcCollector,
@@ -40,7 +43,9 @@ from mnemosyned.observe.metrics import (
 from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
 from mnemosyned.ready import ReadySession
+from mnemosyned.reload import FilesUnusable, FileWatch
 from mnemosyned.rpc import reflection, session_manager
+from mnemosyned.rpc.auth import guard
 from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, host_port
 from mnemosyned.rpc.grpcio_engine import GrpcioEngine
 from mnemosyned.rpc.h2corn_engine import H2cornEngine
@@ -60,10 +65,9 @@ from mnemosyned.tls import (
     ClientAuth,
     TlsFiles,
     TlsMaterial,
-    TlsUnusable,
-    TlsWatch,
     load_again,
     operator_context,
+    watch_tls,
 )
 from mnemosyned.touches import TouchWriter
 
@@ -134,6 +138,7 @@ class _Daemon:
             on_gone=self._cache.drop,
         )
         self._tls = _new_tls_watch(config)
+        self._keys = _new_keys_watch(config)
         self._operator_tls = None if self._tls is None else operator_context(_tls_files(config))
         self._node = _new_node(config, self._store, self._clock, self._cache, self._touches)
         self._service = self._new_service(self._cache, _lifetimes(config))
@@ -162,6 +167,9 @@ class _Daemon:
             session_manager.add_to(self._table, session_manager.Here(self._service))
         else:
             self._add_clustered_methods(self._node)
+        if self._keys is not None:
+            known = self._keys
+            guard(self._table, lambda: known.content, AuthMetrics(self._registry))
         self._health.add_to(self._table)
         reflection.add_to(self._table, _PUBLIC_SERVICES)
         if self._tracing is not None:
@@ -232,7 +240,7 @@ class _Daemon:
         self._announce(port, operator.port)
         return operator, engine
 
-    async def _follow_tls(self, tls: TlsWatch, engine: Engine) -> None:
+    async def _follow_tls(self, tls: FileWatch[TlsMaterial], engine: Engine) -> None:
         """Have everything that uses the TLS files take new ones."""
         context = self._operator_tls
         assert context is not None
@@ -242,7 +250,7 @@ class _Daemon:
 
         tls.followers += [reload_operator, engine.reload_tls]
         if self._node is not None:
-            await self._node.identify(tls.material)
+            await self._node.identify(tls.content)
             tls.followers.append(self._node.identify)
 
     async def _open_and_keep_up(self, stop: asyncio.Event) -> None:
@@ -259,8 +267,9 @@ class _Daemon:
             if self._node is not None:
                 group.create_task(self._node.run())
             group.create_task(self._begin_to_serve())
-            if self._tls is not None:
-                group.create_task(self._tls.run())
+            for files in (self._tls, self._keys):
+                if files is not None:
+                    group.create_task(files.run())
             group.create_task(self._watch.run())
             group.create_task(self._touches.run(self._config.touch_interval_s))
             group.create_task(
@@ -306,7 +315,7 @@ class _Daemon:
     def _register_collectors(self) -> None:
         tls = self._tls
         if tls is not None:
-            show_certificates_end(self._registry, lambda: tls.material.expires_at_s)
+            show_certificates_end(self._registry, lambda: tls.content.expires_at_s)
         self._registry.register(RpcCollector(self._table.stats()))
         if self._node is not None:
             self._registry.register(RpcCollector(self._node.client_stats.values(), side="client"))
@@ -323,6 +332,10 @@ class _Daemon:
             "storage": config.storage if self._embedded is None else str(self._embedded.directory),
         }
         log.info("serving", extra={"version": __version__, "engine": config.grpc_engine, **where})
+        if not (config.auth_keys or config.tls_client_auth == "require" or is_loopback(config.host)):
+            log.warning(
+                "anybody_may_call", extra={"host": config.host, "flags": "-auth.keys, -tls.client-auth"}
+            )
         if config.storage == "memory":
             log.warning("memory_storage_forgets_all_sessions_at_exit")
         if config.log_environment == "development":
@@ -417,14 +430,22 @@ def _tls_files(config: Config) -> TlsFiles:
     )
 
 
-def _new_tls_watch(config: Config) -> TlsWatch | None:
+def _new_tls_watch(config: Config) -> FileWatch[TlsMaterial] | None:
     if not config.tls:
         return None
-    files = _tls_files(config)
     try:
-        return TlsWatch(files, files.read())
-    except TlsUnusable as exc:
+        return watch_tls(_tls_files(config))
+    except FilesUnusable as exc:
         raise StartFailed(f"flag -tls: {exc}") from exc
+
+
+def _new_keys_watch(config: Config) -> FileWatch[Callers] | None:
+    if not config.auth_keys:
+        return None
+    try:
+        return FileWatch("keys", [config.auth_keys], partial(keys.read, config.auth_keys))
+    except FilesUnusable as exc:
+        raise StartFailed(f"flag -auth.keys: {exc}") from exc
 
 
 async def _keep_alive(embedded: EmbeddedPostgres) -> None:

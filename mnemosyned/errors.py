@@ -66,7 +66,11 @@ class Unimplemented(MnemosyneError):
 
 
 class Unauthenticated(MnemosyneError):
-    """The call is for peers only, and no peer has signed it."""
+    """The caller is nobody that may call: no peer, or none with a key or certificate that is known."""
+
+
+class PermissionDenied(MnemosyneError):
+    """The caller is known, and may not call this."""
 
 
 class NotOurCluster(MnemosyneError):

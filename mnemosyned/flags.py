@@ -310,6 +310,13 @@ FLAGS: Final = (
         "tls_peer_names",
     ),
     Flag(
+        "auth.keys",
+        "",
+        str,
+        "file of who may call, a line each: a role, and a key's hash or a certificate's name; empty: all may",
+        "auth_keys",
+    ),
+    Flag(
         "tracing.agent.address",
         "",
         str,
@@ -342,6 +349,7 @@ def help_text() -> str:
     lines = [
         "usage: mnemosyned [flags]",
         "       mnemosyned cluster members|ring|whois|check|leave [-help]",
+        "       mnemosyned key [-help]",
         "",
         "A flag takes one dash or two: -ttl 24m, --ttl=24m.",
         "",

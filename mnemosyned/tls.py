@@ -1,29 +1,14 @@
-"""The files that TLS needs, read together and checked before anything uses them.
-
-Whoever replaces them on disk need not restart the daemon: `TlsWatch` looks once a second.
-"""
+"""The files that TLS needs, read together and checked before anything uses them."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Final
 
 from mnemosyned.certificates import expires_at_s
-
-log = logging.getLogger(__name__)
-
-_PERIOD_S: Final = 1.0
-
-
-class TlsUnusable(Exception):
-    """The files are no good; the text tells the operator which, and why."""
+from mnemosyned.reload import FilesUnusable, FileWatch
 
 
 class ClientAuth(Enum):
@@ -47,7 +32,7 @@ class TlsFiles:
         """Return what the files hold now, checked.
 
         Raises:
-            TlsUnusable: one cannot be read or is no PEM file, or the key is not the certificate's.
+            FilesUnusable: one cannot be read or is no PEM file, or the key is not the certificate's.
         """
         _server_context(self)
         certificate = _bytes_of(self.certificate)
@@ -71,64 +56,30 @@ class TlsMaterial:
     expires_at_s: float
 
 
-class TlsWatch:
-    """Has new files served; whoever took the old ones is in `followers`, which raise TlsUnusable."""
-
-    def __init__(self, files: TlsFiles, material: TlsMaterial) -> None:
-        self.material = material
-        self.followers: list[Callable[[TlsMaterial], Awaitable[None]]] = []
-        self._files = files
-        self._seen = self._stamps()
-        self._complaint = ""
-
-    async def run(self) -> None:
-        """Look for changes, for ever. Files that are no good are tried again until they are."""
-        while True:
-            await asyncio.sleep(_PERIOD_S)
-            await self.look()
-
-    async def look(self) -> None:
-        """Have the files served if they have changed."""
-        stamps = self._stamps()
-        if stamps == self._seen:
-            return
-        try:
-            material = await asyncio.to_thread(self._files.read)
-            for follow in self.followers:
-                await follow(material)
-        except TlsUnusable as exc:
-            # Perhaps only one of them is there yet.
-            if str(exc) != self._complaint:
-                self._complaint = str(exc)
-                log.error("tls_reload_failed", extra={"error": str(exc)})
-            return
-        self._seen, self._complaint, self.material = stamps, "", material
-        log.info("tls_reloaded", extra={"expires_at": round(material.expires_at_s)})
-
-    def _stamps(self) -> Sequence[tuple[int, int, int] | None]:
-        files = self._files
-        return [_stamp(path) for path in (files.certificate, files.private_key, files.authorities)]
+def watch_tls(files: TlsFiles) -> FileWatch[TlsMaterial]:
+    """Return what the files hold, now and whenever they change. Raises FilesUnusable."""
+    return FileWatch("tls", (files.certificate, files.private_key, files.authorities), files.read)
 
 
 def operator_context(files: TlsFiles) -> ssl.SSLContext:
-    """Return the context of the operator's port, which asks nobody for a certificate. Raises TlsUnusable."""
+    """Return the context of the operator's port, which asks for no certificate. Raises FilesUnusable."""
     return _server_context(files)
 
 
 def load_again(context: ssl.SSLContext, files: TlsFiles) -> None:
-    """Serve new connections of a context with what the files hold now. Raises TlsUnusable."""
+    """Serve new connections of a context with what the files hold now. Raises FilesUnusable."""
     try:
         context.load_cert_chain(files.certificate, files.private_key, _no_password)
     except (OSError, ValueError) as exc:
-        raise TlsUnusable(f"{files.certificate}, {files.private_key}: {_reason(exc)}") from None
+        raise FilesUnusable(f"{files.certificate}, {files.private_key}: {_reason(exc)}") from None
 
 
 def client_context(authorities: str) -> ssl.SSLContext:
-    """Return a context that believes these authorities, or the system's if empty. Raises TlsUnusable."""
+    """Return a context that believes these authorities, or the system's if empty. Raises FilesUnusable."""
     try:
         return ssl.create_default_context(cafile=authorities or None)
     except OSError as exc:
-        raise TlsUnusable(f"{authorities}: {_reason(exc)}") from None
+        raise FilesUnusable(f"{authorities}: {_reason(exc)}") from None
 
 
 def _server_context(files: TlsFiles) -> ssl.SSLContext:
@@ -139,7 +90,7 @@ def _server_context(files: TlsFiles) -> ssl.SSLContext:
         try:
             context.load_verify_locations(files.authorities)
         except OSError as exc:
-            raise TlsUnusable(f"{files.authorities}: {_reason(exc)}") from None
+            raise FilesUnusable(f"{files.authorities}: {_reason(exc)}") from None
     return context
 
 
@@ -152,15 +103,7 @@ def _bytes_of(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as exc:
-        raise TlsUnusable(f"{path}: {_reason(exc)}") from None
-
-
-def _stamp(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)  # noqa: PTH116  # follows links, as a Kubernetes secret is made of
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        raise FilesUnusable(f"{path}: {_reason(exc)}") from None
 
 
 def _reason(exc: Exception) -> str:

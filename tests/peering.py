@@ -56,11 +56,16 @@ async def peering(
     secrets: tuple[str, ...] = (SECRET,),
     label: str = "",
     runs: bool = True,
+    prepare: Callable[[MethodTable], None] = lambda _: None,
 ) -> AsyncIterator[Peer]:
-    """Run a node until it has joined, lend it, and take it down again; without `runs` it does not join."""
+    """Run a node until it has joined, lend it, and take it down again; without `runs` it does not join.
+
+    `prepare` may change what clients are served.
+    """
     (port,) = free_ports(1)
     parts = _put_together(store, f"127.0.0.1:{port}", seeds, secrets, label)
     node = parts.node
+    prepare(parts.table)
     engine = ENGINES[engine_name](parts.table, replace(OPTIONS, port=port))
     await engine.start()
     running: list[asyncio.Task[None]] = []

@@ -206,6 +206,23 @@ class UpkeepMetrics:
         )
 
 
+class AuthMetrics:
+    """Calls refused for who made them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        refusals = Counter(
+            "mnemosyned_auth_refusals",
+            "Calls refused: no credential, an unknown key, or a role that does not suffice.",
+            ("reason",),
+            registry=registry,
+        )
+        self._by_reason = {reason: refusals.labels(reason) for reason in ("missing", "unknown", "role")}
+
+    def refused(self, reason: str) -> None:
+        """Count one: missing, unknown or role."""
+        self._by_reason[reason].inc()
+
+
 def show_certificates_end(registry: CollectorRegistry, ends_at_s: Callable[[], float]) -> None:
     """Export when this node's certificate ends, seconds since the epoch."""
     gauge = Gauge(

@@ -53,7 +53,7 @@ class Engine(Protocol):
         """Serve new connections with what the TLS files hold now; calls in flight go on as they are.
 
         Raises:
-            TlsUnusable: the files have changed again meanwhile, and are no good.
+            FilesUnusable: the files have changed again meanwhile, and are no good.
         """
         ...
 

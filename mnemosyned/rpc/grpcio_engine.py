@@ -10,6 +10,7 @@ import grpc
 
 from mnemosyned.certificates import names_of
 from mnemosyned.errors import MessageTooLarge, Unimplemented
+from mnemosyned.reload import FilesUnusable
 from mnemosyned.rpc.engine import (
     MAX_CONCURRENT_STREAMS,
     MAX_METADATA_BYTES,
@@ -19,7 +20,7 @@ from mnemosyned.rpc.engine import (
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import MethodTable, StreamMethod, UnaryMethod
 from mnemosyned.session import NEVER_US
-from mnemosyned.tls import ClientAuth, TlsMaterial, TlsUnusable
+from mnemosyned.tls import ClientAuth, TlsMaterial
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
 Context = Any
@@ -52,7 +53,7 @@ class GrpcioEngine:
                 port = self._server.add_insecure_port(options.address)
             else:
                 port = self._server.add_secure_port(options.address, self._credentials(options.tls.read()))
-        except (RuntimeError, OSError, TlsUnusable) as exc:
+        except (RuntimeError, OSError, FilesUnusable) as exc:
             raise ListenFailed(f"cannot listen on {options.address}: {_reason(exc)}") from exc
         await self._server.start()
         return port

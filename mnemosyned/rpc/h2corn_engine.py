@@ -19,6 +19,7 @@ import h2corn
 
 from mnemosyned.certificates import names_of
 from mnemosyned.errors import MnemosyneError, Unimplemented
+from mnemosyned.reload import FilesUnusable
 from mnemosyned.rpc import frame
 from mnemosyned.rpc.engine import (
     MAX_CONCURRENT_STREAMS,
@@ -30,7 +31,7 @@ from mnemosyned.rpc.engine import (
 from mnemosyned.rpc.invoke import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.rpc.methods import ClientGone, MethodTable, StreamMethod, UnaryMethod
 from mnemosyned.session import NEVER_US
-from mnemosyned.tls import ClientAuth, TlsFiles, TlsMaterial, TlsUnusable
+from mnemosyned.tls import ClientAuth, TlsFiles, TlsMaterial
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class H2cornEngine:
             # It reads the files itself, which may have changed again.
             self._server = await self._serve(self._listener)
         except (OSError, ValueError) as exc:
-            raise TlsUnusable(str(exc)) from exc
+            raise FilesUnusable(str(exc)) from exc
         former.shutdown()
         log.debug("tls_generation", extra={"expires_at": round(material.expires_at_s)})
 

@@ -23,6 +23,7 @@ _MAX_REQUEST_ID: Final = 200
 
 _CALLERS_FAULT: Final = frozenset({
     StatusCode.UNAUTHENTICATED,
+    StatusCode.PERMISSION_DENIED,
     StatusCode.FAILED_PRECONDITION,
     StatusCode.INVALID_ARGUMENT,
     StatusCode.NOT_FOUND,

@@ -15,6 +15,7 @@ from mnemosyned.errors import (
     MnemosyneError,
     NotOurCluster,
     Overloaded,
+    PermissionDenied,
     SessionAlreadyExists,
     SessionNotFound,
     StorageUnavailable,
@@ -35,6 +36,7 @@ GRPC_STATUS: Final[dict[type[MnemosyneError], StatusCode]] = {
     DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     Unimplemented: StatusCode.UNIMPLEMENTED,
     Unauthenticated: StatusCode.UNAUTHENTICATED,
+    PermissionDenied: StatusCode.PERMISSION_DENIED,
     NotOurCluster: StatusCode.FAILED_PRECONDITION,
     # As gRPC's own servers answer what they cannot parse.
     MalformedMessage: StatusCode.INTERNAL,

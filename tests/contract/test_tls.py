@@ -15,9 +15,10 @@ import pytest
 from certificates import Authority
 from serving import ENGINES, OPTIONS
 
+from mnemosyned.reload import FilesUnusable
 from mnemosyned.rpc.engine import Engine, ListenFailed
 from mnemosyned.rpc.methods import Call, MethodTable
-from mnemosyned.tls import ClientAuth, TlsFiles, TlsUnusable
+from mnemosyned.tls import ClientAuth, TlsFiles
 
 NAMES = "/test.Test/Names"
 SLOW = "/test.Test/Slow"
@@ -175,7 +176,7 @@ async def test_files_that_are_no_good_leave_what_is_served(authority: Authority,
         spoil(files)
         if engine_name == "h2corn":
             # It reads the files itself.
-            with pytest.raises(TlsUnusable):
+            with pytest.raises(FilesUnusable):
                 await server.engine.reload_tls(good)
 
         assert await server.names(authority.credentials()) == ""

@@ -132,6 +132,8 @@ async def test_no_call_fails_when_a_host_falls_silent(spread: Cluster, network: 
     loss = await scenarios.silence(cluster, network, cluster.names[3])
 
     assert not loss.outcome.failures, loss.outcome.report
+    # They listen where others could call them, and ask nobody who it is.
+    assert all("anybody_may_call" in daemon.log for daemon in cluster.daemons.values())
     assert loss.removed_s < 14.0
     assert loss.rejoined_s < 14.0
 

@@ -14,14 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mnemosyned.certificates import expires_at_s, names_of
+from mnemosyned.reload import FilesUnusable
 from mnemosyned.tls import (
     TlsFiles,
     TlsMaterial,
-    TlsUnusable,
-    TlsWatch,
     client_context,
     load_again,
     operator_context,
+    watch_tls,
 )
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_good_is_named(authority: Authority, damaged: str, con
     else:
         path.write_text(content)
 
-    with pytest.raises(TlsUnusable, match=path.name) as caught:
+    with pytest.raises(FilesUnusable, match=path.name) as caught:
         files.read()
     assert "\n" not in str(caught.value)
 
@@ -83,7 +83,7 @@ def test_a_key_must_be_the_certificates(authority: Authority) -> None:
     files, other = authority.files("a.example"), authority.files("b.example", at="other")
     mixed = TlsFiles(certificate=files.certificate, private_key=other.private_key)
 
-    with pytest.raises(TlsUnusable, match="key values mismatch"):
+    with pytest.raises(FilesUnusable, match="key values mismatch"):
         mixed.read()
 
 
@@ -97,7 +97,7 @@ def test_an_encrypted_key_is_refused_and_nobody_asked(tmp_path: Path, authority:
     )
     (tmp_path / "encrypted.pem").write_bytes(encrypted)
 
-    with pytest.raises(TlsUnusable, match="encrypted"):
+    with pytest.raises(FilesUnusable, match="encrypted"):
         TlsFiles(certificate=files.certificate, private_key=str(tmp_path / "encrypted.pem")).read()
 
 
@@ -118,13 +118,13 @@ class Follower:
 
     async def follow(self, material: TlsMaterial) -> None:
         if self.refuses:
-            raise TlsUnusable("not now")
+            raise FilesUnusable("not now")
         self.served.append(material)
 
 
 async def test_changed_files_are_served_once(authority: Authority) -> None:
     files = authority.files("a.example")
-    watch, follower = TlsWatch(files, files.read()), Follower()
+    watch, follower = watch_tls(files), Follower()
     watch.followers.append(follower.follow)
     await watch.look()
     assert follower.served == []
@@ -133,12 +133,12 @@ async def test_changed_files_are_served_once(authority: Authority) -> None:
         await watch.look()
 
     assert [names_of(one.certificate.decode()) for one in follower.served] == [("b.example",)]
-    assert watch.material == follower.served[0]
+    assert watch.content == follower.served[0]
 
 
 async def test_half_of_a_change_is_waited_for(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
     files = authority.files("a.example")
-    watch, follower = TlsWatch(files, files.read()), Follower()
+    watch, follower = watch_tls(files), Follower()
     watch.followers.append(follower.follow)
     old_key = content(files.private_key)
     authority.issue("b.example")
@@ -158,7 +158,7 @@ async def test_half_of_a_change_is_waited_for(authority: Authority, caplog: pyte
 
 async def test_what_a_follower_refuses_is_tried_again(authority: Authority) -> None:
     files = authority.files("a.example")
-    watch, follower = TlsWatch(files, files.read()), Follower()
+    watch, follower = watch_tls(files), Follower()
     watch.followers.append(follower.follow)
     authority.issue("b.example")
     follower.refuses = True
@@ -177,12 +177,12 @@ def test_the_operators_context_speaks_no_old_tls_and_takes_new_files(authority: 
 
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
     Path(files.certificate).write_text("nonsense")
-    with pytest.raises(TlsUnusable):
+    with pytest.raises(FilesUnusable):
         load_again(context, files)
 
 
 def test_a_client_believes_the_authorities_it_is_given(authority: Authority, tmp_path: Path) -> None:
     assert client_context(str(authority.path)).verify_mode == ssl.CERT_REQUIRED
     assert client_context("").verify_mode == ssl.CERT_REQUIRED
-    with pytest.raises(TlsUnusable, match="No such file"):
+    with pytest.raises(FilesUnusable, match="No such file"):
         client_context(str(tmp_path / "absent"))

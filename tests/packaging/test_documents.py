@@ -16,6 +16,7 @@ from mnemosyned.config import parse
 from mnemosyned.flags import flag_table
 from mnemosyned.observe.cluster import ClusterCollector
 from mnemosyned.observe.metrics import (
+    AuthMetrics,
     CacheCollector,
     MethodStats,
     QueryMetrics,
@@ -48,6 +49,7 @@ async def test_the_readmes_metrics_are_all_that_are_exported() -> None:
     registry = new_registry()
     QueryMetrics(registry)
     UpkeepMetrics(registry)
+    AuthMetrics(registry)
     show_certificates_end(registry, lambda: 0.0)
     registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
     registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
