@@ -112,7 +112,8 @@ def test_without_a_secret_the_own_host_is_believed(peer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "peer", ["192.0.2.1:4000", "[2001:db8::1]:4000", "[::ffff:192.0.2.1]:1", "unix:/run/x", "", "a.localhost:1"]
+    "peer",
+    ["192.0.2.1:4000", "[2001:db8::1]:4000", "[::ffff:192.0.2.1]:1", "unix:/run/x", "", "a.localhost:1"],
 )
 def test_without_a_secret_nobody_else_is(peer: str) -> None:
     with pytest.raises(Stranger, match="its own host only"):
