@@ -27,6 +27,7 @@ from mnemosyned.flags import (
     MAX_SECRETS,
     Flag,
     help_text,
+    postgres_address,
     secrets,
 )
 
@@ -63,7 +64,8 @@ class Config:
     log_environment: str
     log_level: str
     storage: str
-    postgres_address: str = field(repr=False)
+    postgres_address: str = field(repr=False)  # that of the file, if there is one
+    postgres_address_file: str
     postgres_table: str
     postgres_schema: str
     postgres_pool_size: int
@@ -104,6 +106,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     found = parser.parse_args(arguments, env_vars=dict(_own_variables(environ)))
     texts = {name: values for name, values in vars(found).items() if name != "config" and values}
     sources = _sources(arguments, environ)
+    if {"postgres.address", "postgres.address.file"} <= texts.keys():
+        raise ConfigError(f"{sources['postgres.address.file']}: -postgres.address is given as well")
     values = {flag.field: _value(flag, texts.get(flag.name), sources) for flag in FLAGS}
     return _checked(values)
 
@@ -169,6 +173,8 @@ def _checked(values: dict[str, Any]) -> Config:
     if not values["touch_interval_s"]:
         values["touch_interval_s"] = min(values["ttl_s"] / 10, _MAX_TOUCH_INTERVAL_S)
     values["cluster_secret"] += _secrets_in(values["cluster_secret_file"])
+    if values["postgres_address_file"]:
+        values["postgres_address"] = _address_in(values["postgres_address_file"])
     config = Config(**values)
     if config.touch_interval_s > config.ttl_s / 4:
         raise ConfigError("flag -touch.interval: more than a quarter of -ttl")
@@ -190,18 +196,31 @@ def _check_cluster(config: Config) -> None:
 def _secrets_in(path: str) -> tuple[str, ...]:
     if not path:
         return ()
+    words = _words_in("cluster.secret.file", path)
     try:
-        lines = Path(path).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise ConfigError(f"flag -cluster.secret.file: {path}: {reason}") from None
-    try:
-        found = secrets(",".join(lines))
+        found = secrets(",".join(words))
     except ValueError as exc:
         raise ConfigError(f"flag -cluster.secret.file: {path}: {exc}") from None
-    if not found:
-        raise ConfigError(f"flag -cluster.secret.file: {path}: it is empty")
     return found
+
+
+def _address_in(path: str) -> str:
+    words = _words_in("postgres.address.file", path)
+    try:
+        return postgres_address(" ".join(words))
+    except ValueError as exc:
+        raise ConfigError(f"flag -postgres.address.file: {path}: {exc}") from None
+
+
+def _words_in(flag: str, path: str) -> list[str]:
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigError(f"flag -{flag}: {path}: {reason}") from None
+    if not words:
+        raise ConfigError(f"flag -{flag}: {path}: it is empty")
+    return words
 
 
 def _check_tls(config: Config) -> None:

@@ -147,7 +147,8 @@ def _label(text: str) -> str:
     return text
 
 
-def _postgres_address(text: str) -> str:
+def postgres_address(text: str) -> str:
+    """Read the address of a PostgreSQL. Raises ValueError, whose text does not show it."""
     if not text.startswith(("postgres://", "postgresql://", "embedded:")):
         raise ValueError("it does not start with postgres://, postgresql:// or embedded:")
     return text
@@ -214,9 +215,16 @@ FLAGS: Final = (
     Flag(
         "postgres.address",
         "postgres://postgres:postgres@postgres/postgres?sslmode=disable",
-        _postgres_address,
+        postgres_address,
         "postgres:// URL; or embedded: for a private server, embedded:///dir with its data there",
         "postgres_address",
+    ),
+    Flag(
+        "postgres.address.file",
+        "",
+        str,
+        "file with the URL instead, such as a secret that is mounted",
+        "postgres_address_file",
     ),
     Flag("postgres.schema", "mnemosyne", _identifier, "schema of the table", "postgres_schema"),
     Flag("postgres.table", "session", _identifier, "table of the sessions", "postgres_table"),

@@ -297,3 +297,30 @@ def test_a_wrong_secret_file_is_named_and_never_shown(content: str, words: str, 
 
 def test_a_short_secret_is_refused_and_not_shown() -> None:
     assert "hunter2" not in complaint("-cluster.secret=hunter2")
+
+
+def test_the_address_of_the_storage_may_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "address"
+    file.write_text("postgres://u:hunter2@h/d\n")
+    config = parse([], {"MNEMOSYNED_POSTGRES_ADDRESS_FILE": str(file)})
+
+    assert config.postgres_address == "postgres://u:hunter2@h/d"
+    assert "hunter2" not in repr(config)
+    both = complaint(f"-postgres.address.file={file}", "-postgres.address=postgres://u:hunter2@h/d")
+    assert "-postgres.address is given as well" in both
+    assert "hunter2" not in both
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "it is empty"), ("mysql://u:hunter2@h", "does not start with"), ("hunter2", "does not start with")],
+)
+def test_a_wrong_file_with_an_address_is_named_and_never_shown(
+    content: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "address"
+    file.write_text(content)
+    text = complaint(f"-postgres.address.file={file}")
+
+    assert words in text
+    assert "hunter2" not in text
