@@ -7,7 +7,7 @@ SOURCES := mnemosyned cluster cache
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench drill simulate wheel lock clean
+.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench drill simulate fuzz wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill 
 
 simulate: $(VENV)/dev.stamp ## lose, let go and gain nodes of a simulated cluster of N, 1000 if not said
 	$(BIN)/python tests/bench/simulate.py -n $(or $(N),1000) $(ARGS)
+
+fuzz: $(VENV)/dev.stamp ## much random input: frames, bags, requests, packets; N tries each, 20000 if not said
+	FUZZ_EXAMPLES=$(or $(N),20000) $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
 
 wheel: $(VENV)/dev.stamp ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncpg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mnemosyned.storage.embedded import EmbeddedPostgres
 
 _numbers = itertools.count()
+
+# What is slow is told by the time-out of a test, not by its single examples.
+settings.register_profile("tests", deadline=None)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20000")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

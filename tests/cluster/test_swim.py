@@ -209,6 +209,7 @@ ANY_PACKETS = st.builds(
 )
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.tuples(ANY_PACKETS, st.floats(0.0, 5.0), st.booleans()), max_size=12))
 def test_nothing_that_the_network_sends_raises(packets: list[tuple[Packet, float, bool]]) -> None:
     one, now = swim(A, B, settings=Settings()), NOW_S

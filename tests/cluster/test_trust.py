@@ -133,6 +133,7 @@ def test_a_signature_of_another_release_is_refused() -> None:
         check(Trust([SECRET]), signed(Trust([SECRET])).replace("v1", "v2"))
 
 
+@pytest.mark.fuzz
 @given(st.text() | st.builds(" ".join, st.lists(st.text() | st.just("v1"), min_size=4, max_size=4)))
 def test_no_text_is_more_than_a_stranger_s(signature: str) -> None:
     with pytest.raises(Stranger):

@@ -51,6 +51,7 @@ def test_an_answer_may_be_none_or_a_refusal() -> None:
     assert wire.parse_response(wire.response(None, "another label")) == (None, "another label")
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200))
 @example(b"")
 def test_any_bytes_are_a_packet_or_malformed(body: bytes) -> None:

@@ -61,6 +61,7 @@ def test_a_damaged_gob_bag_is_refused_and_never_misread(_: dict[str, str], store
         bag.decode(whole + b"\0")
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=80))
 def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None:
     try:

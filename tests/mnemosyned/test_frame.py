@@ -91,6 +91,7 @@ def test_a_stream_that_ends_within_a_frame_is_refused() -> None:
         frames.end()
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200))
 def test_no_bytes_do_worse_than_be_refused(junk: bytes) -> None:
     frames = reader(b"gzip")
