@@ -40,6 +40,7 @@ lint: $(VENV)/dev.stamp ## style and likely mistakes
 	$(BIN)/bandit --quiet --severity-level medium --skip B608 --recursive $(SOURCES)
 	$(BIN)/shellcheck .ci/run
 	$(BIN)/buf lint
+	$(BIN)/hadolint deploy/Dockerfile
 
 type: $(VENV)/dev.stamp ## types
 	$(BIN)/mypy

@@ -1,0 +1,228 @@
+"""What is in deploy/: that its parts are valid, fit together, and start a daemon that takes its flags."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from certificates import Authority
+from clusters import free_ports
+from processes import Daemon
+
+from mnemosyned.config import Config, parse
+from mnemosyned.flags import FLAGS
+from mnemosyned.keys import Role, line_of, new_key
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+OVERLAYS = {
+    path.name: path
+    for path in [DEPLOY / "kubernetes" / "base", *(DEPLOY / "kubernetes" / "overlays").iterdir()]
+}
+VARIABLES = {flag.variable for flag in FLAGS}
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+def built(overlay: str) -> str:
+    command = ["kubectl", "kustomize", str(OVERLAYS[overlay])]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=50).stdout
+
+
+def resources(overlay: str) -> dict[str, dict[str, Any]]:
+    """By kind, and name where a kind has several."""
+    found = [one for one in yaml.safe_load_all(built(overlay)) if one]
+    return {one["kind"]: one for one in found} | {one["metadata"]["name"]: one for one in found}
+
+
+def container(overlay: str) -> dict[str, Any]:
+    (only,) = resources(overlay)["StatefulSet"]["spec"]["template"]["spec"]["containers"]
+    found: dict[str, Any] = only
+    return found
+
+
+def environment(overlay: str, **values: str) -> dict[str, str]:
+    """What the container's process sees, with what Kubernetes would put in."""
+    seen = {"POD_NAME": "mnemosyned-1", "POD_NAMESPACE": "ours"} | values
+    for one in container(overlay)["env"]:
+        if "value" in one:
+            seen[one["name"]] = re.sub(r"\$\((\w+)\)", lambda match: seen[match[1]], one["value"])
+    return seen
+
+
+def mounted(overlay: str, directory: Path) -> Config:
+    """The configuration that the container's environment makes, its secrets mounted in a directory."""
+    environ = environment(overlay)
+    for name, value in environ.items():
+        environ[name] = value.replace("/etc/mnemosyned", str(directory))
+    return parse([], environ)
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "cluster-secret").write_text("a-secret-for-these-tests-only\n")
+    (tmp_path / "secret" / "postgres-address").write_text("postgres://u:p@h/d\n")
+    authority = Authority(tmp_path / "tls")
+    files = authority.files("mnemosyned-peers.ours.svc", "*.mnemosyned-peers.ours.svc")
+    for name, path in (("tls.crt", files.certificate), ("tls.key", files.private_key)):
+        shutil.copy(path, tmp_path / "tls" / name)
+    shutil.copy(authority.path, tmp_path / "tls" / "ca.crt")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "keys").write_text(line_of(new_key(), Role.SESSION))
+    return tmp_path
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS))
+def test_the_manifests_are_what_kubernetes_takes(overlay: str, tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text(built(overlay))
+    command = [Path(sys.executable).parent / "kubernetes-validate", "--strict", tmp_path / "all.yaml"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=50)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_kubectl
+def test_the_environment_of_a_pod_makes_a_node_of_the_cluster(secrets: Path) -> None:
+    config = mounted("base", secrets)
+
+    assert config.cluster_listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8080"
+    assert config.cluster_seeds == ("mnemosyned-peers.ours.svc:8080",)
+    assert config.cluster_secret == ("a-secret-for-these-tests-only",)
+    assert config.postgres_address == "postgres://u:p@h/d"
+    assert not config.tls
+
+
+@needs_kubectl
+def test_in_production_nodes_and_callers_are_known_over_tls(secrets: Path) -> None:
+    config = mounted("production", secrets)
+
+    assert config.tls
+    assert config.tls_client_auth == "optional"
+    assert config.tls_peer_names == ("*.mnemosyned-peers.ours.svc",)
+    assert config.auth_keys == str(secrets / "keys" / "keys")
+    assert {
+        container("production")[f"{kind}Probe"]["httpGet"]["scheme"]
+        for kind in ("startup", "liveness", "readiness")
+    } == {"HTTPS"}
+
+
+@needs_kubectl
+def test_in_development_one_node_needs_nothing(secrets: Path) -> None:
+    found = resources("development")
+
+    assert mounted("development", secrets).storage == "memory"
+    assert found["StatefulSet"]["spec"]["replicas"] == 1
+    assert not found["StatefulSet"]["spec"]["template"]["spec"].get("volumes")
+    assert "PodDisruptionBudget" not in found
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS))
+def test_a_pod_may_do_little_and_has_time_to_drain(overlay: str) -> None:
+    spec = resources(overlay)["StatefulSet"]["spec"]["template"]["spec"]
+    security = container(overlay)["securityContext"]
+    (_, pause_s) = container(overlay)["lifecycle"]["preStop"]["exec"]["command"]
+
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    # Then -drain.timeout, twice if calls ignore it, and the last writes.
+    assert spec["terminationGracePeriodSeconds"] >= int(pause_s) + 2 * parse([], {}).drain_timeout_s + 5
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS))
+def test_each_selector_finds_the_pods(overlay: str) -> None:
+    found = resources(overlay)
+    labels = found["StatefulSet"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [
+        found["StatefulSet"]["spec"]["selector"]["matchLabels"],
+        found["mnemosyned-peers"]["spec"]["selector"],
+        found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        *[
+            found[kind]["spec"]["selector"]["matchLabels"]
+            for kind in ("PodDisruptionBudget",)
+            if kind in found
+        ],
+    ]
+
+    assert all(selector and selector.items() <= labels.items() for selector in selectors)
+    assert found["StatefulSet"]["spec"]["serviceName"] == "mnemosyned-peers"
+    # Whoever is let in by a label of its own need not have ours.
+    peers = found["NetworkPolicy"]["spec"]["ingress"][0]["from"]
+    assert {"podSelector": {"matchLabels": {"mnemosyned-client": "true"}}} in peers
+
+
+def test_every_variable_in_the_deployments_is_a_flags() -> None:
+    for path in [DEPLOY / "Dockerfile", *DEPLOY.rglob("*.yaml")]:
+        named = set(re.findall(r"\bMNEMOSYNED_[A-Z_]+\b", path.read_text())) - {
+            "MNEMOSYNED_CLUSTER_SECRET_FILE"
+        }
+        assert named <= VARIABLES, path
+
+
+def test_every_image_has_a_version() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
+    images = [one["image"] for one in compose["services"].values()]
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+
+    assert all(re.search(r":v?\d", image) for image in images)
+    assert re.search(r"^ARG PYTHON=\d+\.\d+\.\d+-slim", dockerfile, re.MULTILINE)
+
+
+def test_the_composed_nodes_are_one_cluster() -> None:
+    services = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())["services"]
+    configs = [parse([], services[f"node-{number}"]["environment"]) for number in (1, 2, 3)]
+    prometheus = yaml.safe_load((DEPLOY / "compose" / "prometheus.yaml").read_text())
+    (targets,) = prometheus["scrape_configs"][0]["static_configs"]
+
+    assert {config.cluster_listen for config in configs} == set(configs[0].cluster_seeds)
+    assert len({config.cluster_secret for config in configs}) == 1
+    assert len(targets["targets"]) == 3
+
+
+def test_all_that_the_image_copies_is_let_through_to_its_build() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = re.findall(r"^COPY (?!--)(.+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+
+    assert {f"!{name}" for line in copied for name in line.split()} == {
+        line for line in ignored if line.startswith("!")
+    }
+    assert all((ROOT / line[1:]).exists() for line in ignored if line.startswith("!"))
+
+
+@pytest.mark.parametrize("wire", ["plain", "tls"])
+def test_the_health_check_of_the_image_tells_whether_it_is_alive(wire: str, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    environ = {"MNEMOSYNED_PORT": str(port), "MNEMOSYNED_STORAGE": "memory"}
+    if wire == "tls":
+        files = Authority(tmp_path).files("localhost")
+        environ |= {
+            "MNEMOSYNED_TLS": "true",
+            "MNEMOSYNED_TLS_CRT": files.certificate,
+            "MNEMOSYNED_TLS_KEY": files.private_key,
+        }
+
+    def check() -> tuple[int, str]:
+        command = [sys.executable, "-m", "mnemosyned.alive"]
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=30, env=os.environ | environ
+        )
+        return done.returncode, done.stderr
+
+    with Daemon(f"-port={port}", environ=environ) as daemon:
+        daemon.serving()
+        assert check() == (0, "")
+    code, text = check()
+
+    assert code == 1
+    assert len(text.splitlines()) == 1
