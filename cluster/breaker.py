@@ -9,7 +9,7 @@ from typing import Final
 _TIMEOUTS_TO_OPEN: Final = 3
 _HALF_OPEN_S: Final = 1.0
 # Membership suspects a peer that answers nobody by then.
-_SLOW_S: Final = 2.0
+_LATELY_S: Final = 2.0
 
 
 class BreakerState(IntEnum):
@@ -30,7 +30,7 @@ class Breaker:
     def __init__(self) -> None:
         self._timeouts = 0
         self._opened_s = math.inf
-        self._slow_since_s = math.inf
+        self._lost_s = math.inf  # since when it has not been closed
         self.state = BreakerState.CLOSED
 
     @property
@@ -38,27 +38,27 @@ class Breaker:
         """Whether calls go through."""
         return self.state == BreakerState.CLOSED
 
-    def may_be_slow(self, *, now: float) -> bool:
-        """Whether it was opened by time-outs, and not long ago: the peer may answer yet, if late."""
-        return 0 <= now - self._slow_since_s < _SLOW_S
+    def may_answer_yet(self, *, now: float) -> bool:
+        """Whether the peer may only be slow, or back at once: it is closed, or has been until lately."""
+        return self.is_closed or now - self._lost_s < _LATELY_S
 
     def broke(self, *, now: float) -> None:
         """Take note of a connection that could not be made or ended."""
-        self._open(now)
-        self._slow_since_s = math.inf
+        if self.is_closed:
+            self._lost_s = now
+        self.state = BreakerState.OPEN
+        self._opened_s = now
 
     def timed_out(self, *, now: float) -> None:
         """Take note of a call without an answer."""
         self._timeouts += 1
-        if self._timeouts >= _TIMEOUTS_TO_OPEN:
-            if self.is_closed:
-                self._slow_since_s = now
-            self._open(now)
+        if not self.is_closed or self._timeouts >= _TIMEOUTS_TO_OPEN:
+            self.broke(now=now)
 
     def answered(self) -> None:
         """Take note of an answer, whatever it said."""
         self._timeouts = 0
-        self._opened_s = self._slow_since_s = math.inf
+        self._opened_s = self._lost_s = math.inf
         self.state = BreakerState.CLOSED
 
     def may_try(self, *, now: float) -> bool:
@@ -67,7 +67,3 @@ class Breaker:
             return False
         self.state = BreakerState.HALF_OPEN
         return True
-
-    def _open(self, now: float) -> None:
-        self.state = BreakerState.OPEN
-        self._opened_s = now

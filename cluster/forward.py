@@ -153,7 +153,7 @@ class Forwarder:
             # Their new owners may have read them before they changed here.
             self._changed.forget(before=time.monotonic() - self._remember_s)
             if self._changed:
-                self._spawn(self._hand_over(self._changed.tokens(), self._changed.is_everything))
+                self._hand_over(view)
 
     def changed(self, tokens: Iterable[str]) -> None:
         """Remember for a while what was changed or ended here, in case it gets another owner."""
@@ -211,15 +211,14 @@ class Forwarder:
             await asyncio.sleep(left_us / _US_PER_S)
 
     async def invalidate(self, tokens: Sequence[str]) -> None:
-        """Have the owners drop their copies; one that cannot be told now is told before it is asked again."""
+        """Have the owners drop their copies; one that cannot be told now is told before it is asked again.
+
+        Owners by former rings are owners too, while those may be routed by.
+        """
         view = self._view
-        if view is None or view.is_alone:
+        if view is None or (view.is_alone and not view.former):
             return
-        by_owner: dict[str, list[str]] = {}
-        for token in tokens:
-            name = view.ring.owner(token)
-            if name != view.me:
-                by_owner.setdefault(name, []).append(token)
+        by_owner = _by_owner(view, tokens)
         await asyncio.gather(*(self._invalidate(name, part, _TELL_S) for name, part in by_owner.items()))
 
     async def invalidate_everywhere(self, tokens: Sequence[str], *, time_left_s: float | None = None) -> None:
@@ -354,25 +353,36 @@ class Forwarder:
         else:
             owner.breaker.broke(now=time.monotonic())
 
-    async def _hand_over(self, tokens: Sequence[str], is_everything: bool) -> None:  # noqa: FBT001  # a fact
-        if not is_everything:
-            await self.invalidate(tokens)
-            return
-        names = [] if self._view is None else list(self._view.address_by_name)
-        await asyncio.gather(*(self._drop_all(name) for name in names))
+    def _hand_over(self, view: View) -> None:
+        """Have owners drop what changed here lately; they are asked nothing before they have."""
+        now = time.monotonic()
+        if self._changed.is_everything:
+            for name in view.address_by_name:
+                self._owner(name).untold.add_everything(now=now)
+            names = list(view.address_by_name)
+        else:
+            by_owner = _by_owner(view, self._changed.tokens())
+            for name, tokens in by_owner.items():
+                self._owner(name).untold.add(tokens, now=now)
+            names = list(by_owner)
+        for name in names:
+            self._spawn(self._tell_now(name))
 
-    async def _drop_all(self, name: str) -> None:
-        try:
-            await self._send_tokens(name, [], _TRY_S, is_everything=True)
-        except ClusterError as exc:
-            self._failed(name, self._owner(name), exc, _TRY_S)
+    async def _tell_now(self, name: str) -> None:
+        owner = self._owner(name)
+        if owner.breaker.may_answer_yet(now=time.monotonic()):
+            failure = await self._tell_again(name, owner)
+            if failure is not None:
+                self._failed(name, owner, failure, _TRY_S)
 
     async def _invalidate(self, name: str, tokens: Sequence[str], tell_s: float) -> None:
         owner = self._owner(name)
-        # One that is slow still serves its own callers, from copies.
-        if owner.breaker.is_closed or owner.breaker.may_be_slow(now=time.monotonic()):
+        # One that is slow, or that only this node has lost, still serves others, from copies.
+        if owner.breaker.may_answer_yet(now=time.monotonic()):
             failure = await self._told(name, owner, tokens, tell_s)
             if failure is None:
+                if owner.breaker.is_closed:
+                    owner.breaker.answered()
                 return
             if not isinstance(failure, PeerSkipped):
                 self._failed(name, owner, failure, tell_s)
@@ -439,6 +449,16 @@ async def _submitted(batches: Batches[Item, Result], item: Item, try_s: float) -
             raise
         # Not the caller was cancelled but the batch: the peer has left the cluster.
         return PeerUnreachable("it is no member any more")
+
+
+def _by_owner(view: View, tokens: Iterable[str]) -> dict[str, list[str]]:
+    """Sort tokens by the peers that own them, or have by a former ring."""
+    found: dict[str, list[str]] = {}
+    for token in tokens:
+        for name in {ring.owner(token): None for ring in (view.ring, *view.former)}:
+            if name in view.address_by_name:
+                found.setdefault(name, []).append(token)
+    return found
 
 
 def _item_bytes(item: pb.Item) -> int:

@@ -165,7 +165,7 @@ class Gossip:
 
     def host_at(self, address: str) -> str:
         """Return the host name of whoever is at an address: a member, or a seed that is none yet."""
-        for member in self.swim.table:
+        for member in self._others():
             if member.address == address:
                 return member.name.rpartition(":")[0]
         return self._seed_by_address.get(address, address).rpartition(":")[0]

@@ -36,6 +36,8 @@ _MAX_CHANNELS: Final = 512
 _SILENCE_S: Final = 0.9
 _DIAL_TIMEOUT_S: Final = 0.2
 _END_TIMEOUT_S: Final = 0.2
+# More than any call takes.
+_GRACE_S: Final = 2.0
 _REFUSALS: Final = frozenset({
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -104,8 +106,14 @@ class Peers:
         self._closing: set[asyncio.Task[None]] = set()
 
     def identify(self, identity: TlsIdentity) -> None:
-        """Open connections over TLS from now on, with this; those that are open stay."""
+        """Open connections over TLS from now on, with this.
+
+        A channel keeps what it was made with, also when it connects again: those that are open finish their
+        calls and close.
+        """
         self._credentials = identity.credentials()
+        for address, lane in list(self._lines):
+            self._hang_up(address, lane, grace_s=_GRACE_S)
 
     async def call(self, address: str, method: str, body: bytes, *, timeout_s: float, lane: Lane) -> bytes:
         """Return a peer's answer.
@@ -175,10 +183,10 @@ class Peers:
             found = line.callables[method] = line.channel.unary_unary(_path(method))
         return found
 
-    def _hang_up(self, address: str, lane: Lane) -> None:
+    def _hang_up(self, address: str, lane: Lane, *, grace_s: float | None = None) -> None:
         line = self._lines.pop((address, lane), None)
         if line is not None:
-            task = asyncio.create_task(line.channel.close())
+            task = asyncio.create_task(line.channel.close(grace_s))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 

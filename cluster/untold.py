@@ -32,8 +32,12 @@ class Untold:
             self._changed_s[token] = now
             self._changed_s.move_to_end(token)
         if len(self._changed_s) > self._max_tokens:
-            self._changed_s.clear()
-            self._all_changed_s = now
+            self.add_everything(now=now)
+
+    def add_everything(self, *, now: float) -> None:
+        """Remember that any session may have changed."""
+        self._changed_s.clear()
+        self._all_changed_s = now
 
     def forget(self, *, before: float) -> None:
         """Forget what changed before this: it has been told, or no copy is that old."""

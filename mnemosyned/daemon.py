@@ -65,7 +65,6 @@ from mnemosyned.tls import (
     ClientAuth,
     TlsFiles,
     TlsMaterial,
-    load_again,
     operator_context,
     watch_tls,
 )
@@ -139,7 +138,6 @@ class _Daemon:
         )
         self._tls = _new_tls_watch(config)
         self._keys = _new_keys_watch(config)
-        self._operator_tls = None if self._tls is None else operator_context(_tls_files(config))
         self._node = _new_node(config, self._store, self._clock, self._cache, self._touches)
         self._service = self._new_service(self._cache, _lifetimes(config))
         self._stop = asyncio.Event()
@@ -227,7 +225,7 @@ class _Daemon:
                 registry=self._registry,
                 readiness=self._readiness,
                 pages={} if self._node is None else {"/debug/cluster": partial(page, self._node)},
-                tls=self._operator_tls,
+                tls=None if self._tls is None else operator_context(_tls_files(config)),
             )
         except ListenFailed as exc:
             raise StartFailed(str(exc)) from exc
@@ -236,22 +234,22 @@ class _Daemon:
             address = host_port(config.host, operator_port)
             raise StartFailed(f"cannot listen on {address}: {exc.strerror}") from exc
         if self._tls is not None:
-            await self._follow_tls(self._tls, engine)
+            await self._follow_tls(self._tls, operator, engine)
         self._announce(port, operator.port)
         return operator, engine
 
-    async def _follow_tls(self, tls: FileWatch[TlsMaterial], engine: Engine) -> None:
+    async def _follow_tls(
+        self, watch: FileWatch[TlsMaterial], operator: OperatorServer, engine: Engine
+    ) -> None:
         """Have everything that uses the TLS files take new ones."""
-        context = self._operator_tls
-        assert context is not None
 
         async def reload_operator(_: TlsMaterial) -> None:
-            load_again(context, _tls_files(self._config))
+            operator.serve_tls(operator_context(_tls_files(self._config)))
 
-        tls.followers += [reload_operator, engine.reload_tls]
+        watch.followers += [reload_operator, engine.reload_tls]
         if self._node is not None:
-            await self._node.identify(tls.content)
-            tls.followers.append(self._node.identify)
+            await self._node.identify(watch.content)
+            watch.followers.append(self._node.identify)
 
     async def _open_and_keep_up(self, stop: asyncio.Event) -> None:
         """Open the storage and then do what must go on while calls are served."""

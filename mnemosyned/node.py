@@ -96,7 +96,7 @@ class ClusterNode:
         self._sweep: asyncio.Task[None] | None = None
 
     async def identify(self, material: TlsMaterial) -> None:
-        """Dial peers over TLS from now on, with this identity."""
+        """Dial peers over TLS from now on, with this identity, and have them dial this node anew."""
         self._peers.identify(
             TlsIdentity(
                 certificate=material.certificate,
@@ -104,6 +104,9 @@ class ClusterNode:
                 authorities=material.authorities,
             )
         )
+        if self._service is not None:
+            # Their connections end with the certificate, and calls under way with them.
+            self._service.end_streams()
 
     def services(self, owned: SessionService, passing: SessionService) -> Services:
         """Return the services that routers choose between."""

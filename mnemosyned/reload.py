@@ -38,7 +38,10 @@ class FileWatch(Generic[Content]):
         """Look for changes once a second, for ever."""
         while True:
             await asyncio.sleep(_PERIOD_S)
-            await self.look()
+            try:
+                await self.look()
+            except Exception as exc:  # the root of this work: what is served goes on
+                log.error("reload_failed", extra={"files": self._name}, exc_info=exc)
 
     async def look(self) -> None:
         """Have new files take effect, if they are there and good; else go on with the old."""

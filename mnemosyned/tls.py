@@ -36,12 +36,16 @@ class TlsFiles:
         """
         _server_context(self)
         certificate = _bytes_of(self.certificate)
+        try:
+            ends_at_s = expires_at_s(certificate)
+        except ValueError:
+            raise FilesUnusable(f"{self.certificate}: it does not begin with a certificate") from None
         return TlsMaterial(
             certificate=certificate,
             private_key=_bytes_of(self.private_key),
             authorities=_bytes_of(self.authorities) if self.authorities else None,
             client_auth=self.client_auth,
-            expires_at_s=expires_at_s(certificate),
+            expires_at_s=ends_at_s,
         )
 
 
@@ -66,14 +70,6 @@ def operator_context(files: TlsFiles) -> ssl.SSLContext:
     return _server_context(files)
 
 
-def load_again(context: ssl.SSLContext, files: TlsFiles) -> None:
-    """Serve new connections of a context with what the files hold now. Raises FilesUnusable."""
-    try:
-        context.load_cert_chain(files.certificate, files.private_key, _no_password)
-    except (OSError, ValueError) as exc:
-        raise FilesUnusable(f"{files.certificate}, {files.private_key}: {_reason(exc)}") from None
-
-
 def client_context(authorities: str) -> ssl.SSLContext:
     """Return a context that believes these authorities, or the system's if empty. Raises FilesUnusable."""
     try:
@@ -85,7 +81,10 @@ def client_context(authorities: str) -> ssl.SSLContext:
 def _server_context(files: TlsFiles) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_again(context, files)
+    try:
+        context.load_cert_chain(files.certificate, files.private_key, _no_password)
+    except (OSError, ValueError) as exc:
+        raise FilesUnusable(f"{files.certificate}, {files.private_key}: {_reason(exc)}") from None
     if files.authorities:
         try:
             context.load_verify_locations(files.authorities)

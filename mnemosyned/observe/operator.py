@@ -79,6 +79,10 @@ class OperatorServer:
         """The port listened on."""
         return int(self._server.server_address[1])
 
+    def serve_tls(self, context: SSLContext) -> None:
+        """Use this for connections from now on."""
+        self._server.tls = context
+
     def stop(self) -> None:
         """Stop listening; requests under way are left to their daemon threads."""
         self._server.shutdown()

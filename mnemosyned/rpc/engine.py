@@ -50,7 +50,7 @@ class Engine(Protocol):
         ...
 
     async def reload_tls(self, material: TlsMaterial) -> None:
-        """Serve new connections with what the TLS files hold now; calls in flight go on as they are.
+        """Serve new connections with what the TLS files hold now; calls in flight have the time of a drain.
 
         Raises:
             FilesUnusable: the files have changed again meanwhile, and are no good.

@@ -64,6 +64,7 @@ class PeerService:
         self._stop = stop
         self._waiting: set[asyncio.Task[Any]] = set()  # streams without a batch under way
         self._is_closed = False
+        self._rounds = 0  # of streams that were begun between two ends
 
     def add_to(self, table: MethodTable, trust: Trust, *, max_message_bytes: int) -> None:
         """Serve it to peers; `max_message_bytes` is a client's limit."""
@@ -84,6 +85,11 @@ class PeerService:
     def close(self) -> None:
         """End the streams of forwarded calls, each when its batch is answered."""
         self._is_closed = True
+        self.end_streams()
+
+    def end_streams(self) -> None:
+        """Have peers open new streams; those that are there end as by `close`."""
+        self._rounds += 1
         for task in self._waiting:
             task.cancel()
 
@@ -107,17 +113,17 @@ class PeerService:
             yield answer if isinstance(answer, bytes) else await answer
 
     async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        task = asyncio.current_task()
+        task, mine = asyncio.current_task(), self._rounds
         assert task is not None
-        while not self._is_closed:
+        while not self._is_closed and self._rounds == mine:
             self._waiting.add(task)
             try:
                 message = await anext(messages)
             except StopAsyncIteration:
                 return
             except asyncio.CancelledError:
-                # By `close`, unless the caller has gone as well.
-                if self._is_closed and not task.uncancel():
+                # By `end_streams`, unless the caller has gone as well.
+                if self._rounds != mine and not task.uncancel():
                     return
                 raise
             finally:

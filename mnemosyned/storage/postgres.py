@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import asyncpg
@@ -38,7 +39,7 @@ from mnemosyned.session import (
 )
 from mnemosyned.storage.port import Deletion, StorageRefused
 from mnemosyned.storage.postgres_pool import ITEM_FAULTS, REFUSALS, PostgresPool
-from mnemosyned.storage.postgres_queries import Queries
+from mnemosyned.storage.postgres_queries import Queries, Query
 from mnemosyned.storage.postgres_schema import Table, set_up
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# In each round at least one writer of a session succeeds: more than the nodes that could compete for it.
-_MAX_ROUNDS: Final = 32
+# Then rows are locked between reading and writing, for so long at the most.
+_QUICK_ROUNDS: Final = 4
+_LOCKED_MS: Final = 500
 
 
 class PostgresStore:
@@ -137,10 +139,12 @@ class PostgresStore:
         return [_text(row["access_token"]) for row in rows]
 
     async def _start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
-        # One statement may not meet a token twice: the first of a batch has it.
+        # One statement may not meet a token twice: the first of a batch has it, or who has the most time.
         first_by_token: dict[str, NewSession] = {}
         for new in sessions:
-            first_by_token.setdefault(new.access_token, new)
+            first = first_by_token.setdefault(new.access_token, new)
+            if new.not_after_us > first.not_after_us:
+                first_by_token[new.access_token] = new
         firsts = first_by_token.values()
         rows = await self._pool.fetch(
             self._queries.start,
@@ -168,19 +172,36 @@ class PostgresStore:
         """
         results: dict[int, dict[str, str] | MnemosyneError] = {}
         left = list(range(len(changes)))
-        for _ in range(_MAX_ROUNDS):
-            outcomes, written = await self._try_to_set([changes[at] for at in left])
+        for number in range(_QUICK_ROUNDS + 1):
+            try_to_set = self._try_to_set if number < _QUICK_ROUNDS else self._set_locked
+            outcomes, written = await try_to_set([changes[at] for at in left])
             for at, outcome in zip(left, outcomes, strict=True):
                 if outcome.after is None or outcome.token in written:
                     results[at] = outcome.result
             left = [at for at in left if at not in results]
             if not left:
                 break
-        return [results.get(at) or _contended() for at in range(len(changes))]
+        return [results.get(at) or _ended_meanwhile() for at in range(len(changes))]
 
     async def _try_to_set(self, changes: Sequence[ValueChange]) -> tuple[list[_Outcome], set[bytes]]:
-        tokens = _encoded({change.access_token for change in changes})
-        rows = await self._pool.fetch(self._queries.read_bags, tokens, passing=ITEM_FAULTS)
+        fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
+        return await self._read_and_write(changes, self._queries.read_bags, fetch)
+
+    async def _set_locked(self, changes: Sequence[ValueChange]) -> tuple[list[_Outcome], set[bytes]]:
+        """Set what others, nearer to the database, were quicker to change each time: in turn with them."""
+        pool = self._pool
+        async with pool.connection(passing=ITEM_FAULTS) as connection, connection.transaction():
+            await connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = {_LOCKED_MS}")
+            run = partial(pool.run, connection, passing=ITEM_FAULTS)
+            return await self._read_and_write(changes, self._queries.lock_bags, run)
+
+    async def _read_and_write(
+        self,
+        changes: Sequence[ValueChange],
+        reading: Query,
+        fetch: Callable[..., Awaitable[list[Record]]],
+    ) -> tuple[list[_Outcome], set[bytes]]:
+        rows = await fetch(reading, _encoded({change.access_token for change in changes}))
         before = {row["access_token"]: row for row in rows}
         outcomes = _with_values(changes, before)
         writes: dict[bytes, tuple[int, bytes, int]] = {}
@@ -193,7 +214,7 @@ class PostgresStore:
         if not writes:
             return outcomes, set()
         columns = map(list, zip(*writes.values(), strict=True))
-        rows = await self._pool.fetch(self._queries.write_bags, list(writes), *columns, passing=ITEM_FAULTS)
+        rows = await fetch(self._queries.write_bags, list(writes), *columns)
         return outcomes, {row["access_token"] for row in rows}
 
     async def _abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
@@ -311,8 +332,9 @@ def _with_value(change: ValueChange, token: bytes, bags: dict[bytes, bytes]) -> 
     return _Outcome(token, values, bags[token], change.not_after_us)
 
 
-def _contended() -> MnemosyneError:
-    return StorageUnavailable("mnemosyned: storage: others changed the session too often meanwhile")
+def _ended_meanwhile() -> MnemosyneError:
+    # Locked, a row can be written but for its time: it is past it, or so near that it makes no odds.
+    return DeadlineExceeded()
 
 
 async def _isolating(

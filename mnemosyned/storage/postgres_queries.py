@@ -34,6 +34,7 @@ class Queries:
         self.load = _load(table)
         self.exist = _exist(table)
         self.read_bags = _read_bags(table)
+        self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE")
         self.write_bags = _write_bags(table)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
@@ -69,7 +70,8 @@ class Queries:
 
 
 # A write that must not be done late looks at the clock when its row is locked: whoever does it instead
-# then waits for the lock, or comes first. Rows are looked at one by one, the fence (OFFSET 0) in front.
+# then waits for the lock, or comes first. A start has no row to lock and looks when it is its turn, row by
+# row, the fence (OFFSET 0) in front; who does it instead then meets its token.
 def _start(table: str) -> Query:
     return Query(
         "start",
@@ -112,12 +114,12 @@ def _exist(table: str) -> Query:
     )
 
 
-def _read_bags(table: str) -> Query:
+def _read_bags(table: str, locking: str = "") -> Query:
     return Query(
         "set_value_select",
         # The transaction that wrote a row tells its versions apart.
         f"SELECT access_token, bag, xmin AS version, clock_timestamp() AS now FROM {table} "
-        "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()",
+        f"WHERE access_token = ANY($1::bytea[]) AND expire_at > now() {locking}",
     )
 
 

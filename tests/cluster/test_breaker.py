@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from cluster.breaker import Breaker, BreakerState
 
 
@@ -56,26 +58,28 @@ def test_a_trial_that_succeeds_closes_it() -> None:
     assert breaker.is_closed
 
 
-def test_a_peer_that_timed_out_may_be_slow_for_a_while() -> None:
+def test_a_trial_that_times_out_is_followed_by_another() -> None:
     breaker = Breaker()
-    assert not breaker.may_be_slow(now=10.0)
-    for _ in range(3):
-        breaker.timed_out(now=10.0)
-    assert breaker.may_be_slow(now=11.0)
+    breaker.broke(now=10.0)
     assert breaker.may_try(now=11.0)
-    breaker.timed_out(now=11.5)
+    breaker.timed_out(now=11.25)
     assert breaker.state is BreakerState.OPEN
 
-    assert breaker.may_be_slow(now=11.9)
-    assert not breaker.may_be_slow(now=12.1)
+    assert breaker.may_try(now=12.25)
 
 
-def test_a_peer_whose_connection_broke_is_away_and_not_slow() -> None:
+@pytest.mark.parametrize("lose", ["broke", "timed_out"])
+def test_a_peer_that_was_lost_lately_may_answer_yet(lose: str) -> None:
     breaker = Breaker()
+    assert breaker.may_answer_yet(now=10.0)
     for _ in range(3):
-        breaker.timed_out(now=10.0)
-    breaker.broke(now=10.1)
+        getattr(breaker, lose)(now=10.0)
+    assert not breaker.is_closed
+    assert breaker.may_answer_yet(now=11.0)
+    assert breaker.may_try(now=11.0)
+    breaker.broke(now=11.5)
 
-    assert not breaker.may_be_slow(now=10.2)
+    assert breaker.may_answer_yet(now=11.9)
+    assert not breaker.may_answer_yet(now=12.0)
     breaker.answered()
-    assert not breaker.may_be_slow(now=10.2)
+    assert breaker.may_answer_yet(now=99.0)

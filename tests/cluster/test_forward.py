@@ -247,6 +247,60 @@ async def test_a_peer_that_is_slow_is_told_and_waited_for_though_it_is_not_asked
         assert peer.told == ["t"]
 
 
+async def test_a_peer_whose_connection_broke_is_told_all_the_same() -> None:
+    async with forwarding() as setup:
+        peer = setup.peers[B]
+        peer.fails_with = PeerUnreachable
+        with pytest.raises(PeerUnreachable):
+            await setup.ask()
+        # Only this node's connection had broken.
+        peer.fails_with = None
+        await setup.forwarder.invalidate_everywhere(["t"])
+
+        assert peer.told == ["t"]
+
+
+async def test_time_outs_are_counted_in_a_row() -> None:
+    async with forwarding() as setup:
+        peer = setup.peers[B]
+        for _ in range(5):
+            peer.is_slow = True
+            await setup.forwarder.invalidate_everywhere(["t"], time_left_s=0.2)
+            peer.is_slow = False
+            await setup.forwarder.invalidate_everywhere(["t"])
+
+        assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
+
+
+async def test_owners_by_former_rings_are_told_too() -> None:
+    async with forwarding() as setup:
+        former, token = Ring([ME, C]), owned_by(C, Ring([ME, C]))
+        for nodes in ((ME, B), (ME,)):
+            now = view(*nodes)
+            setup.forwarder.follow(
+                View(me=ME, ring=now.ring, address_by_name=now.address_by_name, former=(former,))
+            )
+            setup.peers[C].told.clear()
+            await setup.forwarder.invalidate([token])
+            assert setup.peers[C].told == [token]
+
+
+async def test_a_new_owner_that_cannot_be_told_is_asked_nothing_before_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.forward._MAX_CHANGED", 1)
+    async with forwarding() as setup:
+        setup.peers[B].is_slow = True
+        setup.forwarder.changed(["a", "b"])
+        setup.forwarder.follow(view(ME, B))
+        await asyncio.sleep(0)
+        with pytest.raises(PeerSkipped):
+            await setup.ask(B)
+        setup.peers[B].may_answer.set()
+
+        await until(lambda: setup.peers[B].drops_everything >= 1)
+
+
 async def test_a_change_older_than_any_copy_is_not_told() -> None:
     async with forwarding(remember_s=0.3) as setup:
         setup.peers[B].fails_with = PeerUnreachable

@@ -227,3 +227,17 @@ async def test_nothing_is_sent_after_the_end() -> None:
         assert called >= 1
         assert len(one.peers.called) == called
         assert timers() == []
+
+
+async def test_the_name_at_an_address_is_that_of_whoever_lives_there() -> None:
+    gone = OTHER._replace(name="former.example:1", address="10.0.0.5:1")
+    there = OTHER._replace(name="present.example:1", address="10.0.0.5:1")
+    async with gossiping("127.0.0.1:3") as one:
+        one.hear(Packet(Kind.SYNC, gone))
+        one.hear(Packet(Kind.GOSSIP, gone._replace(state=State.DEAD), target=ME.name))
+        one.hear(Packet(Kind.SYNC, there))
+        await until(lambda: one.peers.called != [])
+
+        assert one.host_at("10.0.0.5:1") == "present.example"
+        assert one.host_at("127.0.0.1:3") == "127.0.0.1"
+        assert one.host_at("10.0.0.9:1") == "10.0.0.9"

@@ -44,3 +44,12 @@ def test_everything_is_forgotten_in_its_time_too() -> None:
 
     assert not untold.is_everything
     assert untold.tokens() == ["c"]
+
+
+def test_everything_may_be_added_at_once() -> None:
+    untold = Untold(max_tokens=10)
+    untold.add(["a"], now=1.0)
+    untold.add_everything(now=2.0)
+
+    assert untold.is_everything
+    assert untold.tokens() == []

@@ -15,6 +15,8 @@ import pytest
 from certificates import Authority
 from serving import ENGINES, OPTIONS
 
+from cluster.peers import SERVICE_NAME, Lane, Peers, TlsIdentity
+from cluster.trust import Trust
 from mnemosyned.reload import FilesUnusable
 from mnemosyned.rpc.engine import Engine, ListenFailed
 from mnemosyned.rpc.methods import Call, MethodTable
@@ -41,7 +43,8 @@ class Server:
     def __init__(self, engine_name: str, files: TlsFiles) -> None:
         self.may_end = asyncio.Event()
         table = MethodTable()
-        table.add_unary("test.Test", "Names", lambda _, call: "|".join(call.certificate_names).encode())
+        for service, name in (("test.Test", "Names"), (SERVICE_NAME, "Gossip")):
+            table.add_unary(service, name, lambda _, call: "|".join(call.certificate_names).encode())
         table.add_unary("test.Test", "Slow", self._slow)
         self.stats = table.unary[SLOW].stats
         self.engine: Engine = ENGINES[engine_name](table, replace(OPTIONS, tls=files))
@@ -190,3 +193,48 @@ async def test_an_engine_does_not_start_on_files_that_are_no_good(
 
     with pytest.raises(ListenFailed):
         await Server(engine_name, files).engine.start()
+
+
+async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -> None:
+    """Authorities change in three steps: both are believed, then the new one signs, then it alone is."""
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    both = tmp_path / "both.pem"
+    spell(both, old.pem + new.pem)
+    files = replace(old.files("localhost", client_auth=ClientAuth.REQUIRE), authorities=str(both))
+    async with running("h2corn", files) as server:
+        peers = Peers(Trust([]), {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
+        address = f"127.0.0.1:{server.port}"
+
+        async def seen(identity: Authority, authorities: bytes) -> str:
+            directory = identity.issue(f"{identity.directory.name}.example", at="peer")
+            pem = {name: content(directory / f"{name}.pem") for name in ("crt", "key")}
+            peers.identify(
+                TlsIdentity(certificate=pem["crt"], private_key=pem["key"], authorities=authorities)
+            )
+            answer = await peers.call(address, "Gossip", b"", timeout_s=5, lane=Lane.GOSSIP)
+            return answer.decode()
+
+        assert await seen(old, old.pem) == "old.example"
+        assert await seen(old, content(both)) == "old.example"
+        renewed = new.issue("localhost", at="node")
+        spell(Path(files.certificate), content(renewed / "crt.pem"))
+        spell(Path(files.private_key), content(renewed / "key.pem"))
+        await server.engine.reload_tls(files.read())
+        assert await seen(new, new.pem) == "new.example"
+        await peers.close()
+
+
+class Uncounted:
+    def begin(self) -> None:
+        pass
+
+    def end(self, code: str, elapsed_s: float) -> None:
+        pass
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def spell(path: Path, pem: bytes) -> None:
+    path.write_bytes(pem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -142,6 +143,16 @@ async def test_writers_of_one_bag_on_many_connections_lose_nothing(store: Postgr
     assert bag.decode(loaded.bag) == {str(number): "v" for number in range(40)}
 
 
+async def test_of_two_equal_starts_the_one_with_time_left_is_done(store: PostgresStore) -> None:
+    late = NewSession(access_token="twice", subject_id="late", not_after_us=1)
+    results = await store.start([late, NewSession(access_token="twice", subject_id="in time")])
+    (loaded,) = await store.load(["twice"])
+
+    assert isinstance(results[1], Session)
+    assert isinstance(loaded, Session)
+    assert loaded.subject_id == "in time"
+
+
 async def test_a_row_that_another_holds_for_good_fails_alone(store: PostgresStore, postgres_dsn: str) -> None:
     changes = [ValueChange(access_token=token, key="k", value="v") for token in TOKENS]
     async with held(postgres_dsn, LOCKED):
@@ -149,3 +160,47 @@ async def test_a_row_that_another_holds_for_good_fails_alone(store: PostgresStor
 
     assert [isinstance(result, dict) for result in results] == [True, False, True]
     assert "locked by another writer" in str(results[1])
+
+
+async def test_a_writer_far_from_the_database_gets_its_turn(store: PostgresStore, postgres_dsn: str) -> None:
+    far = PostgresStore(
+        SlowPool(
+            PostgresOptions(dsn=postgres_dsn, pool_size=4, connect_timeout_s=5, statement_timeout_s=9),
+            QueryMetrics(CollectorRegistry()),
+        ),
+        Table(schema="mnemosyne", name="session"),
+        ttl_us=60_000_000,
+        touch_interval_us=6_000_000,
+    )
+    await far.open()
+    is_over = asyncio.Event()
+
+    async def write_near(key: str) -> int:
+        count = 0
+        while not is_over.is_set():
+            (result,) = await store.set_values([ValueChange(access_token="first", key=key, value=str(count))])
+            assert isinstance(result, dict)
+            count += 1
+        return count
+
+    near = [asyncio.create_task(write_near(key)) for key in ("a", "b")]
+    results = [
+        (await far.set_values([ValueChange(access_token="first", key="far", value=str(number))]))[0]
+        for number in range(10)
+    ]
+    is_over.set()
+    counts = await asyncio.gather(*near)
+    await far.close()
+    (loaded,) = await store.load(["first"])
+
+    assert all(isinstance(result, dict) for result in results), results
+    assert isinstance(loaded, Session)
+    assert bag.decode(loaded.bag) == {"far": "9", "a": str(counts[0] - 1), "b": str(counts[1] - 1)}
+
+
+class SlowPool(PostgresPool):
+    """A pool 5 ms away."""
+
+    async def run(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # as inherited
+        await asyncio.sleep(0.005)
+        return await super().run(*arguments, **options)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 import time
@@ -14,12 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mnemosyned.certificates import expires_at_s, names_of
-from mnemosyned.reload import FilesUnusable
+from mnemosyned.reload import FilesUnusable, FileWatch
 from mnemosyned.tls import (
     TlsFiles,
     TlsMaterial,
     client_context,
-    load_again,
     operator_context,
     watch_tls,
 )
@@ -169,16 +169,41 @@ async def test_what_a_follower_refuses_is_tried_again(authority: Authority) -> N
     assert len(follower.served) == 1
 
 
-def test_the_operators_context_speaks_no_old_tls_and_takes_new_files(authority: Authority) -> None:
-    files = authority.files("a.example")
-    context = operator_context(files)
-    authority.issue("b.example")
-    load_again(context, files)
+def test_the_operators_context_speaks_no_old_tls(authority: Authority) -> None:
+    assert operator_context(authority.files("a.example")).minimum_version == ssl.TLSVersion.TLSv1_2
 
-    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
-    Path(files.certificate).write_text("nonsense")
-    with pytest.raises(FilesUnusable):
-        load_again(context, files)
+
+def test_what_openssl_takes_and_we_cannot_read_is_named(authority: Authority) -> None:
+    files = authority.files("a.example")
+    path = Path(files.certificate)
+    path.write_text(path.read_text().replace("CERTIFICATE-----", "TRUSTED CERTIFICATE-----"))
+
+    with pytest.raises(FilesUnusable, match=r"crt\.pem"):
+        files.read()
+
+
+async def test_a_bug_in_a_reader_does_not_end_the_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnemosyned.reload._PERIOD_S", 0.01)
+    replace(str(tmp_path / "file"), b"1")
+    reads = []
+
+    def read() -> int:
+        reads.append(1)
+        if len(reads) == 2:
+            raise RuntimeError("a bug")
+        return len(reads)
+
+    watch = FileWatch("test", [str(tmp_path / "file")], read)
+    running = asyncio.create_task(watch.run())
+    replace(str(tmp_path / "file"), b"22")
+    async with asyncio.timeout(5):
+        while watch.content != 3:
+            await asyncio.sleep(0.01)
+    running.cancel()
+
+    assert "reload_failed" in [record.message for record in caplog.records]
 
 
 def test_a_client_believes_the_authorities_it_is_given(authority: Authority, tmp_path: Path) -> None:
