@@ -57,6 +57,7 @@ class Cluster:
             [f"127.0.0.1:{port}" for port in free_ports(names)] if isinstance(names, int) else list(names)
         )
         self.daemons: dict[str, Daemon] = {}
+        self.seeds: Sequence[str] = self.names
         self._network = network
 
     def start(self, names: Iterable[str] | None = None) -> None:
@@ -78,7 +79,7 @@ class Cluster:
             f"-postgres.address={self.dsn}",
             "-postgres.pool.size=4",
             f"-cluster.listen={name}",
-            f"-cluster.seeds={','.join(self.names if seeds is None else seeds)}",
+            f"-cluster.seeds={','.join(self.seeds if seeds is None else seeds)}",
             *([f"-cluster.secret={secret}"] if secret else []),
             *self.flags,
             *flags,

@@ -18,6 +18,10 @@ from typing import Self
 IS_POSSIBLE = os.geteuid() == 0 and shutil.which("nft") is not None and shutil.which("ip") is not None
 
 
+# A name with the address of each host, as a headless Service has.
+EVERYBODY = "everybody"
+
+
 class Network:
     """Hosts by name; each knows the names of all, as from DNS. This process has an address there too."""
 
@@ -102,6 +106,7 @@ class Network:
     def _write_hosts(self) -> None:
         hosts: Mapping[str, str] = {"localhost": "127.0.0.1"} | self.addresses
         lines = "".join(f"{address} {name}\n" for name, address in hosts.items())
+        lines += "".join(f"{address} {EVERYBODY}\n" for address in self.addresses.values())
         for name in self.addresses:
             self._directory(name).mkdir(parents=True, exist_ok=True)
             # In place: what runs there has this very file mounted.

@@ -60,6 +60,23 @@ async def restart_each(cluster: Cluster) -> Outcome:
     return load.outcome
 
 
+async def roll_out(cluster: Cluster, network: Network) -> Outcome:
+    """Replace each node, the last first, as a StatefulSet does: its name stays, its address does not.
+
+    Those are called that say they serve, as endpoints of a Service are.
+    """
+    async with Load(cluster.addresses(cluster.names), watches_health=True) as load:
+        await asyncio.sleep(0.5)
+        for name in reversed(cluster.names):
+            assert await asyncio.to_thread(cluster.daemons[name].stop) == 0
+            await asyncio.to_thread(network.move, name.partition(":")[0])
+            await asyncio.to_thread(cluster.launch(name).serving)
+            load.add(cluster.daemons[name].address)
+            await cluster.rings_equal(cluster.names)
+        await asyncio.sleep(0.5)
+    return load.outcome
+
+
 async def silence(cluster: Cluster, network: Network, name: str) -> Loss:
     """Cut a node's host off, while the others are called."""
     host = name.partition(":")[0]

@@ -15,7 +15,7 @@ import pytest
 import scenarios
 from clusters import SECRET, Cluster, until
 from mnemosynerpc.session_pb2 import AbandonRequest, DeleteRequest, GetRequest, Session, StartRequest
-from networks import IS_POSSIBLE, Network, Relay
+from networks import EVERYBODY, IS_POSSIBLE, Network, Relay
 from processes import Daemon
 
 from mnemosyned.storage.embedded import EmbeddedPostgres
@@ -156,6 +156,25 @@ async def test_a_node_is_found_under_its_new_address(spread: Cluster, network: N
     took_s = await scenarios.move(cluster, network, cluster.names[4])
 
     assert took_s < 10.0
+
+
+@needs_network
+async def test_no_call_fails_when_every_node_is_replaced_at_another_address(
+    spread: Cluster, network: Network
+) -> None:
+    cluster = spread
+    # As pods have it: one name for all, which is this node's own as well.
+    cluster.seeds = [f"{EVERYBODY}:7000"]
+    await started(cluster)
+    before = dict(network.addresses)
+    outcome = await scenarios.roll_out(cluster, network)
+
+    assert not outcome.failures, outcome.report
+    assert not before.items() & network.addresses.items()
+    members = {one["name"]: one for one in cluster.page(cluster.names[0])["members"]}
+    assert {name: one["address"] for name, one in members.items()} == {
+        name: f"{network.addresses[name.partition(':')[0]]}:7000" for name in cluster.names
+    }
 
 
 async def test_a_delete_on_one_node_ends_what_others_have_cached(make_cluster: MakeCluster) -> None:
