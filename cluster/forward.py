@@ -43,12 +43,12 @@ _TOKENS_A_CALL: Final = 1000
 _IDLE_STREAM_S: Final = 20.0
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _US_PER_S: Final = 1_000_000
+_MS_PER_S: Final = 1000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Sent_contra = TypeVar("Sent_contra", contravariant=True)
 Received_co = TypeVar("Received_co", covariant=True)
-_MS_PER_S: Final = 1000
 
 
 class Batches(Protocol[Sent_contra, Received_co]):

@@ -131,11 +131,16 @@ class Peers:
 
     def exchange(self, address: str) -> Exchange:
         """Open a stream of forwarded batches to a peer."""
-        channel = self._line(address, Lane.CALLS).channel
+        line = self._line(address, Lane.CALLS)
         opening = self._signature("Forward", b"")
-        call = channel.stream_stream(_path("Forward"))(metadata=_metadata(opening))
-        seals = self._trust.seals(opening)
-        return Exchange(address, call, seals, lambda: self._counted(address, Lane.CALLS, "Forward"))
+        call = line.channel.stream_stream(_path("Forward"))(metadata=_metadata(opening))
+        return Exchange(
+            address,
+            call,
+            self._trust.seals(opening),
+            is_current=lambda: self._lines.get((address, Lane.CALLS)) is line,
+            counted=lambda: self._counted(address, Lane.CALLS, "Forward"),
+        )
 
     async def watch(self, address: str, lost: Callable[[], None]) -> None:
         """Keep the gossip connection to a peer open, and tell each time that it is lost; for ever."""
@@ -240,18 +245,24 @@ class Exchange:
         address: str,
         call: Any,  # noqa: ANN401  # likewise
         seals: Seals,
+        *,
+        is_current: Callable[[], bool],
         counted: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`counted` counts what is awaited inside, and raises its failure as one of ours."""
+        """`is_current` tells whether the stream's channel is still in use, and not about to be closed.
+
+        `counted` counts what is awaited inside, and raises its failure as one of ours.
+        """
         self.address = address
         self._call = call
         self._seals = seals
+        self._is_current = is_current
         self._counted = counted
 
     @property
     def is_open(self) -> bool:
         """Whether the peer, as far as is known, waits for a batch."""
-        return not self._call.done()
+        return not self._call.done() and self._is_current()
 
     async def ask(self, batch: bytes, *, timeout_s: float) -> bytes:
         """Return the peer's answer to a serialized Batch; after a failure the stream is closed.

@@ -217,6 +217,7 @@ class _Daemon:
         config = self._config
         engine = _ENGINES[config.grpc_engine](self._table, _engine_options(config))
         try:
+            context = operator_context(_tls_files(config)) if config.tls else None
             port = await engine.start()
             operator_port = config.port and config.port + 1
             operator = OperatorServer.start(
@@ -225,9 +226,9 @@ class _Daemon:
                 registry=self._registry,
                 readiness=self._readiness,
                 pages={} if self._node is None else {"/debug/cluster": partial(page, self._node)},
-                tls=None if self._tls is None else operator_context(_tls_files(config)),
+                tls=context,
             )
-        except ListenFailed as exc:
+        except (ListenFailed, FilesUnusable) as exc:
             raise StartFailed(str(exc)) from exc
         except OSError as exc:
             await engine.drain()

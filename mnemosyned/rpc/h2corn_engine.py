@@ -122,7 +122,12 @@ class H2cornEngine:
         serving = asyncio.create_task(_served(server))
         self._serving.add(serving)
         serving.add_done_callback(self._serving.discard)
-        await server.wait_started()
+        try:
+            await server.wait_started()
+        except asyncio.CancelledError:
+            # The daemon stops while it reloads: nobody else knows of this one.
+            server.shutdown()
+            raise
         return server
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -165,6 +165,19 @@ async def test_a_stream_may_end_while_its_channel_is_closed(setup: Setup) -> Non
         await ending
 
 
+async def test_a_stream_is_not_used_again_when_its_channel_is_about_to_close(setup: Setup) -> None:
+    exchange = setup.peers.exchange(setup.address)
+    assert await exchange.ask(b"hello", timeout_s=5) == b"hello"
+    setup.peers._hang_up(setup.address, Lane.CALLS, grace_s=5.0)
+    assert not exchange.is_open
+    fresh = setup.peers.exchange(setup.address)
+
+    assert await fresh.ask(b"hello", timeout_s=5) == b"hello"
+    assert fresh.is_open
+    await exchange.end()
+    await fresh.end()
+
+
 async def test_each_loss_of_a_connection_is_told(setup: Setup) -> None:
     losses: list[None] = []
     watching = asyncio.create_task(setup.peers.watch(setup.address, lambda: losses.append(None)))
