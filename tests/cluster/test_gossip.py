@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from cluster import gossip as shell
 from cluster import wire
-from cluster.errors import MalformedPacket, PeerRefused, PeerUnreachable
+from cluster.errors import MalformedPacket, PeerRefused, PeerTimeout, PeerUnreachable
 from cluster.gossip import Gossip, Identity
 from cluster.member import Kind, Member, News, Packet, Phase, State
 from cluster.view import View
@@ -166,23 +165,49 @@ async def test_a_seed_that_is_no_name_keeps_nobody_from_joining(seed: str) -> No
         await until(lambda: one.view.is_active)
 
 
-async def test_a_refused_dial_is_evidence_and_a_member_is_looked_into_once_at_a_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        there = OTHER._replace(name=f"127.0.0.1:{port}", address=f"127.0.0.1:{port}")
-        async with gossiping() as one:
-            one.hear(Packet(Kind.SYNC, there))
-            one.look_into(there.name)
-            one.look_into(there.name)
-            assert one._looks == {there.name: True}
-            # Its connections ended before its port did.
-            await until(lambda: one._looks == {there.name: False} or not one._looks)
-            listener.close()
-            one.look_into(there.name)
-            await until(lambda: any(timed.event.news is News.DEAD for timed in one.events))
+async def test_another_sign_while_a_member_is_looked_into_leads_to_another_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dialled: list[str] = []
 
-            assert next(t.event for t in one.events if t.event.news is News.DEAD).evidence == "refused"
-            await until(lambda: not one._looks)
+    async with gossiping() as one:
+
+        async def is_refused(address: str) -> bool:
+            dialled.append(address)
+            if len(dialled) == 1:
+                # A process that ends may close its connections before its port.
+                one.look_into(OTHER.name)
+            return len(dialled) > 1
+
+        monkeypatch.setattr(shell, "is_refused", is_refused)
+        # Its answers get lost, which is no sign of a connection.
+        one.peers.fails_with = PeerTimeout("no answer in time")
+        one.hear(Packet(Kind.SYNC, OTHER))
+        one.look_into(OTHER.name)
+        await until(lambda: any(timed.event.news is News.DEAD for timed in one.events))
+
+        assert dialled == [OTHER.address] * 2
+        assert next(t.event for t in one.events if t.event.news is News.DEAD).evidence == "refused"
+        await until(lambda: not one._looks)
+
+
+async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dialled: list[str] = []
+
+    async def is_refused(address: str) -> bool:
+        dialled.append(address)
+        return False
+
+    monkeypatch.setattr(shell, "is_refused", is_refused)
+    async with gossiping() as one:
+        one.peers.fails_with = PeerTimeout("no answer in time")
+        one.hear(Packet(Kind.SYNC, OTHER))
+        one.look_into(OTHER.name)
+        await until(lambda: not one._looks)
+
+        assert dialled == [OTHER.address]
 
 
 async def test_strangers_and_the_gone_are_not_looked_into() -> None:

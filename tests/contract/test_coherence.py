@@ -102,10 +102,11 @@ async def served(peer: Peer, tokens: Sequence[str]) -> list[str]:
     return found
 
 
-def look_as(peer: Peer, *nodes: str) -> None:
-    """Have a node route by these nodes, whether or not they are there."""
-    others = {name: name for name in nodes if name != peer.address}
-    peer.node._follow(View(me=peer.address, ring=Ring(nodes), address_by_name=others))
+def look_as(peer: Peer, *nodes: str, others: Sequence[str] = (), former: Sequence[str] = ()) -> None:
+    """Have a node route by these nodes, whether or not they are there, and know others."""
+    addresses = {name: name for name in (*nodes, *others) if name != peer.address}
+    rings = (Ring(former),) if former else ()
+    peer.node._follow(View(me=peer.address, ring=Ring(nodes), address_by_name=addresses, former=rings))
 
 
 async def abandoning(peer: Peer, tokens: Sequence[str]) -> asyncio.Task[list[object]]:
@@ -138,6 +139,44 @@ async def test_a_write_that_ends_under_a_new_ring_is_told_to_the_new_owner(store
             assert moved
             assert await served(new, tokens) == []
             assert await served(old, tokens) == []
+
+
+async def test_while_rings_may_differ_a_write_is_told_to_every_node(store: HeldStore) -> None:
+    async with peering(store) as one, peering(store) as other:
+        tokens = await start(one, 3)
+        # Each holds itself for the owner, as after two clusters have found each other.
+        assert await served(other, tokens) == tokens
+        look_as(one, one.address, others=[other.address], former=[one.address])
+        for token in tokens:
+            await one.stub.Abandon(AbandonRequest(access_token=token))
+
+        assert await served(other, tokens) == []
+
+
+async def test_a_write_that_ends_under_another_view_is_told_to_every_node(store: HeldStore) -> None:
+    async with peering(store) as one, peering(store) as other:
+        tokens = await start(one, 3)
+        store.may_abandon.clear()
+        ending = await abandoning(one, tokens)
+        look_as(one, one.address, others=[other.address])
+        assert await served(other, tokens) == tokens
+        store.may_abandon.set()
+        await ending
+
+        assert await served(other, tokens) == []
+
+
+async def test_a_write_is_repeated_only_when_the_owners_time_for_it_is_over(store: HeldStore) -> None:
+    async with peering(store) as one:
+        gone = "127.0.0.1:9"
+        ring = Ring([one.address, gone])
+        (token, *_) = (token for token in await start(one, 16) if ring.owner(token) == gone)
+        look_as(one, one.address, gone)
+        began_s = time.monotonic()
+        await one.stub.SetValue(SetValueRequest(access_token=token, key="k", value="v"))
+
+        # Nobody listens there, which is known at once: but whether it had begun is not.
+        assert time.monotonic() - began_s >= 0.2
 
 
 async def test_a_write_past_the_cache_of_a_node_that_becomes_the_owner_ends_its_own_copy(
