@@ -118,6 +118,21 @@ class Daemon:
             self.end()
 
 
+def mnemosyned(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
+    """Run a command that ends by itself; return its exit code, output and complaints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mnemosyned", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=os.environ | environ,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
 def processes_on(directory: Path) -> list[int]:
     """Return the PostgreSQL servers that work in this directory."""
     found = []

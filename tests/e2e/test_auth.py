@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from mnemosynerpc.session_pb2 import DeleteRequest, GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
-from processes import Daemon
+from processes import Daemon, mnemosyned
 
 NEW = StartRequest(session=Session(subject_id="s"))
 OK, DENIED, UNKNOWN = (
@@ -25,16 +23,8 @@ OK, DENIED, UNKNOWN = (
 
 
 def make_key(*arguments: str, stdin: str = "") -> tuple[int, list[str], str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "mnemosyned", "key", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout.splitlines(), done.stderr
+    code, out, err = mnemosyned("key", *arguments, stdin=stdin)
+    return code, out.splitlines(), err
 
 
 def status(call: Callable[[], object]) -> grpc.StatusCode:

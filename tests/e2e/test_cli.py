@@ -10,27 +10,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from clusters import SECRET, Cluster, free_ports, until
-from processes import Daemon, wait_until_gone
+from processes import Daemon, mnemosyned, wait_until_gone
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "mnemosyned", "cluster", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        env=os.environ | environ,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+run = partial(mnemosyned, "cluster")
 
 
 @pytest.fixture

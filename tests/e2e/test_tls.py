@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,14 @@ from certificates import Authority
 from clusters import Cluster
 from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
-from processes import Daemon
+from processes import Daemon, mnemosyned
 
 from mnemosyned.certificates import expires_at_s, names_of
 
 pytestmark = pytest.mark.timeout(120)
 NEW = StartRequest(session=Session(subject_id="s"))
 NODE = "node.cluster.example"
+run = partial(mnemosyned, "cluster")
 
 
 @pytest.fixture
@@ -217,16 +216,3 @@ def test_the_operators_port_and_the_command_line_speak_tls(postgres_dsn: str, au
         assert (unknown[0], "peer-names" in unknown[2]) == (1, True)
         assert done[0] == 0
         assert cluster.daemons[cluster.names[1]].end() == 0
-
-
-def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "mnemosyned", "cluster", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        env=os.environ | environ,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
