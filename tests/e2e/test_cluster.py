@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -252,6 +254,20 @@ async def test_a_node_whose_seeds_are_away_serves_alone_and_joins_when_they_come
 
     await cluster.rings_equal(cluster.names)
     assert get(cluster.daemons[late], token).access_token == token
+
+
+async def test_a_node_is_not_ready_before_it_knows_whom_to_tell_of_writes(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(1)
+    (name,) = cluster.names
+    # A seed that takes connections and says nothing.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        daemon = cluster.launch(name, seeds=[f"127.0.0.1:{silent.getsockname()[1]}"])
+        await asyncio.to_thread(daemon.serving)
+        await until(lambda: daemon.http("/healthr")[0] == 200)
+        ready = datetime.now(tz=UTC)
+        gave_up = datetime.fromisoformat(daemon.wait_for("no_seed_answers")["ts"])
+
+    assert gave_up <= ready
 
 
 @pytest.mark.parametrize(
