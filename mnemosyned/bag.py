@@ -9,6 +9,7 @@ gob: https://pkg.go.dev/encoding/gob; the constants are those of Go's own encode
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -23,6 +24,43 @@ _GOB_TYPE: Final = bytes.fromhex("127f0401010342616701ff8000010c010c0000")
 _GOB_VALUE_TYPE_ID: Final = b"\xff\x80"
 _GOB_ONE_BYTE_LIMIT: Final = 0x80
 _GOB_MAX_UINT_BYTES: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BagLimits:
+    """What callers may put into one bag. What was stored before is read, and changed, as it is."""
+
+    entries: int = 10_000
+    key_bytes: int = 64 * 1024
+    value_bytes: int = MAX_BAG_BYTES
+
+    def checked(self, values: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the values of a new bag if they are within the limits.
+
+        Raises:
+            InvalidArgument: they are not.
+        """
+        if len(values) > self.entries:
+            raise too_many_entries(self.entries)
+        for key, value in values.items():
+            self.check(key, value)
+        return values
+
+    def check(self, key: str, value: str) -> None:
+        """Raise InvalidArgument if the key or the value is too long."""
+        _check_length("key", key, self.key_bytes)
+        _check_length("value", value, self.value_bytes)
+
+
+def too_many_entries(limit: int) -> InvalidArgument:
+    """Return the error for a bag with more entries than that."""
+    return InvalidArgument(f"mnemosyned: bag would have more than {limit} entries")
+
+
+def _check_length(what: str, text: str, max_bytes: int) -> None:
+    # A character takes four bytes at most, so that short texts need no encoding.
+    if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
+        raise InvalidArgument(f"mnemosyned: bag {what} is longer than {max_bytes} bytes")
 
 
 def encode(bag: Mapping[str, str]) -> bytes:
@@ -44,14 +82,16 @@ def decode(stored: bytes) -> dict[str, str]:
         raise CorruptBag("mnemosyned: storage: a bag is neither gob nor protobuf") from None
 
 
-def with_value(stored: bytes, key: str, value: str) -> tuple[dict[str, str], bytes]:
+def with_value(stored: bytes, key: str, value: str, *, max_entries: int) -> tuple[dict[str, str], bytes]:
     """Set one key; return the new bag and its stored form.
 
     Raises:
-        InvalidArgument: the new stored form would be over MAX_BAG_BYTES.
+        InvalidArgument: the new stored form would be over MAX_BAG_BYTES, or the key one too many.
         CorruptBag: see `decode`.
     """
     values = decode(stored)
+    if len(values) >= max_entries and key not in values:
+        raise too_many_entries(max_entries)
     values[key] = value
     return values, check_size(encode(values))
 

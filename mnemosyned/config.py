@@ -49,6 +49,8 @@ class Config:
     grpc_debug: bool
     grpc_engine: str
     grpc_max_message_bytes: int
+    grpc_max_streams: int
+    grpc_max_connections: int
     drain_timeout_s: float
     cluster_listen: str
     cluster_seeds: tuple[str, ...]
@@ -61,6 +63,9 @@ class Config:
     cache_size: int
     cache_bytes: int
     cache_ttl_s: float
+    bag_max_entries: int
+    bag_max_key_bytes: int
+    bag_max_value_bytes: int
     log_environment: str
     log_level: str
     storage: str

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from random import Random
@@ -24,6 +26,7 @@ from cache.lru import Lru
 from cache.readthrough import ReadThrough
 from cluster.trust import is_loopback
 from mnemosyned import __version__, keys
+from mnemosyned.bag import BagLimits
 from mnemosyned.cleanup import run_cleanup
 from mnemosyned.clock import StorageClock
 from mnemosyned.config import Config
@@ -98,12 +101,20 @@ def run(config: Config) -> None:
         os.environ["GRPC_VERBOSITY"] = "debug"
         logging.getLogger("mnemosyned.rpc").setLevel(logging.DEBUG)
     embedded = _start_embedded(config)
+    _allow_many_files()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_Daemon(config, embedded).run())
     finally:
         if embedded is not None:
             embedded.stop()
+
+
+def _allow_many_files() -> None:
+    # A connection is a file. The soft limit, often 1,024, is there for programs that use select().
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _start_embedded(config: Config) -> EmbeddedPostgres | None:
@@ -157,6 +168,7 @@ class _Daemon:
             self._touches,
             clock=self._clock,
             lifetimes=lifetimes,
+            bag_limits=_bag_limits(self._config),
             elsewhere=None if self._node is None else self._node.forwarder,
         )
 
@@ -409,11 +421,21 @@ def _lifetimes(config: Config) -> Lifetimes:
     )
 
 
+def _bag_limits(config: Config) -> BagLimits:
+    return BagLimits(
+        entries=config.bag_max_entries,
+        key_bytes=config.bag_max_key_bytes,
+        value_bytes=config.bag_max_value_bytes,
+    )
+
+
 def _engine_options(config: Config) -> EngineOptions:
     return EngineOptions(
         host=config.host,
         port=config.port,
         max_message_bytes=config.grpc_max_message_bytes,
+        max_streams=config.grpc_max_streams,
+        max_connections=config.grpc_max_connections,
         drain_timeout_s=config.drain_timeout_s,
         log_as_json=config.log_environment != "development",
         tls=_tls_files(config) if config.tls else None,

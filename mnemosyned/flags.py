@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mnemosyned.bag import MAX_BAG_BYTES
 from mnemosyned.duration import format_duration, parse_duration
 
 ENV_PREFIX: Final = "MNEMOSYNED_"
@@ -173,6 +174,20 @@ FLAGS: Final = (
         "largest request accepted, in bytes or with KiB, MiB",
         "grpc_max_message_bytes",
     ),
+    Flag(
+        "grpc.max-streams",
+        "1024",
+        _integer(1, 2**31 - 1),
+        "calls that one connection may have in flight; more wait at the client",
+        "grpc_max_streams",
+    ),
+    Flag(
+        "grpc.max-connections",
+        "10000",
+        _integer(1, 2**31 - 1),
+        "connections of clients and other nodes; more wait for one to end (grpcio closes them)",
+        "grpc_max_connections",
+    ),
     Flag("grpc.debug", "false", boolean, "very verbose gRPC logging", "grpc_debug"),
     Flag(
         "drain.timeout",
@@ -204,6 +219,21 @@ FLAGS: Final = (
         _duration(0),
         "how long a cached session is served before it is read again; 0: no caching",
         "cache_ttl_s",
+    ),
+    Flag("bag.max-entries", "10000", _integer(1, 10**6), "entries of a bag", "bag_max_entries"),
+    Flag(
+        "bag.max-key",
+        "64KiB",
+        _size(1, MAX_BAG_BYTES),
+        "longest key of a bag, in bytes or with KiB, MiB",
+        "bag_max_key_bytes",
+    ),
+    Flag(
+        "bag.max-value",
+        "4000000",
+        _size(1, MAX_BAG_BYTES),
+        "longest value of a bag, likewise; all of it together has at most 4000000 bytes",
+        "bag_max_value_bytes",
     ),
     Flag(
         "storage",

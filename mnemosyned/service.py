@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from cache.lru import Slot
 from cache.readthrough import ReadThrough
 from mnemosyned import bag
+from mnemosyned.bag import BagLimits
 from mnemosyned.clock import StorageClock
 from mnemosyned.errors import InvalidArgument, SessionAlreadyExists
 from mnemosyned.ready import ExpiryField, ReadySession, list_response
@@ -74,8 +75,10 @@ class SessionService:
         *,
         clock: StorageClock,
         lifetimes: Lifetimes,
+        bag_limits: BagLimits | None = None,
         elsewhere: OtherCaches | None = None,
     ) -> None:
+        self.bag_limits = bag_limits or BagLimits()
         self._store = store
         self._elsewhere = elsewhere
         self._batched = BatchedStore(store, self._drop)
@@ -153,12 +156,14 @@ class SessionService:
         """Set one key of a session's bag; return the whole bag. Does not extend the session.
 
         Raises:
-            InvalidArgument: no key, or the bag would be too large.
+            InvalidArgument: no key, or the bag would pass a limit.
             SessionNotFound: there is none.
         """
         check_token(change.access_token)
         if not change.key:
             raise InvalidArgument("mnemosyned: missing bag key")
+        self.bag_limits.check(change.key, change.value)
+        change = replace(change, max_entries=self.bag_limits.entries)
         return await self._batched.set_value(change)
 
     async def abandon(self, ending: Abandonment) -> None:

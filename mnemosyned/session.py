@@ -17,6 +17,9 @@ DEFAULT_LIST_LIMIT: Final = 10
 # What the bags of one page may add up to; a client accepts 4 MiB unless it is told otherwise.
 MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
 
+# Of a bag, when a change does not say how many it may have.
+NO_LIMIT: Final = 2**31
+
 # An instant that no clock will reach, for writes that are never too late.
 NEVER_US: Final = 2**61
 
@@ -70,6 +73,7 @@ class ValueChange:
     key: str = field(repr=False)
     value: str = field(repr=False)
     not_after_us: int = NEVER_US
+    max_entries: int = NO_LIMIT  # of the bag, if the key is new to it
 
     def size_bytes(self) -> int:
         """Bound the memory that the change takes in a batch; strings count as ASCII."""
@@ -123,10 +127,12 @@ def check_token(token: str) -> str:
     """Return the token if it can name a session.
 
     Raises:
-        InvalidArgument: it is empty or over MAX_TOKEN_BYTES.
+        InvalidArgument: it is empty, over MAX_TOKEN_BYTES or contains a NUL character.
     """
     if not token:
         raise InvalidArgument("mnemosyned: missing access token")
+    if "\0" in token:
+        raise InvalidArgument("mnemosyned: access token contains a NUL character")
     # A character takes four bytes at most: short tokens, all real ones, need no encoding.
     if len(token) * 4 > MAX_TOKEN_BYTES and len(token.encode()) > MAX_TOKEN_BYTES:
         raise InvalidArgument(f"mnemosyned: access token is longer than {MAX_TOKEN_BYTES} bytes")

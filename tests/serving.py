@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from cache.lru import Lru
 from cache.readthrough import ReadThrough
+from mnemosyned.bag import BagLimits
 from mnemosyned.clock import StorageClock
 from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.ready import ReadySession
@@ -28,7 +29,14 @@ from mnemosyned.touches import TouchWriter
 
 ENGINES: Final = {"h2corn": H2cornEngine, "grpcio": GrpcioEngine}
 LIFETIMES: Final = Lifetimes(session_us=60_000_000, cache_us=5_000_000, touch_interval_us=6_000_000)
-OPTIONS: Final = EngineOptions(host="127.0.0.1", port=0, max_message_bytes=4 * 1024**2, drain_timeout_s=5)
+OPTIONS: Final = EngineOptions(
+    host="127.0.0.1",
+    port=0,
+    max_message_bytes=4 * 1024**2,
+    max_streams=1024,
+    max_connections=1000,
+    drain_timeout_s=5,
+)
 
 
 @dataclass
@@ -51,12 +59,15 @@ async def serving(
     *,
     lifetimes: Lifetimes = LIFETIMES,
     options: EngineOptions = OPTIONS,
+    bag_limits: BagLimits | None = None,
 ) -> AsyncIterator[Node]:
     cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=10_000, max_bytes=100_000_000))
     touches = TouchWriter(
         store, max_waiting=100, lost=UpkeepMetrics(CollectorRegistry()).touches_lost, on_gone=cache.drop
     )
-    service = SessionService(store, cache, touches, clock=StorageClock(), lifetimes=lifetimes)
+    service = SessionService(
+        store, cache, touches, clock=StorageClock(), lifetimes=lifetimes, bag_limits=bag_limits
+    )
     table = MethodTable()
     session_manager.add_to(table, session_manager.Here(service))
     health = Health(frozenset({session_manager.SERVICE_NAME}))

@@ -9,7 +9,6 @@ from mnemosyned.tls import TlsFiles, TlsMaterial
 
 # Metadata beyond this is refused; a token of 4,096 bytes travels in it.
 MAX_METADATA_BYTES: Final = 32 * 1024
-MAX_CONCURRENT_STREAMS: Final = 1024
 
 
 class ListenFailed(Exception):
@@ -23,6 +22,8 @@ class EngineOptions:
     host: str
     port: int  # 0: any free port
     max_message_bytes: int
+    max_streams: int  # of a connection at once; more wait at the client
+    max_connections: int  # more wait for one to end, or are closed
     drain_timeout_s: float
     log_as_json: bool = False  # the engine's own lines on stderr
     tls: TlsFiles | None = None  # they have been read once, and were good

@@ -12,7 +12,6 @@ from mnemosyned.certificates import names_of
 from mnemosyned.errors import MessageTooLarge, Unimplemented
 from mnemosyned.reload import FilesUnusable
 from mnemosyned.rpc.engine import (
-    MAX_CONCURRENT_STREAMS,
     MAX_METADATA_BYTES,
     EngineOptions,
     ListenFailed,
@@ -40,7 +39,8 @@ class GrpcioEngine:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", MAX_METADATA_BYTES),
                 ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+                ("grpc.max_concurrent_streams", options.max_streams),
+                ("grpc.max_allowed_incoming_connections", options.max_connections),
             ]
         )
         self._server.add_generic_rpc_handlers((_Handlers(table, options.max_message_bytes),))

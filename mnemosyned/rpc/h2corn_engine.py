@@ -22,7 +22,6 @@ from mnemosyned.errors import MnemosyneError, Unimplemented
 from mnemosyned.reload import FilesUnusable
 from mnemosyned.rpc import frame
 from mnemosyned.rpc.engine import (
-    MAX_CONCURRENT_STREAMS,
     MAX_METADATA_BYTES,
     EngineOptions,
     ListenFailed,
@@ -360,7 +359,8 @@ def _config(options: EngineOptions, listener_fd: int) -> h2corn.Config:
         access_log=False,
         date_header=False,
         log_format="json" if options.log_as_json else "text",
-        max_concurrent_streams=MAX_CONCURRENT_STREAMS,
+        max_concurrent_streams=options.max_streams,
+        limit_connections=options.max_connections,
         h2_max_header_list_size=MAX_METADATA_BYTES,
         h2_max_header_block_size=MAX_METADATA_BYTES,
         request_policies=(policy,),

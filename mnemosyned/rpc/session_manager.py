@@ -136,14 +136,14 @@ async def _asked_exists(service: SessionService, request: ExistsRequest) -> byte
 
 
 async def _start(service: SessionService, request: StartRequest, not_after_us: int) -> bytes:
-    return await service.start(_new_session(request, not_after_us))
+    return await service.start(_new_session(service, request, not_after_us))
 
 
 async def _start_again(service: SessionService, request: StartRequest, not_after_us: int) -> bytes:
-    return await service.start_again(_new_session(request, not_after_us))
+    return await service.start_again(_new_session(service, request, not_after_us))
 
 
-def _new_session(request: StartRequest, not_after_us: int) -> NewSession:
+def _new_session(service: SessionService, request: StartRequest, not_after_us: int) -> NewSession:
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
     session = request.session
@@ -154,7 +154,7 @@ def _new_session(request: StartRequest, not_after_us: int) -> NewSession:
         subject_id=session.subject_id,
         subject_client=session.subject_client,
         refresh_token=session.refresh_token,
-        bag=bag.encode(session.bag),
+        bag=bag.encode(service.bag_limits.checked(session.bag)),
         not_after_us=not_after_us,
     )
 

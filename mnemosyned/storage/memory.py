@@ -134,7 +134,9 @@ class MemoryStore:
         if session is None:
             return SessionNotFound()
         try:
-            values, stored = bag.with_value(session.bag, change.key, change.value)
+            values, stored = bag.with_value(
+                session.bag, change.key, change.value, max_entries=change.max_entries
+            )
         except (InvalidArgument, CorruptBag) as exc:
             return exc
         self._session_by_token[change.access_token] = replace(session, bag=stored)

@@ -326,7 +326,9 @@ def _with_values(changes: Sequence[ValueChange], before: Mapping[bytes, Record])
 
 def _with_value(change: ValueChange, token: bytes, bags: dict[bytes, bytes]) -> _Outcome:
     try:
-        values, bags[token] = bag.with_value(bags[token], change.key, change.value)
+        values, bags[token] = bag.with_value(
+            bags[token], change.key, change.value, max_entries=change.max_entries
+        )
     except (InvalidArgument, CorruptBag) as exc:
         return _Outcome(token, exc, None)
     return _Outcome(token, values, bags[token], change.not_after_us)

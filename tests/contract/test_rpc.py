@@ -283,6 +283,7 @@ async def test_aliases_are_the_same_methods(node: Node) -> None:
         ({"refresh_token": "x" * 2049}, "refresh_token"),
         ({"access_token": "x" * 4097}, "access token"),
         ({"access_token": "ż" * 2049}, "access token"),
+        ({"access_token": "a\0b"}, "access token"),
     ],
 )
 async def test_what_cannot_be_stored_is_refused_by_name(

@@ -88,7 +88,7 @@ def test_bytes_that_no_daemon_wrote_are_refused(stored: bytes) -> None:
 
 
 def test_a_value_is_set_in_either_form_and_the_result_is_our_own() -> None:
-    values, stored = bag.with_value(bytes.fromhex(GOB_VECTORS[5][1]), "b", "3")
+    values, stored = bag.with_value(bytes.fromhex(GOB_VECTORS[5][1]), "b", "3", max_entries=3)
 
     assert values == {"a": "1", "b": "3"}
     assert bag.decode(stored) == values
@@ -97,4 +97,28 @@ def test_a_value_is_set_in_either_form_and_the_result_is_our_own() -> None:
 
 def test_a_bag_stays_small_enough_for_a_client_to_read() -> None:
     with pytest.raises(InvalidArgument, match="bag is longer than 4000000 bytes"):
-        bag.with_value(b"", "k", "x" * 4_000_000)
+        bag.with_value(b"", "k", "x" * 4_000_000, max_entries=3)
+
+
+def test_a_full_bag_takes_new_values_but_no_new_keys() -> None:
+    stored = bag.encode({"a": "1", "b": "2"})
+
+    assert bag.with_value(stored, "b", "3", max_entries=1)[0] == {"a": "1", "b": "3"}
+    with pytest.raises(InvalidArgument, match="bag would have more than 2 entries"):
+        bag.with_value(stored, "c", "3", max_entries=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"a": "", "b": "", "c": ""}, "bag would have more than 2 entries"),
+        ({"żżż": ""}, "bag key is longer than 5 bytes"),
+        ({"k": "żżżżż"}, "bag value is longer than 9 bytes"),
+    ],
+)
+def test_a_bag_over_a_limit_is_refused(values: dict[str, str], complaint: str) -> None:
+    limits = bag.BagLimits(entries=2, key_bytes=5, value_bytes=9)
+
+    assert limits.checked({"żżx": "żżżżx", "": ""})
+    with pytest.raises(InvalidArgument, match=complaint):
+        limits.checked(values)
