@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from certificates import Authority
 from clusters import free_ports
+from exported import exported_series
 from processes import Daemon
 
 from mnemosyned.config import Config, parse
@@ -22,11 +25,55 @@ from mnemosyned.keys import Role, line_of, new_key
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+COMPOSE = DEPLOY / "compose"
 OVERLAYS = {
     path.name: path
     for path in [DEPLOY / "kubernetes" / "base", *(DEPLOY / "kubernetes" / "overlays").iterdir()]
 }
 VARIABLES = {flag.variable for flag in FLAGS}
+DASHBOARD = json.loads((COMPOSE / "grafana-dashboard.json").read_text())
+RULES = yaml.safe_load((COMPOSE / "alerts.yaml").read_text())["groups"][0]["rules"]
+SESSIONS = 'job="mnemosyned", instance="a", service="mnemosynerpc.SessionManager"'
+# Series every half minute, for a quarter of an hour: the alert fires, and it does not.
+ALERTS = {
+    "MnemosynedDown": (
+        {'up{job="mnemosyned", instance="a"}': "0x30"},
+        {'up{job="mnemosyned", instance="a"}': "1x30"},
+    ),
+    "MnemosynedUnavailable": (
+        {
+            f'grpc_server_errors_total{{{SESSIONS}, code="UNAVAILABLE"}}': "0+2x30",
+            f'grpc_server_requests_total{{{SESSIONS}, code="UNAVAILABLE"}}': "0+2x30",
+            f'grpc_server_requests_total{{{SESSIONS}, code="OK"}}': "0+98x30",
+        },
+        {
+            f'grpc_server_errors_total{{{SESSIONS}, code="UNAVAILABLE"}}': "0+1x30",
+            f'grpc_server_requests_total{{{SESSIONS}, code="UNAVAILABLE"}}': "0+1x30",
+            f'grpc_server_requests_total{{{SESSIONS}, code="OK"}}': "0+199x30",
+        },
+    ),
+    "MnemosynedInternalErrors": (
+        {f'grpc_server_errors_total{{{SESSIONS}, code="INTERNAL"}}': "0+1x30"},
+        {f'grpc_server_errors_total{{{SESSIONS}, code="NOT_FOUND"}}': "0+1x30"},
+    ),
+    "MnemosynedStorageErrors": (
+        {'mnemosyned_storage_postgres_errors_total{query="load"}': "0+1x30"},
+        {'mnemosyned_storage_postgres_errors_total{query="load"}': "0+5x18 90x12"},
+    ),
+    "MnemosynedMemberDead": (
+        {'mnemosyned_cluster_members{state="dead"}': "1x30"},
+        {'mnemosyned_cluster_members{state="left"}': "1x30"},
+    ),
+    "MnemosynedCertificateEnds": (
+        {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{7 * 86400}x30"},
+        {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{8 * 86400}x30"},
+    ),
+    "MnemosynedTouchesLost": (
+        {"mnemosyned_touches_lost_total": "0x20 7x10"},
+        {"mnemosyned_touches_lost_total": "7x30"},
+    ),
+}
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
 
@@ -171,7 +218,7 @@ def test_every_variable_in_the_deployments_is_a_flags() -> None:
 
 
 def test_every_image_has_a_version() -> None:
-    compose = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
+    compose = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
     images = [one["image"] for one in compose["services"].values()]
     dockerfile = (DEPLOY / "Dockerfile").read_text()
 
@@ -180,14 +227,119 @@ def test_every_image_has_a_version() -> None:
 
 
 def test_the_composed_nodes_are_one_cluster() -> None:
-    services = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())["services"]
+    services = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]
     configs = [parse([], services[f"node-{number}"]["environment"]) for number in (1, 2, 3)]
-    prometheus = yaml.safe_load((DEPLOY / "compose" / "prometheus.yaml").read_text())
+    prometheus = yaml.safe_load((COMPOSE / "prometheus.yaml").read_text())
     (targets,) = prometheus["scrape_configs"][0]["static_configs"]
 
     assert {config.cluster_listen for config in configs} == set(configs[0].cluster_seeds)
     assert len({config.cluster_secret for config in configs}) == 1
     assert len(targets["targets"]) == 3
+
+
+def mounts(service: str) -> dict[Path, Path]:
+    """What a composed service is lent, by where it sees it."""
+    services = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]
+    found = {}
+    for line in services[service]["volumes"]:
+        source, target, mode = line.split(":")
+        assert mode == "ro"
+        assert (COMPOSE / source).is_file()
+        found[Path(target)] = COMPOSE / source
+    return found
+
+
+def expressions() -> list[str]:
+    """All that the dashboard and the alerts ask Prometheus, with Grafana's variables filled in."""
+    shown = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    asked = [*shown, *[rule["expr"] for rule in RULES]]
+    return [one.replace("$__rate_interval", "1m").replace("$instance", "a|b") for one in asked]
+
+
+def metrics_in(expression: str) -> set[str]:
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\bby \([^)]*\)", "", expression)
+    return set(re.findall(r"\b[a-z][a-z0-9_]*\b(?!\s*\()", bare))
+
+
+def promtool(*arguments: str | Path) -> None:
+    command = ["promtool", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+async def test_every_metric_that_is_watched_is_exported() -> None:
+    watched = {name for one in expressions() for name in metrics_in(one)}
+
+    # `up` is Prometheus' own.
+    assert watched - {"up"} <= await exported_series()
+    assert len(watched) > 20
+
+
+def test_every_panel_asks_the_data_source_that_is_provisioned() -> None:
+    (source,) = yaml.safe_load((COMPOSE / "grafana-datasource.yaml").read_text())["datasources"]
+    (node,) = DASHBOARD["templating"]["list"]
+
+    for one in [node, *DASHBOARD["panels"]]:
+        assert one["datasource"] == {"type": source["type"], "uid": source["uid"]}
+    for panel in DASHBOARD["panels"]:
+        assert panel["targets"]
+        assert all("$instance" in target["expr"] for target in panel["targets"])
+
+
+def test_no_panel_lies_on_another() -> None:
+    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(places)
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        is_beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        is_apart = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert is_beside or is_apart
+
+
+def test_grafana_and_prometheus_find_what_they_are_lent() -> None:
+    grafana, prometheus = mounts("grafana"), mounts("prometheus")
+    (provider,) = yaml.safe_load((COMPOSE / "grafana-dashboards.yaml").read_text())["providers"]
+    config = Path("/etc/prometheus/prometheus.yml")
+    lent = yaml.safe_load(prometheus[config].read_text())
+    environment = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]["grafana"]["environment"]
+
+    dashboard = Path(environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert grafana[dashboard].name == "grafana-dashboard.json"
+    assert dashboard.parent == Path(provider["options"]["path"])
+    # Prometheus looks for rules beside its configuration.
+    assert all(config.parent / name in prometheus for name in lent["rule_files"])
+
+
+@needs_promtool
+def test_prometheus_takes_its_configuration_the_alerts_and_what_the_dashboard_asks(tmp_path: Path) -> None:
+    asked = [{"record": f"asked_{number}", "expr": one} for number, one in enumerate(expressions())]
+    rules = tmp_path / "asked.yaml"
+    rules.write_text(yaml.safe_dump({"groups": [{"name": "asked", "rules": asked}]}))
+
+    promtool("check", "config", COMPOSE / "prometheus.yaml")
+    promtool("check", "rules", rules)
+
+
+@needs_promtool
+def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
+    tests = []
+    for name, cases in ALERTS.items():
+        for series, fires in zip(cases, (True, False), strict=True):
+            wanted = [{"labels": f'{{alertname="{name}"}}', "value": 1}] if fires else []
+            query = 'count by (alertname) (ALERTS{alertstate="firing"})'
+            tests.append(
+                {
+                    "interval": "30s",
+                    "input_series": [{"series": key, "values": value} for key, value in series.items()],
+                    "promql_expr_test": [{"expr": query, "eval_time": "15m", "exp_samples": wanted}],
+                }
+            )
+    path = tmp_path / "alerts.test.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": [str(COMPOSE / "alerts.yaml")], "tests": tests}))
+
+    assert ALERTS.keys() == {rule["alert"] for rule in RULES}
+    promtool("test", "rules", path)
 
 
 def test_all_that_the_image_copies_is_let_through_to_its_build() -> None:

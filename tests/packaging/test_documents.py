@@ -9,23 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from peering import peering
+from exported import exported_families
 
-from cache.readthrough import CacheCounters
 from mnemosyned.config import parse
 from mnemosyned.flags import flag_table
-from mnemosyned.observe.cluster import ClusterCollector
-from mnemosyned.observe.metrics import (
-    AuthMetrics,
-    CacheCollector,
-    MethodStats,
-    QueryMetrics,
-    RpcCollector,
-    UpkeepMetrics,
-    new_registry,
-    show_certificates_end,
-)
-from mnemosyned.storage.memory import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -46,20 +33,9 @@ def test_the_readmes_example_is_the_one_that_is_run() -> None:
 
 
 async def test_the_readmes_metrics_are_all_that_are_exported() -> None:
-    registry = new_registry()
-    QueryMetrics(registry)
-    UpkeepMetrics(registry)
-    AuthMetrics(registry)
-    show_certificates_end(registry, lambda: 0.0)
-    registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
-    registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
-    registry.register(CacheCollector(CacheCounters(), lambda: 0, lambda: 0))
-    async with peering(MemoryStore(ttl_us=1, touch_interval_us=1, wall_us=lambda: 0)) as peer:
-        registry.register(ClusterCollector(peer.node))
-        families = list(registry.collect())
     exported = {
         family.name + SUFFIXES.get(family.type, "")
-        for family in families
+        for family in await exported_families()
         if family.name.startswith(("mnemosyned_", "grpc_"))
     }
     documented = set(re.findall(r"`((?:mnemosyned|grpc)_[a-z_]+)`", README.partition("## Watch it")[2]))

@@ -1,0 +1,55 @@
+"""Every metric that a daemon may export: of a cluster, with TLS and with keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peering import peering
+
+from cache.readthrough import CacheCounters
+from mnemosyned.observe.cluster import ClusterCollector
+from mnemosyned.observe.metrics import (
+    AuthMetrics,
+    CacheCollector,
+    MethodStats,
+    QueryMetrics,
+    RpcCollector,
+    UpkeepMetrics,
+    new_registry,
+    show_certificates_end,
+)
+from mnemosyned.storage.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+_SUFFIXES = {
+    "counter": ("_total",),
+    "info": ("_info",),
+    "histogram": ("_bucket", "_count", "_sum"),
+    "summary": ("_count", "_sum"),
+}
+
+
+async def exported_families() -> list[Metric]:
+    """Collect from a real node of a cluster, and from all that a daemon may add to it."""
+    registry = new_registry()
+    QueryMetrics(registry)
+    UpkeepMetrics(registry)
+    AuthMetrics(registry)
+    show_certificates_end(registry, lambda: 0.0)
+    registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
+    registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
+    registry.register(CacheCollector(CacheCounters(), lambda: 0, lambda: 0))
+    async with peering(MemoryStore(ttl_us=1, touch_interval_us=1, wall_us=lambda: 0)) as peer:
+        registry.register(ClusterCollector(peer.node))
+        return list(registry.collect())
+
+
+async def exported_series() -> set[str]:
+    """The names by which Prometheus can be asked for them."""
+    return {
+        family.name + suffix
+        for family in await exported_families()
+        for suffix in _SUFFIXES.get(family.type, ("",))
+    }
