@@ -7,12 +7,19 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
-from clusters import Cluster, Load, free_ports, until
+from clusters import CALL_TIMEOUT_S, Cluster, Load, free_ports, until
+from mnemosynerpc.session_pb2 import ExistsRequest
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from serving import ENGINES, OPTIONS, Node, serving
+
+from mnemosyned.storage.memory import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -22,13 +29,12 @@ pytestmark = [
 
 
 @contextmanager
-def balancing(cluster: Cluster, directory: Path) -> Iterator[str]:
+def balancing(names: Sequence[str], directory: Path) -> Iterator[str]:
     """Run HAProxy in front of these nodes; lend its address."""
     (port,) = free_ports(1)
     text = (ROOT / "deploy" / "haproxy.cfg").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-    for example, name in zip((8080, 8082, 8084), cluster.names, strict=True):
-        own = int(name.rpartition(":")[2])
-        text = text.replace(f"127.0.0.1:{example} check port {example + 1}", f"{name} check port {own + 1}")
+    for example, name in zip((8080, 8082, 8084), names, strict=True):
+        text = text.replace(f"127.0.0.1:{example}\n", f"{name}\n")
     (directory / "haproxy.cfg").write_text(text)
     with subprocess.Popen(["haproxy", "-f", str(directory / "haproxy.cfg")]) as process:
         try:
@@ -53,7 +59,7 @@ async def test_calls_are_balanced_and_none_fails_while_each_node_restarts(
     with Cluster(postgres_dsn, 3) as cluster:
         await asyncio.to_thread(cluster.start)
         await cluster.rings_equal(cluster.names)
-        with balancing(cluster, tmp_path) as address:
+        with balancing(cluster.names, tmp_path) as address:
             async with Load([address], rate=300.0) as load:
                 await until(lambda: all(answered(cluster, name) > 50 for name in cluster.names))
                 for name in cluster.names:
@@ -63,3 +69,53 @@ async def test_calls_are_balanced_and_none_fails_while_each_node_restarts(
                     await until(lambda name=name: answered(cluster, name) > 20)  # type: ignore[misc]
 
         assert not load.outcome.failures, load.outcome.report
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+async def test_a_node_that_does_not_serve_gets_no_calls_and_its_operators_port_is_never_asked(
+    engine: str, tmp_path: Path
+) -> None:
+    store = MemoryStore(ttl_us=1, touch_interval_us=1, wall_us=lambda: 0)
+    # Nobody is at the third's address.
+    ports = free_ports(3)
+    first_options, second_options = (replace(OPTIONS, port=port) for port in ports[:2])
+    with ExitStack() as stack:
+        operators = [stack.enter_context(socket.create_server(("127.0.0.1", port + 1))) for port in ports]
+        async with (
+            serving(store, engine, options=first_options) as first,
+            serving(store, engine, options=second_options) as second,
+        ):
+            address = stack.enter_context(balancing([f"127.0.0.1:{port}" for port in ports], tmp_path))
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = SessionManagerStub(channel)
+                await alone(stub, [first, second])
+                second.health.set_serving(False)
+                away_s = await alone(stub, [first])
+                second.health.set_serving(True)
+                await alone(stub, [first, second])
+                # For good, as when it drains.
+                second.health.close()
+                await alone(stub, [first])
+
+        for operator in operators:
+            operator.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                operator.accept()
+    assert away_s < 2.0
+
+
+async def alone(stub: SessionManagerStub, nodes: Sequence[Node]) -> float:
+    """Call until all of these nodes, and no others, answer twelve calls; return how long that took."""
+    began_s = time.monotonic()
+    while True:
+        before = [called(node) for node in nodes]
+        for _ in range(12):
+            await stub.Exists(ExistsRequest(access_token="t"), timeout=CALL_TIMEOUT_S)  # type: ignore[misc]
+        answered = [called(node) - count for node, count in zip(nodes, before, strict=True)]
+        if all(answered) and sum(answered) == 12:
+            return time.monotonic() - began_s
+        assert time.monotonic() - began_s < 15, answered
+
+
+def called(node: Node) -> int:
+    return sum(one.ok for one in node.table.stats() if one.labels[1] == "Exists")

@@ -17,11 +17,16 @@ import yaml
 from certificates import Authority
 from clusters import free_ports
 from exported import exported_series
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import DataReceived, RequestReceived, StreamEnded
 from processes import Daemon
 
 from mnemosyned.config import Config, parse
 from mnemosyned.flags import FLAGS
 from mnemosyned.keys import Role, line_of, new_key
+from mnemosyned.rpc.frame import framed
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -340,6 +345,30 @@ def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
 
     assert ALERTS.keys() == {rule["alert"] for rule in RULES}
     promtool("test", "rules", path)
+
+
+def test_the_check_that_haproxy_sends_is_a_call_of_the_health_service() -> None:
+    text = (DEPLOY / "haproxy.cfg").read_text()
+    sent = b"".join(
+        bytes.fromhex(value) if kind == "-binary" else value[1:-1].encode().decode("unicode_escape").encode()
+        for kind, value in re.findall(r"^ +tcp-check send(-binary)? (.+)$", text, re.MULTILINE)
+    )
+    received = H2Connection(H2Configuration(client_side=False)).receive_data(sent)
+    (call,) = [event for event in received if isinstance(event, RequestReceived)]
+    (body,) = [event.data for event in received if isinstance(event, DataReceived)]
+
+    assert dict(call.headers or ()) == {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/grpc.health.v1.Health/Check",
+        b":authority": b"nodes",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+    }
+    assert body == framed(HealthCheckRequest().SerializeToString())
+    assert isinstance(received[-1], StreamEnded)
+    serving = framed(HealthCheckResponse(status=HealthCheckResponse.SERVING).SerializeToString())
+    assert f"tcp-check expect min-recv 1 binary {serving.hex()}\n" in text
 
 
 def test_all_that_the_image_copies_is_let_through_to_its_build() -> None:
