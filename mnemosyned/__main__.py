@@ -8,14 +8,18 @@ from __future__ import annotations
 import os
 import sys
 
-from mnemosyned import cli
-from mnemosyned import config as configuration
-from mnemosyned.daemon import StartFailed, run
-from mnemosyned.observe import logs
+from mnemosyned.title import hide_secrets
 
 
 def main() -> int:
     """Run the daemon as the command line, the environment and the file say; or another command."""
+    hide_secrets(sys.argv[1:])
+    # Only now: they take ten times as long as all before, while everybody could read the secrets.
+    from mnemosyned import cli  # noqa: PLC0415
+    from mnemosyned import config as configuration  # noqa: PLC0415
+    from mnemosyned.daemon import StartFailed, run  # noqa: PLC0415
+    from mnemosyned.observe import logs  # noqa: PLC0415
+
     if sys.argv[1:2] == ["cluster"]:
         return cli.main(sys.argv[2:])
     if sys.argv[1:2] == ["key"]:
