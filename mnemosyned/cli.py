@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import ssl
 import sys
 import time
@@ -19,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import grpc
 
@@ -47,6 +48,14 @@ class Unanswered(Exception):
     """A node did not answer as it should; the text says which, and why."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse quotes what it does not understand: the secret behind a misspelt flag, a token too many.
+        kinds = "unrecognized arguments|ambiguous option|ignored explicit argument|invalid choice"
+        text = re.sub(rf"({kinds})\b.*?( \(choose .*)?$", r"\1\2", message, flags=re.DOTALL)
+        super().error(configuration.without_addresses(text))
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; return the exit code."""
     arguments = _parser().parse_args(argv)
@@ -64,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_key(argv: Sequence[str]) -> int:
     """`mnemosyned key`: make an API key, or take one; print it and its line for -auth.keys."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "mnemosyned key",
         description="Make an API key for the file of -auth.keys, which keeps its hash alone.",
         epilog="Callers send the key as metadata x-api-key. It is printed once and kept nowhere.",
@@ -91,9 +100,9 @@ Outcome = tuple[object, str, int]
 
 
 def _parser() -> argparse.ArgumentParser:
-    help_flag = argparse.ArgumentParser(add_help=False)
+    help_flag = _Parser(add_help=False)
     help_flag.add_argument("-h", "-help", "--help", action="help", help="show this text")
-    common = argparse.ArgumentParser(parents=[help_flag], add_help=False)
+    common = _Parser(parents=[help_flag], add_help=False)
     common.add_argument(
         "-node",
         "--node",
@@ -113,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
             f"-{name}", f"--{name}", dest=name, default=_environ(name), metavar="FILE", help=text
         )
     tls.add_argument("-tls", "--tls", action="store_true", help="use TLS")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "mnemosyned cluster",
         description="Look at a cluster, or leave it.",
         parents=[help_flag],

@@ -123,18 +123,24 @@ def _normalised(argv: Sequence[str]) -> Iterator[str]:
     for argument in rest:
         match = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if match is None:
-            # A stray address would show its password.
-            shown = "an argument" if "://" in argument else repr(argument)
-            raise ConfigError(f"{shown} is not a flag; booleans take their value as -flag=false")
+            # Never itself: it may be the end of a secret with a space in it.
+            position = argv.index(argument) + 1
+            raise ConfigError(f"argument {position} is not a flag; booleans take their value as -flag=false")
         name, value = ("help" if match[1] == "h" else match[1]), match[2]
         if name not in FLAG_BY_NAME and name not in ACTIONS:
-            raise ConfigError(f"flag -{name} is not known{_suggestion(name)}")
+            raise ConfigError(f"flag -{_name_in(name)} is not known{_suggestion(name)}")
         if value is None and name not in {"help", "version"}:
             flag = FLAG_BY_NAME.get(name)
             value = "true" if flag is not None and flag.is_boolean else next(rest, None)
             if value is None:
                 raise ConfigError(f"flag -{name} needs a value")
         yield f"--{name}" if value is None else f"--{name}={value}"
+
+
+def _name_in(text: str) -> str:
+    """Return what may be a flag's name at the beginning: behind it, as in `-flag:value`, may be a secret."""
+    found = re.match(r"[\w.-]*", text)
+    return found[0] if found else ""
 
 
 def _suggestion(name: str) -> str:
@@ -170,7 +176,12 @@ def _value(flag: Flag, texts: list[str] | None, sources: Mapping[str, str]) -> A
     try:
         return flag.parse(text)
     except ValueError as exc:
-        raise ConfigError(f"{sources[flag.name]}: {exc}") from None
+        raise ConfigError(f"{sources[flag.name]}: {without_addresses(str(exc))}") from None
+
+
+def without_addresses(text: str) -> str:
+    """Hide each quoted URL of a complaint: one given to a wrong flag may hold a password."""
+    return re.sub(r"(['\"]).*://.*\1", "an address", text, flags=re.DOTALL)
 
 
 def _checked(values: dict[str, Any]) -> Config:
@@ -222,7 +233,9 @@ def _words_in(flag: str, path: str) -> list[str]:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise ConfigError(f"flag -{flag}: {path}: {reason}") from None
+        # A word alone may be the secret itself, given to the wrong flag.
+        shown = path if "/" in path else "its file"
+        raise ConfigError(f"flag -{flag}: {shown}: {reason}") from None
     if not words:
         raise ConfigError(f"flag -{flag}: {path}: it is empty")
     return words
@@ -260,7 +273,8 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
         # Only what a config file brings can get here: arguments are normalised.
         unknown = re.search(r"unrecognized arguments: --([^=\s]+)", message)
         if unknown is not None:
-            raise ConfigError(f"config file: {unknown[1]} is not a flag{_suggestion(unknown[1])}")
+            name = unknown[1]
+            raise ConfigError(f"config file: {_name_in(name)} is not a flag{_suggestion(name)}")
         raise ConfigError(f"config file: {message.splitlines()[0]}")
 
 

@@ -148,6 +148,13 @@ def _label(text: str) -> str:
     return text
 
 
+def _file(text: str) -> str:
+    """Read the name of a file. Raises ValueError, whose text shows nothing: it may be what is to be in it."""
+    if "://" in text or "\n" in text or text.startswith(("mnk_", "sha256:")):
+        raise ValueError("it is not the name of a file, but perhaps what should be in one")
+    return text
+
+
 def postgres_address(text: str) -> str:
     """Read the address of a PostgreSQL. Raises ValueError, whose text does not show it."""
     if not text.startswith(("postgres://", "postgresql://", "embedded:")):
@@ -252,7 +259,7 @@ FLAGS: Final = (
     Flag(
         "postgres.address.file",
         "",
-        str,
+        _file,
         "file with the URL instead, such as a secret that is mounted",
         "postgres_address_file",
     ),
@@ -304,7 +311,7 @@ FLAGS: Final = (
     Flag(
         "cluster.secret.file",
         "",
-        str,
+        _file,
         "file with the secret, or with two in a rotation, one a line",
         "cluster_secret_file",
     ),
@@ -324,12 +331,12 @@ FLAGS: Final = (
     ),
     Flag("log.level", "info", _one_of(*_LEVELS), f"least level logged: {', '.join(_LEVELS)}", "log_level"),
     Flag("tls", "false", boolean, "serve both ports, and dial other nodes, over TLS", "tls"),
-    Flag("tls.crt", "", str, "PEM file of this node's certificate chain", "tls_crt"),
-    Flag("tls.key", "", str, "PEM file of its private key", "tls_key"),
+    Flag("tls.crt", "", _file, "PEM file of this node's certificate chain", "tls_crt"),
+    Flag("tls.key", "", _file, "PEM file of its private key", "tls_key"),
     Flag(
         "tls.ca",
         "",
-        str,
+        _file,
         "PEM file of the authorities that sign the certificates of clients and of other nodes",
         "tls_ca",
     ),
@@ -350,7 +357,7 @@ FLAGS: Final = (
     Flag(
         "auth.keys",
         "",
-        str,
+        _file,
         "file of who may call, a line each: a role, and a key's hash or a certificate's name; empty: all may",
         "auth_keys",
     ),

@@ -180,6 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse_method  # noqa: N815  # likewise
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
+        # Not the library's: that quotes the request, and a token may be in it.
+        self.close_connection = True
+        self._send_json(HTTPStatus(code), {"error": HTTPStatus(code).phrase})
+
     def _send_json(self, status: HTTPStatus, content: object, **headers: str) -> None:
         self._send(status, json.dumps(content).encode() + b"\n", "application/json", **headers)
 

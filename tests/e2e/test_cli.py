@@ -116,6 +116,24 @@ def test_what_cannot_be_done_is_one_line_and_an_exit_code(arguments: list[str], 
     assert len(err.splitlines()) <= 2 or code == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["leave", "-cluster.secrt", "hunter2"],
+        ["leave", "-cluster.secre=hunter2"],
+        ["-cluster.secret", "hunter2", "leave"],
+        ["whois", "token-1", "hunter2"],
+        ["members", "-node", "postgres://u:hunter2@h:5432/d"],
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_repeated(arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+
+    assert (code, out) == (2, "")
+    assert "error: " in err
+    assert "hunter2" not in err
+
+
 def test_a_node_of_no_cluster_says_so() -> None:
     with Daemon("-storage=memory", f"-port={free_ports(1)[0]}") as daemon:
         code, _, err = run("members", "-node", daemon.serving().address)

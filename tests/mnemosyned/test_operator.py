@@ -130,6 +130,22 @@ def test_a_port_in_use_is_an_error(server: OperatorServer) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "request_line",
+    [b"GET /?token=hunter2 2 HTTP/1.1", b"GET /?token=hunter2 HTTP/hunter2", b"GET /?token=hunter2 HTTP/9.9"],
+)
+@pytest.mark.parametrize("method", [b"GET", b"HUNTER2"])
+def test_a_request_that_is_no_good_is_refused_and_not_repeated(
+    server: OperatorServer, request_line: bytes, method: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as one:
+        one.sendall(request_line.replace(b"GET", method) + b"\r\n\r\n")
+        answer = b"".join(iter(lambda: one.recv(65536), b""))
+
+    assert b'"error"' in answer
+    assert b"hunter2" not in answer.lower()
+
+
 def test_junk_takes_nothing_down(server: OperatorServer, capsys: pytest.CaptureFixture[str]) -> None:
     for junk in (b"\x00\xff\r\n\r\n", b"GET " + b"x" * 100_000 + b"\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
         # The server may close at any moment, as it should.
