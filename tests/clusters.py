@@ -30,8 +30,9 @@ from mnemosynerpc.session_pb2 import (
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from networks import Network
 from processes import Daemon
+from secrecy import CANARY
 
-SECRET = "a-secret-for-these-tests-only"
+SECRET = f"{CANARY}-a-secret-for-these-tests-only"
 CALL_TIMEOUT_S = 3.0
 # The daemons' -cache.ttl.
 MAX_STALE_S = 5.0
@@ -258,7 +259,7 @@ class Load:
         return token in self._bags and token not in self._busy
 
     async def _start(self, number: int) -> None:
-        bag = {"n": str(number)}
+        bag = {"n": f"{CANARY}-{number}"}
         request = StartRequest(session=Session(subject_id=f"s{number}", bag=bag))
         answer = await self._stub().Start(request, timeout=CALL_TIMEOUT_S)
         self._remember(answer.session.access_token, bag)
@@ -279,9 +280,9 @@ class Load:
     async def _change(self, token: str, number: int) -> None:
         self._busy.add(token)
         try:
-            request = SetValueRequest(access_token=token, key="n", value=str(number))
+            request = SetValueRequest(access_token=token, key="n", value=f"{CANARY}-{number}")
             await self._stub().SetValue(request, timeout=CALL_TIMEOUT_S)
-            self._remember(token, {"n": str(number)})
+            self._remember(token, {"n": f"{CANARY}-{number}"})
         except grpc.aio.AioRpcError as exc:
             self.outcome.failures.append(f"SetValue: {exc.code().name} {exc.details()}")
         finally:

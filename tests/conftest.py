@@ -1,19 +1,24 @@
-"""A real PostgreSQL for the tests that need one: a server per test process, a database per test."""
+"""A real PostgreSQL for the tests that need one, and for all a search of their outputs.
+
+A server per test process, a database per test.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
+from secrecy import CANARY, searched_logs, take_leaks
 
 from mnemosyned.storage.embedded import EmbeddedPostgres
 
+PASSWORD = f"{CANARY}-the-password-for-these-tests"
 _numbers = itertools.count()
 
 # What is slow is told by the time-out of a test, not by its single examples.
@@ -27,9 +32,36 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    with searched_logs():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    result = yield
+    _fail_for_leaks()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, object, object]:
+    result = yield
+    _fail_for_leaks()
+    return result
+
+
+def _fail_for_leaks() -> None:
+    leaks = take_leaks()
+    if leaks:
+        pytest.fail("\n".join(leaks), pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     with EmbeddedPostgres.start(tmp_path_factory.mktemp("postgres")) as server:
+        _execute(server.dsn, f"CREATE ROLE tests SUPERUSER LOGIN PASSWORD '{PASSWORD}'")
         yield server
 
 
@@ -37,7 +69,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedd
 def postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
     _execute(postgres_server.dsn, f"CREATE DATABASE {name}")
-    yield postgres_server.dsn.rpartition("/")[0] + "/" + name
+    yield f"postgres://tests:{PASSWORD}@127.0.0.1:{postgres_server.port}/{name}"
     _execute(postgres_server.dsn, f"DROP DATABASE {name} WITH (FORCE)")
 
 

@@ -14,12 +14,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from secrecy import search
 
 START_TIMEOUT_S = 30.0
 
@@ -38,6 +39,8 @@ class Daemon:
             text=True,
             env=clean | (environ or {}),
         )
+        self.operator = ""
+        self._is_elsewhere = bool(prefix)
         self.context: ssl.SSLContext | None = None  # to ask the operator's port over TLS
         self.lines: list[str] = []
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -67,7 +70,7 @@ class Daemon:
         """Wait until calls are answered."""
         line = self.wait_for("serving")
         self.address: str = line["grpc"]
-        self.operator: str = line["operator"]
+        self.operator = line["operator"]
         self.wait_for("storage_ready")
         return self
 
@@ -89,8 +92,15 @@ class Daemon:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal; return the exit code."""
         if self.process.poll() is None:
+            self._search_metrics()
             self.process.send_signal(number)
         return self.end()
+
+    def _search_metrics(self) -> None:
+        # Not over a network that a test may have cut, nor where this process lacks what TLS needs.
+        if self.operator and not self._is_elsewhere:
+            with suppress(OSError):
+                search(self.http("/metrics")[1], "a daemon's metrics")
 
     def end(self) -> int:
         """Wait for the end; return the exit code."""
@@ -101,6 +111,8 @@ class Daemon:
         self.out = self.process.stdout.read()
         self.process.stdout.close()
         self.process.stderr.close()
+        search(self.log, "a daemon's log")
+        search(self.out, "a daemon's standard output")
         return code
 
     @property
@@ -113,6 +125,7 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
+            self._search_metrics()
             self.process.kill()
         if self.process.stdout is not None and not self.process.stdout.closed:
             self.end()
@@ -130,6 +143,10 @@ def mnemosyned(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, s
         env=os.environ | environ,
     )
     assert "Traceback" not in done.stderr
+    search(done.stderr, "a command's standard error")
+    if arguments[:1] != ("key",):
+        # That one prints a new key, once: it is what it is for.
+        search(done.stdout, "a command's standard output")
     return done.returncode, done.stdout, done.stderr
 
 

@@ -30,7 +30,7 @@ _SECRET_FIELDS: Final = frozenset({
     "token", "access_token", "refresh_token", "bag", "dsn", "password", "authorization", "secret",
 })  # fmt: skip
 # aiocache logs keys, which are tokens, at debug.
-_LEAST_LEVEL_BY_LOGGER: Final = {
+LEAST_LEVEL_BY_LOGGER: Final = {
     "aiocache": logging.INFO,
     "asyncio": logging.WARNING,
     # Warns, with a traceback, of each connection that was lost; storage_failed says so in a line.
@@ -49,24 +49,31 @@ def configure(environment: str, level: str, *, stream: TextIO | None = None) -> 
     logging.captureWarnings(capture=True)
     stream = sys.stderr if stream is None else stream
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                structlog.stdlib.ExtraAdder(),
-            ],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                _without_secrets,
-                *_RENDERERS[environment](stream),
-            ],
-        )
+    handler.setFormatter(formatter(environment, stream))
+    logging.getLogger().handlers[:] = [handler]
+    set_level(level)
+
+
+def formatter(environment: str, stream: TextIO) -> logging.Formatter:
+    """Return what makes a line of a record; in colours if the stream is a terminal."""
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.stdlib.ExtraAdder(),
+        ],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _without_secrets,
+            *_RENDERERS[environment](stream),
+        ],
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(_LEVEL_BY_NAME[level])
-    for name, least in _LEAST_LEVEL_BY_LOGGER.items():
+
+
+def set_level(level: str) -> None:
+    """Log from this level on, and from no lower one than is safe where a library logs."""
+    logging.getLogger().setLevel(_LEVEL_BY_NAME[level])
+    for name, least in LEAST_LEVEL_BY_LOGGER.items():
         logging.getLogger(name).setLevel(max(least, _LEVEL_BY_NAME[level]))
 
 

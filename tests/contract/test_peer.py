@@ -122,7 +122,7 @@ async def test_a_stranger_is_refused(peer: Peer, method: str, signature: str) ->
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_another_clusters_secret_is_refused(peer: Peer, method: str) -> None:
-    signature = signed(Trust([b"quite-another-secret"]), method, b"")
+    signature = signed(Trust([b"hunter2-of-another-cluster"]), method, b"")
 
     assert (await status_of(call(peer, method, b"", signature=signature)))[0] is UNAUTHENTICATED
 
@@ -154,7 +154,7 @@ async def test_each_batch_is_sealed_for_its_stream_and_its_place(
     stream = Stream(peer, origin)
     assert [answer.code for answer in await stream.forward(get(token))] == [0]
     seals = {
-        "another secret": Trust([b"quite-another-secret"]).seals(stream.opening),
+        "another secret": Trust([b"hunter2-of-another-cluster"]).seals(stream.opening),
         "another stream": peer.trust.seals(signed(peer.trust, "Forward", b"")),
         "a batch sent again": peer.trust.seals(stream.opening),
     }[forger]

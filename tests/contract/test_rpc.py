@@ -25,6 +25,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
     StartResponse,
 )
+from secrecy import CANARY
 from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
 
 from mnemosyned.session import Criteria
@@ -66,7 +67,7 @@ async def node(request: pytest.FixtureRequest, store: MemoryStore) -> AsyncItera
 
 
 async def started(node: Node, **fields: object) -> Session:
-    new = Session(**({"subject_id": "s"} | fields))  # type: ignore[arg-type]
+    new = Session(**({"subject_id": "s", "bag": {CANARY: CANARY}} | fields))  # type: ignore[arg-type]
     return (await node.stub.Start(StartRequest(session=new))).session
 
 
@@ -201,7 +202,7 @@ async def test_a_set_value_is_returned_and_read_by_the_next_get(node: Node) -> N
 
 
 async def test_concurrent_set_values_of_different_keys_are_all_kept(node: Node) -> None:
-    token = (await started(node)).access_token
+    token = (await started(node, bag={})).access_token
     await asyncio.gather(
         *(node.stub.SetValue(SetValueRequest(access_token=token, key=str(n))) for n in range(50))
     )

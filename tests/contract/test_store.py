@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from prometheus_client import CollectorRegistry
+from secrecy import CANARY
 
 from mnemosyned import bag
 from mnemosyned.errors import (
@@ -88,8 +89,13 @@ async def postgres_engine(dsn: str) -> Engine:
     return Engine(store, shift)
 
 
+BAG = bag.encode({CANARY: CANARY})
+
+
 def new(token: str = "", **fields: object) -> NewSession:
-    return NewSession(access_token=token or secrets.token_hex(64), **({"subject_id": "s"} | fields))  # type: ignore[arg-type]
+    return NewSession(
+        access_token=token or secrets.token_hex(64), **({"subject_id": "s", "bag": BAG} | fields)
+    )  # type: ignore[arg-type]
 
 
 async def started(engine: Engine, token: str = "", **fields: object) -> Session:
@@ -215,7 +221,7 @@ async def test_values_are_set_in_order_within_a_batch(engine: Engine) -> None:
 
 
 async def test_concurrent_writers_of_different_keys_lose_nothing(engine: Engine) -> None:
-    token = (await started(engine)).access_token
+    token = (await started(engine, bag=b"")).access_token
     changes = [ValueChange(access_token=token, key=str(n), value="v") for n in range(40)]
     await asyncio.gather(*(engine.store.set_values([change]) for change in changes))
 
@@ -225,7 +231,7 @@ async def test_concurrent_writers_of_different_keys_lose_nothing(engine: Engine)
 
 
 async def test_a_bag_that_grows_too_large_is_refused_and_the_others_are_set(engine: Engine) -> None:
-    token = (await started(engine)).access_token
+    token = (await started(engine, bag=b"")).access_token
     large, small = await engine.store.set_values(
         [
             ValueChange(access_token=token, key="large", value="x" * 4_000_000),

@@ -54,12 +54,12 @@ def test_every_command_speaks_json_and_takes_the_node_from_the_environment(clust
 
 def test_whois_names_the_owner_and_never_repeats_the_token(cluster: Cluster) -> None:
     node = ("-node", cluster.names[0])
-    owners = {run("whois", f"token-{number}", *node)[1].strip() for number in range(8)}
-    piped = run("whois", "-", "-o", "json", *node, stdin="token-1\n")[1]
+    owners = {run("whois", f"hunter2-{number}", *node)[1].strip() for number in range(8)}
+    piped = run("whois", "-", "-o", "json", *node, stdin="hunter2-1\n")[1]
 
     assert owners == set(cluster.names)
-    assert json.loads(piped)["owner"] == run("whois", "token-1", *node)[1].strip()
-    assert "token-1" not in piped
+    assert json.loads(piped)["owner"] == run("whois", "hunter2-1", *node)[1].strip()
+    assert "hunter2-1" not in piped
 
 
 def test_check_fails_when_a_node_is_dead(cluster: Cluster) -> None:
@@ -85,7 +85,7 @@ def test_check_fails_when_a_members_page_cannot_be_read(cluster: Cluster) -> Non
 
 def test_leave_needs_the_secret_and_ends_the_node_in_order(cluster: Cluster) -> None:
     first, second = cluster.names
-    code, _, err = run("leave", "-node", second, "-cluster.secret=quite-another-secret")
+    code, _, err = run("leave", "-node", second, "-cluster.secret=hunter2-of-another-cluster")
     assert (code, "secret" in err) == (1, True)
     code, out, _ = run("leave", "-node", second, MNEMOSYNED_CLUSTER_SECRET=SECRET)
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_one_line_and_an_exit_code(arguments: list[str], 
         ["leave", "-cluster.secrt", "hunter2"],
         ["leave", "-cluster.secre=hunter2"],
         ["-cluster.secret", "hunter2", "leave"],
-        ["whois", "token-1", "hunter2"],
+        ["whois", "hunter2-1", "hunter2"],
         ["members", "-node", "postgres://u:hunter2@h:5432/d"],
     ],
 )

@@ -273,7 +273,7 @@ async def test_a_node_is_not_ready_before_it_knows_whom_to_tell_of_writes(make_c
 @pytest.mark.parametrize(
     ("flags", "secret", "heard", "word"),
     [
-        ([], "quite-another-secret", "rpc_failed", "secret"),
+        ([], "hunter2-of-another-cluster", "rpc_failed", "secret"),
         (["-cluster.label=another"], SECRET, "peer_refused", "label"),
         (["-postgres.table=another"], SECRET, "peer_refused", "tables"),
     ],
@@ -300,9 +300,9 @@ async def test_secrets_are_rotated_node_by_node(make_cluster: MakeCluster) -> No
     first, second = cluster.names
     await asyncio.to_thread(cluster.start)
     for secrets in (
-        f"{SECRET},the-secret-of-tomorrow",
-        f"the-secret-of-tomorrow,{SECRET}",
-        "the-secret-of-tomorrow",
+        f"{SECRET},hunter2-the-secret-of-tomorrow",
+        f"hunter2-the-secret-of-tomorrow,{SECRET}",
+        "hunter2-the-secret-of-tomorrow",
     ):
         for name in (first, second):
             assert await asyncio.to_thread(cluster.daemons[name].stop) == 0

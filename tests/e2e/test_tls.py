@@ -71,7 +71,7 @@ def test_nodes_that_know_one_another_by_certificate_need_no_secret(
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["-cluster.secret=a-secret-that-nobody-asked-for"]],
+    [[], ["-cluster.secret=hunter2-that-nobody-asked-for"]],
     ids=["without a secret", "with one"],
 )
 def test_a_node_whose_certificate_is_not_a_nodes_can_do_nothing(

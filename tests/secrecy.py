@@ -1,0 +1,65 @@
+"""What no output may hold, and the search for it in every output that a test makes.
+
+The word CANARY is in the passwords, secrets, bags and chosen tokens that helpers of the tests use: put it
+into yours. What daemons write, and what the modules log inside the tests' own process, is searched for it
+and for what has a form of its own; conftest.py fails the test that was running.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from mnemosyned.flags import FLAG_BY_NAME
+from mnemosyned.observe import logs
+
+CANARY: Final = "hunter2"
+_FORMS: Final = {
+    "a canary": re.compile(CANARY, re.IGNORECASE),
+    "a generated token": re.compile(r"(?<![0-9a-f])[0-9a-f]{128}(?![0-9a-f])"),
+    "an API key": re.compile(r"mnk_[\w-]{43}"),
+    "an address with its password": re.compile(r"postgres(?:ql)?://[^\s:@/]*:[^\s@]+@"),
+}
+# `-help` tells the default, whose password is no secret.
+_DEFAULT_ADDRESS: Final = FLAG_BY_NAME["postgres.address"].default
+_leaks: list[str] = []
+
+
+def search(text: str, where: str) -> None:
+    """Remember what the text holds that it should not."""
+    for what, form in _FORMS.items():
+        for match in form.finditer(text.replace(_DEFAULT_ADDRESS, "")):
+            around = match.string[max(0, match.start() - 200) : match.end() + 200]
+            _leaks.append(f"{where} holds {what}: {around}")
+
+
+def take_leaks() -> list[str]:
+    """Return what has been found since the last time."""
+    found, _leaks[:] = _leaks[:], []
+    return found
+
+
+@contextmanager
+def searched_logs() -> Iterator[None]:
+    """Search all that is logged in this process meanwhile, from debug on, in the form of production."""
+    root, searcher = logging.getLogger(), _Searcher()
+    before = {name: logging.getLogger(name).level for name in ("", *logs.LEAST_LEVEL_BY_LOGGER)}
+    root.addHandler(searcher)
+    logs.set_level("debug")
+    yield
+    root.removeHandler(searcher)
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+class _Searcher(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logs.formatter("production", io.StringIO()))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        search(self.format(record), f"the log of {record.name}")
