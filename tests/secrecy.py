@@ -7,12 +7,15 @@ and for what has a form of its own; conftest.py fails the test that was running.
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
+from urllib.parse import quote, quote_plus
 
 from mnemosyned.flags import FLAG_BY_NAME
 from mnemosyned.observe import logs
@@ -54,6 +57,25 @@ def searched_logs() -> Iterator[None]:
     root.removeHandler(searcher)
     for name, level in before.items():
         logging.getLogger(name).setLevel(level)
+
+
+def encodings(secret: str) -> set[bytes]:
+    """Return what a secret may look like in an output, in lower case."""
+    raw = secret.encode()
+    forms = {raw, raw.hex().encode(), repr(raw)[2:-1].encode(), json.dumps(secret)[1:-1].encode()}
+    forms |= {quoted.encode() for quoted in (quote(secret), quote(secret, safe=""), quote_plus(secret))}
+    for shift in range(3):
+        # The digits of Base64 that are its own, wherever in the encoded text it begins.
+        own = slice((shift * 8 + 5) // 6, (shift + len(raw)) * 8 // 6)
+        text = bytes(shift) + raw
+        forms |= {base64.b64encode(text)[own], base64.urlsafe_b64encode(text)[own]}
+    return {form.lower() for form in forms}
+
+
+def held(output: bytes, secrets: Iterable[str]) -> list[str]:
+    """Return which of the secrets are in an output, in clear or encoded."""
+    lower = output.lower()
+    return [secret for secret in secrets if any(form in lower for form in encodings(secret))]
 
 
 class _Searcher(logging.Handler):

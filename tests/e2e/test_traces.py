@@ -1,38 +1,18 @@
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
 import pytest
+from collectors import Collector, collecting
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from processes import Daemon
-
-
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    def __init__(self) -> None:
-        self.spans: queue.Queue[Any] = queue.Queue()
-
-    def Export(self, request: Any, _: Any) -> Any:  # noqa: ANN401, N802  # the library's
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                for span in scope.spans:
-                    self.spans.put(span)
-        return trace_service_pb2.ExportTraceServiceResponse()
 
 
 @pytest.fixture
 def collector() -> Iterator[tuple[Collector, str]]:
-    server = grpc.server(ThreadPoolExecutor(2))
-    one = Collector()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(one, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield one, f"127.0.0.1:{port}"
-    server.stop(None)
+    with collecting() as one:
+        yield one
 
 
 def test_calls_make_spans_that_continue_the_callers_trace(collector: tuple[Collector, str]) -> None:
