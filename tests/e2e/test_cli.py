@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from clusters import SECRET, Cluster, free_ports, until
 from processes import Daemon, mnemosyned, wait_until_gone
+from secrecy import search
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +165,8 @@ def test_three_nodes_on_one_machine_go_on_when_one_is_killed(tmp_path: Path) -> 
         finally:
             process.send_signal(signal.SIGINT)
 
+    search(welcome, "what make cluster prints")
+    search((tmp_path / "mnemosyned/postgres/cluster.log").read_text(), "the log of make cluster")
     assert process.returncode == 0
     assert re.search(r"\d{2,} reads, 0 failed", out.splitlines()[-1].rpartition("\r")[2])
     wait_until_gone(tmp_path)

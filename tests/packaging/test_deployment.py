@@ -119,7 +119,7 @@ def mounted(overlay: str, directory: Path) -> Config:
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
     (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "cluster-secret").write_text("a-secret-for-these-tests-only\n")
+    (tmp_path / "secret" / "cluster-secret").write_text("hunter2-a-secret-for-these-tests-only\n")
     (tmp_path / "secret" / "postgres-address").write_text("postgres://u:p@h/d\n")
     authority = Authority(tmp_path / "tls")
     files = authority.files("mnemosyned-peers.ours.svc", "*.mnemosyned-peers.ours.svc")
@@ -147,7 +147,7 @@ def test_the_environment_of_a_pod_makes_a_node_of_the_cluster(secrets: Path) -> 
 
     assert config.cluster_listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8080"
     assert config.cluster_seeds == ("mnemosyned-peers.ours.svc:8080",)
-    assert config.cluster_secret == ("a-secret-for-these-tests-only",)
+    assert config.cluster_secret == ("hunter2-a-secret-for-these-tests-only",)
     assert config.postgres_address == "postgres://u:p@h/d"
     assert not config.tls
 
