@@ -4,19 +4,25 @@ The fence. A load that began before a write may return what the write replaced. 
 when a write is over, in whichever way; it closes the gate of every fill under way for that key, so
 that the old value reaches the callers who asked before the write ended, but never the cache.
 
+That the loader has no value for a key is kept too, in an LRU of its own, so that asking for what does
+not exist can push out nothing that does.
+
 Rules for editing: every value enters through a Fill; `drop` closes gates before anything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar, cast
 
 from cache.lru import Lru, Slot
 from cache.singleflight import SingleFlight
 
 Value = TypeVar("Value")
+# Begins to read a key's value; the slot's value is None where there is none.
+Fetch: TypeAlias = Callable[[str], asyncio.Future[Slot[Value] | Slot[None]]]
 
 
 @dataclass(slots=True)
@@ -26,22 +32,37 @@ class CacheCounters:
     hits: int = 0
     misses: int = 0
     refreshes: int = 0  # the misses that found an entry too old to serve
+    absences: int = 0  # the misses of which it was known that there is no value
 
 
 class Fill(Generic[Value]):
     """Leave to put one value, until a write to its key is over."""
 
-    __slots__ = ("_cache", "_is_open", "_key")
+    __slots__ = ("_cache", "_is_open", "_key", "is_making")
 
-    def __init__(self, cache: ReadThrough[Value], key: str) -> None:
+    def __init__(self, cache: ReadThrough[Value], key: str, *, is_making: bool) -> None:
         self._cache = cache
         self._key = key
         self._is_open = True
+        self.is_making = is_making
 
     def put(self, slot: Slot[Value]) -> None:
         """Keep the value, unless a write to its key was over since the fill began."""
         if self._is_open:
             self._cache.lru.put(self._key, slot)
+
+    def keep(self, slot: Slot[Value] | Slot[None]) -> None:
+        """Keep what was found, a value or that there is none."""
+        # mypy narrows what is in a slot, not the slot.
+        if slot.value is None:
+            self.put_absence(cast("Slot[None]", slot))
+        else:
+            self.put(cast("Slot[Value]", slot))
+
+    def put_absence(self, slot: Slot[None]) -> None:
+        """Keep that there is no value, likewise."""
+        if self._is_open:
+            self._cache.absent.put(self._key, slot)
 
     def close(self) -> None:
         """Let nothing more through."""
@@ -58,11 +79,21 @@ class Fill(Generic[Value]):
 class ReadThrough(Generic[Value]):
     """A cache that loads what it lacks, each key once at a time."""
 
-    def __init__(self, lru: Lru[Value], *, beside: ReadThrough[Value] | None = None) -> None:
-        """Begin with what is in `lru`; of two caches beside each other, what one drops both drop."""
+    def __init__(
+        self,
+        lru: Lru[Value],
+        absent: Lru[None] | None = None,
+        *,
+        beside: ReadThrough[Value] | None = None,
+    ) -> None:
+        """Begin with what is in `lru`; of two caches beside each other, what one drops both drop.
+
+        Without `absent` it is not kept which keys have no value.
+        """
         self.lru = lru
+        self.absent: Lru[None] = Lru(max_entries=0, max_bytes=0) if absent is None else absent
         self.counters = CacheCounters()
-        self._flights: SingleFlight[Value] = SingleFlight()
+        self._flights: SingleFlight[Slot[Value] | Slot[None]] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
         self._beside = beside
         if beside is not None:
@@ -81,29 +112,43 @@ class ReadThrough(Generic[Value]):
         self.counters.hits += 1
         return slot.value
 
-    async def load(self, key: str, fetch: Callable[[str], Awaitable[Slot[Value]]]) -> Value:
-        """Return what `fetch` returns, kept if it has time left; concurrent callers share a fetch.
+    def is_absent(self, key: str, *, now_us: int) -> bool:
+        """Tell whether it is known that the key has no value; for after `peek`, which counts the lookup."""
+        slot = self.absent.get(key)
+        if slot is None or slot.good_until_us <= now_us:
+            return False
+        self.counters.absences += 1
+        return True
 
-        Raises what `fetch` raises; a failure, like an absence, is not kept.
+    async def load(self, key: str, fetch: Fetch[Value]) -> Value | None:
+        """Return what `fetch` finds, kept if it has time left; concurrent callers share a fetch.
+
+        Raises what `fetch` raises; a failure is not kept.
         """
+        return (await self._flights.run(key, lambda: self._fetched(key, fetch))).value
 
-        async def fly() -> Value:
-            with self.begin_fill(key) as fill:
-                slot = await fetch(key)
-                fill.put(slot)
-                return slot.value
+    def _fetched(self, key: str, fetch: Fetch[Value]) -> asyncio.Future[Slot[Value] | Slot[None]]:
+        fill = self.begin_fill(key)
+        work = fetch(key)
 
-        return await self._flights.run(key, fly)
+        def keep(work: asyncio.Future[Slot[Value] | Slot[None]]) -> None:
+            with fill:
+                if not work.cancelled() and work.exception() is None:
+                    fill.keep(work.result())
 
-    def begin_fill(self, key: str) -> Fill[Value]:
+        # Callbacks come in their order: the value is kept before any caller has it.
+        work.add_done_callback(keep)
+        return work
+
+    def begin_fill(self, key: str, *, is_making: bool = False) -> Fill[Value]:
         """Open a fill before the value is read or made; use it as a context manager."""
-        fill = Fill(self, key)
+        fill = Fill(self, key, is_making=is_making)
         self._fills.setdefault(key, set()).add(fill)
         return fill
 
     def keys(self) -> list[str]:
-        """Return every key that has a value or is about to."""
-        return [*self.lru.keys_with_prefix(""), *self._fills]
+        """Return every key of which something is known or about to be."""
+        return [*self.lru.keys_with_prefix(""), *self.absent.keys_with_prefix(""), *self._fills]
 
     def end_fill(self, key: str, fill: Fill[Value]) -> None:
         """Forget a fill that is over."""
@@ -114,13 +159,20 @@ class ReadThrough(Generic[Value]):
 
     def drop(self, key: str) -> None:
         """Forget the key's value and keep fills under way from bringing it back; beside as well."""
-        self.forget(key)
+        self._forget(key, is_made=False)
         if self._beside is not None:
-            self._beside.forget(key)
+            self._beside._forget(key, is_made=False)  # noqa: SLF001  # of this very class
 
-    def forget(self, key: str) -> None:
-        """Drop here alone."""
+    def made(self, key: str) -> None:
+        """Drop what was read before the key's value was made; who has made it may still put it."""
+        self._forget(key, is_made=True)
+        if self._beside is not None:
+            self._beside._forget(key, is_made=True)  # noqa: SLF001  # of this very class
+
+    def _forget(self, key: str, *, is_made: bool) -> None:
         for fill in self._fills.get(key, ()):
-            fill.close()
+            if not (is_made and fill.is_making):
+                fill.close()
         self._flights.forget(key)
         self.lru.pop(key)
+        self.absent.pop(key)

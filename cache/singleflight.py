@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-@dataclass(slots=True, eq=False)
 class _Flight(Generic[T]):
-    task: asyncio.Task[T]
-    passengers: int = 0
+    """Work under way, and a future for each who waits for it.
+
+    A seat is half of what `asyncio.shield` costs, and most flights have one passenger.
+    """
+
+    __slots__ = ("seats", "work")
+
+    def __init__(self, work: asyncio.Future[T]) -> None:
+        self.work = work
+        self.seats: list[asyncio.Future[T]] = []
+
+    def land(self, work: asyncio.Future[T]) -> None:
+        """Give every passenger the outcome."""
+        exc = None if work.cancelled() else work.exception()
+        for seat in self.seats:
+            if seat.done():
+                continue
+            if work.cancelled():
+                seat.cancel()
+            elif exc is not None:
+                seat.set_exception(exc)
+            else:
+                seat.set_result(work.result())
 
 
 class SingleFlight(Generic[T]):
@@ -29,34 +48,38 @@ class SingleFlight(Generic[T]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def run(self, key: str, fly: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return the result of the key's flight, begun with `fly` if there is none."""
+    async def run(self, key: str, begin: Callable[[], asyncio.Future[T]]) -> T:
+        """Return the result of the key's flight, begun by `begin` if there is none."""
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._take_off(key, fly)
-        flight.passengers += 1
+            flight = self._take_off(key, begin())
+        seat: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        flight.seats.append(seat)
         try:
-            return await asyncio.shield(flight.task)
-        finally:
-            flight.passengers -= 1
-            if not flight.passengers and not flight.task.done():
-                self._land(key, flight)
-                flight.task.cancel()
+            return await seat
+        except asyncio.CancelledError:
+            flight.seats.remove(seat)
+            if not flight.seats and not flight.work.done():
+                self._end(key, flight)
+                flight.work.cancel()
+            raise
 
     def forget(self, key: str) -> None:
         """Let later callers begin anew; those already aboard get the old result."""
         self._flights.pop(key, None)
 
-    def _take_off(self, key: str, fly: Callable[[], Coroutine[Any, Any, T]]) -> _Flight[T]:
-        # The dictionary and then the passengers own the task.
-        flight = _Flight(asyncio.create_task(fly()))
+    def _take_off(self, key: str, work: asyncio.Future[T]) -> _Flight[T]:
+        # The dictionary and then the passengers own the work.
+        flight = _Flight(work)
         self._flights[key] = flight
-        flight.task.add_done_callback(lambda _: self._land(key, flight))
-        # When every caller was cancelled nobody else reads a failure,
-        # and asyncio would log "exception was never retrieved".
-        flight.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+        def land(work: asyncio.Future[T]) -> None:
+            self._end(key, flight)
+            flight.land(work)
+
+        work.add_done_callback(land)
         return flight
 
-    def _land(self, key: str, flight: _Flight[T]) -> None:
+    def _end(self, key: str, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]

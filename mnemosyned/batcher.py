@@ -70,15 +70,23 @@ class Batcher(Generic[Item, Result]):
             Overloaded: `max_waiting` items wait already.
             MnemosyneError: the item's own failure, or its batch's.
         """
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise Overloaded("mnemosyned: too many calls are waiting for the storage")
         if self._limits.is_eager and not self._open_lanes:
             return await self._run_alone(item)
+        return await self.enqueue(item)
+
+    def enqueue(self, item: Item) -> asyncio.Future[Result]:
+        """Return the item's own result to come; whoever cancels it takes the item back.
+
+        Raises:
+            Overloaded: `max_waiting` items wait already.
+        """
+        if len(self._waiting) >= self._limits.max_waiting:
+            raise Overloaded("mnemosyned: too many calls are waiting for the storage")
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(item, self._size_bytes(item), answer))
         if self._open_lanes < self._limits.lanes:
             self._open_lane()
-        return await answer
+        return answer
 
     async def _run_alone(self, item: Item) -> Result:
         self._open_lanes += 1

@@ -140,7 +140,8 @@ class _Daemon:
         self._store = _new_store(config, embedded, self._registry)
         self._watch = StorageWatch(self._store, self._clock)
         self._lru: Lru[ReadySession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
-        self._cache = ReadThrough(self._lru)
+        self._absent: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=config.cache_absent_bytes)
+        self._cache = ReadThrough(self._lru, self._absent)
         self._touches = TouchWriter(
             self._store,
             max_waiting=config.cache_size,
@@ -332,7 +333,12 @@ class _Daemon:
             self._registry.register(RpcCollector(self._node.client_stats.values(), side="client"))
             self._registry.register(ClusterCollector(self._node))
         self._registry.register(
-            CacheCollector(self._cache.counters, lambda: len(self._lru), lambda: self._lru.size_bytes)
+            CacheCollector(
+                self._cache.counters,
+                entries=lambda: len(self._lru),
+                size_bytes=lambda: self._lru.size_bytes,
+                absent_entries=lambda: len(self._absent),
+            )
         )
 
     def _announce(self, port: int, operator_port: int) -> None:

@@ -227,6 +227,13 @@ FLAGS: Final = (
         "how long a cached session is served before it is read again; 0: no caching",
         "cache_ttl_s",
     ),
+    Flag(
+        "cache.absent",
+        "32MiB",
+        _size(0, _ANY_SIZE),
+        "memory to remember unknown tokens in for -cache.ttl, about 480 bytes each; 0: none is",
+        "cache_absent_bytes",
+    ),
     Flag("bag.max-entries", "10000", _integer(1, 10**6), "entries of a bag", "bag_max_entries"),
     Flag(
         "bag.max-key",

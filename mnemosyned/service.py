@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from cache.lru import Slot
 from cache.readthrough import ReadThrough
 from mnemosyned import bag
 from mnemosyned.bag import BagLimits
 from mnemosyned.clock import StorageClock
-from mnemosyned.errors import InvalidArgument, SessionAlreadyExists
+from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionAlreadyExists, SessionNotFound
 from mnemosyned.ready import ExpiryField, ReadySession, list_response
 from mnemosyned.session import (
     DEFAULT_LIST_LIMIT,
@@ -41,6 +41,12 @@ _US_PER_MS: Final = 1000
 _MAX_OFFSET: Final = 2**63 - 1
 # One DELETE at a time stays short, so that it holds few locks and little memory.
 _DELETE_BATCH: Final = 5000
+# Python objects around the token: its slot, and its place in the dictionary.
+ABSENCE_BYTES: Final = 350
+
+
+# Of a token: its session, or that there is none.
+Loaded: TypeAlias = Slot[ReadySession] | Slot[None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +66,7 @@ class OtherCaches(Protocol):
         ...
 
     def changed(self, tokens: Iterable[str]) -> None:
-        """Take note of sessions that were changed or ended here, or may have been."""
+        """Take note of sessions that were begun, changed or ended here, or may have been."""
         ...
 
 
@@ -81,7 +87,9 @@ class SessionService:
         self.bag_limits = bag_limits or BagLimits()
         self._store = store
         self._elsewhere = elsewhere
-        self._batched = BatchedStore(store, self._drop)
+        self._batched: BatchedStore[Loaded] = BatchedStore(
+            store, load=self._load_slots, on_written=self._drop, on_started=self._made
+        )
         self._cache = cache
         self._touches = touches
         self._clock = clock
@@ -100,26 +108,36 @@ class SessionService:
         """Extend a session and return it as a response message.
 
         Raises:
-            InvalidArgument: the token is empty or too long.
-            SessionNotFound: by the coroutine.
+            InvalidArgument: the token is no token.
+            SessionNotFound: at once, or by the coroutine.
         """
         now_us = self._clock.now_us()
         ready = self._cache.peek(token, now_us=now_us)
-        if ready is None:
-            return self._load(check_token(token), now_us)
-        return self._extended(token, ready, now_us)
+        if ready is not None:
+            return self._extended(token, ready, now_us)
+        if self._cache.is_absent(token, now_us=now_us):
+            raise SessionNotFound
+        return self._load(check_token(token), now_us)
 
-    def is_cached(self, token: str) -> bool:
-        """Tell whether the cache knows a live session; `exists` is for when it does not.
+    def exists_near(self, token: str) -> bool | None:
+        """Tell whether there is a live session, as far as the cache knows; None: `exists` must be asked.
 
         Raises:
-            InvalidArgument: the token is empty or too long.
+            InvalidArgument: the token is no token.
         """
-        return self._cache.peek(check_token(token), now_us=self._clock.now_us()) is not None
+        now_us = self._clock.now_us()
+        if self._cache.peek(check_token(token), now_us=now_us) is not None:
+            return True
+        return False if self._cache.is_absent(token, now_us=now_us) else None
 
     async def exists(self, token: str) -> bool:
         """Tell whether the storage has a live session; does not extend it."""
-        return await self._batched.exists(token)
+        asked_us = self._clock.now_us()
+        with self._cache.begin_fill(token) as fill:
+            is_there = await self._batched.exists(token)
+            if not is_there:
+                fill.put_absence(self._absence(token, asked_us))
+        return is_there
 
     async def start(self, new: NewSession) -> bytes:
         """Store a session and return it as a response message.
@@ -131,7 +149,7 @@ class SessionService:
         check_new(new)
         bag.check_size(new.bag)
         asked_us = self._clock.now_us()
-        with self._cache.begin_fill(new.access_token) as fill:
+        with self._cache.begin_fill(new.access_token, is_making=True) as fill:
             session = await self._batched.start(new)
             slot = self._slot(session, asked_us)
             fill.put(slot)
@@ -147,8 +165,8 @@ class SessionService:
         try:
             return await self.start(new)
         except SessionAlreadyExists:
-            found = await self._batched.load(new.access_token)
-            if not found.is_from(new):
+            (found,) = await self._store.load([new.access_token])
+            if isinstance(found, MnemosyneError) or not found.is_from(new):
                 raise
         return ReadySession(found).response(self._expiry_field.encode(found.expires_at_us))
 
@@ -227,16 +245,24 @@ class SessionService:
 
     async def _load(self, token: str, asked_us: int) -> bytes:
         if self._lifetimes.cache_us:
-            ready = await self._cache.load(token, self._fetch)
+            ready = await self._cache.load(token, self._batched.load)
         else:
             # Nobody may share a load that was begun before another node's write was acknowledged.
-            ready = (await self._fetch(token)).value
+            ready = (await self._batched.load(token)).value
+        if ready is None:
+            raise SessionNotFound
         # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
         return self._extended(token, ready, asked_us)
 
-    async def _fetch(self, token: str) -> Slot[ReadySession]:
+    async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
-        return self._slot(await self._batched.load(token), asked_us)
+        found = await self._store.load(tokens)
+        return [self._loaded(token, one, asked_us) for token, one in zip(tokens, found, strict=True)]
+
+    def _loaded(self, token: str, found: Session | MnemosyneError, asked_us: int) -> Loaded | MnemosyneError:
+        if isinstance(found, Session):
+            return self._slot(found, asked_us)
+        return self._absence(token, asked_us) if isinstance(found, SessionNotFound) else found
 
     def _slot(self, session: Session, asked_us: int) -> Slot[ReadySession]:
         ready = ReadySession(session)
@@ -246,6 +272,9 @@ class SessionService:
         good_until_us = min(asked_us + self._lifetimes.cache_us, row_good_until_us)
         return Slot(ready, ready.size_bytes, good_until_us)
 
+    def _absence(self, token: str, asked_us: int) -> Slot[None]:
+        return Slot(None, len(token) + ABSENCE_BYTES, asked_us + self._lifetimes.cache_us)
+
     def _extended(self, token: str, ready: ReadySession, now_us: int) -> bytes:
         expires_at_us = now_us + self._lifetimes.session_us
         expires_at_us -= expires_at_us % _US_PER_MS
@@ -254,6 +283,13 @@ class SessionService:
             if not ready.is_dirty:
                 self._touches.mark(token, ready)
         return ready.response(self._expiry_field.encode(ready.expires_at_us))
+
+    def _made(self, tokens: Iterable[str]) -> None:
+        tokens = list(tokens)
+        for token in tokens:
+            self._cache.made(token)
+        if self._elsewhere is not None:
+            self._elsewhere.changed(tokens)
 
     def _drop(self, tokens: Iterable[str]) -> None:
         tokens = list(tokens)

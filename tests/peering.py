@@ -92,7 +92,9 @@ def _put_together(
     store: SessionStore, address: str, seeds: tuple[str, ...], secrets: tuple[str, ...], label: str
 ) -> Parts:
     """Make the parts of a node, as the daemon does."""
-    cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=1000, max_bytes=10_000_000))
+    cache: ReadThrough[ReadySession] = ReadThrough(
+        Lru(max_entries=1000, max_bytes=10_000_000), Lru(max_entries=1000, max_bytes=1_000_000)
+    )
     lost = UpkeepMetrics(CollectorRegistry()).touches_lost
     touches = TouchWriter(store, max_waiting=100, lost=lost, on_gone=cache.drop)
     clock = StorageClock()

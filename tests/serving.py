@@ -61,7 +61,9 @@ async def serving(
     options: EngineOptions = OPTIONS,
     bag_limits: BagLimits | None = None,
 ) -> AsyncIterator[Node]:
-    cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=10_000, max_bytes=100_000_000))
+    cache: ReadThrough[ReadySession] = ReadThrough(
+        Lru(max_entries=10_000, max_bytes=100_000_000), Lru(max_entries=10_000, max_bytes=1_000_000)
+    )
     touches = TouchWriter(
         store, max_waiting=100, lost=UpkeepMetrics(CollectorRegistry()).touches_lost, on_gone=cache.drop
     )

@@ -131,11 +131,17 @@ class CacheCollector(Collector):
     """Shows the cache's counters as `mnemosyned_cache_*`."""
 
     def __init__(
-        self, counters: CacheCounters, entries: Callable[[], int], size_bytes: Callable[[], int]
+        self,
+        counters: CacheCounters,
+        *,
+        entries: Callable[[], int],
+        size_bytes: Callable[[], int],
+        absent_entries: Callable[[], int],
     ) -> None:
         self._counters = counters
         self._entries = entries
         self._size_bytes = size_bytes
+        self._absent_entries = absent_entries
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family for each name."""
@@ -145,12 +151,24 @@ class CacheCollector(Collector):
             value=counters.hits,
         )  # fmt: skip
         yield CounterMetricFamily(
-            "mnemosyned_cache_misses", "Lookups that went to the storage.", value=counters.misses
+            "mnemosyned_cache_misses",
+            "Lookups that found no session here: most went to the storage.",
+            value=counters.misses,
         )
         yield CounterMetricFamily(
             "mnemosyned_cache_refresh",
             "The misses whose entry was there, but too old to serve.",
             value=counters.refreshes,
+        )
+        yield CounterMetricFamily(
+            "mnemosyned_cache_absences",
+            "The misses answered without the storage, which had no such session a moment ago.",
+            value=counters.absences,
+        )
+        yield GaugeMetricFamily(
+            "mnemosyned_cache_absent_entries",
+            "Tokens of which it is known that they have no session.",
+            value=self._absent_entries(),
         )
         yield GaugeMetricFamily("mnemosyned_cache_entries", "Sessions in the cache.", value=self._entries())
         yield GaugeMetricFamily(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mnemosyned.observe.lines import LineBudget
 from mnemosyned.observe.metrics import MethodStats
 
 
@@ -57,6 +58,7 @@ class UnaryMethod:
     answer: UnaryAnswer
     stats: MethodStats
     max_message_bytes: int | None = None  # of a request; None: as the engine's options say
+    lines: LineBudget = field(default_factory=LineBudget)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +69,7 @@ class StreamMethod:
     answer: StreamAnswer
     stats: MethodStats
     max_message_bytes: int | None = None  # of each request; None: as the engine's options say
+    lines: LineBudget = field(default_factory=LineBudget)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,10 @@ def _get(service: SessionService, request: GetRequest, _: int) -> Answer:
 
 
 def _exists(service: SessionService, request: ExistsRequest, _: int) -> Answer:
-    return _TRUE if service.is_cached(request.access_token) else _asked_exists(service, request)
+    is_there = service.exists_near(request.access_token)
+    if is_there is None:
+        return _asked_exists(service, request)
+    return _TRUE if is_there else _FALSE
 
 
 async def _asked_exists(service: SessionService, request: ExistsRequest) -> bytes:

@@ -14,12 +14,15 @@ class Storage:
     """Holds one value; a fetch waits at the gate after it has read."""
 
     def __init__(self) -> None:
-        self.value = "old"
+        self.value: str | None = "old"
         self.fetches = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def fetch(self, _: str) -> Slot[str]:
+    def fetch(self, _: str) -> asyncio.Task[Slot[str] | Slot[None]]:
+        return asyncio.create_task(self._fetch())
+
+    async def _fetch(self) -> Slot[str] | Slot[None]:
         self.fetches += 1
         value = self.value
         await self.gate.wait()
@@ -27,7 +30,7 @@ class Storage:
 
 
 def new_cache() -> ReadThrough[str]:
-    return ReadThrough(Lru(max_entries=10, max_bytes=1000))
+    return ReadThrough(Lru(max_entries=10, max_bytes=1000), Lru(max_entries=10, max_bytes=10))
 
 
 async def test_a_loaded_value_is_served_while_it_is_good() -> None:
@@ -111,7 +114,7 @@ async def test_a_failed_refresh_leaves_nothing_behind() -> None:
         raise OSError("storage is away")
 
     with pytest.raises(OSError, match="away"):
-        await cache.load("k", fail)
+        await cache.load("k", lambda key: asyncio.create_task(fail(key)))
 
     assert cache.peek("k", now_us=LATER_US) is None
     assert cache.peek("k", now_us=SOON_US) == "old"
@@ -129,3 +132,65 @@ async def test_what_one_of_two_caches_beside_each_other_drops_both_drop() -> Non
             late.put(Slot("older", 1, 10))
 
         assert kept.peek("k", now_us=0) is None
+
+
+async def test_that_there_is_no_value_is_kept_until_one_is_made() -> None:
+    cache, storage = new_cache(), Storage()
+    storage.value = None
+
+    assert not cache.is_absent("k", now_us=SOON_US)
+    assert await cache.load("k", storage.fetch) is None
+    assert cache.is_absent("k", now_us=SOON_US)
+    assert not cache.is_absent("k", now_us=LATER_US)
+    assert cache.counters.absences == 1
+    assert cache.keys() == ["k"]
+    cache.made("k")
+    assert not cache.is_absent("k", now_us=SOON_US)
+
+
+async def test_a_load_that_raced_with_a_making_leaves_what_was_made() -> None:
+    cache, storage = new_cache(), Storage()
+    storage.value = None
+    storage.gate.clear()
+    load = asyncio.create_task(cache.load("k", storage.fetch))
+    async with asyncio.timeout(5):
+        while not storage.fetches:
+            await asyncio.sleep(0)
+    with cache.begin_fill("k", is_making=True) as fill:
+        cache.made("k")
+        fill.put(Slot("new", 1, LATER_US))
+    storage.gate.set()
+
+    assert await load is None
+    assert not cache.is_absent("k", now_us=SOON_US)
+    assert cache.peek("k", now_us=SOON_US) == "new"
+
+
+async def test_a_drop_ends_a_making_too() -> None:
+    cache = new_cache()
+    with cache.begin_fill("k", is_making=True) as fill:
+        cache.made("k")
+        cache.drop("k")
+        fill.put(Slot("new", 1, LATER_US))
+
+    assert cache.peek("k", now_us=SOON_US) is None
+
+
+async def test_absences_push_out_no_value_and_are_bounded() -> None:
+    cache, storage = new_cache(), Storage()
+    await cache.load("k", storage.fetch)
+    storage.value = None
+    for number in range(100):
+        await cache.load(f"absent-{number}", storage.fetch)
+
+    assert cache.peek("k", now_us=SOON_US) == "old"
+    assert len(cache.absent) == 10
+
+
+async def test_without_room_for_absences_none_is_kept() -> None:
+    cache: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=10))
+    storage = Storage()
+    storage.value = None
+    await cache.load("k", storage.fetch)
+
+    assert not cache.is_absent("k", now_us=SOON_US)

@@ -13,7 +13,10 @@ class Work:
         self.was_cancelled = False
         self.gate = asyncio.Event()
 
-    async def fly(self) -> int:
+    def fly(self) -> asyncio.Task[int]:
+        return asyncio.create_task(self._fly())
+
+    async def _fly(self) -> int:
         self.begun += 1
         result = self.begun
         try:
@@ -54,7 +57,9 @@ async def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
     async def crash() -> int:
         raise ValueError("crashed")
 
-    results = await asyncio.gather(*(flights.run("k", crash) for _ in range(3)), return_exceptions=True)
+    results = await asyncio.gather(
+        *(flights.run("k", lambda: asyncio.create_task(crash())) for _ in range(3)), return_exceptions=True
+    )
     work = Work()
     work.gate.set()
 

@@ -91,6 +91,13 @@ async def start(peer: Peer, count: int = 1) -> list[str]:
     return [(await peer.stub.Start(request)).session.access_token for _ in range(count)]
 
 
+async def stored(store: HeldStore, count: int) -> list[str]:
+    """Start sessions of which no node here has heard."""
+    tokens = [f"stored-{number}" for number in range(count)]
+    await store.start([session.NewSession(access_token=token, subject_id="s") for token in tokens])
+    return tokens
+
+
 async def served(peer: Peer, tokens: Sequence[str]) -> list[str]:
     """Of these tokens, those for which the node returns a session."""
     found = []
@@ -170,7 +177,7 @@ async def test_a_write_is_repeated_only_when_the_owners_time_for_it_is_over(stor
     async with peering(store) as one:
         gone = "127.0.0.1:9"
         ring = Ring([one.address, gone])
-        (token, *_) = (token for token in await start(one, 16) if ring.owner(token) == gone)
+        (token, *_) = (token for token in await stored(store, 16) if ring.owner(token) == gone)
         look_as(one, one.address, gone)
         began_s = time.monotonic()
         await one.stub.SetValue(SetValueRequest(access_token=token, key="k", value="v"))
@@ -234,7 +241,7 @@ async def test_the_writes_of_a_node_that_joins_reach_the_owners_caches(store: He
 async def test_a_write_succeeds_in_time_though_the_owner_stands_still(store: HeldStore, silent: str) -> None:
     async with peering(store) as one:
         ring = Ring([one.address, silent])
-        tokens = [token for token in await start(one, 16) if ring.owner(token) == silent]
+        tokens = [token for token in await stored(store, 16) if ring.owner(token) == silent]
         look_as(one, one.address, silent)
         for token in tokens[:5]:
             request = SetValueRequest(access_token=token, key="k", value="v")
@@ -293,9 +300,89 @@ async def test_a_write_whose_answer_was_lost_counts_once(store: HeldStore) -> No
 async def test_a_token_in_use_is_refused_by_a_repeated_start_as_well(store: HeldStore, silent: str) -> None:
     async with peering(store) as one:
         ring = Ring([one.address, silent])
-        (token, *_) = (token for token in await start(one, 16) if ring.owner(token) == silent)
+        (token, *_) = (token for token in await stored(store, 16) if ring.owner(token) == silent)
         look_as(one, one.address, silent)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await one.stub.Start(StartRequest(session=Session(access_token=token, subject_id="another")))
 
         assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
+async def exists(peer: Peer, token: str) -> bool:
+    return bool((await peer.stub.Exists(ExistsRequest(access_token=token))).value)
+
+
+async def test_what_was_asked_for_too_early_is_there_once_it_has_started(store: HeldStore) -> None:
+    async with peering(store) as one, peering(store, seeds=(one.address,)) as other:
+        await until(lambda: len(one.node.view.ring.nodes) == len(other.node.view.ring.nodes) == 2)
+        for number in range(20):
+            token = f"early-{number}"
+            assert await served(one, [token]) == await served(other, [token]) == []
+            assert not await exists(one, token)
+            new = StartRequest(session=Session(access_token=token, subject_id="s"))
+            await (one, other)[number % 2].stub.Start(new)
+
+            assert await served(one, [token]) == await served(other, [token]) == [token]
+            assert await exists(one, token)
+
+
+async def test_what_was_asked_for_too_early_is_there_though_its_owner_is_passed_by(store: HeldStore) -> None:
+    async with peering(store) as one, peering(store) as other:
+        # Each holds itself for the owner, as while the ring changes.
+        token = "early"
+        assert await served(other, [token]) == []
+        look_as(one, one.address, others=[other.address], former=[one.address])
+        await one.stub.Start(StartRequest(session=Session(access_token=token, subject_id="s")))
+
+        assert await served(other, [token]) == [token]
+
+
+async def test_a_start_under_an_old_ring_is_told_to_the_new_owner(store: HeldStore) -> None:
+    async with peering(store) as one, peering(store) as other:
+        ring = Ring([one.address, other.address])
+        token = next(f"early-{n}" for n in range(99) if ring.owner(f"early-{n}") == other.address)
+        assert await served(other, [token]) == []
+        await one.stub.Start(StartRequest(session=Session(access_token=token, subject_id="s")))
+        look_as(one, one.address, other.address)
+
+        assert await served(one, [token]) == [token]
+        await until(lambda: token not in other.cache.absent)
+        assert await served(other, [token]) == [token]
+
+
+async def test_a_get_that_raced_with_a_start_does_not_hide_the_session(store: HeldStore) -> None:
+    async with serving(store) as node:
+        store.may_answer.clear()
+        early = asyncio.ensure_future(node.stub.Get(GetRequest(access_token="t")))
+        await until(lambda: store.loads == 1)
+        await node.stub.Start(StartRequest(session=Session(access_token="t", subject_id="s")))
+        store.may_answer.set()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await early
+        # Gone from among the sessions, as by eviction, so that an absence would be seen.
+        node.cache.lru.pop("t")
+
+        assert (await node.stub.Get(GetRequest(access_token="t"))).session.subject_id == "s"
+
+
+async def test_an_unknown_token_asks_the_storage_once_and_is_counted(store: HeldStore) -> None:
+    async with serving(store) as node:
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await node.stub.Get(GetRequest(access_token="t"))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert not (await node.stub.Exists(ExistsRequest(access_token="t"))).value
+
+        assert store.loads == 1
+        assert (node.cache.counters.misses, node.cache.counters.absences) == (10, 9)
+
+
+async def test_an_ended_session_is_asked_for_once_more(store: HeldStore) -> None:
+    async with serving(store) as node:
+        for _ in range(3):
+            await node.stub.Start(StartRequest(session=Session(access_token="t", subject_id="s")))
+            await node.stub.Abandon(AbandonRequest(access_token="t"))
+            with pytest.raises(grpc.aio.AioRpcError):
+                await node.stub.Get(GetRequest(access_token="t"))
+
+        assert node.cache.counters.absences == 0
