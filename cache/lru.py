@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -27,6 +28,7 @@ class Lru(Generic[Value]):
     def __init__(self, *, max_entries: int, max_bytes: int) -> None:
         self._max_entries = max_entries
         self._max_bytes = max_bytes
+        self.on_removed: Callable[[str], None] = lambda _: None  # told the key, also of what is replaced
         self._slots: OrderedDict[str, Slot[Value]] = OrderedDict()
         self._size_bytes = 0
 
@@ -54,14 +56,16 @@ class Lru(Generic[Value]):
         self._slots[key] = slot
         self._size_bytes += slot.size_bytes
         while len(self._slots) > self._max_entries or self._size_bytes > self._max_bytes:
-            _, evicted = self._slots.popitem(last=False)
+            evicted_key, evicted = self._slots.popitem(last=False)
             self._size_bytes -= evicted.size_bytes
+            self.on_removed(evicted_key)
 
     def pop(self, key: str) -> Slot[Value] | None:
         """Remove and return the slot, if there is one."""
         slot = self._slots.pop(key, None)
         if slot is not None:
             self._size_bytes -= slot.size_bytes
+            self.on_removed(key)
         return slot
 
     def keys_with_prefix(self, prefix: str) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar, cast
+from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
 from cache.lru import Lru, Slot
 from cache.singleflight import SingleFlight
@@ -23,6 +23,22 @@ from cache.singleflight import SingleFlight
 Value = TypeVar("Value")
 # Begins to read a key's value; the slot's value is None where there is none.
 Fetch: TypeAlias = Callable[[str], asyncio.Future[Slot[Value] | Slot[None]]]
+
+
+class Aliases(Protocol):
+    """Other names of keys, for whoever must have a value dropped and does not know its key."""
+
+    def alias(self, key: str) -> str:
+        """Return a key's other name, or the key if it has none."""
+        ...
+
+    def is_alias(self, text: str) -> bool:
+        """Tell an alias from a key."""
+        ...
+
+    def knows(self, alias: str) -> bool:
+        """Tell whether `alias` would make this one of its key; otherwise it may stand for any key."""
+        ...
 
 
 @dataclass(slots=True)
@@ -85,6 +101,7 @@ class ReadThrough(Generic[Value]):
         absent: Lru[None] | None = None,
         *,
         beside: ReadThrough[Value] | None = None,
+        aliases: Aliases | None = None,
     ) -> None:
         """Begin with what is in `lru`; of two caches beside each other, what one drops both drop.
 
@@ -95,6 +112,10 @@ class ReadThrough(Generic[Value]):
         self.counters = CacheCounters()
         self._flights: SingleFlight[Slot[Value] | Slot[None]] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
+        self._aliases = aliases
+        # Of each key that has a value or a fill under way, and of no other.
+        self._key_by_alias: dict[str, str] = {}
+        lru.on_removed = self._unlist
         self._beside = beside
         if beside is not None:
             beside._beside = self  # noqa: SLF001  # of this very class
@@ -144,6 +165,8 @@ class ReadThrough(Generic[Value]):
         """Open a fill before the value is read or made; use it as a context manager."""
         fill = Fill(self, key, is_making=is_making)
         self._fills.setdefault(key, set()).add(fill)
+        if self._aliases is not None:
+            self._key_by_alias[self._aliases.alias(key)] = key
         return fill
 
     def keys(self) -> list[str]:
@@ -156,9 +179,17 @@ class ReadThrough(Generic[Value]):
         fills.discard(fill)
         if not fills:
             del self._fills[key]
+            self._unlist(key)
 
     def drop(self, key: str) -> None:
-        """Forget the key's value and keep fills under way from bringing it back; beside as well."""
+        """Forget the key's value and keep fills under way from bringing it back; beside as well.
+
+        An alias will do for the key; for one that is not known everything is forgotten.
+        """
+        if self._aliases is not None and self._aliases.is_alias(key):
+            for meant in self._keys_of(key):
+                self.drop(meant)
+            return
         self._forget(key, is_made=False)
         if self._beside is not None:
             self._beside._forget(key, is_made=False)  # noqa: SLF001  # of this very class
@@ -168,6 +199,17 @@ class ReadThrough(Generic[Value]):
         self._forget(key, is_made=True)
         if self._beside is not None:
             self._beside._forget(key, is_made=True)  # noqa: SLF001  # of this very class
+
+    def _keys_of(self, alias: str) -> list[str]:
+        assert self._aliases is not None
+        both = [self] if self._beside is None else [self, self._beside]
+        if not self._aliases.knows(alias):
+            return [key for one in both for key in one.keys()]  # noqa: SIM118  # no mapping
+        return [one._key_by_alias[alias] for one in both if alias in one._key_by_alias]  # noqa: SLF001  # likewise
+
+    def _unlist(self, key: str) -> None:
+        if self._aliases is not None and key not in self.lru and key not in self._fills:
+            self._key_by_alias.pop(self._aliases.alias(key), None)
 
     def _forget(self, key: str, *, is_made: bool) -> None:
         for fill in self._fills.get(key, ()):

@@ -39,6 +39,8 @@ _MAX_UNTOLD: Final = 10_000
 # What a node can write in the time that a copy lives.
 _MAX_CHANGED: Final = 50_000
 _TOKENS_A_CALL: Final = 1000
+# Of what stands for a token that this node does not know: whoever has a copy finds it by that.
+_UNOWNED: Final = "\0"
 # The engines close a stream on which nothing came for a minute.
 _IDLE_STREAM_S: Final = 20.0
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -211,9 +213,10 @@ class Forwarder:
             await asyncio.sleep(left_us / _US_PER_S)
 
     async def invalidate(self, tokens: Sequence[str]) -> None:
-        """Have the owners drop their copies; one that cannot be told now is told before it is asked again.
+        """Have the owners drop their copies, or everybody those of what begins with NUL.
 
-        Owners by former rings are owners too, while those may be routed by.
+        One that cannot be told now is told before it is asked again. Owners by former rings are owners too,
+        while those may be routed by.
         """
         view = self._view
         if view is None or (view.is_alone and not view.former):
@@ -455,7 +458,8 @@ def _by_owner(view: View, tokens: Iterable[str]) -> dict[str, list[str]]:
     """Sort tokens by the peers that own them, or have by a former ring."""
     found: dict[str, list[str]] = {}
     for token in tokens:
-        for name in {ring.owner(token): None for ring in (view.ring, *view.former)}:
+        owners = {ring.owner(token): None for ring in (view.ring, *view.former)}
+        for name in view.address_by_name if token.startswith(_UNOWNED) else owners:
             if name in view.address_by_name:
                 found.setdefault(name, []).append(token)
     return found

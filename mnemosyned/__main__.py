@@ -15,7 +15,7 @@ def main() -> int:
     """Run the daemon as the command line, the environment and the file say; or another command."""
     hide_secrets(sys.argv[1:])
     # Only now: they take ten times as long as all before, while everybody could read the secrets.
-    from mnemosyned import cli  # noqa: PLC0415
+    from mnemosyned import cli, migrate  # noqa: PLC0415
     from mnemosyned import config as configuration  # noqa: PLC0415
     from mnemosyned.daemon import StartFailed, run  # noqa: PLC0415
     from mnemosyned.observe import logs  # noqa: PLC0415
@@ -24,6 +24,8 @@ def main() -> int:
         return cli.main(sys.argv[2:])
     if sys.argv[1:2] == ["key"]:
         return cli.make_key(sys.argv[2:])
+    if sys.argv[1:2] == ["migrate"]:
+        return migrate.main(sys.argv[2:])
     try:
         config = configuration.parse(sys.argv[1:], os.environ)
     except configuration.ConfigError as exc:

@@ -32,6 +32,7 @@ from mnemosyned.flags import (
 )
 
 _MAX_TOUCH_INTERVAL_S: Final = 10.0
+_MIN_TOKEN_KEY: Final = 32
 # What Kubernetes puts into MNEMOSYNED_PORT when there is a Service of our name.
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 
@@ -67,6 +68,9 @@ class Config:
     bag_max_entries: int
     bag_max_key_bytes: int
     bag_max_value_bytes: int
+    token_protection: str
+    token_key_file: str
+    token_keys: tuple[str, ...] = field(repr=False)  # of the file
     log_environment: str
     log_level: str
     storage: str
@@ -89,7 +93,9 @@ class Config:
     check_config: bool
 
 
-assert {flag.field for flag in FLAGS} == {one.name for one in fields(Config)}
+# Nobody gives these themselves.
+_FROM_FILES: Final = frozenset({"token_keys"})
+assert {flag.field for flag in FLAGS} == {one.name for one in fields(Config)} - _FROM_FILES
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
@@ -192,9 +198,12 @@ def _checked(values: dict[str, Any]) -> Config:
     values["cluster_secret"] += _secrets_in(values["cluster_secret_file"])
     if values["postgres_address_file"]:
         values["postgres_address"] = _address_in(values["postgres_address_file"])
+    values["token_keys"] = _token_keys_in(values["token_key_file"])
     config = Config(**values)
     if config.touch_interval_s > config.ttl_s / 4:
         raise ConfigError("flag -touch.interval: more than a quarter of -ttl")
+    if config.token_protection != "none" and not config.token_keys:  # noqa: S105  # a mode
+        raise ConfigError("flag -token.protection: hmac needs -token.key.file")
     _check_cluster(config)
     _check_tls(config)
     return config
@@ -219,6 +228,22 @@ def _secrets_in(path: str) -> tuple[str, ...]:
     except ValueError as exc:
         raise ConfigError(f"flag -cluster.secret.file: {path}: {exc}") from None
     return found
+
+
+def _token_keys_in(path: str) -> tuple[str, ...]:
+    if not path:
+        return ()
+    keys = tuple(dict.fromkeys(_words_in("token.key.file", path)))
+    if any(len(key) < _MIN_TOKEN_KEY for key in keys):
+        raise ConfigError(
+            f"flag -token.key.file: {path}: a key is shorter than {_MIN_TOKEN_KEY} characters; "
+            "try `openssl rand -hex 32`"
+        )
+    if len(keys) > MAX_SECRETS:
+        raise ConfigError(
+            f"flag -token.key.file: {path}: more than {MAX_SECRETS} keys; two are for a rotation"
+        )
+    return keys
 
 
 def _address_in(path: str) -> str:

@@ -11,7 +11,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +19,6 @@ from random import Random
 from typing import Final
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from cache.lru import Lru
 from cache.readthrough import ReadThrough
@@ -37,7 +35,6 @@ from mnemosyned.observe.cluster import ClusterCollector, page
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,
-    QueryMetrics,
     RpcCollector,
     UpkeepMetrics,
     new_registry,
@@ -58,12 +55,9 @@ from mnemosyned.rpc.methods import MethodTable
 from mnemosyned.rpc.router import carried
 from mnemosyned.service import Lifetimes, SessionService
 from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
-from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.port import SessionStore, StorageRefused
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
 from mnemosyned.storage.watch import StorageWatch
+from mnemosyned.stores import new_store, token_names, warn_of_unknown_keys
 from mnemosyned.tls import (
     ClientAuth,
     TlsFiles,
@@ -100,7 +94,7 @@ def run(config: Config) -> None:
         # grpcio's core reads it when it is first used.
         os.environ["GRPC_VERBOSITY"] = "debug"
         logging.getLogger("mnemosyned.rpc").setLevel(logging.DEBUG)
-    embedded = _start_embedded(config)
+    embedded = start_embedded(config)
     _allow_many_files()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -117,8 +111,11 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _start_embedded(config: Config) -> EmbeddedPostgres | None:
-    # Before any thread or event loop: the server dies with the thread that started it.
+def start_embedded(config: Config) -> EmbeddedPostgres | None:
+    """Start the private server, if that is what the address asks for. Raises StartFailed.
+
+    Before any thread or event loop: the server dies with the thread that started it.
+    """
     if config.storage != "postgres" or not config.postgres_address.startswith("embedded:"):
         return None
     try:
@@ -137,11 +134,12 @@ class _Daemon:
         self._registry = new_registry()
         self._upkeep = UpkeepMetrics(self._registry)
         self._clock = StorageClock()
-        self._store = _new_store(config, embedded, self._registry)
+        self._names = token_names(config)
+        self._store = new_store(config, None if embedded is None else embedded.dsn, self._registry)
         self._watch = StorageWatch(self._store, self._clock)
         self._lru: Lru[ReadySession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
         self._absent: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=config.cache_absent_bytes)
-        self._cache = ReadThrough(self._lru, self._absent)
+        self._cache = ReadThrough(self._lru, self._absent, aliases=self._names)
         self._touches = TouchWriter(
             self._store,
             max_waiting=config.cache_size,
@@ -188,7 +186,8 @@ class _Daemon:
 
     def _add_clustered_methods(self, node: ClusterNode) -> None:
         # Beside the cache: a write past it ends what is in it, and the other way round.
-        no_cache = ReadThrough(Lru[ReadySession](max_entries=1, max_bytes=0), beside=self._cache)
+        nothing: Lru[ReadySession] = Lru(max_entries=0, max_bytes=0)
+        no_cache = ReadThrough(nothing, beside=self._cache, aliases=self._names)
         self._passing = self._new_service(no_cache, replace(_lifetimes(self._config), cache_us=0))
         services = node.services(self._service, self._passing)
         trace_context = carried if self._tracing is None else self._tracing.context
@@ -276,6 +275,7 @@ class _Daemon:
                 self._refusal = str(exc)
                 stop.set()
                 return
+            group.create_task(warn_of_unknown_keys(self._store, self._names))
             if self._node is not None:
                 group.create_task(self._node.run())
             group.create_task(self._begin_to_serve())
@@ -369,26 +369,6 @@ mnemosyned {version}
   stop it  Ctrl-C
 
 """
-
-
-def _new_store(
-    config: Config, embedded: EmbeddedPostgres | None, registry: CollectorRegistry
-) -> SessionStore:
-    lifetimes = _lifetimes(config)
-    ttl_us, touch_interval_us = lifetimes.session_us, lifetimes.touch_interval_us
-    if config.storage == "memory":
-        return MemoryStore(
-            ttl_us=ttl_us, touch_interval_us=touch_interval_us, wall_us=lambda: time.time_ns() // 1000
-        )
-    options = PostgresOptions(
-        dsn=config.postgres_address if embedded is None else embedded.dsn,
-        pool_size=config.postgres_pool_size,
-        connect_timeout_s=config.postgres_connect_timeout_s,
-        statement_timeout_s=config.postgres_statement_timeout_s,
-    )
-    table = Table(schema=config.postgres_schema, name=config.postgres_table)
-    pool = PostgresPool(options, QueryMetrics(registry))
-    return PostgresStore(pool, table, ttl_us=ttl_us, touch_interval_us=touch_interval_us)
 
 
 def _new_node(

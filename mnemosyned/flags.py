@@ -330,6 +330,20 @@ FLAGS: Final = (
         "cluster_label",
     ),
     Flag(
+        "token.protection",
+        "none",
+        _one_of("none", "hmac"),
+        "what the storage keeps of a token: none (the token itself) or hmac (its HMAC-SHA256)",
+        "token_protection",
+    ),
+    Flag(
+        "token.key.file",
+        "",
+        str,
+        "file with the key of the HMAC, or with two in a rotation, one a line; the first is in use",
+        "token_key_file",
+    ),
+    Flag(
         "log.environment",
         "production",
         _one_of("production", "development", "stackdriver"),
@@ -402,6 +416,7 @@ def help_text() -> str:
         "usage: mnemosyned [flags]",
         "       mnemosyned cluster members|ring|whois|check|leave [-help]",
         "       mnemosyned key [-help]",
+        "       mnemosyned migrate [flags]",
         "",
         "A flag takes one dash or two: -ttl 24m, --ttl=24m.",
         "",

@@ -19,7 +19,13 @@ from cache.readthrough import ReadThrough
 from mnemosyned import bag
 from mnemosyned.bag import BagLimits
 from mnemosyned.clock import StorageClock
-from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionAlreadyExists, SessionNotFound
+from mnemosyned.errors import (
+    CorruptBag,
+    InvalidArgument,
+    MnemosyneError,
+    SessionAlreadyExists,
+    SessionNotFound,
+)
 from mnemosyned.ready import ExpiryField, ReadySession, list_response
 from mnemosyned.session import (
     DEFAULT_LIST_LIMIT,
@@ -61,11 +67,14 @@ class Lifetimes:
 class OtherCaches(Protocol):
     """The caches of other nodes."""
 
-    async def invalidate(self, tokens: Sequence[str]) -> None:
-        """Have their owners drop these sessions; return when those that can be reached have."""
+    async def invalidate(self, names: Sequence[str]) -> None:
+        """Have their owners drop these sessions; return when those that can be reached have.
+
+        A name is a token, or begins with NUL and tells nobody the owner.
+        """
         ...
 
-    def changed(self, tokens: Iterable[str]) -> None:
+    def changed(self, names: Iterable[str]) -> None:
         """Take note of sessions that were begun, changed or ended here, or may have been."""
         ...
 
@@ -219,22 +228,22 @@ class SessionService:
         deleted = 0
         while True:
             step = await self._delete_step(criteria)
-            deleted += len(step.tokens)
+            deleted += len(step.names)
             if step.is_all:
                 return deleted
 
     async def clean_up(self, limit: int) -> int:
         """Remove at most `limit` expired rows; return how many."""
-        tokens = await self._store.clean_up(limit=limit)
-        self._drop(tokens)
-        return len(tokens)
+        names = await self._store.clean_up(limit=limit)
+        self._drop(names)
+        return len(names)
 
     async def _delete_step(self, criteria: Criteria) -> Deletion:
         async def delete() -> Deletion:
             step = await self._store.delete(criteria, limit=_DELETE_BATCH)
-            self._drop(step.tokens)
+            self._drop(step.names)
             if self._elsewhere is not None:
-                await self._elsewhere.invalidate(step.tokens)
+                await self._elsewhere.invalidate(step.names)
             return step
 
         # Cancelled with its caller, it might be committed and the cache never told.
@@ -260,9 +269,13 @@ class SessionService:
         return [self._loaded(token, one, asked_us) for token, one in zip(tokens, found, strict=True)]
 
     def _loaded(self, token: str, found: Session | MnemosyneError, asked_us: int) -> Loaded | MnemosyneError:
-        if isinstance(found, Session):
-            return self._slot(found, asked_us)
-        return self._absence(token, asked_us) if isinstance(found, SessionNotFound) else found
+        if isinstance(found, SessionNotFound):
+            return self._absence(token, asked_us)
+        try:
+            return self._slot(found, asked_us) if isinstance(found, Session) else found
+        except CorruptBag as exc:
+            # Its own; the others of the batch are well.
+            return exc
 
     def _slot(self, session: Session, asked_us: int) -> Slot[ReadySession]:
         ready = ReadySession(session)
@@ -291,9 +304,10 @@ class SessionService:
         if self._elsewhere is not None:
             self._elsewhere.changed(tokens)
 
-    def _drop(self, tokens: Iterable[str]) -> None:
-        tokens = list(tokens)
-        for token in tokens:
-            self._cache.drop(token)
+    def _drop(self, names: Iterable[str]) -> None:
+        """Drop sessions by their tokens, or by what the storage calls them."""
+        names = list(names)
+        for name in names:
+            self._cache.drop(name)
         if self._elsewhere is not None:
-            self._elsewhere.changed(tokens)
+            self._elsewhere.changed(names)

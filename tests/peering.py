@@ -25,6 +25,7 @@ from mnemosyned.rpc.methods import MethodTable
 from mnemosyned.rpc.router import carried
 from mnemosyned.service import SessionService
 from mnemosyned.storage.port import SessionStore
+from mnemosyned.storage.protected import ProtectedStore
 from mnemosyned.touches import TouchWriter
 
 
@@ -89,11 +90,18 @@ async def peering(
 
 
 def _put_together(
-    store: SessionStore, address: str, seeds: tuple[str, ...], secrets: tuple[str, ...], label: str
+    store: SessionStore,
+    address: str,
+    seeds: tuple[str, ...],
+    secrets: tuple[str, ...],
+    label: str,
 ) -> Parts:
     """Make the parts of a node, as the daemon does."""
+    token_names = store.token_names if isinstance(store, ProtectedStore) else None
     cache: ReadThrough[ReadySession] = ReadThrough(
-        Lru(max_entries=1000, max_bytes=10_000_000), Lru(max_entries=1000, max_bytes=1_000_000)
+        Lru(max_entries=1000, max_bytes=10_000_000),
+        Lru(max_entries=1000, max_bytes=1_000_000),
+        aliases=token_names,
     )
     lost = UpkeepMetrics(CollectorRegistry()).touches_lost
     touches = TouchWriter(store, max_waiting=100, lost=lost, on_gone=cache.drop)
@@ -116,7 +124,7 @@ def _put_together(
 
     owned, passing = (
         service(cache, LIFETIMES.cache_us),
-        service(ReadThrough(Lru(max_entries=1, max_bytes=0), beside=cache), 0),
+        service(ReadThrough(Lru(max_entries=0, max_bytes=0), beside=cache, aliases=token_names), 0),
     )
     services = node.services(owned, passing)
     table, calls, stopped = MethodTable(), MethodTable(), asyncio.Event()

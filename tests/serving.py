@@ -25,6 +25,7 @@ from mnemosyned.rpc.health import Health
 from mnemosyned.rpc.methods import MethodTable
 from mnemosyned.service import Lifetimes, SessionService
 from mnemosyned.storage.port import SessionStore
+from mnemosyned.storage.protected import ProtectedStore
 from mnemosyned.touches import TouchWriter
 
 ENGINES: Final = {"h2corn": H2cornEngine, "grpcio": GrpcioEngine}
@@ -61,8 +62,11 @@ async def serving(
     options: EngineOptions = OPTIONS,
     bag_limits: BagLimits | None = None,
 ) -> AsyncIterator[Node]:
+    token_names = store.token_names if isinstance(store, ProtectedStore) else None
     cache: ReadThrough[ReadySession] = ReadThrough(
-        Lru(max_entries=10_000, max_bytes=100_000_000), Lru(max_entries=10_000, max_bytes=1_000_000)
+        Lru(max_entries=10_000, max_bytes=100_000_000),
+        Lru(max_entries=10_000, max_bytes=1_000_000),
+        aliases=token_names,
     )
     touches = TouchWriter(
         store, max_waiting=100, lost=UpkeepMetrics(CollectorRegistry()).touches_lost, on_gone=cache.drop

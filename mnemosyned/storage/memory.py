@@ -25,7 +25,7 @@ from mnemosyned.session import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.storage.port import Deletion
+from mnemosyned.storage.port import Deletion, Renaming
 
 
 class MemoryStore:
@@ -89,13 +89,31 @@ class MemoryStore:
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore."""
         tokens = [session.access_token for session in self._matching(criteria)]
-        return Deletion(tokens=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
+        return Deletion(names=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""
         now_us = self._wall_us()
         expired = [s.access_token for s in self._session_by_token.values() if s.expires_at_us <= now_us]
         return self._forget(expired[:limit])
+
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool]:
+        """See SessionStore."""
+        return [self._rename(renaming.old, renaming.new) for renaming in renamings]
+
+    async def names_after(self, name: str, *, limit: int) -> list[str]:
+        """See SessionStore."""
+        greater = [token for token in self._session_by_token if token.encode() > name.encode()]
+        return sorted(greater, key=str.encode)[:limit]
+
+    def _rename(self, old: str, new: str) -> bool:
+        session = self._live(old)
+        if session is not None and self._live(new) is not None:
+            del self._session_by_token[old]
+        elif session is not None and new not in self._session_by_token:
+            del self._session_by_token[old]
+            self._session_by_token[new] = replace(session, access_token=new)
+        return self._live(old) is not None or self._live(new) is not None
 
     def _live(self, token: str) -> Session | None:
         session = self._session_by_token.get(token)

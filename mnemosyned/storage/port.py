@@ -14,9 +14,17 @@ from mnemosyned.session import Abandonment, Criteria, NewSession, Session, Touch
 class Deletion:
     """What one step of a Delete has done."""
 
-    tokens: list[str] = field(repr=False)
+    names: list[str] = field(repr=False)  # of the sessions: their tokens, or what stands for these (names.py)
     # Nothing is left that met the criteria when the step began, though others may have ended some of it.
     is_all: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renaming:
+    """Another name for a session."""
+
+    old: str = field(repr=False)
+    new: str = field(repr=False)
 
 
 class SessionStore(Protocol):
@@ -81,7 +89,19 @@ class SessionStore(Protocol):
         ...
 
     async def clean_up(self, *, limit: int) -> list[str]:
-        """Delete at most `limit` expired rows; nothing while another node does so."""
+        """Delete at most `limit` expired rows and return their names; nothing while another node does so."""
+        ...
+
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool]:
+        """Give live sessions new names; tell of each whether there is one by either name.
+
+        Where a live one has the new name already, the one by the old name ends. While an expired one has
+        it, nothing is renamed.
+        """
+        ...
+
+    async def names_after(self, name: str, *, limit: int) -> list[str]:
+        """Return the least names, in the order of their bytes, that are greater; of expired rows too."""
         ...
 
     async def now_us(self) -> int:

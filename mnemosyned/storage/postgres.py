@@ -37,7 +37,7 @@ from mnemosyned.session import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.storage.port import Deletion, StorageRefused
+from mnemosyned.storage.port import Deletion, Renaming, StorageRefused
 from mnemosyned.storage.postgres_pool import ITEM_FAULTS, REFUSALS, PostgresPool
 from mnemosyned.storage.postgres_queries import Queries, Query
 from mnemosyned.storage.postgres_schema import Table, set_up
@@ -131,11 +131,29 @@ class PostgresStore:
         where, values = _condition(criteria)
         query = self._queries.delete(where, limit_at=len(values) + 1)
         (row,) = await self._pool.fetch(query, *values, limit)
-        return Deletion(tokens=[_text(token) for token in row["tokens"]], is_all=row["picked"] < limit)
+        return Deletion(names=[_text(name) for name in row["tokens"]], is_all=row["picked"] < limit)
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""
         rows = await self._pool.fetch(self._queries.clean_up, limit, self._table.advisory_key)
+        return [_text(row["access_token"]) for row in rows]
+
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool]:
+        """See SessionStore."""
+        olds = [renaming.old.encode() for renaming in renamings]
+        news = [renaming.new.encode() for renaming in renamings]
+        try:
+            rows = await self._pool.fetch(
+                self._queries.rename, olds, news, passing=(asyncpg.UniqueViolationError,)
+            )
+        except asyncpg.UniqueViolationError:
+            # Somebody has just taken a new name, and this time that is seen.
+            rows = await self._pool.fetch(self._queries.rename, olds, news)
+        return [row["is_there"] for row in rows]
+
+    async def names_after(self, name: str, *, limit: int) -> list[str]:
+        """See SessionStore."""
+        rows = await self._pool.fetch(self._queries.names_after, name.encode(), limit)
         return [_text(row["access_token"]) for row in rows]
 
     async def _start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:

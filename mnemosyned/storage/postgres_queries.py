@@ -39,6 +39,11 @@ class Queries:
         self.abandon = _abandon(table)
         self.touch = _touch(table)
         self.clean_up = _clean_up(table)
+        self.rename = _rename(table)
+        self.names_after = Query(
+            "names",
+            f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
+        )
 
     def find(self, where: str, *, offset_at: int) -> Query:
         """Page through live sessions; parameters from `offset_at` on: offset, limit, bytes of bags."""
@@ -170,6 +175,24 @@ def _clean_up(table: str) -> Query:
         f"DELETE FROM {table} WHERE access_token IN (SELECT access_token FROM {table} "
         "WHERE expire_at <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
         "ORDER BY expire_at LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING access_token",
+    )
+
+
+def _rename(table: str) -> Query:
+    return Query(
+        "rename",
+        "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY "
+        "AS one (old, new, number)), "
+        "held AS MATERIALIZED (SELECT asked.old, asked.new, "
+        f"(SELECT taken.expire_at > now() FROM {table} AS taken WHERE taken.access_token = asked.new) "
+        f"AS is_new_live FROM {table} AS there JOIN asked ON there.access_token = asked.old "
+        "WHERE there.expire_at > now() ORDER BY asked.old FOR UPDATE OF there), "
+        f"ended AS (DELETE FROM {table} AS there USING held "
+        "WHERE there.access_token = held.old AND is_new_live), "
+        f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held "
+        "WHERE there.access_token = held.old AND is_new_live IS NULL) "
+        f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
+        "AND there.expire_at > now()) AS is_there FROM asked ORDER BY number",
     )
 
 

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -103,15 +104,11 @@ class Flood(threading.Thread):
 
     def _exchange(self, out: bytes) -> None:
         while True:
-            try:
+            with suppress(BlockingIOError):
                 out = out[self._socket.send(out) :] if out else out
-            except BlockingIOError:
-                pass
-            try:
+            with suppress(BlockingIOError):
                 while piece := self._socket.recv(1 << 18):
                     self._received += piece
-            except BlockingIOError:
-                pass
             out += self._take_frames()
             if not out:
                 return
@@ -185,19 +182,21 @@ def main() -> None:
 
 def measured(directory: Path, options: argparse.Namespace) -> dict[str, list[Round]]:
     rounds: dict[str, list[Round]] = {name: [] for name in FLOODS}
-    with EmbeddedPostgres.start(directory / "postgres") as server:
-        with Daemon(f"-postgres.address={server.dsn}", *options.flags) as daemon:
-            with daemon.serving().stub() as stub:
-                stub.Start(StartRequest(session=KNOWN))
-            asyncio.run(fill_table(server.dsn))
-            pin(daemon.process.pid, SERVER_CORE)
-            for pid in processes_on(directory):
-                pin(pid, LOAD_CORE)
-            body = request_body(directory, GetRequest(access_token=KNOWN.access_token).SerializeToString())
-            for _ in range(options.rounds):
-                for name, new_tokens in FLOODS.items():
-                    flood = None if new_tokens is None else Flood(daemon.address, new_tokens())
-                    rounds[name].append(one_round(daemon, directory, body, flood, options))
+    with (
+        EmbeddedPostgres.start(directory / "postgres") as server,
+        Daemon(f"-postgres.address={server.dsn}", *options.flags) as daemon,
+    ):
+        with daemon.serving().stub() as stub:
+            stub.Start(StartRequest(session=KNOWN))
+        asyncio.run(fill_table(server.dsn))
+        pin(daemon.process.pid, SERVER_CORE)
+        for pid in processes_on(directory):
+            pin(pid, LOAD_CORE)
+        body = request_body(directory, GetRequest(access_token=KNOWN.access_token).SerializeToString())
+        for _ in range(options.rounds):
+            for name, new_tokens in FLOODS.items():
+                flood = None if new_tokens is None else Flood(daemon.address, new_tokens())
+                rounds[name].append(one_round(daemon, directory, body, flood, options))
     return rounds
 
 
@@ -206,7 +205,8 @@ async def fill_table(dsn: str) -> None:
     connection = await asyncpg.connect(dsn)
     await connection.execute(
         "INSERT INTO mnemosyne.session SELECT sha512(number::text::bytea), '', 'user:' || number, '', '', "
-        f"now() + interval '1 day' FROM generate_series(1, {ROWS}) AS number"
+        "now() + interval '1 day' FROM generate_series(1, $1::int) AS number",
+        ROWS,
     )
     await connection.execute("VACUUM ANALYZE mnemosyne.session")
     await connection.close()

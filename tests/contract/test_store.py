@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
-from prometheus_client import CollectorRegistry
-from secrecy import CANARY
+from stores import TTL_US, Engine, memory_engine, new, postgres_engine
 
 from mnemosyned import bag
 from mnemosyned.errors import (
@@ -20,82 +17,23 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.session import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
-from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.storage.port import SessionStore
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
-
-TTL_US = 60_000_000
-TOUCH_INTERVAL_US = 6_000_000
+from mnemosyned.names import TokenNames
+from mnemosyned.session import Abandonment, Criteria, Session, Touch, ValueChange
+from mnemosyned.storage.protected import ProtectedStore
 
 
-@dataclass
-class Engine:
-    store: SessionStore
-    # Moves a session's expiry by seconds, as time would.
-    shift_expiry: Callable[[str, float], Awaitable[None]]
-
-
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture(params=["memory", "postgres", "protected memory", "protected postgres"])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    if request.param == "memory":
+    if request.param.endswith("memory"):
         opened = memory_engine()
     else:
         opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
+    if request.param.startswith("protected"):
+        known = TokenNames([b"a key that only these tests know"], are_protected=True)
+        opened = Engine(ProtectedStore(opened.store, known), opened.shift, known.alias)
     await opened.store.open()
     yield opened
     await opened.store.close()
-
-
-def memory_engine() -> Engine:
-    store = MemoryStore(
-        ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US, wall_us=lambda: time.time_ns() // 1000
-    )
-
-    async def shift(token: str, seconds: float) -> None:
-        held = store._session_by_token[token]
-        store._session_by_token[token] = Session(
-            access_token=held.access_token,
-            subject_id=held.subject_id,
-            subject_client=held.subject_client,
-            refresh_token=held.refresh_token,
-            bag=held.bag,
-            expires_at_us=held.expires_at_us + int(seconds * 1e6),
-        )
-
-    return Engine(store, shift)
-
-
-async def postgres_engine(dsn: str) -> Engine:
-    import asyncpg  # noqa: PLC0415  # only this engine's tests need it
-
-    options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
-    pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
-    table = Table(schema="odd schema", name='a"table')
-    store = PostgresStore(pool, table, ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US)
-
-    async def shift(token: str, seconds: float) -> None:
-        connection = await asyncpg.connect(dsn)
-        await connection.execute(
-            f"UPDATE {table.sql} SET expire_at = expire_at + $2 * interval '1 s' WHERE access_token = $1",  # noqa: S608
-            token.encode(),
-            seconds,
-        )
-        await connection.close()
-
-    return Engine(store, shift)
-
-
-BAG = bag.encode({CANARY: CANARY})
-
-
-def new(token: str = "", **fields: object) -> NewSession:
-    return NewSession(
-        access_token=token or secrets.token_hex(64), **({"subject_id": "s", "bag": BAG} | fields)
-    )  # type: ignore[arg-type]
 
 
 async def started(engine: Engine, token: str = "", **fields: object) -> Session:
@@ -283,7 +221,11 @@ async def test_sessions_are_found_by_expiry_then_token_and_page_by_page(engine: 
     await engine.store.touch([Touch(access_token="d", expires_at_us=level_us + 10_000_000)])
 
     pages = [await engine.store.find(Criteria(), offset=at, limit=2) for at in (0, 2, 4)]
-    assert [[session.access_token for session in page] for page in pages] == [["c", "b"], ["a", "d"], []]
+    assert [[session.access_token for session in page] for page in pages] == [
+        engine.shown("c", "b"),
+        sorted(engine.shown("a", "d")),
+        [],
+    ]
 
 
 async def test_a_page_that_would_not_fit_into_memory_is_refused(engine: Engine) -> None:
@@ -302,7 +244,8 @@ async def test_all_given_criteria_must_hold(engine: Engine) -> None:
     await started(engine, "3", subject_id="b", refresh_token="r")
 
     async def found(criteria: Criteria) -> set[str]:
-        return {s.access_token for s in await engine.store.find(criteria, offset=0, limit=10)}
+        shown = {s.access_token for s in await engine.store.find(criteria, offset=0, limit=10)}
+        return {token for token in "123" if engine.shown(token)[0] in shown}
 
     at_us = one.expires_at_us
     assert await found(Criteria(subject_id="a")) == {"1", "2"}
@@ -323,8 +266,8 @@ async def test_deleting_returns_the_tokens_and_stops_at_the_limit(engine: Engine
     first = await engine.store.delete(Criteria(subject_id="a"), limit=2)
     second = await engine.store.delete(Criteria(subject_id="a"), limit=2)
 
-    assert len(first.tokens) == 2
-    assert sorted(first.tokens + second.tokens) == ["1", "2", "3"]
+    assert len(first.names) == 2
+    assert sorted(first.names + second.names) == sorted(map(engine.named, "123"))
     assert (first.is_all, second.is_all) == (False, True)
     assert await engine.store.exist(["1", "2", "3", "4"]) == [False, False, False, True]
 
@@ -336,7 +279,7 @@ async def test_deletes_at_the_same_time_share_the_work_and_none_claims_all_too_e
         tokens: list[str] = []
         while True:
             step = await engine.store.delete(Criteria(subject_id="a"), limit=5)
-            tokens += step.tokens
+            tokens += step.names
             if step.is_all:
                 # Whoever is told so may rely on it, though another does the rest of the work.
                 assert await engine.store.find(Criteria(subject_id="a"), offset=0, limit=1) == []
@@ -344,7 +287,9 @@ async def test_deletes_at_the_same_time_share_the_work_and_none_claims_all_too_e
 
     shares = await asyncio.gather(*(delete() for _ in range(4)))
 
-    assert sorted(token for share in shares for token in share) == sorted(f"t{n}" for n in range(40))
+    assert sorted(token for share in shares for token in share) == sorted(
+        engine.named(f"t{n}") for n in range(40)
+    )
 
 
 async def test_cleaning_up_removes_what_has_expired_and_nothing_else(engine: Engine) -> None:
@@ -357,7 +302,7 @@ async def test_cleaning_up_removes_what_has_expired_and_nothing_else(engine: Eng
     second = await engine.store.clean_up(limit=2)
 
     assert len(first) == 2
-    assert sorted(first + second) == ["1", "2", "3"]
+    assert sorted(first + second) == sorted(map(engine.named, "123"))
     assert await engine.store.exist(["4"]) == [True]
 
 

@@ -332,3 +332,29 @@ def test_a_wrong_file_with_an_address_is_named_and_never_shown(
 
     assert words in text
     assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ("", "it is empty"),
+        ("2short", "a key is shorter than 32 characters"),
+        (f"{'a' * 32}\n{'b' * 32}\n{'c' * 32}", "more than 2 keys"),
+    ],
+)
+def test_a_key_file_of_no_use_is_refused_without_showing_it(
+    tmp_path: Path, keys: str, complaint: str
+) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(keys)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        parse(["-token.protection=hmac", f"-token.key.file={path}"], {})
+
+    assert not keys or keys.split(maxsplit=1)[0] not in str(caught.value)
+
+
+def test_the_keys_of_tokens_come_from_their_file_in_its_order(tmp_path: Path) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(f"{'b' * 32}\n{'a' * 32}\n")
+
+    assert parse([f"-token.key.file={path}"], {}).token_keys == ("b" * 32, "a" * 32)

@@ -1,0 +1,258 @@
+"""Tokens at rest: whichever name a session has in the storage, its token finds it, and nobody else does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import pytest
+from clusters import until
+from mnemosynerpc.session_pb2 import AbandonRequest, DeleteRequest, GetRequest, ListRequest, StartRequest
+from mnemosynerpc.session_pb2 import Session as WireSession
+from peering import peering
+from serving import serving
+from stores import Engine, memory_engine, new, postgres_engine
+
+from mnemosyned import bag, names
+from mnemosyned.errors import InvalidArgument, SessionAlreadyExists, SessionNotFound
+from mnemosyned.migrate import protect_all
+from mnemosyned.names import TokenNames
+from mnemosyned.session import Abandonment, Criteria, Session, Touch, ValueChange
+from mnemosyned.storage.port import Renaming, SessionStore
+from mnemosyned.storage.protected import ProtectedStore
+from mnemosyned.stores import key_ids_in
+
+KEY, FORMER_KEY = b"the key that is in use, for tests", b"the key that was in use, for tests"
+KNOWN = TokenNames([KEY, FORMER_KEY], are_protected=True)
+FORMER = TokenNames([FORMER_KEY], are_protected=True)
+READY = TokenNames([KEY], are_protected=False)
+Named = Callable[[str], str]
+
+
+@pytest.fixture(params=["memory", "postgres"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    if request.param == "memory":
+        opened = memory_engine()
+    else:
+        opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
+    await opened.store.open()
+    yield opened
+    await opened.store.close()
+
+
+@pytest.fixture(params=["by its token", "by the former key", "by the key"])
+def named(request: pytest.FixtureRequest) -> Named:
+    """The name that a session has when it is looked for."""
+    by_param: dict[str, Named] = {
+        "by its token": str,
+        "by the former key": FORMER.alias,
+        "by the key": KNOWN.alias,
+    }
+    return by_param[request.param]
+
+
+async def all_names(engine: Engine) -> list[str]:
+    return await engine.store.names_after("", limit=1000)
+
+
+async def stored(engine: Engine, *stored_names: str) -> None:
+    results = await engine.store.start([new(name, bag=bag.encode({"k": "v"})) for name in stored_names])
+    assert all(isinstance(result, Session) for result in results)
+
+
+async def test_a_load_finds_the_session_and_gives_it_its_name(engine: Engine, named: Named) -> None:
+    await stored(engine, named("t"))
+    store = ProtectedStore(engine.store, KNOWN)
+    found, unknown = await store.load(["t", "u"])
+
+    assert isinstance(found, Session)
+    assert found.access_token == "t"
+    assert isinstance(unknown, SessionNotFound)
+    assert await all_names(engine) == [KNOWN.alias("t")]
+
+
+async def test_the_other_operations_find_it_too(engine: Engine, named: Named) -> None:
+    await stored(engine, *(named(token) for token in "abcdef"))
+    store = ProtectedStore(engine.store, KNOWN)
+    later_us = (await store.now_us()) + 600_000_000
+
+    assert await store.exist(["a", "u"]) == [True, False]
+    changes = [ValueChange(access_token="b", key=key, value="2") for key in "xy"]
+    assert await store.set_values(changes) == [{"k": "v", "x": "2"}, {"k": "v", "x": "2", "y": "2"}]
+    assert await store.touch([Touch(access_token="c", expires_at_us=later_us)]) == [True]
+    assert await store.abandon([Abandonment(access_token=token) for token in "dud"]) == [True, False, False]
+    deleted = await store.delete(Criteria(access_token="e"), limit=5)
+    assert (deleted.names, deleted.is_all) == ([KNOWN.alias("e")], True)
+    assert isinstance((await store.start([new("f")]))[0], SessionAlreadyExists)
+    assert sorted(await all_names(engine)) == sorted(map(KNOWN.alias, "abcf"))
+
+
+async def test_an_expired_session_does_not_exist_by_any_name(engine: Engine, named: Named) -> None:
+    await stored(engine, named("t"))
+    await engine.shift(named("t"), -61)
+    store = ProtectedStore(engine.store, KNOWN)
+
+    assert await store.exist(["t"]) == [False]
+    assert await store.abandon([Abandonment(access_token="t")]) == [False]
+    assert isinstance((await store.start([new("t")]))[0], Session)
+    assert await store.exist(["t"]) == [True]
+
+
+async def test_of_two_sessions_by_two_names_none_outlives_an_abandon(engine: Engine) -> None:
+    await stored(engine, "t", KNOWN.alias("t"), FORMER.alias("t"))
+    store = ProtectedStore(engine.store, KNOWN)
+
+    assert await store.abandon([Abandonment(access_token="t")]) == [True]
+    assert await all_names(engine) == []
+
+
+async def test_a_session_outlives_an_expired_one_that_has_its_name(engine: Engine) -> None:
+    await stored(engine, "t", KNOWN.alias("t"))
+    await engine.shift(KNOWN.alias("t"), -61)
+    store = ProtectedStore(engine.store, KNOWN)
+    await store.exist(["t"])
+    await store.clean_up(limit=10)
+
+    assert await store.exist(["t"]) == [True]
+
+
+async def test_what_list_shows_ends_the_session_and_opens_nothing(engine: Engine) -> None:
+    store = ProtectedStore(engine.store, KNOWN)
+    await store.start([new("t")])
+    (shown,) = await store.find(Criteria(), offset=0, limit=10)
+    handle = shown.access_token
+
+    assert names.is_handle(handle)
+    assert await store.exist([handle]) == [False]
+    assert isinstance((await store.start([new(handle)]))[0], InvalidArgument)
+    assert (await store.delete(Criteria(access_token=handle), limit=5)).names == [KNOWN.alias("t")]
+    assert await store.exist(["t"]) == [False]
+
+
+async def test_protection_can_be_turned_off_while_the_key_is_known(engine: Engine) -> None:
+    await ProtectedStore(engine.store, TokenNames([KEY], are_protected=True)).start([new("t")])
+    store = ProtectedStore(engine.store, READY)
+
+    assert await store.exist(["t"]) == [True]
+    assert await all_names(engine) == ["t"]
+
+
+async def test_nodes_that_name_sessions_differently_lose_none(engine: Engine) -> None:
+    ways = [ProtectedStore(engine.store, one) for one in (KNOWN, TokenNames([KEY], are_protected=False))]
+    tokens = [f"t{number}" for number in range(20)]
+    await ways[0].start([new(token) for token in tokens])
+
+    async def read(store: SessionStore) -> bool:
+        return all([all(await store.exist(tokens)) for _ in range(20)])
+
+    assert await asyncio.gather(*(read(store) for store in ways * 2)) == [True] * 4
+    endings = [Abandonment(access_token=token) for token in tokens]
+    results = await asyncio.gather(ways[0].abandon(endings), ways[1].exist(tokens))
+    assert results[0] == [True] * 20
+    assert await all_names(engine) == []
+
+
+async def test_renaming_tells_where_there_is_a_session(engine: Engine) -> None:
+    await stored(engine, "a", "b", "c", "d", "both", "taken")
+    await engine.shift("c", -61)
+    await engine.shift("taken", -61)
+    pairs = [("a", "A"), ("none", "A2"), ("c", "C"), ("b", "B"), ("gone", "d"), ("both", "taken")]
+    renamings = [Renaming(old=old, new=new_name) for old, new_name in pairs]
+
+    assert await engine.store.rename(renamings) == [True, False, False, True, True, True]
+    assert sorted(await all_names(engine)) == ["A", "B", "both", "c", "d", "taken"]
+
+
+async def test_names_come_in_the_order_of_their_bytes(engine: Engine) -> None:
+    await stored(engine, "b", "\0a", "ż", "a", "\uffff", "\U00010000")
+
+    assert await engine.store.names_after("", limit=3) == ["\0a", "a", "b"]
+    assert await engine.store.names_after("b", limit=9) == ["ż", "\uffff", "\U00010000"]
+
+
+async def test_a_migration_protects_every_token_and_tells_how_many(engine: Engine) -> None:
+    plain = [f"plain-{number}" for number in range(2500)]
+    await stored(engine, *plain, "expired", KNOWN.alias("already"), FORMER.alias("former"))
+    await engine.shift("expired", -61)
+
+    assert await protect_all(engine.store, KNOWN) == 2500
+    assert await protect_all(engine.store, KNOWN) == 0
+    assert not set(plain) & set(await engine.store.names_after("", limit=5000))
+    assert await ProtectedStore(engine.store, KNOWN).exist([*plain, "former"]) == [True] * 2501
+
+
+async def test_the_keys_that_sessions_are_named_by_are_found(engine: Engine) -> None:
+    third = TokenNames([b"a key that nobody here knows"], are_protected=True)
+    assert await key_ids_in(engine.store) == set()
+    await stored(engine, "plain", *(one.alias(token) for one in (KNOWN, FORMER, third) for token in "abc"))
+
+    assert await key_ids_in(engine.store) == KNOWN.key_ids | third.key_ids
+
+
+async def gets(stub: object, token: str) -> bool:
+    try:
+        await stub.Get(GetRequest(access_token=token))  # type: ignore[attr-defined]  # a stub has no type
+    except grpc.aio.AioRpcError as exc:
+        assert exc.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017  # the answer is looked at
+        return False
+    return True
+
+
+def login(token: str = "") -> StartRequest:
+    return StartRequest(session=WireSession(access_token=token, subject_id="s", refresh_token="r"))
+
+
+@pytest.mark.parametrize("known", [KNOWN, READY], ids=["protected", "with a key only"])
+async def test_a_delete_by_subject_ends_cached_sessions_whatever_their_names(
+    engine: Engine, known: TokenNames
+) -> None:
+    async with serving(ProtectedStore(engine.store, known)) as node:
+        tokens = [(await node.stub.Start(login())).session.access_token for _ in range(3)]
+        assert [await gets(node.stub, token) for token in tokens] == [True] * 3
+        # As another node may have done meanwhile, while they are restarted one by one.
+        renaming = Renaming(old=known.alias(tokens[0]), new=FORMER.alias(tokens[0]))
+        assert await engine.store.rename([renaming]) == [True]
+
+        assert (await node.stub.Delete(DeleteRequest(subject_id="s"))).value == 3
+        assert [await gets(node.stub, token) for token in tokens] == [False] * 3
+        assert not node.cache._key_by_alias
+
+
+async def test_a_delete_reaches_the_copies_of_other_nodes(engine: Engine) -> None:
+    store = ProtectedStore(engine.store, KNOWN)
+    async with (
+        peering(store) as one,
+        peering(store, seeds=(one.address,)) as other,
+    ):
+        await until(lambda: len(one.node.view.ring.nodes) == len(other.node.view.ring.nodes) == 2)
+        tokens = [(await one.stub.Start(login())).session.access_token for _ in range(16)]
+        assert [await gets(other.stub, token) for token in tokens] == [True] * 16
+        (shown, *_) = (await one.stub.List(ListRequest(limit=16))).sessions
+        assert (await one.stub.Delete(DeleteRequest(access_token=shown.access_token))).value == 1
+        assert sum([await gets(other.stub, token) for token in tokens]) == 15
+
+        assert (await other.stub.Delete(DeleteRequest(refresh_token="r"))).value == 15
+        assert [await gets(one.stub, token) for token in tokens] == [False] * 16
+
+
+async def test_a_delete_fences_a_load_under_way(engine: Engine) -> None:
+    store = ProtectedStore(engine.store, KNOWN)
+    async with serving(store) as node:
+        await node.stub.Start(login("t"))
+        node.cache.drop("t")
+        with node.cache.begin_fill("t") as fill:
+            before = await store.load(["t"])
+            await node.stub.Delete(DeleteRequest(subject_id="s"))
+            fill.put(node.service._slot(before[0], 0))  # type: ignore[arg-type]  # it is there
+
+        assert not await gets(node.stub, "t")
+
+
+async def test_a_name_is_no_token(engine: Engine) -> None:
+    async with serving(ProtectedStore(engine.store, KNOWN)) as node:
+        await node.stub.Start(login("t"))
+        for call in (node.stub.Get, node.stub.Abandon):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(AbandonRequest(access_token=KNOWN.alias("t")))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -1,0 +1,85 @@
+"""Storage engines, opened for a test, and what to put into them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import asyncpg
+from prometheus_client import CollectorRegistry
+from secrecy import CANARY
+
+from mnemosyned import bag, names
+from mnemosyned.observe.metrics import QueryMetrics
+from mnemosyned.session import NewSession, Session
+from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.storage.port import SessionStore
+from mnemosyned.storage.postgres import PostgresStore
+from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres_schema import Table
+
+TTL_US = 60_000_000
+TOUCH_INTERVAL_US = 6_000_000
+
+
+@dataclass
+class Engine:
+    store: SessionStore
+    # Moves a session's expiry by seconds, as time would; by its name.
+    shift: Callable[[str, float], Awaitable[None]]
+    named: Callable[[str], str] = str
+
+    async def shift_expiry(self, token: str, seconds: float) -> None:
+        await self.shift(self.named(token), seconds)
+
+    def shown(self, *tokens: str) -> list[str]:
+        """What List shows for these tokens."""
+        return [names.shown(self.named(token)) for token in tokens]
+
+
+def memory_engine() -> Engine:
+    store = MemoryStore(
+        ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US, wall_us=lambda: time.time_ns() // 1000
+    )
+
+    async def shift(token: str, seconds: float) -> None:
+        held = store._session_by_token[token]
+        store._session_by_token[token] = Session(
+            access_token=held.access_token,
+            subject_id=held.subject_id,
+            subject_client=held.subject_client,
+            refresh_token=held.refresh_token,
+            bag=held.bag,
+            expires_at_us=held.expires_at_us + int(seconds * 1e6),
+        )
+
+    return Engine(store, shift)
+
+
+async def postgres_engine(dsn: str) -> Engine:
+    options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
+    pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
+    table = Table(schema="odd schema", name='a"table')
+    store = PostgresStore(pool, table, ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US)
+
+    async def shift(token: str, seconds: float) -> None:
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(
+            f"UPDATE {table.sql} SET expire_at = expire_at + $2 * interval '1 s' WHERE access_token = $1",  # noqa: S608
+            token.encode(),
+            seconds,
+        )
+        await connection.close()
+
+    return Engine(store, shift)
+
+
+BAG = bag.encode({CANARY: CANARY})
+
+
+def new(token: str = "", **fields: object) -> NewSession:
+    return NewSession(
+        access_token=token or secrets.token_hex(64), **({"subject_id": "s", "bag": BAG} | fields)
+    )  # type: ignore[arg-type]
