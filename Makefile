@@ -7,7 +7,7 @@ SOURCES := mnemosyned cluster cache
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench drill simulate fuzz wheel lock clean
+.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench flood drill simulate fuzz wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
 
 bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratios
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+flood: $(VENV)/dev.stamp ## read cached sessions while 10,000 unknown tokens a second are asked for; see --help
+	$(BIN)/python tests/bench/flood.py $(ARGS)
 
 drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill -n 20', see --help
 	$(BIN)/python tests/bench/drill.py $(ARGS)

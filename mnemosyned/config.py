@@ -52,6 +52,7 @@ class Config:
     grpc_max_message_bytes: int
     grpc_max_streams: int
     grpc_max_connections: int
+    drain_delay_s: float
     drain_timeout_s: float
     cluster_listen: str
     cluster_seeds: tuple[str, ...]

@@ -6,6 +6,7 @@ Down: NOT_SERVING first, then no new calls, then those in flight, then what they
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -96,6 +97,7 @@ def run(config: Config) -> None:
         logging.getLogger("mnemosyned.rpc").setLevel(logging.DEBUG)
     embedded = start_embedded(config)
     _allow_many_files()
+    _collect_rarely()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_Daemon(config, embedded).run())
@@ -109,6 +111,13 @@ def _allow_many_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _collect_rarely() -> None:
+    # Each miss leaves a few objects that live for seconds. At the default of 700 the collector then went
+    # through the whole cache several times a second: a flood of unknown tokens cost twice as much.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def start_embedded(config: Config) -> EmbeddedPostgres | None:
@@ -303,8 +312,8 @@ class _Daemon:
         log.info("draining", extra={"timeout_s": self._config.drain_timeout_s})
         self._is_in_service = False
         self._health.close()
-        if self._node is not None:
-            await self._node.leave()
+        # Whoever asks about the health has this long to see it; meanwhile calls are answered.
+        await asyncio.gather(asyncio.sleep(self._config.drain_delay_s), self._leave())
         await engine.drain()
         try:
             async with asyncio.timeout(_LAST_FLUSH_S):
@@ -313,6 +322,10 @@ class _Daemon:
             log.error("touches_lost", extra={"sessions": len(self._touches)})
         if self._node is not None:
             await self._node.farewell()
+
+    async def _leave(self) -> None:
+        if self._node is not None:
+            await self._node.leave()
 
     def _readiness(self) -> Readiness:
         storage = "SERVING" if self._watch.is_serving else "NOT_SERVING"

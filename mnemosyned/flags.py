@@ -197,10 +197,17 @@ FLAGS: Final = (
     ),
     Flag("grpc.debug", "false", boolean, "very verbose gRPC logging", "grpc_debug"),
     Flag(
+        "drain.delay",
+        "200ms",
+        _duration(0),
+        "how long new calls are still taken after SIGTERM, for balancers to see NOT_SERVING",
+        "drain_delay_s",
+    ),
+    Flag(
         "drain.timeout",
         "10s",
         _duration(0),
-        "how long calls in flight may go on after SIGTERM",
+        "how long calls in flight may go on after that",
         "drain_timeout_s",
     ),
     Flag("ttl", "24m", _duration(1), "how long a session lives after its last Get", "ttl_s"),

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 
+# First: tests/ has a folder of this name.
+from mnemosyned.storage.embedded import EmbeddedPostgres
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from processes import Daemon
-
-from mnemosyned.storage.embedded import EmbeddedPostgres
 
 SERVER_CORE, LOAD_CORE = 0, 1
 SERVICE = "mnemosynerpc.SessionManager"

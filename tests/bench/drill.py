@@ -19,14 +19,15 @@ import grpc
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 
+# First: tests/ has a folder of this name.
+from mnemosyned.storage.embedded import EmbeddedPostgres
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import scenarios
 from clusters import Cluster
 from networks import IS_POSSIBLE, Network, Relay
 from scenarios import Loss
-
-from mnemosyned.storage.embedded import EmbeddedPostgres
 
 
 def main() -> None:

@@ -29,13 +29,14 @@ import asyncpg
 import hpack
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 
+# First: tests/ has a folder of this name.
+from mnemosyned.rpc.frame import framed
+from mnemosyned.storage.embedded import EmbeddedPostgres
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import LOAD_CORE, SERVER_CORE, SERVICE, cpu_ticks, pin, request_body, statements
 from processes import Daemon, processes_on
-
-from mnemosyned.rpc.frame import framed
-from mnemosyned.storage.embedded import EmbeddedPostgres
 
 ROWS = 200_000
 RATE = 10_000  # unknown tokens a second

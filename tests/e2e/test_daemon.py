@@ -16,6 +16,8 @@ import asyncpg
 import grpc
 import pytest
 import trustme
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     DeleteRequest,
@@ -358,3 +360,16 @@ async def test_the_table_holds_what_the_contract_says(postgres_dsn: str) -> None
 
     assert row["access_token"] == "tók".encode()
     assert row["bag"] == Session(bag={"k": "v"}).SerializeToString()
+
+
+def test_a_draining_node_says_so_and_answers_until_its_delay_is_over() -> None:
+    with Daemon("-storage=memory", "-drain.delay=1s") as daemon, daemon.serving().stub() as stub:
+        token = stub.Start(StartRequest(session=Session(subject_id="s")), timeout=5).session.access_token
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_for("draining")
+        with grpc.insecure_channel(daemon.address) as late:
+            health = HealthStub(late).Check(HealthCheckRequest(), timeout=5)
+            assert health.status == HealthCheckResponse.NOT_SERVING
+            assert SessionManagerStub(late).Get(GetRequest(access_token=token), timeout=5)
+        assert daemon.http("/healthr")[0] == 503
+        assert daemon.end() == 0
