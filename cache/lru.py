@@ -68,6 +68,11 @@ class Lru(Generic[Value]):
             self.on_removed(key)
         return slot
 
+    def clear(self) -> None:
+        """Remove every slot, without a word to `on_removed`."""
+        self._slots.clear()
+        self._size_bytes = 0
+
     def keys_with_prefix(self, prefix: str) -> list[str]:
         """Return the keys that start so, least recently used first; O(n)."""
         return [key for key in self._slots if key.startswith(prefix)]

@@ -149,8 +149,9 @@ class ReadThrough(Generic[Value]):
         return (await self._flights.run(key, lambda: self._fetched(key, fetch))).value
 
     def _fetched(self, key: str, fetch: Fetch[Value]) -> asyncio.Future[Slot[Value] | Slot[None]]:
-        fill = self.begin_fill(key)
+        # In this order: a fetch that raises must leave no fill behind. It has not begun to read yet.
         work = fetch(key)
+        fill = self.begin_fill(key)
 
         def keep(work: asyncio.Future[Slot[Value] | Slot[None]]) -> None:
             with fill:
@@ -187,34 +188,58 @@ class ReadThrough(Generic[Value]):
         An alias will do for the key; for one that is not known everything is forgotten.
         """
         if self._aliases is not None and self._aliases.is_alias(key):
-            for meant in self._keys_of(key):
-                self.drop(meant)
+            self._drop_alias(key)
             return
-        self._forget(key, is_made=False)
-        if self._beside is not None:
-            self._beside._forget(key, is_made=False)  # noqa: SLF001  # of this very class
+        for one in self._both():
+            one.forget(key)
 
     def made(self, key: str) -> None:
         """Drop what was read before the key's value was made; who has made it may still put it."""
-        self._forget(key, is_made=True)
-        if self._beside is not None:
-            self._beside._forget(key, is_made=True)  # noqa: SLF001  # of this very class
+        for one in self._both():
+            one.forget(key, is_made=True)
 
-    def _keys_of(self, alias: str) -> list[str]:
-        assert self._aliases is not None
-        both = [self] if self._beside is None else [self, self._beside]
-        if not self._aliases.knows(alias):
-            return [key for one in both for key in one.keys()]  # noqa: SIM118  # no mapping
-        return [one._key_by_alias[alias] for one in both if alias in one._key_by_alias]  # noqa: SLF001  # likewise
+    def drop_everything(self) -> None:
+        """Drop every key."""
+        for one in self._both():
+            one.forget_everything()
 
-    def _unlist(self, key: str) -> None:
-        if self._aliases is not None and key not in self.lru and key not in self._fills:
-            self._key_by_alias.pop(self._aliases.alias(key), None)
-
-    def _forget(self, key: str, *, is_made: bool) -> None:
+    def forget(self, key: str, *, is_made: bool = False) -> None:
+        """Drop here alone; if the value was just made, without closing the fills of those who make it."""
         for fill in self._fills.get(key, ()):
             if not (is_made and fill.is_making):
                 fill.close()
         self._flights.forget(key)
         self.lru.pop(key)
         self.absent.pop(key)
+
+    def forget_everything(self) -> None:
+        """Drop every key here alone."""
+        for fills in self._fills.values():
+            for fill in fills:
+                fill.close()
+        self._flights.forget_all()
+        self.lru.clear()
+        self.absent.clear()
+        # Fills under way may be among them, but bring nothing any more.
+        self._key_by_alias.clear()
+
+    def key_of(self, alias: str) -> str | None:
+        """Return the key with this alias, if it has a value here or a fill under way."""
+        return self._key_by_alias.get(alias)
+
+    def _drop_alias(self, alias: str) -> None:
+        assert self._aliases is not None
+        if not self._aliases.knows(alias):
+            self.drop_everything()
+            return
+        for one in self._both():
+            key = one.key_of(alias)
+            if key is not None:
+                self.drop(key)
+
+    def _both(self) -> list[ReadThrough[Value]]:
+        return [self] if self._beside is None else [self, self._beside]
+
+    def _unlist(self, key: str) -> None:
+        if self._aliases is not None and key not in self.lru and key not in self._fills:
+            self._key_by_alias.pop(self._aliases.alias(key), None)

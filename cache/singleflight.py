@@ -68,6 +68,10 @@ class SingleFlight(Generic[T]):
         """Let later callers begin anew; those already aboard get the old result."""
         self._flights.pop(key, None)
 
+    def forget_all(self) -> None:
+        """The same for every key."""
+        self._flights.clear()
+
     def _take_off(self, key: str, work: asyncio.Future[T]) -> _Flight[T]:
         # The dictionary and then the passengers own the work.
         flight = _Flight(work)

@@ -147,7 +147,8 @@ class _Daemon:
         self._store = new_store(config, None if embedded is None else embedded.dsn, self._registry)
         self._watch = StorageWatch(self._store, self._clock)
         self._lru: Lru[ReadySession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
-        self._absent: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=config.cache_absent_bytes)
+        absent_bytes = config.cache_absent_bytes if config.cache_ttl_s else 0
+        self._absent: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=absent_bytes)
         self._cache = ReadThrough(self._lru, self._absent, aliases=self._names)
         self._touches = TouchWriter(
             self._store,

@@ -346,7 +346,7 @@ FLAGS: Final = (
     Flag(
         "token.key.file",
         "",
-        str,
+        _file,
         "file with the key of the HMAC, or with two in a rotation, one a line; the first is in use",
         "token_key_file",
     ),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from mnemosyned import config as configuration
 from mnemosyned.daemon import StartFailed, start_embedded
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.names import AFTER_PROTECTED
+from mnemosyned.names import AFTER_PROTECTED, is_protected
 from mnemosyned.observe import logs
 from mnemosyned.observe.metrics import new_registry
 from mnemosyned.storage.port import Renaming, StorageRefused
@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
     except configuration.ConfigError as exc:
         sys.stderr.write(f"mnemosyned: {exc}\n")
         return 2
+    if config.check_config:
+        sys.stdout.write("the configuration is valid\n")
+        return 0
     logs.configure(config.log_environment, config.log_level)
     try:
         embedded = start_embedded(config)
@@ -86,10 +89,35 @@ async def _migrated(config: Config, embedded_dsn: str | None) -> str:
 
 
 async def protect_all(store: SessionStore, known: TokenNames) -> int:
-    """Rename the sessions named by their tokens; return how many. Raises StorageUnavailable."""
+    """Rename the live sessions named by their tokens; return how many. Raises MnemosyneError."""
     count, after = 0, AFTER_PROTECTED
     while page := await store.names_after(after, limit=_PAGE):
-        renamings = [Renaming(old=token, new=known.alias(token)) for token in page]
-        count += sum(await store.rename(renamings))
+        count += await _renamed(store, known, [name for name in page if _is_token(name)])
+        # What another writer held: one by one, each is waited for.
+        for name in await store.names_after(after, limit=len(page)):
+            if name in page and _is_token(name):
+                await _renamed(store, known, [name])
         after = page[-1]
     return count
+
+
+async def _renamed(store: SessionStore, known: TokenNames, tokens: Sequence[str]) -> int:
+    """Return how many of these tokens have sessions."""
+    if not tokens:
+        return 0
+    outcomes = await store.rename([Renaming(old=token, new=known.alias(token)) for token in tokens])
+    for outcome in outcomes:
+        if isinstance(outcome, MnemosyneError):
+            raise outcome
+    return sum(map(bool, outcomes))
+
+
+def _is_token(name: str) -> bool:
+    # The Go daemon checks neither; no caller of ours can name such a session.
+    if is_protected(name):
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -52,6 +52,10 @@ class TokenNames:
         found = [_named(key_id, key, token) for key_id, key in keys]
         return [*found, token] if self._are_protected else found
 
+    def all(self, token: str) -> list[str]:
+        """Return every name that it may have."""
+        return [self.alias(token), *self.others(token)]
+
     def is_alias(self, text: str) -> bool:
         """Tell whether this is a protected name."""
         return is_protected(text)

@@ -192,7 +192,10 @@ class ClusterNode:
 
     def _drop(self, tokens: Sequence[str] | None) -> None:
         """Drop copies of these sessions, or of all."""
-        for token in self._sessions.cache.keys() if tokens is None else tokens:
+        if tokens is None:
+            self._sessions.cache.drop_everything()
+            return
+        for token in tokens:
             self._sessions.cache.drop(token)
 
     def _follow(self, view: View) -> None:

@@ -26,6 +26,7 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
+from mnemosyned.names import is_protected
 from mnemosyned.ready import ExpiryField, ReadySession, list_response
 from mnemosyned.session import (
     DEFAULT_LIST_LIMIT,
@@ -235,7 +236,8 @@ class SessionService:
     async def clean_up(self, limit: int) -> int:
         """Remove at most `limit` expired rows; return how many."""
         names = await self._store.clean_up(limit=limit)
-        self._drop(names)
+        # Copies by other names go as they come: what is about to expire is not served from the cache.
+        self._drop(name for name in names if not is_protected(name))
         return len(names)
 
     async def _delete_step(self, criteria: Criteria) -> Deletion:
@@ -286,7 +288,7 @@ class SessionService:
         return Slot(ready, ready.size_bytes, good_until_us)
 
     def _absence(self, token: str, asked_us: int) -> Slot[None]:
-        return Slot(None, len(token) + ABSENCE_BYTES, asked_us + self._lifetimes.cache_us)
+        return Slot(None, len(token.encode()) + ABSENCE_BYTES, asked_us + self._lifetimes.cache_us)
 
     def _extended(self, token: str, ready: ReadySession, now_us: int) -> bytes:
         expires_at_us = now_us + self._lifetimes.session_us

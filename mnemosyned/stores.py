@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _US_PER_S: Final = 1_000_000
 _RETRY_S: Final = 1.0
+# Two keys are in use at most, and others' rows are not ours to go through.
+_MAX_LOOKS: Final = 100
 
 
 def token_names(config: Config) -> TokenNames | None:
@@ -76,9 +78,12 @@ async def key_ids_in(store: SessionStore) -> set[str]:
     """Return which keys have named sessions; one short look for each. Raises StorageUnavailable."""
     found: set[str] = set()
     after = ""
-    while name := next(iter(await store.names_after(after, limit=1)), ""):
+    for _ in range(_MAX_LOOKS):
+        (name, *_) = await store.names_after(after, limit=1) or [""]
         if not names.is_protected(name):
             break
-        found.add(names.key_id_in(name))
-        after = names.after_key(names.key_id_in(name))
+        after = name
+        if names.is_handle(names.shown(name)):
+            found.add(names.key_id_in(name))
+            after = names.after_key(names.key_id_in(name))
     return found

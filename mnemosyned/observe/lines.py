@@ -8,7 +8,7 @@ LINES_A_SECOND: Final = 100
 
 
 class LineBudget:
-    """LINES_A_SECOND lines in any second; more are counted, and the next line that is written tells how many.
+    """LINES_A_SECOND lines in each second from a line on; more are counted, and the next one tells how many.
 
     Failures by fault of callers are logged within it: whoever sends ten thousand bad calls a second
     shall not have us spend more on their log lines than on the calls.

@@ -97,7 +97,7 @@ class MemoryStore:
         expired = [s.access_token for s in self._session_by_token.values() if s.expires_at_us <= now_us]
         return self._forget(expired[:limit])
 
-    async def rename(self, renamings: Sequence[Renaming]) -> list[bool]:
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
         return [self._rename(renaming.old, renaming.new) for renaming in renamings]
 
@@ -108,12 +108,11 @@ class MemoryStore:
 
     def _rename(self, old: str, new: str) -> bool:
         session = self._live(old)
-        if session is not None and self._live(new) is not None:
+        if session is not None:
             del self._session_by_token[old]
-        elif session is not None and new not in self._session_by_token:
-            del self._session_by_token[old]
-            self._session_by_token[new] = replace(session, access_token=new)
-        return self._live(old) is not None or self._live(new) is not None
+            if self._live(new) is None:
+                self._session_by_token[new] = replace(session, access_token=new)
+        return self._live(new) is not None
 
     def _live(self, token: str) -> Session | None:
         session = self._session_by_token.get(token)

@@ -15,7 +15,7 @@ class Deletion:
     """What one step of a Delete has done."""
 
     names: list[str] = field(repr=False)  # of the sessions: their tokens, or what stands for these (names.py)
-    # Nothing is left that met the criteria when the step began, though others may have ended some of it.
+    # Nothing is left that met the criteria when the step began.
     is_all: bool
 
 
@@ -57,7 +57,7 @@ class SessionStore(Protocol):
         ...
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
-        """Tell which tokens have a live session; changes nothing."""
+        """Tell which tokens have a live session; extends none."""
         ...
 
     async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
@@ -92,16 +92,21 @@ class SessionStore(Protocol):
         """Delete at most `limit` expired rows and return their names; nothing while another node does so."""
         ...
 
-    async def rename(self, renamings: Sequence[Renaming]) -> list[bool]:
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         """Give live sessions new names; tell of each whether there is one by either name.
 
-        Where a live one has the new name already, the one by the old name ends. While an expired one has
-        it, nothing is renamed.
+        No name comes twice. Where a live session has the new name already, the one by the old name ends.
+        One that another writer holds is passed by, unless it is the only one to be renamed: then it is
+        waited for, as nothing else is held meanwhile.
+        An item's failure: StorageUnavailable (it was waited for too long), InvalidArgument.
         """
         ...
 
     async def names_after(self, name: str, *, limit: int) -> list[str]:
-        """Return the least names, in the order of their bytes, that are greater; of expired rows too."""
+        """Return the least names, in the order of their bytes, that are greater; of expired rows too.
+
+        Bytes that are no UTF-8, and so no session's that anybody could name, are surrogates in it.
+        """
         ...
 
     async def now_us(self) -> int:

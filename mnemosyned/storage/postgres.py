@@ -131,30 +131,31 @@ class PostgresStore:
         where, values = _condition(criteria)
         query = self._queries.delete(where, limit_at=len(values) + 1)
         (row,) = await self._pool.fetch(query, *values, limit)
-        return Deletion(names=[_text(name) for name in row["tokens"]], is_all=row["picked"] < limit)
+        return Deletion(
+            names=[_text(name) for name in row["tokens"]], is_all=len(row["tokens"]) == row["picked"] < limit
+        )
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""
         rows = await self._pool.fetch(self._queries.clean_up, limit, self._table.advisory_key)
         return [_text(row["access_token"]) for row in rows]
 
-    async def rename(self, renamings: Sequence[Renaming]) -> list[bool]:
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
-        olds = [renaming.old.encode() for renaming in renamings]
-        news = [renaming.new.encode() for renaming in renamings]
-        try:
-            rows = await self._pool.fetch(
-                self._queries.rename, olds, news, passing=(asyncpg.UniqueViolationError,)
-            )
-        except asyncpg.UniqueViolationError:
-            # Somebody has just taken a new name, and this time that is seen.
-            rows = await self._pool.fetch(self._queries.rename, olds, news)
-        return [row["is_there"] for row in rows]
+        return await _isolating(self._rename, renamings)
 
     async def names_after(self, name: str, *, limit: int) -> list[str]:
         """See SessionStore."""
-        rows = await self._pool.fetch(self._queries.names_after, name.encode(), limit)
-        return [_text(row["access_token"]) for row in rows]
+        after = name.encode(errors="surrogateescape")
+        rows = await self._pool.fetch(self._queries.names_after, after, limit)
+        return [row["access_token"].decode(errors="surrogateescape") for row in rows]
+
+    async def _rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
+        olds = [renaming.old.encode() for renaming in renamings]
+        news = [renaming.new.encode() for renaming in renamings]
+        query = self._queries.rename if len(renamings) > 1 else self._queries.rename_one
+        rows = await self._pool.fetch(query, olds, news, passing=ITEM_FAULTS)
+        return [row["is_there"] for row in rows]
 
     async def _start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         # One statement may not meet a token twice: the first of a batch has it, or who has the most time.
@@ -371,7 +372,7 @@ async def _isolating(
 
 
 def _item_error(exc: Exception) -> MnemosyneError:
-    if isinstance(exc, asyncpg.LockNotAvailableError):
+    if isinstance(exc, asyncpg.LockNotAvailableError | asyncpg.UniqueViolationError):
         return StorageUnavailable("mnemosyned: storage: the session is locked by another writer")
     if isinstance(exc, asyncpg.ProgramLimitExceededError):
         return InvalidArgument("mnemosyned: access_token is too long for PostgreSQL to index")

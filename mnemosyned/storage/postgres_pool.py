@@ -47,6 +47,7 @@ Faults = tuple[type[Exception], ...]
 # An item's own fault, or its own row's: the other items of its batch need not suffer.
 ITEM_FAULTS: Final = (
     asyncpg.LockNotAvailableError,
+    asyncpg.UniqueViolationError,
     asyncpg.ProgramLimitExceededError,
     asyncpg.DataError,
 )
@@ -164,6 +165,9 @@ async def _create_pool(options: PostgresOptions) -> Pool[Record]:
             "lock_timeout": str(int(options.statement_timeout_s * 1000 / 3)),
             "idle_in_transaction_session_timeout": timeout_ms,
             "jit": "off",
+            # All our statements have an index. A plan that was made while the table was empty would scan it
+            # for as long as PostgreSQL keeps the plan, which is until it is analyzed.
+            "enable_seqscan": "off",
         },
     )
     return await pool

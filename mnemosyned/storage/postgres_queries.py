@@ -39,7 +39,8 @@ class Queries:
         self.abandon = _abandon(table)
         self.touch = _touch(table)
         self.clean_up = _clean_up(table)
-        self.rename = _rename(table)
+        self.rename = _rename(table, "SKIP LOCKED")
+        self.rename_one = _rename(table)
         self.names_after = Query(
             "names",
             f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
@@ -60,7 +61,7 @@ class Queries:
     def delete(self, where: str, *, limit_at: int) -> Query:
         """Delete what meets a condition; parameter `limit_at`: how many at most.
 
-        One row: the tokens, and how many were picked, of which others may have ended some meanwhile.
+        One row: the tokens, and how many were picked, of which others may have ended or renamed some.
         """
         return Query(
             "delete",
@@ -178,19 +179,25 @@ def _clean_up(table: str) -> Query:
     )
 
 
-def _rename(table: str) -> Query:
+# A renaming moves a row in the order of names, so that locks taken in that order do not keep it from meeting
+# others crosswise: of many it waits for none.
+def _rename(table: str, locking: str = "") -> Query:
     return Query(
         "rename",
         "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY "
         "AS one (old, new, number)), "
         "held AS MATERIALIZED (SELECT asked.old, asked.new, "
-        f"(SELECT taken.expire_at > now() FROM {table} AS taken WHERE taken.access_token = asked.new) "
-        f"AS is_new_live FROM {table} AS there JOIN asked ON there.access_token = asked.old "
-        "WHERE there.expire_at > now() ORDER BY asked.old FOR UPDATE OF there), "
+        f"EXISTS (SELECT 1 FROM {table} AS taken WHERE taken.access_token = asked.new "
+        f"AND taken.expire_at > now()) AS is_taken FROM {table} AS there "
+        "JOIN asked ON there.access_token = asked.old "
+        f"WHERE there.expire_at > now() ORDER BY asked.old FOR UPDATE OF there {locking}), "
         f"ended AS (DELETE FROM {table} AS there USING held "
-        "WHERE there.access_token = held.old AND is_new_live), "
-        f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held "
-        "WHERE there.access_token = held.old AND is_new_live IS NULL) "
+        "WHERE is_taken AND there.access_token = held.old), "
+        # Which does not exist, though cleanup has not seen it yet, and is in the way.
+        f"expired AS (DELETE FROM {table} AS there USING held WHERE NOT is_taken "
+        "AND there.access_token = held.new AND there.expire_at <= now() RETURNING 1), "
+        f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held WHERE NOT is_taken "
+        "AND there.access_token = held.old AND (SELECT count(*) FROM expired) >= 0) "
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         "AND there.expire_at > now()) AS is_there FROM asked ORDER BY number",
     )

@@ -3,7 +3,8 @@
 A session that is not found under its token's primary name may have another one still, from before the
 protection was turned on or its key was changed. It is then renamed, and looked for again. Two nodes
 whose primary names differ, as while they are restarted one by one, may rename it against each other,
-so that is tried a few times.
+so that is tried a few times. Meanwhile a token that a caller chose may start two sessions at once, one by
+each name, which the table's key cannot tell: the next that is done with it ends one.
 
 What a Delete or a cleanup has ended is told by name, since nobody here knows the token.
 """
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from mnemosyned import names
-from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound
+from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, StorageUnavailable
 from mnemosyned.names import TokenNames
 from mnemosyned.session import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
 from mnemosyned.storage.port import Deletion, Renaming, SessionStore
@@ -83,16 +84,24 @@ class ProtectedStore:
 
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore; a handle will do for the token."""
-        return await self._store.delete(await self._by_name(criteria), limit=limit)
+        token = criteria.access_token
+        if token is None or names.is_handle(token):
+            return await self._store.delete(await self._by_name(criteria), limit=limit)
+        for _ in range(_RENAMINGS):
+            (is_there,) = await self._rename([token])
+            if isinstance(is_there, MnemosyneError):
+                raise is_there
+            deletion = await self._store.delete(await self._by_name(criteria), limit=limit)
+            if deletion.names or not is_there:
+                return deletion
+        raise _in_between()
 
     async def _by_name(self, criteria: Criteria) -> Criteria:
         token = criteria.access_token
         if token is None:
             return criteria
-        if names.is_handle(token):
-            return replace(criteria, access_token=names.from_handle(token))
-        await self._rename([token])
-        return replace(criteria, access_token=self._primary(token))
+        name = names.from_handle(token) if names.is_handle(token) else self._primary(token)
+        return replace(criteria, access_token=name)
 
     async def _found_for(
         self,
@@ -111,29 +120,57 @@ class ProtectedStore:
     ) -> list[Result | MnemosyneError]:
         """Run a batch of items, those again whose session had another name."""
         results = await run([named(item) for item in items])
-        for _ in range(_RENAMINGS):
-            missing = [at for at, result in enumerate(results) if _is_missing(result)]
+
+        async def look_again(missing: list[int]) -> list[int]:
+            """Rename the sessions of these items; return those that are there, and not found even so."""
             are_there = await self._rename([tokens[at] for at in missing])
-            again = [at for at, is_there in zip(missing, are_there, strict=True) if is_there]
-            if not again:
-                break
-            for at, result in zip(again, await run([named(items[at]) for at in again]), strict=True):
+            again = [at for at, is_there in zip(missing, are_there, strict=True) if is_there is True]
+            found = await run([named(items[at]) for at in again]) if again else []
+            for at, is_there in zip(missing, are_there, strict=True):
+                results[at] = is_there if isinstance(is_there, MnemosyneError) else results[at]
+            for at, result in zip(again, found, strict=True):
                 results[at] = result
+            return [at for at in again if _is_missing(results[at])]
+
+        missing = [at for at, result in enumerate(results) if _is_missing(result)]
+        for _ in range(_RENAMINGS - 1):
+            missing = await look_again(missing)
+        # Now one by one, since then each is waited for.
+        for at in missing:
+            if await look_again([at]):
+                # Whoever was told that it is not there would log somebody out.
+                results[at] = _in_between()
         return results
 
-    async def _rename(self, tokens: Sequence[str]) -> list[bool]:
+    async def _rename(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
         """Give the tokens' sessions their primary names; tell which have one, by whatever name."""
-        renamings = [
-            Renaming(old=name, new=self._primary(token))
-            for token in tokens
-            for name in self.token_names.others(token)
-        ]
-        are_there = await self._store.rename(renamings) if renamings else []
-        there = {renaming.new for renaming, is_there in zip(renamings, are_there, strict=True) if is_there}
-        return [self._primary(token) in there for token in tokens]
+        found: dict[str, bool | MnemosyneError] = dict.fromkeys(tokens, False)
+        # By one former name after the other, so that of several sessions of a token one is left.
+        layers = list(zip(*(self._others(token) for token in found), strict=True))
+        for layer in layers:
+            for token, outcome in zip(found, await self._store.rename(layer), strict=True):
+                found[token] = outcome or found[token]
+        if len(layers) > 1:
+            # Between two looks it may have been renamed to where the first one was.
+            for token in await self._named_somehow([token for token in found if not found[token]]):
+                found[token] = True
+        return [found[token] for token in tokens]
+
+    async def _named_somehow(self, tokens: Sequence[str]) -> set[str]:
+        """Return the tokens that have a session by any of their names, all looked for at once."""
+        pairs = [(name, token) for token in tokens for name in self.token_names.all(token)]
+        are_there = await self._store.exist([name for name, _ in pairs]) if pairs else []
+        return {token for (_, token), is_there in zip(pairs, are_there, strict=True) if is_there is True}
+
+    def _others(self, token: str) -> list[Renaming]:
+        return [Renaming(old=name, new=self._primary(token)) for name in self.token_names.others(token)]
 
     def _named(self, item: Tokened) -> Tokened:
         return replace(item, access_token=self._primary(item.access_token))
+
+
+def _in_between() -> StorageUnavailable:
+    return StorageUnavailable("mnemosyned: storage: the session is being renamed by another node")
 
 
 def _is_missing(result: object) -> bool:

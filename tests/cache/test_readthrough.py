@@ -194,3 +194,81 @@ async def test_without_room_for_absences_none_is_kept() -> None:
     await cache.load("k", storage.fetch)
 
     assert not cache.is_absent("k", now_us=SOON_US)
+
+
+async def test_a_fetch_that_cannot_begin_leaves_nothing_behind() -> None:
+    cache = new_cache()
+
+    def refuse(_: str) -> asyncio.Future[Slot[str] | Slot[None]]:
+        raise OSError("too many wait")
+
+    with pytest.raises(OSError, match="too many"):
+        await cache.load("k", refuse)
+
+    assert not cache.keys()
+
+
+class Upper:
+    """Aliases in capitals; those with a digit are somebody else's."""
+
+    def alias(self, key: str) -> str:
+        return key.upper()
+
+    def is_alias(self, text: str) -> bool:
+        return text.isupper()
+
+    def knows(self, alias: str) -> bool:
+        return alias.isalpha()
+
+
+def aliased(beside: ReadThrough[str] | None = None) -> ReadThrough[str]:
+    return ReadThrough(Lru(max_entries=2, max_bytes=1000), beside=beside, aliases=Upper())
+
+
+def keep(cache: ReadThrough[str], *keys: str) -> None:
+    for key in keys:
+        with cache.begin_fill(key) as fill:
+            fill.put(Slot(key, 1, NEVER_US))
+
+
+def test_a_value_is_dropped_by_the_alias_of_its_key() -> None:
+    cache = aliased()
+    keep(cache, "a", "b")
+    cache.drop("A")
+    cache.drop("UNKNOWN")
+
+    assert cache.keys() == ["b"]
+
+
+def test_a_fill_under_way_is_fenced_by_the_alias_too() -> None:
+    cache = aliased()
+    beside = aliased(beside=cache)
+    with cache.begin_fill("a") as fill:
+        beside.drop("A")
+        fill.put(Slot("old", 1, NEVER_US))
+
+    assert not cache.keys()
+
+
+def test_an_alias_that_is_not_known_may_be_any_keys_and_drops_all() -> None:
+    cache = aliased()
+    beside = aliased(beside=cache)
+    keep(cache, "a", "b")
+    with cache.begin_fill("c") as fill:
+        beside.drop("A1")
+        fill.put(Slot("old", 1, NEVER_US))
+
+    assert not cache.keys()
+    keep(cache, "a")
+    assert cache.keys() == ["a"]
+
+
+def test_only_what_is_kept_or_filled_has_an_alias() -> None:
+    cache = aliased()
+    keep(cache, "a", "b", "c", "c")
+    with cache.begin_fill("d"):
+        assert sorted(filter(None, map(cache.key_of, "ABCD"))) == ["b", "c", "d"]
+    cache.drop("b")
+    cache.drop("C")
+
+    assert not any(map(cache.key_of, "ABCD"))
