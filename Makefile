@@ -19,7 +19,7 @@ cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, re
 	$(BIN)/python deploy/local_cluster.py
 
 test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## the tests again, with the lines and branches they leave out
 	$(BIN)/coverage erase
