@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -315,14 +316,20 @@ def _status_headers(failure: Failure) -> list[tuple[bytes, bytes]]:
 
 
 async def _send_failure(send: Send, failure: Failure) -> None:
+    await send(_failure_start(failure))
+    await send(_END)
+
+
+# Most failures are alike, and may come in floods.
+@lru_cache(maxsize=64)
+def _failure_start(failure: Failure) -> Event:
     # gRPC's Trailers-Only form: a single block of headers.
     headers = [
         _CONTENT_TYPE,
         *_status_headers(failure),
         (b"grpc-accept-encoding", frame.ACCEPTED_ENCODINGS),
     ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send(_END)
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 async def _send_unsupported(send: Send) -> None:
