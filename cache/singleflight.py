@@ -53,7 +53,8 @@ class SingleFlight(Generic[T]):
         flight = self._flights.get(key)
         if flight is None:
             flight = self._take_off(key, begin())
-        seat: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        # Not the running loop's: before Python 3.12, asking for that is a system call.
+        seat: asyncio.Future[T] = flight.work.get_loop().create_future()
         flight.seats.append(seat)
         try:
             return await seat

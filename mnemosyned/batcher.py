@@ -62,6 +62,7 @@ class Batcher(Generic[Item, Result]):
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._lanes: set[asyncio.Task[None]] = set()
         self._open_lanes = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def submit(self, item: Item) -> Result:
         """Return the item's own result.
@@ -82,7 +83,10 @@ class Batcher(Generic[Item, Result]):
         """
         if len(self._waiting) >= self._limits.max_waiting:
             raise Overloaded("mnemosyned: too many calls are waiting for the storage")
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        if self._loop is None:
+            # Once: before Python 3.12 it is a system call.
+            self._loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Result] = self._loop.create_future()
         self._waiting.append(_Waiting(item, self._size_bytes(item), answer))
         if self._open_lanes < self._limits.lanes:
             self._open_lane()
