@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from random import Random
 
 import asyncpg
@@ -23,6 +24,7 @@ from mnemosyned.names import TokenNames
 from mnemosyned.session import Abandonment, Criteria, Session, Touch, ValueChange
 from mnemosyned.storage.port import Renaming, SessionStore
 from mnemosyned.storage.postgres import PostgresStore
+from mnemosyned.storage.postgres_queries import Query
 from mnemosyned.storage.protected import ProtectedStore
 from mnemosyned.stores import key_ids_in
 
@@ -239,6 +241,8 @@ async def test_a_delete_reaches_the_copies_of_other_nodes(engine: Engine) -> Non
         peering(store, seeds=(one.address,)) as other,
     ):
         await until(lambda: len(one.node.view.ring.nodes) == len(other.node.view.ring.nodes) == 2)
+        # Until then every write is told to all.
+        await until(lambda: not one.node.view.former and not other.node.view.former)
         tokens = [(await one.stub.Start(login())).session.access_token for _ in range(16)]
         assert [await gets(other.stub, token) for token in tokens] == [True] * 16
         (shown, *_) = (await one.stub.List(ListRequest(limit=16))).sessions
@@ -399,3 +403,26 @@ async def test_rows_that_are_not_ours_end_neither_a_migration_nor_the_look_for_k
 
     assert await protect_all(postgres.store, KNOWN) == 2
     assert await key_ids_in(postgres.store) == KNOWN.key_ids
+
+
+async def test_no_statement_goes_through_a_table_that_was_small_when_it_was_planned(
+    postgres: Engine,
+) -> None:
+    assert isinstance(postgres.store, PostgresStore)
+    await stored(postgres, "a", "b")
+    queries, names_, instant = postgres.store._queries, [b"a", b"b"], datetime.now(UTC)
+    calls: list[tuple[Query, list[object]]] = [
+        (queries.load, [names_, timedelta(1), timedelta(1)]),
+        (queries.exist, [names_]),
+        (queries.touch, [names_, [instant] * 2]),
+        (queries.abandon, [names_, [instant] * 2]),
+        (queries.rename, [names_, names_]),
+        (queries.rename_one, [names_, names_]),
+        (queries.names_after, [b"", 5]),
+    ]
+    async with postgres.store._pool.connection() as connection:
+        await connection.execute(f"VACUUM ANALYZE {postgres.store._table.sql}")
+        await connection.reset_type_codec("timestamptz", schema="pg_catalog")
+        for query, values in calls:
+            statement = await connection.prepare(query.sql)
+            assert "Seq Scan" not in str(await statement.explain(*values)), query.name

@@ -42,6 +42,14 @@ def all_are_there(stub: SessionManagerStub, tokens: list[str]) -> bool:
     return got == tokens
 
 
+def is_there(stub: SessionManagerStub, token: str) -> bool:
+    try:
+        return all_are_there(stub, [token])
+    except grpc.RpcError as exc:
+        assert exc.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]  # noqa: PT017  # the answer is looked at
+        return False
+
+
 async def test_sessions_from_before_live_on_and_no_token_stays_in_the_table(
     postgres_dsn: str, key_file: Path
 ) -> None:
@@ -67,6 +75,10 @@ async def test_sessions_from_before_live_on_and_no_token_stays_in_the_table(
             stub.Get(GetRequest(access_token=handles[0]), timeout=5)
         assert stub.Delete(DeleteRequest(access_token=handles[0]), timeout=5).value == 1
         assert len(await table(postgres_dsn)) == 6
+        # All were in the cache, by their tokens.
+        assert sum(is_there(stub, token) for token in before + after) == 6
+        assert stub.Delete(DeleteRequest(subject_id="s"), timeout=5).value == 6
+        assert not any(is_there(stub, token) for token in before + after)
 
 
 def test_a_node_that_does_not_know_the_key_says_so(postgres_dsn: str, key_file: Path) -> None:
