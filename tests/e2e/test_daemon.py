@@ -373,3 +373,25 @@ def test_a_draining_node_says_so_and_answers_until_its_delay_is_over() -> None:
             assert SessionManagerStub(late).Get(GetRequest(access_token=token), timeout=5)
         assert daemon.http("/healthr")[0] == 503
         assert daemon.end() == 0
+
+
+@pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
+def test_the_flags_of_limits_reach_what_they_limit(engine: str) -> None:
+    flags = ["-bag.max-entries=2", "-bag.max-key=3", "-bag.max-value=5", "-grpc.max-connections=1"]
+    with (
+        Daemon("-storage=memory", f"-grpc.engine={engine}", *flags) as daemon,
+        daemon.serving().stub() as stub,
+    ):
+        for bag, complaint in (
+            ({"a": "1", "b": "2", "c": "3"}, "more than 2 entries"),
+            ({"long": "1"}, "key is longer than 3 bytes"),
+            ({"a": "longer"}, "value is longer than 5 bytes"),
+        ):
+            with pytest.raises(grpc.RpcError, match=complaint):
+                stub.Start(StartRequest(session=Session(subject_id="s", bag=bag)), timeout=5)
+        apart = [("grpc.use_local_subchannel_pool", 1)]
+        with (
+            grpc.insecure_channel(daemon.address, options=apart) as second,
+            pytest.raises(grpc.RpcError, match=r"DEADLINE_EXCEEDED|UNAVAILABLE"),
+        ):
+            SessionManagerStub(second).Get(GetRequest(access_token="t"), timeout=0.5)
