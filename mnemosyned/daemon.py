@@ -25,7 +25,6 @@ from cache.lru import Lru
 from cache.readthrough import ReadThrough
 from cluster.trust import is_loopback
 from mnemosyned import __version__, keys
-from mnemosyned.bag import BagLimits
 from mnemosyned.cleanup import run_cleanup
 from mnemosyned.clock import StorageClock
 from mnemosyned.config import Config
@@ -43,6 +42,7 @@ from mnemosyned.observe.metrics import (
 )
 from mnemosyned.observe.operator import OperatorServer, Readiness
 from mnemosyned.observe.traces import Tracing, TracingUnavailable
+from mnemosyned.options import bag_limits, engine_options, lifetimes, tls_files
 from mnemosyned.ready import ReadySession
 from mnemosyned.reload import FilesUnusable, FileWatch
 from mnemosyned.rpc import reflection, session_manager
@@ -60,8 +60,6 @@ from mnemosyned.storage.port import SessionStore, StorageRefused
 from mnemosyned.storage.watch import StorageWatch
 from mnemosyned.stores import new_store, token_names, warn_of_unknown_keys
 from mnemosyned.tls import (
-    ClientAuth,
-    TlsFiles,
     TlsMaterial,
     operator_context,
     watch_tls,
@@ -75,7 +73,6 @@ _ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
     "grpcio": GrpcioEngine,
 }
 _PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})
-_US_PER_S: Final = 1_000_000
 # The last touches get this long to reach a storage that may be away.
 _LAST_FLUSH_S: Final = 5.0
 _EMBEDDED_CHECK_S: Final = 0.5
@@ -159,7 +156,7 @@ class _Daemon:
         self._tls = _new_tls_watch(config)
         self._keys = _new_keys_watch(config)
         self._node = _new_node(config, self._store, self._clock, self._cache, self._touches)
-        self._service = self._new_service(self._cache, _lifetimes(config))
+        self._service = self._new_service(self._cache, lifetimes(config))
         self._stop = asyncio.Event()
         self._tracing = _new_tracing(config.tracing_agent_address)
         self._health = Health(_PUBLIC_SERVICES)
@@ -170,14 +167,14 @@ class _Daemon:
         self._is_in_service = False
         self._refusal = ""
 
-    def _new_service(self, cache: ReadThrough[ReadySession], lifetimes: Lifetimes) -> SessionService:
+    def _new_service(self, cache: ReadThrough[ReadySession], lasting: Lifetimes) -> SessionService:
         return SessionService(
             self._store,
             cache,
             self._touches,
             clock=self._clock,
-            lifetimes=lifetimes,
-            bag_limits=_bag_limits(self._config),
+            lifetimes=lasting,
+            bag_limits=bag_limits(self._config),
             elsewhere=None if self._node is None else self._node.forwarder,
         )
 
@@ -198,7 +195,7 @@ class _Daemon:
         # Beside the cache: a write past it ends what is in it, and the other way round.
         nothing: Lru[ReadySession] = Lru(max_entries=0, max_bytes=0)
         no_cache = ReadThrough(nothing, beside=self._cache, aliases=self._names)
-        self._passing = self._new_service(no_cache, replace(_lifetimes(self._config), cache_us=0))
+        self._passing = self._new_service(no_cache, replace(lifetimes(self._config), cache_us=0))
         services = node.services(self._service, self._passing)
         trace_context = carried if self._tracing is None else self._tracing.context
         session_manager.add_to(self._table, node.router(services, trace_context))
@@ -237,9 +234,9 @@ class _Daemon:
 
     async def _listen(self) -> tuple[OperatorServer, Engine]:
         config = self._config
-        engine = _ENGINES[config.grpc_engine](self._table, _engine_options(config))
+        engine = _ENGINES[config.grpc_engine](self._table, engine_options(config))
         try:
-            context = operator_context(_tls_files(config)) if config.tls else None
+            context = operator_context(tls_files(config)) if config.tls else None
             port = await engine.start()
             operator_port = config.port and config.port + 1
             operator = OperatorServer.start(
@@ -267,7 +264,7 @@ class _Daemon:
         """Have everything that uses the TLS files take new ones."""
 
         async def reload_operator(_: TlsMaterial) -> None:
-            operator.serve_tls(operator_context(_tls_files(self._config)))
+            operator.serve_tls(operator_context(tls_files(self._config)))
 
         watch.followers += [reload_operator, engine.reload_tls]
         if self._node is not None:
@@ -413,49 +410,11 @@ def _new_tracing(endpoint: str) -> Tracing | None:
         raise StartFailed(f"flag -tracing.agent.address: {exc}") from exc
 
 
-def _lifetimes(config: Config) -> Lifetimes:
-    return Lifetimes(
-        session_us=int(config.ttl_s * _US_PER_S),
-        cache_us=int(config.cache_ttl_s * _US_PER_S),
-        touch_interval_us=int(config.touch_interval_s * _US_PER_S),
-    )
-
-
-def _bag_limits(config: Config) -> BagLimits:
-    return BagLimits(
-        entries=config.bag_max_entries,
-        key_bytes=config.bag_max_key_bytes,
-        value_bytes=config.bag_max_value_bytes,
-    )
-
-
-def _engine_options(config: Config) -> EngineOptions:
-    return EngineOptions(
-        host=config.host,
-        port=config.port,
-        max_message_bytes=config.grpc_max_message_bytes,
-        max_streams=config.grpc_max_streams,
-        max_connections=config.grpc_max_connections,
-        drain_timeout_s=config.drain_timeout_s,
-        log_as_json=config.log_environment != "development",
-        tls=_tls_files(config) if config.tls else None,
-    )
-
-
-def _tls_files(config: Config) -> TlsFiles:
-    return TlsFiles(
-        certificate=config.tls_crt,
-        private_key=config.tls_key,
-        authorities=config.tls_ca,
-        client_auth=ClientAuth(config.tls_client_auth),
-    )
-
-
 def _new_tls_watch(config: Config) -> FileWatch[TlsMaterial] | None:
     if not config.tls:
         return None
     try:
-        return watch_tls(_tls_files(config))
+        return watch_tls(tls_files(config))
     except FilesUnusable as exc:
         raise StartFailed(f"flag -tls: {exc}") from exc
 

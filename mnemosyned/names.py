@@ -62,7 +62,7 @@ class TokenNames:
 
     def knows(self, name: str) -> bool:
         """Tell whether `alias` can have made this protected name."""
-        return self._are_protected and key_id_in(name) == self._keys[0][0]
+        return self._are_protected and key_id_in(name) == self.key_id
 
 
 def _named(key_id: str, key: bytes, token: str) -> str:

@@ -11,6 +11,7 @@ from mnemosyned import names
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.names import TokenNames
 from mnemosyned.observe.metrics import QueryMetrics
+from mnemosyned.options import lifetimes
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres import PostgresStore
 from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_US_PER_S: Final = 1_000_000
 _RETRY_S: Final = 1.0
 # Two keys are in use at most, and others' rows are not ours to go through.
 _MAX_LOOKS: Final = 100
@@ -45,7 +45,8 @@ def new_store(config: Config, embedded_dsn: str | None, registry: CollectorRegis
 
 
 def _plain_store(config: Config, embedded_dsn: str | None, registry: CollectorRegistry) -> SessionStore:
-    ttl_us, touch_interval_us = int(config.ttl_s * _US_PER_S), int(config.touch_interval_s * _US_PER_S)
+    lasting = lifetimes(config)
+    ttl_us, touch_interval_us = lasting.session_us, lasting.touch_interval_us
     if config.storage == "memory":
         return MemoryStore(
             ttl_us=ttl_us, touch_interval_us=touch_interval_us, wall_us=lambda: time.time_ns() // 1000
@@ -70,6 +71,9 @@ async def warn_of_unknown_keys(store: SessionStore, known: TokenNames | None) ->
         except MnemosyneError as exc:
             log.debug("token_keys_wait", extra={"error": str(exc)})
             await asyncio.sleep(_RETRY_S)
+        except Exception as exc:  # the root of a task: a bug here must not end the daemon
+            log.error("token_keys_not_looked_for", exc_info=exc)
+            return
     if unknown:
         log.error("tokens_by_unknown_keys", extra={"key_ids": sorted(unknown), "flags": "-token.key.file"})
 
