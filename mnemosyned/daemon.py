@@ -166,6 +166,7 @@ class _Daemon:
         self._register_collectors()
         self._is_in_service = False
         self._refusal = ""
+        self._welcome = ""  # for people, in development
 
     def _new_service(self, cache: ReadThrough[ReadySession], lasting: Lifetimes) -> SessionService:
         return SessionService(
@@ -305,6 +306,9 @@ class _Daemon:
             await self._node.has_joined.wait()
         self._health.set_serving(True)
         self._is_in_service = True
+        # Now, since it invites to try.
+        sys.stdout.write(self._welcome)
+        sys.stdout.flush()
 
     async def _drain(self, engine: Engine) -> None:
         log.info("draining", extra={"timeout_s": self._config.drain_timeout_s})
@@ -367,8 +371,7 @@ class _Daemon:
         if config.storage == "memory":
             log.warning("memory_storage_forgets_all_sessions_at_exit")
         if config.log_environment == "development":
-            sys.stdout.write(_WELCOME.format(version=__version__, python=sys.executable, **where))
-            sys.stdout.flush()
+            self._welcome = _WELCOME.format(version=__version__, python=sys.executable, **where)
 
 
 _WELCOME: Final = """
