@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := mnemosyned cluster cache
+SOURCES := mnemosyned cluster cache aio
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help

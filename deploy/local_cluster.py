@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
 
 PORTS = (8080, 8082, 8084)
 ADDRESSES = [f"127.0.0.1:{port}" for port in PORTS]

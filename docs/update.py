@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mnemosyned.flags import flag_table
+from mnemosyned.config.flags import flag_table
 
 ROOT = Path(__file__).parents[1]
 

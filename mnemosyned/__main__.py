@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import sys
 
-from mnemosyned.title import hide_secrets
+from mnemosyned.security.process_title import hide_secrets
 
 
 def main() -> int:
     """Run the daemon as the command line, the environment and the file say; or another command."""
     hide_secrets(sys.argv[1:])
     # Only now: they take ten times as long as all before, while everybody could read the secrets.
-    from mnemosyned import cli, migrate  # noqa: PLC0415
-    from mnemosyned import config as configuration  # noqa: PLC0415
+    from mnemosyned.commands import cluster as cli  # noqa: PLC0415
+    from mnemosyned.commands import migrate  # noqa: PLC0415
+    from mnemosyned.config import config as configuration  # noqa: PLC0415
     from mnemosyned.daemon import StartFailed, run  # noqa: PLC0415
     from mnemosyned.observe import logs  # noqa: PLC0415
 

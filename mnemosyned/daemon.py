@@ -22,16 +22,20 @@ from typing import Final
 import uvloop
 
 from cache.lru import Lru
-from cache.readthrough import ReadThrough
+from cache.read_through import ReadThrough
 from cluster.trust import is_loopback
-from mnemosyned import __version__, keys
-from mnemosyned.cleanup import run_cleanup
-from mnemosyned.clock import StorageClock
-from mnemosyned.config import Config
+from mnemosyned import __version__
+from mnemosyned.admin.cluster import ClusterCollector, page
+from mnemosyned.admin.server import OperatorServer, Readiness
+from mnemosyned.api import reflection, session_manager
+from mnemosyned.api.auth import guard
+from mnemosyned.api.health import SERVICE_NAME as HEALTH
+from mnemosyned.api.health import Health
+from mnemosyned.api.router import carried
+from mnemosyned.config.config import Config
+from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.keys import Callers
 from mnemosyned.node import ClusterNode, NodeOptions, Sessions
-from mnemosyned.observe.cluster import ClusterCollector, page
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,
@@ -40,31 +44,28 @@ from mnemosyned.observe.metrics import (
     new_registry,
     show_certificates_end,
 )
-from mnemosyned.observe.operator import OperatorServer, Readiness
-from mnemosyned.observe.traces import Tracing, TracingUnavailable
 from mnemosyned.options import bag_limits, engine_options, lifetimes, tls_files
-from mnemosyned.ready import ReadySession
-from mnemosyned.reload import FilesUnusable, FileWatch
-from mnemosyned.rpc import reflection, session_manager
-from mnemosyned.rpc.auth import guard
-from mnemosyned.rpc.engine import Engine, EngineOptions, ListenFailed, host_port
-from mnemosyned.rpc.grpcio_engine import GrpcioEngine
-from mnemosyned.rpc.h2corn_engine import H2cornEngine
-from mnemosyned.rpc.health import SERVICE_NAME as HEALTH
-from mnemosyned.rpc.health import Health
-from mnemosyned.rpc.methods import MethodTable
-from mnemosyned.rpc.router import carried
-from mnemosyned.service import Lifetimes, SessionService
-from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
-from mnemosyned.storage.port import SessionStore, StorageRefused
-from mnemosyned.storage.watch import StorageWatch
-from mnemosyned.stores import new_store, token_names, warn_of_unknown_keys
-from mnemosyned.tls import (
+from mnemosyned.security import api_keys as keys
+from mnemosyned.security.api_keys import Callers
+from mnemosyned.security.file_reloader import FilesUnusable, FileWatch
+from mnemosyned.security.tls import (
     TlsMaterial,
     operator_context,
     watch_tls,
 )
-from mnemosyned.touches import TouchWriter
+from mnemosyned.sessions.cleanup import run_cleanup
+from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.service import Lifetimes, SessionService
+from mnemosyned.sessions.store import SessionStore, StorageRefused
+from mnemosyned.sessions.touches import TouchWriter
+from mnemosyned.storage.engines import new_store, token_names, warn_of_unknown_keys
+from mnemosyned.storage.health import StorageWatch
+from mnemosyned.transport.engine import Engine, EngineOptions, ListenFailed, host_port
+from mnemosyned.transport.grpcio_engine import GrpcioEngine
+from mnemosyned.transport.h2corn_engine import H2cornEngine
+from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.traces import Tracing, TracingUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def run(config: Config) -> None:
     if config.grpc_debug:
         # grpcio's core reads it when it is first used.
         os.environ["GRPC_VERBOSITY"] = "debug"
-        logging.getLogger("mnemosyned.rpc").setLevel(logging.DEBUG)
+        logging.getLogger("mnemosyned.transport").setLevel(logging.DEBUG)
     embedded = start_embedded(config)
     _allow_many_files()
     _collect_rarely()

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
+from aio.batcher import Batcher, BatchLimits
 from cluster import discovery
 from cluster.errors import PeerSkipped
 from cluster.forward import Forwarder
@@ -18,21 +19,20 @@ from cluster.member import Member, Phase, State
 from cluster.peers import SERVICE_NAME, Peers, TlsIdentity
 from cluster.trust import Trust
 from cluster.view import View, alone
-from mnemosyned.batcher import Batcher, BatchLimits
+from mnemosyned.api.peer import METHODS, PeerService
+from mnemosyned.api.router import ClusterRouter, OwnerRouter, Services
 from mnemosyned.errors import MnemosyneError, Overloaded, StorageUnavailable
 from mnemosyned.observe.metrics import MethodStats
-from mnemosyned.rpc.peer import METHODS, PeerService
-from mnemosyned.rpc.router import ClusterRouter, OwnerRouter, Services
 
 if TYPE_CHECKING:
-    from cache.readthrough import ReadThrough
-    from mnemosyned.clock import StorageClock
-    from mnemosyned.ready import ReadySession
-    from mnemosyned.rpc.methods import Call, MethodTable
-    from mnemosyned.service import SessionService
-    from mnemosyned.storage.port import SessionStore
-    from mnemosyned.tls import TlsMaterial
-    from mnemosyned.touches import TouchWriter
+    from cache.read_through import ReadThrough
+    from mnemosyned.security.tls import TlsMaterial
+    from mnemosyned.sessions.clock import StorageClock
+    from mnemosyned.sessions.encoded import ReadySession
+    from mnemosyned.sessions.service import SessionService
+    from mnemosyned.sessions.store import SessionStore
+    from mnemosyned.sessions.touches import TouchWriter
+    from mnemosyned.transport.methods import Call, MethodTable
 
 log = logging.getLogger(__name__)
 

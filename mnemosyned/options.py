@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mnemosyned.bag import BagLimits
-from mnemosyned.rpc.engine import EngineOptions
-from mnemosyned.service import Lifetimes
-from mnemosyned.tls import ClientAuth, TlsFiles
+from mnemosyned.security.tls import ClientAuth, TlsFiles
+from mnemosyned.sessions.bag import BagLimits
+from mnemosyned.sessions.service import Lifetimes
+from mnemosyned.transport.engine import EngineOptions
 
 if TYPE_CHECKING:
-    from mnemosyned.config import Config
+    from mnemosyned.config.config import Config
 
 _US_PER_S: Final = 1_000_000
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import trustme
 
-from mnemosyned.tls import ClientAuth, TlsFiles
+from mnemosyned.security.tls import ClientAuth, TlsFiles
 
 
 class Authority:

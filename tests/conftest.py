@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from secrecy import CANARY, searched_logs, take_leaks
 
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 PASSWORD = f"{CANARY}-the-password-for-these-tests"
 _numbers = itertools.count()

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from peering import peering
 
-from cache.readthrough import CacheCounters
-from mnemosyned.observe.cluster import ClusterCollector
+from cache.read_through import CacheCounters
+from mnemosyned.admin.cluster import ClusterCollector
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,

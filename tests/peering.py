@@ -14,19 +14,19 @@ from prometheus_client import CollectorRegistry
 from serving import ENGINES, LIFETIMES, OPTIONS
 
 from cache.lru import Lru
-from cache.readthrough import ReadThrough
+from cache.read_through import ReadThrough
 from cluster.trust import Trust
-from mnemosyned.clock import StorageClock
+from mnemosyned.api import session_manager
+from mnemosyned.api.router import carried
 from mnemosyned.node import ClusterNode, NodeOptions, Sessions
 from mnemosyned.observe.metrics import UpkeepMetrics
-from mnemosyned.ready import ReadySession
-from mnemosyned.rpc import session_manager
-from mnemosyned.rpc.methods import MethodTable
-from mnemosyned.rpc.router import carried
-from mnemosyned.service import SessionService
-from mnemosyned.storage.port import SessionStore
-from mnemosyned.storage.protected import ProtectedStore
-from mnemosyned.touches import TouchWriter
+from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.service import SessionService
+from mnemosyned.sessions.store import SessionStore
+from mnemosyned.sessions.touches import TouchWriter
+from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.transport.methods import MethodTable
 
 
 @dataclass(kw_only=True)

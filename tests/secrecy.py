@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Final
 from urllib.parse import quote, quote_plus
 
-from mnemosyned.flags import FLAG_BY_NAME
+from mnemosyned.config.flags import FLAG_BY_NAME
 from mnemosyned.observe import logs
 
 CANARY: Final = "hunter2"

@@ -12,21 +12,21 @@ from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from prometheus_client import CollectorRegistry
 
 from cache.lru import Lru
-from cache.readthrough import ReadThrough
-from mnemosyned.bag import BagLimits
-from mnemosyned.clock import StorageClock
+from cache.read_through import ReadThrough
+from mnemosyned.api import reflection, session_manager
+from mnemosyned.api.health import Health
 from mnemosyned.observe.metrics import UpkeepMetrics
-from mnemosyned.ready import ReadySession
-from mnemosyned.rpc import reflection, session_manager
-from mnemosyned.rpc.engine import Engine, EngineOptions
-from mnemosyned.rpc.grpcio_engine import GrpcioEngine
-from mnemosyned.rpc.h2corn_engine import H2cornEngine
-from mnemosyned.rpc.health import Health
-from mnemosyned.rpc.methods import MethodTable
-from mnemosyned.service import Lifetimes, SessionService
-from mnemosyned.storage.port import SessionStore
-from mnemosyned.storage.protected import ProtectedStore
-from mnemosyned.touches import TouchWriter
+from mnemosyned.sessions.bag import BagLimits
+from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.service import Lifetimes, SessionService
+from mnemosyned.sessions.store import SessionStore
+from mnemosyned.sessions.touches import TouchWriter
+from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.transport.engine import Engine, EngineOptions
+from mnemosyned.transport.grpcio_engine import GrpcioEngine
+from mnemosyned.transport.h2corn_engine import H2cornEngine
+from mnemosyned.transport.methods import MethodTable
 
 ENGINES: Final = {"h2corn": H2cornEngine, "grpcio": GrpcioEngine}
 LIFETIMES: Final = Lifetimes(session_us=60_000_000, cache_us=5_000_000, touch_interval_us=6_000_000)

@@ -11,14 +11,15 @@ import asyncpg
 from prometheus_client import CollectorRegistry
 from secrecy import CANARY
 
-from mnemosyned import bag, names
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.session import NewSession, Session
+from mnemosyned.sessions import bag
+from mnemosyned.sessions import token_hash as names
+from mnemosyned.sessions.model import NewSession, Session
+from mnemosyned.sessions.store import SessionStore
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.storage.port import SessionStore
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
+from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.schema import Table
+from mnemosyned.storage.postgres.store import PostgresStore
 
 TTL_US = 60_000_000
 TOUCH_INTERVAL_US = 6_000_000

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from mnemosyned import bag
 from mnemosyned.errors import (
     CorruptBag,
     DeadlineExceeded,
@@ -15,7 +14,8 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.session import (
+from mnemosyned.sessions import bag
+from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
@@ -25,7 +25,7 @@ from mnemosyned.session import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.storage.port import Deletion, Renaming
+from mnemosyned.sessions.store import Deletion, Renaming
 
 
 class MemoryStore:

@@ -22,7 +22,7 @@ from pathlib import Path
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 
 # First: tests/ has a folder of this name.
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

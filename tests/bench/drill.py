@@ -20,7 +20,7 @@ from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 
 # First: tests/ has a folder of this name.
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -29,9 +29,10 @@ import asyncpg
 import hpack
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 
+from mnemosyned.embedded.server import EmbeddedPostgres
+
 # First: tests/ has a folder of this name.
-from mnemosyned.rpc.frame import framed
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.transport.frame import framed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -26,10 +26,10 @@ from peering import Peer, peering
 from prometheus_client import CollectorRegistry
 from serving import ENGINES
 
-from mnemosyned.keys import Callers, Role
+from mnemosyned.api import session_manager
+from mnemosyned.api.auth import KEY_METADATA, LEAST_ROLE, guard
 from mnemosyned.observe.metrics import AuthMetrics
-from mnemosyned.rpc import session_manager
-from mnemosyned.rpc.auth import KEY_METADATA, LEAST_ROLE, guard
+from mnemosyned.security.api_keys import Callers, Role
 from mnemosyned.storage.memory import MemoryStore
 
 DENIED, UNKNOWN = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED

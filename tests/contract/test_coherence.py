@@ -24,9 +24,9 @@ from serving import LIFETIMES, serving
 
 from cluster.ring import Ring
 from cluster.view import View
-from mnemosyned import session
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.session import Abandonment, NewSession, ValueChange
+from mnemosyned.sessions import model as session
+from mnemosyned.sessions.model import Abandonment, NewSession, ValueChange
 from mnemosyned.storage.memory import MemoryStore
 
 

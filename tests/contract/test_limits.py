@@ -15,7 +15,7 @@ import pytest
 from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, SetValueRequest, StartRequest
 from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
 
-from mnemosyned.bag import BagLimits
+from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.storage.memory import MemoryStore
 
 pytestmark = pytest.mark.parametrize("engine", sorted(ENGINES))

@@ -27,8 +27,8 @@ from cluster.gossip import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
 from cluster.peerpb import peer_pb2 as pb
 from cluster.trust import METADATA_KEY, Seals, Trust
-from mnemosyned.rpc.methods import Call
 from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.transport.methods import Call
 
 SERVICE = "mnemosynepeer.Peer"
 METHODS = ["Gossip", "Invalidate", "Leave"]
@@ -247,7 +247,7 @@ async def test_a_leave_for_another_node_is_refused(peer: Peer) -> None:
 async def test_answers_too_large_together_are_left_to_the_storage(
     peer: Peer, origin: pb.Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnemosyned.rpc.peer._MAX_RESPONSE_BYTES", 2500)
+    monkeypatch.setattr("mnemosyned.api.peer._MAX_RESPONSE_BYTES", 2500)
     tokens = [await started(peer, subject_client="x" * 1000) for _ in range(4)]
     answers = await Stream(peer, origin).forward(*map(get, tokens))
 

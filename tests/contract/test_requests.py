@@ -17,18 +17,18 @@ from prometheus_client import CollectorRegistry
 from serving import LIFETIMES
 
 from cache.lru import Lru
-from cache.readthrough import ReadThrough
-from mnemosyned.clock import StorageClock
+from cache.read_through import ReadThrough
+from mnemosyned.api import session_manager
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe.metrics import UpkeepMetrics
-from mnemosyned.ready import ReadySession
-from mnemosyned.rpc import session_manager
-from mnemosyned.rpc.methods import MethodTable
-from mnemosyned.rpc.status import GRPC_STATUS
-from mnemosyned.service import SessionService
-from mnemosyned.session import NEVER_US
+from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.model import NEVER_US
+from mnemosyned.sessions.service import SessionService
+from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.touches import TouchWriter
+from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.status import GRPC_STATUS
 
 
 class AnyCall:

@@ -28,9 +28,9 @@ from mnemosynerpc.session_pb2 import (
 from secrecy import CANARY
 from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
 
-from mnemosyned.session import Criteria
+from mnemosyned.sessions.model import Criteria
+from mnemosyned.sessions.store import Deletion
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.storage.port import Deletion
 
 StatusCode = grpc.StatusCode
 SERVICE = "/mnemosynerpc.SessionManager"

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from stores import TTL_US, Engine, memory_engine, new, postgres_engine
 
-from mnemosyned import bag
 from mnemosyned.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -17,9 +16,10 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.names import TokenNames
-from mnemosyned.session import Abandonment, Criteria, Session, Touch, ValueChange
-from mnemosyned.storage.protected import ProtectedStore
+from mnemosyned.sessions import bag
+from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
+from mnemosyned.sessions.token_hash import TokenNames
+from mnemosyned.storage.hashed import ProtectedStore
 
 
 @pytest.fixture(params=["memory", "postgres", "protected memory", "protected postgres"])

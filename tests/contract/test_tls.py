@@ -17,10 +17,10 @@ from serving import ENGINES, OPTIONS
 
 from cluster.peers import SERVICE_NAME, Lane, Peers, TlsIdentity
 from cluster.trust import Trust
-from mnemosyned.reload import FilesUnusable
-from mnemosyned.rpc.engine import Engine, ListenFailed
-from mnemosyned.rpc.methods import Call, MethodTable
-from mnemosyned.tls import ClientAuth, TlsFiles
+from mnemosyned.security.file_reloader import FilesUnusable
+from mnemosyned.security.tls import ClientAuth, TlsFiles
+from mnemosyned.transport.engine import Engine, ListenFailed
+from mnemosyned.transport.methods import Call, MethodTable
 
 NAMES = "/test.Test/Names"
 SLOW = "/test.Test/Slow"

@@ -20,7 +20,7 @@ from mnemosynerpc.session_pb2 import AbandonRequest, DeleteRequest, GetRequest, 
 from networks import EVERYBODY, IS_POSSIBLE, Network, Relay
 from processes import Daemon
 
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(120)
 needs_network = pytest.mark.skipif(not IS_POSSIBLE, reason="network namespaces need root, ip and nft")

@@ -33,7 +33,7 @@ from processes import Daemon, processes_on, wait_until_gone
 from prometheus_client.parser import text_string_to_metric_families
 
 from mnemosyned import __version__
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 ENGINES = ["h2corn", "grpcio"]
 NEW = StartRequest(session=Session(subject_id="user:1", bag={"k": "hunter2"}))

@@ -44,7 +44,7 @@ from secrecy import CANARY, held
 
 from cluster.peers import SERVICE_NAME as PEER
 from cluster.trust import METADATA_KEY
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -20,7 +20,7 @@ from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, StartRe
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 
-from mnemosyned.certificates import expires_at_s, names_of
+from mnemosyned.security.certificates import expires_at_s, names_of
 
 pytestmark = pytest.mark.timeout(120)
 NEW = StartRequest(session=Session(subject_id="s"))

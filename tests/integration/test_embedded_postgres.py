@@ -20,17 +20,18 @@ from typing import Any
 import asyncpg
 import pytest
 
-from mnemosyned.storage import embedded, postgres_programs
-from mnemosyned.storage.embedded import EmbeddedError, EmbeddedPostgres, data_directory
-from mnemosyned.storage.postgres_programs import RunAs, find_programs
+from mnemosyned.embedded import programs as postgres_programs
+from mnemosyned.embedded import server as embedded
+from mnemosyned.embedded.programs import RunAs, find_programs
+from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
 
 ROOT = Path(__file__).parents[2]
 NO_NAMESPACES = ("/bin/false",)
 HOLD = """
 import json, sys
 from pathlib import Path
-from mnemosyned.storage import postgres_programs
-from mnemosyned.storage.embedded import EmbeddedPostgres
+from mnemosyned.embedded import programs as postgres_programs
+from mnemosyned.embedded.server import EmbeddedPostgres
 if sys.argv[2] == "nobody":
     postgres_programs._NAMESPACE = ("/bin/false",)
 server = EmbeddedPostgres.start(Path(sys.argv[1]))

@@ -26,11 +26,11 @@ from mnemosynerpc.session_pb2 import (
 from prometheus_client import CollectorRegistry
 from serving import LIFETIMES, Node, serving
 
+from mnemosyned.embedded.server import EmbeddedPostgres
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.storage.embedded import EmbeddedPostgres
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
+from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.schema import Table
+from mnemosyned.storage.postgres.store import PostgresStore
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 TABLE = Table(schema="mnemosyne", name="session")

@@ -21,9 +21,9 @@ from prometheus_client import CollectorRegistry
 from serving import LIFETIMES, serving
 
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
+from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.schema import Table
+from mnemosyned.storage.postgres.store import PostgresStore
 
 SECONDS = 5.0
 ENDED = 10**9  # a version that no writer reaches

@@ -11,13 +11,13 @@ import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
 
-from mnemosyned import bag
 from mnemosyned.errors import DeadlineExceeded
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.session import Abandonment, NewSession, Session, ValueChange
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
+from mnemosyned.sessions import bag
+from mnemosyned.sessions.model import Abandonment, NewSession, Session, ValueChange
+from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.schema import Table
+from mnemosyned.storage.postgres.store import PostgresStore
 
 TOKENS = ["first", "locked", "other"]  # in the order of locking
 IN_TIME_US = 100_000

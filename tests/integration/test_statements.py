@@ -22,12 +22,12 @@ from mnemosynerpc.session_pb2 import (
 from prometheus_client import CollectorRegistry
 from serving import LIFETIMES, Node, serving
 
-from mnemosyned import bag
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.storage.port import StorageRefused
-from mnemosyned.storage.postgres import PostgresStore
-from mnemosyned.storage.postgres_pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres_schema import Table
+from mnemosyned.sessions import bag
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.schema import Table
+from mnemosyned.storage.postgres.store import PostgresStore
 
 TABLE = Table(schema="mnemosyne", name="session")
 

@@ -23,10 +23,10 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, RequestReceived, StreamEnded
 from processes import Daemon
 
-from mnemosyned.config import Config, parse
-from mnemosyned.flags import FLAGS
-from mnemosyned.keys import Role, line_of, new_key
-from mnemosyned.rpc.frame import framed
+from mnemosyned.config.config import Config, parse
+from mnemosyned.config.flags import FLAGS
+from mnemosyned.security.api_keys import Role, line_of, new_key
+from mnemosyned.transport.frame import framed
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -394,7 +394,7 @@ def test_the_health_check_of_the_image_tells_whether_it_is_alive(wire: str, tmp_
         }
 
     def check() -> tuple[int, str]:
-        command = [sys.executable, "-m", "mnemosyned.alive"]
+        command = [sys.executable, "-m", "mnemosyned.commands.healthcheck"]
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=30, env=os.environ | environ
         )

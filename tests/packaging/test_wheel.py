@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"mnemosyned", "cluster", "cache", "mnemosynerpc"}
+PACKAGES = {"mnemosyned", "cluster", "cache", "aio", "mnemosynerpc"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,318 @@
+"""`mnemosyned cluster …`: what the cluster looks like, from any machine that reaches a node.
+
+Reads go to the node's operator's port, the one after its gRPC port; `leave` asks there for the node's name
+and is then a signed call of its Peer service. Exit codes: 0 it is well or was done, 1 it is not, 2 wrong
+usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import grpc
+
+from cluster.peerpb import peer_pb2 as pb
+from cluster.peers import SERVICE_NAME
+from cluster.trust import METADATA_KEY, NONCE_BYTES, Trust
+from mnemosyned.config import config as configuration
+from mnemosyned.config.flags import FLAG_BY_NAME, boolean, node
+from mnemosyned.security.api_keys import MIN_KEY_LENGTH, Role, line_of, new_key
+from mnemosyned.security.file_reloader import FilesUnusable
+from mnemosyned.security.tls import client_context
+
+_TIMEOUT_S: Final = 5.0
+_SECRET_VARIABLES: Final = ("MNEMOSYNED_CLUSTER_SECRET", "MNEMOSYNED_CLUSTER_SECRET_FILE")
+_TLS_FLAGS: Final = {
+    "tls.ca": "authorities that sign the nodes' certificates",
+    "tls.crt": "certificate to show, for leave",
+    "tls.key": "its private key",
+}
+
+Page = dict[str, Any]
+
+
+class Unanswered(Exception):
+    """A node did not answer as it should; the text says which, and why."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse quotes what it does not understand: the secret behind a misspelt flag, a token too many.
+        kinds = "unrecognized arguments|ambiguous option|ignored explicit argument|invalid choice"
+        text = re.sub(rf"({kinds})\b.*?( \(choose .*)?$", r"\1\2", message, flags=re.DOTALL)
+        super().error(configuration.without_addresses(text))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; return the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        content, text, exit_code = arguments.run(arguments)
+    except Unanswered as exc:
+        sys.stderr.write(f"mnemosyned: {exc}\n")
+        return 1
+    except configuration.ConfigError as exc:
+        sys.stderr.write(f"mnemosyned: {exc}\n")
+        return 2
+    sys.stdout.write(json.dumps(content, indent=2) + "\n" if arguments.output == "json" else text)
+    return int(exit_code)
+
+
+def make_key(argv: Sequence[str]) -> int:
+    """`mnemosyned key`: make an API key, or take one; print it and its line for -auth.keys."""
+    parser = _Parser(
+        "mnemosyned key",
+        description="Make an API key for the file of -auth.keys, which keeps its hash alone.",
+        epilog="Callers send the key as metadata x-api-key. It is printed once and kept nowhere.",
+    )
+    words = [role.word for role in Role]
+    parser.add_argument("role", nargs="?", choices=words, default="session", help="default: session")
+    parser.add_argument(
+        "-", dest="is_given", action="store_true", help="hash the key on the standard input instead"
+    )
+    arguments = parser.parse_args(argv)
+    role = Role[arguments.role.upper()]
+    key = sys.stdin.readline().strip() if arguments.is_given else new_key()
+    if len(key) < MIN_KEY_LENGTH:
+        sys.stderr.write(f"mnemosyned: the key is shorter than {MIN_KEY_LENGTH} characters\n")
+        return 2
+    if not arguments.is_given:
+        sys.stdout.write(f"{key}\n")
+    sys.stdout.write(f"{line_of(key, role)}\n")
+    return 0
+
+
+# What `-o json` prints, what is printed otherwise, and the exit code.
+Outcome = tuple[object, str, int]
+
+
+def _parser() -> argparse.ArgumentParser:
+    help_flag = _Parser(add_help=False)
+    help_flag.add_argument("-h", "-help", "--help", action="help", help="show this text")
+    common = _Parser(parents=[help_flag], add_help=False)
+    common.add_argument(
+        "-node",
+        "--node",
+        type=_node,
+        default=os.environ.get("MNEMOSYNED_CLUSTER_LISTEN") or "127.0.0.1:8080",
+        metavar="HOST:PORT",
+        help="gRPC address of any node (default: %(default)s) [MNEMOSYNED_CLUSTER_LISTEN]",
+    )
+    common.add_argument(
+        "-o", "--output", choices=("text", "json"), default="text", help="form of the output (default: text)"
+    )
+    tls = common.add_argument_group(
+        "TLS", "as the nodes' own flags and variables say; -tls.ca alone implies it"
+    )
+    for name, text in _TLS_FLAGS.items():
+        tls.add_argument(
+            f"-{name}", f"--{name}", dest=name, default=_environ(name), metavar="FILE", help=text
+        )
+    tls.add_argument("-tls", "--tls", action="store_true", help="use TLS")
+    parser = _Parser(
+        "mnemosyned cluster",
+        description="Look at a cluster, or leave it.",
+        parents=[help_flag],
+        add_help=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], Outcome], text: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=text, description=text, add_help=False)
+        added.set_defaults(run=run)
+        return added
+
+    command("members", _members, "list the members as the node knows them")
+    command("ring", _ring, "show which part of all tokens each node owns")
+    whois = command("whois", _whois, "tell which node owns a token")
+    whois.add_argument("token", help="the token; - reads it from the standard input")
+    command("check", _check, "ask every member whether all is well; exit code 1 if not")
+    leave = command("leave", _leave, "have the node hand its tokens over, drain and end")
+    leave.add_argument("-cluster.secret", "--cluster.secret", dest="secret", metavar="SECRET")
+    leave.add_argument("-cluster.secret.file", "--cluster.secret.file", dest="secret_file", metavar="FILE")
+    return parser
+
+
+def _environ(name: str) -> str:
+    return os.environ.get(FLAG_BY_NAME[name].variable, "")
+
+
+def _context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return how to reach nodes; None: without TLS."""
+    authorities = getattr(arguments, "tls.ca")
+    try:
+        if not (arguments.tls or authorities or boolean(_environ("tls") or "false")):
+            return None
+    except ValueError as exc:
+        raise configuration.ConfigError(f"environment variable MNEMOSYNED_TLS: {exc}") from None
+    try:
+        return client_context(authorities)
+    except FilesUnusable as exc:
+        raise configuration.ConfigError(f"flag -tls.ca: {exc}") from None
+
+
+def _node(text: str) -> str:
+    try:
+        return node(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _members(arguments: argparse.Namespace) -> Outcome:
+    page = _page(arguments.node, _context(arguments))
+    rows = [
+        (
+            member["name"],
+            member["address"],
+            member["status"],
+            str(member["incarnation"]),
+            f"{member['ring_share']:.1%}",
+        )
+        for member in page["members"]
+    ]
+    return page["members"], _table(("NODE", "ADDRESS", "STATUS", "INCARNATION", "SHARE"), rows), 0
+
+
+def _ring(arguments: argparse.Namespace) -> Outcome:
+    page = _page(arguments.node, _context(arguments))
+    shares = {
+        one["name"]: one["ring_share"] for one in page["members"] if one["name"] in page["ring"]["nodes"]
+    }
+    text = _table(("NODE", "SHARE"), [(name, f"{share:.1%}") for name, share in shares.items()])
+    content = {"fingerprint": page["ring"]["fingerprint"], "shares": shares}
+    return content, f"{text}fingerprint {page['ring']['fingerprint']}\n", 0
+
+
+def _whois(arguments: argparse.Namespace) -> Outcome:
+    is_piped = arguments.token == "-"  # noqa: S105  # the usual sign for it
+    token = sys.stdin.readline().strip() if is_piped else arguments.token
+    if not token:
+        raise configuration.ConfigError("the token is empty")
+    page = _page(arguments.node, _context(arguments), token=token)
+    return page, f"{page['owner']}\n", 0
+
+
+def _check(arguments: argparse.Namespace) -> Outcome:
+    context = _context(arguments)
+    asked = _page(arguments.node, context)
+    there = [one for one in asked["members"] if one["status"] not in {"dead", "left"}]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        # A certificate is for a name.
+        where = "address" if context is None else "name"
+        pages = list(pool.map(lambda one: _page_or_trouble(one[where], context), there))
+    troubles = [f"{one['name']}: {one['status']}" for one in asked["members"] if one["status"] not in _WELL]
+    for one, page in zip(there, pages, strict=True):
+        troubles += [f"{one['name']}: {trouble}" for trouble in _troubles(page, asked)]
+    summary = f"{len(there)} nodes, ring {asked['ring']['fingerprint']}"
+    content = {"nodes": len(there), "ring": asked["ring"]["fingerprint"], "troubles": troubles}
+    if troubles:
+        return content, "".join(f"{trouble}\n" for trouble in troubles) + f"{summary}: not well\n", 1
+    return content, f"{summary}: all well\n", 0
+
+
+_WELL: Final = frozenset({"active", "left"})
+
+
+def _troubles(page: Page | Unanswered, asked: Page) -> list[str]:
+    if isinstance(page, Unanswered):
+        return [str(page)]
+    found = []
+    if page["ring"]["fingerprint"] != asked["ring"]["fingerprint"]:
+        found.append(f"routes by another ring, {page['ring']['fingerprint']}")
+    found += [f"does not reach {one['name']}" for one in page["members"] if one["breaker"] != "closed"]
+    return found
+
+
+def _leave(arguments: argparse.Namespace) -> Outcome:
+    flags = [f"-cluster.secret={arguments.secret}"] if arguments.secret else []
+    flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
+    environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
+    secrets = configuration.parse(flags, environ).cluster_secret
+    trust = Trust([secret.encode() for secret in secrets])
+    name = _page(arguments.node, _context(arguments))["node"]
+    _call_leave(arguments, name, trust)
+    return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
+
+
+def _call_leave(arguments: argparse.Namespace, name: str, trust: Trust) -> None:
+    address = arguments.node
+    body = pb.LeaveRequest(node=name).SerializeToString()
+    nonce = os.urandom(NONCE_BYTES)
+    signature = trust.sign("Leave", body, now_ms=time.time_ns() // 1_000_000, nonce=nonce)
+    metadata = ((METADATA_KEY, signature),) if signature else None
+    with _channel(arguments) as channel:
+        leave: Any = channel.unary_unary(f"/{SERVICE_NAME}/Leave")
+        try:
+            leave(body, timeout=_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as exc:
+            code, text = exc.code(), exc.details() or ""
+            reason = text if code is grpc.StatusCode.UNAUTHENTICATED else f"{code.name}, {text}"
+            raise Unanswered(f"{address}: {reason.removeprefix('mnemosyned: ')}") from None
+
+
+def _channel(arguments: argparse.Namespace) -> grpc.Channel:
+    options = (("grpc.enable_http_proxy", 0),)
+    if _context(arguments) is None:
+        return grpc.insecure_channel(arguments.node, options=options)
+    paths = [getattr(arguments, name) for name in ("tls.ca", "tls.key", "tls.crt")]
+    try:
+        pems = [Path(path).read_bytes() if path else None for path in paths]
+    except OSError as exc:
+        raise configuration.ConfigError(f"{exc.filename}: {exc.strerror}") from None
+    return grpc.secure_channel(arguments.node, grpc.ssl_channel_credentials(*pems), options=options)
+
+
+def _page_or_trouble(address: str, context: ssl.SSLContext | None) -> Page | Unanswered:
+    try:
+        return _page(address, context)
+    except Unanswered as exc:
+        return exc
+
+
+def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
+    """Return what the operator's port of a node says of the cluster. Raises Unanswered."""
+    host, _, port = address.rpartition(":")
+    where = f"{host}:{int(port) + 1}"
+    scheme = "http" if context is None else "https"
+    url = f"{scheme}://{where}/debug/cluster?{urllib.parse.urlencode(query)}"
+    # No proxy: it is a node that is asked.
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    try:
+        with direct.open(url, timeout=_TIMEOUT_S) as response:
+            page: Page = json.load(response)
+    except urllib.error.HTTPError as exc:
+        exc.close()
+        reason = "it is no node of a cluster" if exc.code == 404 else f"HTTP status {exc.code}"  # noqa: PLR2004
+        raise Unanswered(f"operator's port {where}: {reason}") from None
+    except urllib.error.URLError as exc:
+        raise Unanswered(
+            f"operator's port {where}: {getattr(exc.reason, 'strerror', None) or exc.reason}"
+        ) from None
+    except (OSError, ValueError) as exc:
+        raise Unanswered(f"operator's port {where}: {exc or type(exc).__name__}") from None
+    return page
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)

@@ -1,0 +1,105 @@
+"""A session as a response ready to send, but for its expiry.
+
+GetResponse, ContextResponse and StartResponse have one shape: field 1 is the session. The fields
+of the session that do not change are encoded once; the expiry is appended, which protobuf allows
+in any order. A cached Get is then one concatenation.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mnemosynerpc.session_pb2 import Session
+
+from mnemosyned.sessions import bag
+from mnemosyned.sessions.model import Session as StoredSession
+
+_US_PER_S: Final = 1_000_000
+_NS_PER_US: Final = 1000
+_SESSION_TAG: Final = b"\x0a"  # field 1, length-delimited
+_EXPIRE_AT_TAG: Final = b"\x2a"  # field 5, length-delimited
+_SECONDS_TAG: Final = b"\x08"  # field 1, varint
+_NANOS_TAG: Final = b"\x10"  # field 2, varint
+_VARINT_CONTINUES: Final = 0x80
+# Python objects around the bytes of an entry: its slot, its place in the dictionary, the token.
+_OVERHEAD_BYTES: Final = 700
+
+
+def varint(value: int) -> bytes:
+    """Encode an unsigned protobuf varint."""
+    encoded = bytearray()
+    while value >= _VARINT_CONTINUES:
+        encoded.append(value & 0x7F | _VARINT_CONTINUES)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def expiry_field(expires_at_us: int) -> bytes:
+    """Encode `expire_at` as a field of a Session."""
+    seconds, us = divmod(expires_at_us, _US_PER_S)
+    timestamp = _SECONDS_TAG + varint(seconds)
+    if us:
+        timestamp += _NANOS_TAG + varint(us * _NS_PER_US)
+    return _EXPIRE_AT_TAG + varint(len(timestamp)) + timestamp
+
+
+class ExpiryField:
+    """`expiry_field` with the last result at hand: at speed, many answers share an expiry."""
+
+    __slots__ = ("_expires_at_us", "_field")
+
+    def __init__(self) -> None:
+        self._expires_at_us = 0
+        self._field = expiry_field(0)
+
+    def encode(self, expires_at_us: int) -> bytes:
+        """See `expiry_field`."""
+        if expires_at_us != self._expires_at_us:
+            self._expires_at_us = expires_at_us
+            self._field = expiry_field(expires_at_us)
+        return self._field
+
+
+class ReadySession:
+    """What the cache holds for a token."""
+
+    __slots__ = ("_expiry_size", "_fields", "_head", "expires_at_us", "is_dirty")
+
+    def __init__(self, session: StoredSession) -> None:
+        self.expires_at_us = session.expires_at_us  # the latest promised to a caller
+        self.is_dirty = False  # the storage does not know `expires_at_us` yet
+        self._fields = encoded_fields(session)
+        self._expiry_size = -1
+        self._head = b""
+
+    @property
+    def size_bytes(self) -> int:
+        """Estimate the memory that a cached entry takes."""
+        return 2 * len(self._fields) + _OVERHEAD_BYTES
+
+    def response(self, expiry: bytes) -> bytes:
+        """Return the whole response message with this `expire_at` field."""
+        # The length in front depends on the size of the expiry, which hardly ever changes.
+        if len(expiry) != self._expiry_size:
+            self._expiry_size = len(expiry)
+            self._head = _SESSION_TAG + varint(len(self._fields) + len(expiry)) + self._fields
+        return self._head + expiry
+
+
+def encoded_fields(session: StoredSession) -> bytes:
+    """Encode the fields of a Session but for `expire_at`; the bag's bytes are not parsed."""
+    head = Session(
+        access_token=session.access_token,
+        subject_id=session.subject_id,
+        subject_client=session.subject_client,
+        refresh_token=session.refresh_token,
+    )
+    return head.SerializeToString() + bag.as_session_fields(session.bag)
+
+
+def list_response(sessions: list[StoredSession]) -> bytes:
+    """Encode a ListResponse; its field 1 is repeated, so it is one response after the other."""
+    return b"".join(
+        ReadySession(session).response(expiry_field(session.expires_at_us)) for session in sessions
+    )

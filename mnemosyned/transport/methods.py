@@ -1,0 +1,101 @@
+"""The method table: what a gRPC engine serves, without saying how."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from aio.rate_limit import LineBudget
+from mnemosyned.observe.metrics import MethodStats
+
+
+class Call(Protocol):
+    """What a method may know of its call besides the message."""
+
+    @property
+    def peer(self) -> str:
+        """The caller's address."""
+        ...
+
+    @property
+    def not_after_us(self) -> int:
+        """When, on the storage's clock, somebody else may begin to do this instead."""
+        ...
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """The names in the caller's certificate, where it has shown one that an authority of ours signed."""
+        ...
+
+    def metadata(self, key: str) -> str | None:
+        """Return the value of a metadata key, if the caller sent one."""
+        ...
+
+    def time_left_s(self) -> float | None:
+        """Return the seconds until the caller's deadline; None without one.
+
+        Raises:
+            MalformedMessage: the caller's deadline cannot be read.
+        """
+        ...
+
+
+class ClientGone(Exception):
+    """The client went away before its request was whole; nobody waits for an answer."""
+
+
+# Returns the response at once where it can: that saves a task switch on the hot path.
+UnaryAnswer = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
+StreamAnswer = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnaryMethod:
+    """One message in, one message out; both serialized."""
+
+    path: str
+    answer: UnaryAnswer
+    stats: MethodStats
+    max_message_bytes: int | None = None  # of a request; None: as the engine's options say
+    lines: LineBudget = field(default_factory=LineBudget)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamMethod:
+    """Messages in, messages out."""
+
+    path: str
+    answer: StreamAnswer
+    stats: MethodStats
+    max_message_bytes: int | None = None  # of each request; None: as the engine's options say
+    lines: LineBudget = field(default_factory=LineBudget)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTable:
+    """Methods by path, as `/package.Service/Method`."""
+
+    unary: dict[str, UnaryMethod] = field(default_factory=dict)
+    streams: dict[str, StreamMethod] = field(default_factory=dict)
+
+    def add_unary(
+        self, service: str, name: str, answer: UnaryAnswer, *, max_message_bytes: int | None = None
+    ) -> None:
+        """Serve a unary method."""
+        path = f"/{service}/{name}"
+        stats = MethodStats(service, name, "unary")
+        self.unary[path] = UnaryMethod(path, answer, stats, max_message_bytes)
+
+    def add_stream(
+        self, service: str, name: str, answer: StreamAnswer, *, max_message_bytes: int | None = None
+    ) -> None:
+        """Serve a method that streams in either direction or both."""
+        path = f"/{service}/{name}"
+        stats = MethodStats(service, name, "stream")
+        self.streams[path] = StreamMethod(path, answer, stats, max_message_bytes)
+
+    def stats(self) -> list[MethodStats]:
+        """Return the stats of all methods."""
+        unary = [method.stats for method in self.unary.values()]
+        return unary + [method.stats for method in self.streams.values()]

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cache.lru import Lru, Slot
+from cache.read_through import ReadThrough
+
+SOON_US, LATER_US, NEVER_US = 100, 200, 10**18
+
+
+class Storage:
+    """Holds one value; a fetch waits at the gate after it has read."""
+
+    def __init__(self) -> None:
+        self.value: str | None = "old"
+        self.fetches = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    def fetch(self, _: str) -> asyncio.Task[Slot[str] | Slot[None]]:
+        return asyncio.create_task(self._fetch())
+
+    async def _fetch(self) -> Slot[str] | Slot[None]:
+        self.fetches += 1
+        value = self.value
+        await self.gate.wait()
+        return Slot(value, 1, good_until_us=LATER_US)
+
+
+def new_cache() -> ReadThrough[str]:
+    return ReadThrough(Lru(max_entries=10, max_bytes=1000), Lru(max_entries=10, max_bytes=10))
+
+
+async def test_a_loaded_value_is_served_while_it_is_good() -> None:
+    cache, storage = new_cache(), Storage()
+
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert await cache.load("k", storage.fetch) == "old"
+    assert cache.peek("k", now_us=SOON_US) == "old"
+    assert cache.peek("k", now_us=LATER_US) is None
+
+
+async def test_lookups_are_hits_and_misses_and_refreshes_are_misses() -> None:
+    cache, storage = new_cache(), Storage()
+    cache.peek("k", now_us=SOON_US)
+    await cache.load("k", storage.fetch)
+    cache.peek("k", now_us=SOON_US)
+    cache.peek("k", now_us=SOON_US)
+    cache.peek("k", now_us=LATER_US)
+
+    assert (cache.counters.hits, cache.counters.misses, cache.counters.refreshes) == (2, 2, 1)
+
+
+async def test_concurrent_loads_fetch_once() -> None:
+    cache, storage = new_cache(), Storage()
+
+    assert await asyncio.gather(*(cache.load("k", storage.fetch) for _ in range(50))) == ["old"] * 50
+    assert storage.fetches == 1
+
+
+async def test_a_load_that_raced_with_a_write_does_not_put_the_old_value_back() -> None:
+    cache, storage = new_cache(), Storage()
+    storage.gate.clear()
+    load = asyncio.create_task(cache.load("k", storage.fetch))
+    async with asyncio.timeout(5):
+        while not storage.fetches:
+            await asyncio.sleep(0)
+    storage.value = "new"
+    cache.drop("k")
+    storage.gate.set()
+
+    assert await load == "old"
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert await cache.load("k", storage.fetch) == "new"
+    assert cache.peek("k", now_us=SOON_US) == "new"
+
+
+async def test_a_load_after_a_write_does_not_join_one_from_before() -> None:
+    cache, storage = new_cache(), Storage()
+    storage.gate.clear()
+    early = asyncio.create_task(cache.load("k", storage.fetch))
+    async with asyncio.timeout(5):
+        while not storage.fetches:
+            await asyncio.sleep(0)
+    storage.value = "new"
+    cache.drop("k")
+    late = asyncio.create_task(cache.load("k", storage.fetch))
+    await asyncio.sleep(0)
+    storage.gate.set()
+
+    assert await asyncio.gather(early, late) == ["old", "new"]
+    assert cache.peek("k", now_us=SOON_US) == "new"
+
+
+async def test_a_fill_of_ones_own_is_fenced_too() -> None:
+    cache = new_cache()
+    with cache.begin_fill("k") as fill:
+        cache.drop("k")
+        fill.put(Slot("old", 1, NEVER_US))
+    with cache.begin_fill("j") as fill:
+        fill.put(Slot("new", 1, NEVER_US))
+
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert cache.peek("j", now_us=SOON_US) == "new"
+
+
+async def test_a_failed_refresh_leaves_nothing_behind() -> None:
+    cache, storage = new_cache(), Storage()
+    await cache.load("k", storage.fetch)
+
+    async def fail(_: str) -> Slot[str]:
+        raise OSError("storage is away")
+
+    with pytest.raises(OSError, match="away"):
+        await cache.load("k", lambda key: asyncio.create_task(fail(key)))
+
+    assert cache.peek("k", now_us=LATER_US) is None
+    assert cache.peek("k", now_us=SOON_US) == "old"
+    assert await cache.load("k", storage.fetch) == "old"
+    assert not cache._fills
+
+
+async def test_what_one_of_two_caches_beside_each_other_drops_both_drop() -> None:
+    kept = new_cache()
+    beside: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=0), beside=kept)
+    for dropping in (kept, beside):
+        with kept.begin_fill("k") as late, beside.begin_fill("k"):
+            kept.lru.put("k", Slot("old", 1, 10))
+            dropping.drop("k")
+            late.put(Slot("older", 1, 10))
+
+        assert kept.peek("k", now_us=0) is None
+
+
+async def test_that_there_is_no_value_is_kept_until_one_is_made() -> None:
+    cache, storage = new_cache(), Storage()
+    storage.value = None
+
+    assert not cache.is_absent("k", now_us=SOON_US)
+    assert await cache.load("k", storage.fetch) is None
+    assert cache.is_absent("k", now_us=SOON_US)
+    assert not cache.is_absent("k", now_us=LATER_US)
+    assert cache.counters.absences == 1
+    assert cache.keys() == ["k"]
+    cache.made("k")
+    assert not cache.is_absent("k", now_us=SOON_US)
+
+
+async def test_a_load_that_raced_with_a_making_leaves_what_was_made() -> None:
+    cache, storage = new_cache(), Storage()
+    storage.value = None
+    storage.gate.clear()
+    load = asyncio.create_task(cache.load("k", storage.fetch))
+    async with asyncio.timeout(5):
+        while not storage.fetches:
+            await asyncio.sleep(0)
+    with cache.begin_fill("k", is_making=True) as fill:
+        cache.made("k")
+        fill.put(Slot("new", 1, LATER_US))
+    storage.gate.set()
+
+    assert await load is None
+    assert not cache.is_absent("k", now_us=SOON_US)
+    assert cache.peek("k", now_us=SOON_US) == "new"
+
+
+async def test_a_drop_ends_a_making_too() -> None:
+    cache = new_cache()
+    with cache.begin_fill("k", is_making=True) as fill:
+        cache.made("k")
+        cache.drop("k")
+        fill.put(Slot("new", 1, LATER_US))
+
+    assert cache.peek("k", now_us=SOON_US) is None
+
+
+async def test_absences_push_out_no_value_and_are_bounded() -> None:
+    cache, storage = new_cache(), Storage()
+    await cache.load("k", storage.fetch)
+    storage.value = None
+    for number in range(100):
+        await cache.load(f"absent-{number}", storage.fetch)
+
+    assert cache.peek("k", now_us=SOON_US) == "old"
+    assert len(cache.absent) == 10
+
+
+async def test_without_room_for_absences_none_is_kept() -> None:
+    cache: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=10))
+    storage = Storage()
+    storage.value = None
+    await cache.load("k", storage.fetch)
+
+    assert not cache.is_absent("k", now_us=SOON_US)
+
+
+async def test_a_fetch_that_cannot_begin_leaves_nothing_behind() -> None:
+    cache = new_cache()
+
+    def refuse(_: str) -> asyncio.Future[Slot[str] | Slot[None]]:
+        raise OSError("too many wait")
+
+    with pytest.raises(OSError, match="too many"):
+        await cache.load("k", refuse)
+
+    assert not cache.keys()
+
+
+class Upper:
+    """Aliases in capitals; those with a digit are somebody else's."""
+
+    def alias(self, key: str) -> str:
+        return key.upper()
+
+    def is_alias(self, text: str) -> bool:
+        return text.isupper()
+
+    def knows(self, alias: str) -> bool:
+        return alias.isalpha()
+
+
+def aliased(beside: ReadThrough[str] | None = None) -> ReadThrough[str]:
+    return ReadThrough(Lru(max_entries=2, max_bytes=1000), beside=beside, aliases=Upper())
+
+
+def keep(cache: ReadThrough[str], *keys: str) -> None:
+    for key in keys:
+        with cache.begin_fill(key) as fill:
+            fill.put(Slot(key, 1, NEVER_US))
+
+
+def test_a_value_is_dropped_by_the_alias_of_its_key() -> None:
+    cache = aliased()
+    keep(cache, "a", "b")
+    cache.drop("A")
+    cache.drop("UNKNOWN")
+
+    assert cache.keys() == ["b"]
+
+
+def test_a_fill_under_way_is_fenced_by_the_alias_too() -> None:
+    cache = aliased()
+    beside = aliased(beside=cache)
+    with cache.begin_fill("a") as fill:
+        beside.drop("A")
+        fill.put(Slot("old", 1, NEVER_US))
+
+    assert not cache.keys()
+
+
+def test_an_alias_that_is_not_known_may_be_any_keys_and_drops_all() -> None:
+    cache = aliased()
+    beside = aliased(beside=cache)
+    keep(cache, "a", "b")
+    with cache.begin_fill("c") as fill:
+        beside.drop("A1")
+        fill.put(Slot("old", 1, NEVER_US))
+
+    assert not cache.keys()
+    keep(cache, "a")
+    assert cache.keys() == ["a"]
+
+
+def test_only_what_is_kept_or_filled_has_an_alias() -> None:
+    cache = aliased()
+    keep(cache, "a", "b", "c", "c")
+    with cache.begin_fill("d"):
+        assert sorted(filter(None, map(cache.key_of, "ABCD"))) == ["b", "c", "d"]
+    cache.drop("b")
+    cache.drop("C")
+
+    assert not any(map(cache.key_of, "ABCD"))

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mnemosyned import __version__
+from mnemosyned.config.config import Config, ConfigError, parse
+from mnemosyned.config.flags import FLAGS
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def complaint(*argv: str, **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv, environ)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_the_defaults_are_those_of_the_go_daemon() -> None:
+    config = parse([], {})
+
+    assert (config.host, config.port) == ("127.0.0.1", 8080)
+    assert (config.ttl_s, config.ttc_s) == (24 * 60, 60)
+    assert config.postgres_address == "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
+    assert (config.postgres_schema, config.postgres_table) == ("mnemosyne", "session")
+    assert (config.log_environment, config.log_level, config.storage) == ("production", "info", "postgres")
+    assert not config.tls
+    assert config.cluster_seeds == ()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-ttl=1h30m"],
+        ["-ttl", "1h30m"],
+        ["--ttl=1h30m"],
+        ["--ttl", "1h30m"],
+        ["-ttl", "5m", "-ttl", "1h30m"],
+    ],
+)
+def test_every_spelling_of_a_flag_is_understood(argv: list[str]) -> None:
+    assert parse(argv, {}).ttl_s == 5400
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_on"),
+    [
+        (["-grpc.debug"], True),
+        (["--grpc.debug"], True),
+        (["-grpc.debug=true"], True),
+        (["-grpc.debug=T"], True),
+        (["-grpc.debug=1"], True),
+        (["-grpc.debug=false"], False),
+        (["-grpc.debug", "-grpc.debug=F"], False),
+    ],
+)
+def test_a_boolean_stands_alone_or_has_its_value_attached(argv: list[str], is_on: bool) -> None:  # noqa: FBT001
+    assert parse(argv, {}).grpc_debug is is_on
+
+
+def test_seeds_add_up_over_commas_and_repetition() -> None:
+    config = parse(["-cluster.listen=me:1", "-cluster.seeds=a:1, b:2", "-cluster.seeds", "[::1]:3,a:1"], {})
+
+    assert config.cluster_seeds == ("a:1", "b:2", "[::1]:3")
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('ttl = "1m"\nttc = "2m"\nport = 1\n[cluster]\nseeds = ["file:1"]\n')
+    environ = {"MNEMOSYNED_TTC": "3m", "MNEMOSYNED_PORT": "2", "MNEMOSYNED_CLUSTER_SEEDS": "env:1,env:2"}
+    listen = "-cluster.listen=me:1"
+    config = parse([f"-config={file}", "-port=3", listen], environ)
+
+    assert (config.ttl_s, config.ttc_s, config.port) == (60, 180, 3)
+    assert config.cluster_seeds == ("env:1", "env:2")
+    assert parse(["-cluster.seeds=flag:1", listen], environ).cluster_seeds == ("flag:1",)
+    assert parse(["-tls=false"], {"MNEMOSYNED_TLS": "true"}).tls is False
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "c.toml",
+            '"cache.bytes" = "1GiB"\nlog.level = "warn"\n[grpc]\nmax-message = "1MiB"\ndebug = true\n',
+        ),
+        ("c.yaml", "cache.bytes: 1GiB\nlog:\n  level: warn\ngrpc:\n  max-message: 1MiB\n  debug: true\n"),
+        ("c.yml", "{cache: {bytes: 1073741824}, log.level: warn, grpc: {max-message: 1MiB, debug: true}}"),
+    ],
+)
+def test_a_file_may_be_toml_or_yaml_nested_or_dotted(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    config = parse([], {"MNEMOSYNED_CONFIG": str(tmp_path / name)})
+
+    assert config.cache_bytes == 1024**3
+    assert config.log_level == "warn"
+    assert config.grpc_max_message_bytes == 1024**2
+    assert config.grpc_debug is True
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("")
+
+    assert parse([f"-config={tmp_path / 'c.yaml'}"], {}) == parse([], {})
+
+
+def test_the_port_that_kubernetes_sets_for_a_service_is_ignored() -> None:
+    assert parse([], {"MNEMOSYNED_PORT": "tcp://10.0.0.1:8080"}).port == 8080
+
+
+def test_the_touch_interval_follows_the_ttl() -> None:
+    assert parse(["-ttl=24m"], {}).touch_interval_s == 10
+    assert parse(["-ttl=10s"], {}).touch_interval_s == 1
+    assert parse(["-ttl=24m", "-touch.interval=30s"], {}).touch_interval_s == 30
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("-ttl=1d", "flag -ttl: '1d' is not a duration"),
+        ("-ttl=0", "flag -ttl: '0' is less than 1s"),
+        ("-ttl=-1m", "flag -ttl: '-1m' is less than 1s"),
+        ("-ttc=10ms", "flag -ttc"),
+        ("-port=x", "flag -port: 'x' is not a whole number from 0 to 65534"),
+        ("-port=65535", "flag -port"),
+        ("-host=", "flag -host"),
+        ("-host=a b", "flag -host"),
+        ("-grpc.engine=fast", "flag -grpc.engine: 'fast' is not one of h2corn, grpcio"),
+        ("-grpc.max-message=4MB", "flag -grpc.max-message: '4MB' is not a number of bytes"),
+        ("-grpc.max-message=1GiB", "flag -grpc.max-message"),
+        ("-grpc.debug=maybe", "flag -grpc.debug: 'maybe' is not true or false"),
+        ("-cache.size=0", "flag -cache.size"),
+        ("-cache.bytes=1", "flag -cache.bytes"),
+        ("-cache.ttl=-1s", "flag -cache.ttl"),
+        ("-touch.interval=10m", "flag -touch.interval: more than a quarter of -ttl"),
+        ("-storage=redis", "flag -storage: 'redis' is not one of postgres, memory"),
+        ("-postgres.table=", "flag -postgres.table"),
+        ("-postgres.schema=" + "x" * 64, "flag -postgres.schema"),
+        ("-postgres.pool.size=1", "flag -postgres.pool.size"),
+        ("-cluster.listen=nowhere", "flag -cluster.listen: 'nowhere' is not an address"),
+        ("-cluster.seeds=a:1,b", "flag -cluster.seeds: 'b' is not an address"),
+        ("-cluster.seeds=a:70000", "flag -cluster.seeds"),
+        ("-cluster.seeds=a:1", "flag -cluster.seeds names others, who need -cluster.listen"),
+        ("-cluster.label=a b", "flag -cluster.label: 'a b' is not a label"),
+        ("-cluster.secret.file=/nowhere", "flag -cluster.secret.file: /nowhere: No such file"),
+        ("-log.environment=staging", "flag -log.environment"),
+        ("-log.level=loud", "flag -log.level"),
+        ("-tls", "flag -tls needs -tls.crt"),
+        ("-tls.crt=x", "flag -tls.crt is given, and -tls is not"),
+        ("-tls.ca=x", "flag -tls.ca is given, and -tls is not"),
+        ("-tls.client-auth=maybe", "flag -tls.client-auth: 'maybe' is not one of none, optional, require"),
+        ("-tls.client-auth=require", "flag -tls.client-auth: require needs -tls.ca"),
+        ("-tls.peer-names=a b", "flag -tls.peer-names: 'a b' is not a host name"),
+        ("-tls.peer-names=a.*", "flag -tls.peer-names: 'a.*' is not a host name"),
+        ("-tls.peer-names=*.nodes", "nodes show no certificate while -tls.client-auth is none"),
+        ("-stor=memory", "flag -stor is not known; did you mean -storage?"),
+        ("--st=memory", "flag -st is not known"),
+        ("-t", "flag -t is not known"),
+        ("-ttl", "flag -ttl needs a value"),
+        ("stray", "argument 1 is not a flag"),
+        ("-", "argument 1 is not a flag"),
+        ("--", "argument 1 is not a flag"),
+    ],
+)
+def test_a_wrong_argument_is_named_in_one_line(argument: str, named: str) -> None:
+    assert named in complaint(argument)
+
+
+def test_a_value_after_a_boolean_is_a_stray_argument_as_in_go() -> None:
+    assert "argument 2 is not a flag" in complaint("-tls", "false")
+
+
+def test_a_wrong_variable_is_named() -> None:
+    text = complaint(MNEMOSYNED_TTL="soon")
+
+    assert "MNEMOSYNED_TTL" in text
+    assert "'soon'" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("ttl: soon", "flag -ttl from the config file: 'soon'"),
+        ("tl: 5m", "config file: tl is not a flag; did you mean -ttl?"),
+        ("ttl: [5m", "is not valid YAML"),
+        ("- ttl", "it is not a table of flags"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: str, named: str) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+
+    assert named in complaint(f"-config={tmp_path / 'c.yaml'}")
+
+
+def test_a_missing_or_binary_or_broken_file_is_named(tmp_path: Path) -> None:
+    assert "No such file" in complaint(f"-config={tmp_path / 'absent.yaml'}")
+    (tmp_path / "c.toml").write_bytes(b"\xff\xfe")
+    assert "is not valid TOML" in complaint(f"-config={tmp_path / 'c.toml'}")
+
+
+def test_memory_storage_is_for_a_single_node() -> None:
+    assert "-storage" in complaint("-storage=memory", "-cluster.seeds=a:1")
+    own = ["-storage=memory", "-cluster.listen=a:1", "-cluster.seeds=a:1"]
+    assert parse(own, {}).cluster_seeds == ("a:1",)
+
+
+def test_tls_needs_files_that_can_be_read(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "crt", tmp_path / "key"
+    certificate.write_text("")
+    missing = complaint("-tls", f"-tls.crt={certificate}", f"-tls.key={key}")
+    key.write_text("")
+
+    assert "flag -tls.key" in missing
+    assert "No such file" in missing
+    given = ["-tls", f"-tls.crt={certificate}", f"-tls.key={key}"]
+    assert parse(given, {}).tls
+    assert "flag -tls.ca: /nowhere: No such file" in complaint(*given, "-tls.ca=/nowhere")
+    mutual = [*given, f"-tls.ca={certificate}", "-tls.client-auth=optional", "-tls.peer-names=a.b,*.c"]
+    assert parse(mutual, {}).tls_peer_names == ("a.b", "*.c")
+    assert "knows none and require only" in complaint(*mutual, "-grpc.engine=grpcio")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-postgres.address=mysql://u:hunter2@h/d"],
+        ["postgres://u:hunter2@h/d"],
+        ["-postgres.adress=postgres://u:hunter2@h/d"],
+        ["-postgres.address:postgres://u:hunter2@h/d"],
+        ["-postgres.address.file=postgres://u:hunter2@h/d"],
+        ["-host=postgres://u:hunter2@h/d"],
+        ["-cluster.secret=with-a-space-in", "hunter2"],
+        ["-cluster.secret hunter2"],
+        ["-cluster.secret.file=hunter2-hunter2-hunter2"],
+        ["-auth.keys=mnk_hunter2"],
+        ["-tls", "-tls.crt=/dev/null", "-tls.key=-----BEGIN PRIVATE KEY-----\nhunter2"],
+    ],
+)
+def test_a_password_is_never_shown(argv: list[str]) -> None:
+    assert "hunter2" not in complaint(*argv)
+    assert "hunter2" not in complaint(MNEMOSYNED_POSTGRES_ADDRESS="mysql://u:hunter2@h/d")
+    assert "hunter2" not in repr(parse(["-postgres.address=postgres://u:hunter2@h/d"], {}))
+
+
+def test_a_password_in_a_broken_file_is_never_shown(tmp_path: Path) -> None:
+    for name in ("c.toml", "c.yaml"):
+        (tmp_path / name).write_text('postgres.address: ["hunter2"\n')
+        assert "hunter2" not in complaint(f"-config={tmp_path / name}")
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(["-version"], {})
+
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"mnemosyned {__version__}\n"
+
+
+@pytest.mark.parametrize("argument", ["-h", "-help", "--help"])
+def test_help_names_every_flag_with_its_variable(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse([argument], {})
+
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for flag in FLAGS:
+        assert f"  -{flag.name}\n" in out
+        assert flag.variable in out
+
+
+def test_every_field_has_a_flag_and_a_valid_default() -> None:
+    assert isinstance(parse([], {}), Config)
+    assert len({flag.field for flag in FLAGS}) == len(FLAGS)
+
+
+def test_secrets_come_from_the_flag_and_the_file_together(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("the second of the two\n".replace(" ", "-"))
+    config = parse(["-cluster.secret=the-first-of-the-two", f"-cluster.secret.file={file}"], {})
+
+    assert config.cluster_secret == ("the-first-of-the-two", "the-second-of-the-two")
+    assert "the-first" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "it is empty"),
+        ("hunter2", "shorter than 16"),
+        ("a" * 16 + "\n" + "b" * 16 + "\n" + "c" * 16, "more than 2"),
+    ],
+    ids=["empty", "short", "three"],
+)
+def test_a_wrong_secret_file_is_named_and_never_shown(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(content)
+    text = complaint(f"-cluster.secret.file={file}")
+
+    assert words in text
+    assert "hunter2" not in text
+
+
+def test_a_short_secret_is_refused_and_not_shown() -> None:
+    assert "hunter2" not in complaint("-cluster.secret=hunter2")
+
+
+def test_the_address_of_the_storage_may_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "address"
+    file.write_text("postgres://u:hunter2@h/d\n")
+    config = parse([], {"MNEMOSYNED_POSTGRES_ADDRESS_FILE": str(file)})
+
+    assert config.postgres_address == "postgres://u:hunter2@h/d"
+    assert "hunter2" not in repr(config)
+    both = complaint(f"-postgres.address.file={file}", "-postgres.address=postgres://u:hunter2@h/d")
+    assert "-postgres.address is given as well" in both
+    assert "hunter2" not in both
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "it is empty"), ("mysql://u:hunter2@h", "does not start with"), ("hunter2", "does not start with")],
+)
+def test_a_wrong_file_with_an_address_is_named_and_never_shown(
+    content: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "address"
+    file.write_text(content)
+    text = complaint(f"-postgres.address.file={file}")
+
+    assert words in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ("", "it is empty"),
+        ("2short", "a key is shorter than 32 characters"),
+        (f"{'a' * 32}\n{'b' * 32}\n{'c' * 32}", "more than 2 keys"),
+    ],
+)
+def test_a_key_file_of_no_use_is_refused_without_showing_it(
+    tmp_path: Path, keys: str, complaint: str
+) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(keys)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        parse(["-token.protection=hmac", f"-token.key.file={path}"], {})
+
+    assert not keys or keys.split(maxsplit=1)[0] not in str(caught.value)
+
+
+def test_the_keys_of_tokens_come_from_their_file_in_its_order(tmp_path: Path) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(f"{'b' * 32}\n{'a' * 32}\n")
+
+    assert parse([f"-token.key.file={path}"], {}).token_keys == ("b" * 32, "a" * 32)

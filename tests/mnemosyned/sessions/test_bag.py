@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mnemosynerpc.session_pb2 import Session
+
+from mnemosyned.errors import InvalidArgument
+from mnemosyned.sessions import bag
+
+HEADER = "127f0401010342616701ff8000010c010c0000"
+GOB_VECTORS = [
+    ({}, HEADER + "04ff800000"),
+    ({"k": "v"}, HEADER + "08ff800001016b0176"),
+    ({"": ""}, HEADER + "06ff8000010000"),
+    (
+        {"username": "johnsnow@gmail.com"},
+        HEADER + "20ff80000108757365726e616d65126a6f686e736e6f7740676d61696c2e636f6d",
+    ),
+    ({"zażółć": "日本語"}, HEADER + "19ff8000010a7a61c5bcc3b3c582c48709e697a5e69cace8aa9e"),
+    ({"a": "1", "b": "2"}, HEADER + "0cff8000020161013101620132"),
+    ({"long": "x" * 300}, HEADER + "fe0138ff800001046c6f6e67fe012c" + "78" * 300),
+]
+
+
+@pytest.mark.parametrize(("values", "stored"), GOB_VECTORS)
+def test_bags_of_the_go_daemon_are_read(values: dict[str, str], stored: str) -> None:
+    assert bag.is_gob(bytes.fromhex(stored))
+    assert bag.decode(bytes.fromhex(stored)) == values
+
+
+@given(st.dictionaries(st.text(), st.text()))
+def test_what_is_written_is_read_back(values: dict[str, str]) -> None:
+    stored = bag.encode(values)
+
+    assert bag.decode(stored) == values
+    assert not bag.is_gob(stored)
+
+
+def test_our_own_form_is_spliced_into_a_session_without_parsing() -> None:
+    stored = bag.encode({"k": "v"})
+
+    assert bag.as_session_fields(stored) is stored
+    assert dict(Session.FromString(b"\x0a\x01t" + stored).bag) == {"k": "v"}
+
+
+def test_a_gob_bag_is_converted_for_a_session() -> None:
+    fields = bag.as_session_fields(bytes.fromhex(GOB_VECTORS[1][1]))
+
+    assert dict(Session.FromString(fields).bag) == {"k": "v"}
+
+
+@pytest.mark.parametrize(("_", "stored"), GOB_VECTORS)
+def test_a_damaged_gob_bag_is_refused_and_never_misread(_: dict[str, str], stored: str) -> None:
+    whole = bytes.fromhex(stored)
+
+    for size in range(1, len(whole)):
+        with pytest.raises(bag.CorruptBag):
+            bag.decode(whole[:size])
+    with pytest.raises(bag.CorruptBag):
+        bag.decode(whole + b"\0")
+
+
+@pytest.mark.fuzz
+@given(st.binary(max_size=80))
+def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None:
+    try:
+        values = bag.decode(bytes.fromhex(HEADER) + junk)
+    except bag.CorruptBag:
+        return
+    assert all(isinstance(text, str) for pair in values.items() for text in pair)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"\x0a\x01t\xff",  # not protobuf
+        bytes.fromhex(HEADER + "0bff8000f77fffffffffffffff"),  # a number of nine bytes
+        bytes.fromhex(HEADER + "05ff80007f00"),  # more pairs than its bytes could hold
+        bytes.fromhex(HEADER + "05ff80000000"),  # bytes left over
+        bytes.fromhex(HEADER + "08ff81ff01016b0176"),  # another type
+        bytes.fromhex(HEADER + "08ff80000101ff0176"),  # not UTF-8
+    ],
+)
+def test_bytes_that_no_daemon_wrote_are_refused(stored: bytes) -> None:
+    with pytest.raises(bag.CorruptBag):
+        bag.decode(stored)
+
+
+def test_a_value_is_set_in_either_form_and_the_result_is_our_own() -> None:
+    values, stored = bag.with_value(bytes.fromhex(GOB_VECTORS[5][1]), "b", "3", max_entries=3)
+
+    assert values == {"a": "1", "b": "3"}
+    assert bag.decode(stored) == values
+    assert not bag.is_gob(stored)
+
+
+def test_a_bag_stays_small_enough_for_a_client_to_read() -> None:
+    with pytest.raises(InvalidArgument, match="bag is longer than 4000000 bytes"):
+        bag.with_value(b"", "k", "x" * 4_000_000, max_entries=3)
+
+
+def test_a_full_bag_takes_new_values_but_no_new_keys() -> None:
+    stored = bag.encode({"a": "1", "b": "2"})
+
+    assert bag.with_value(stored, "b", "3", max_entries=1)[0] == {"a": "1", "b": "3"}
+    with pytest.raises(InvalidArgument, match="bag would have more than 2 entries"):
+        bag.with_value(stored, "c", "3", max_entries=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"a": "", "b": "", "c": ""}, "bag would have more than 2 entries"),
+        ({"żżż": ""}, "bag key is longer than 5 bytes"),
+        ({"k": "żżżżż"}, "bag value is longer than 9 bytes"),
+    ],
+)
+def test_a_bag_over_a_limit_is_refused(values: dict[str, str], complaint: str) -> None:
+    limits = bag.BagLimits(entries=2, key_bytes=5, value_bytes=9)
+
+    assert limits.checked({"żżx": "żżżżx", "": ""})
+    with pytest.raises(InvalidArgument, match=complaint):
+        limits.checked(values)

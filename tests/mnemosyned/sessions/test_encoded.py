@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from mnemosynerpc.session_pb2 import GetResponse, ListResponse
+from mnemosynerpc.session_pb2 import Session as Wire
+
+from mnemosyned.sessions import bag
+from mnemosyned.sessions.encoded import ExpiryField, ReadySession, expiry_field, list_response, varint
+from mnemosyned.sessions.model import Session
+
+YEAR_9999_US = 253_402_300_799_999_999
+
+
+def stored(expires_at_us: int, values: dict[str, str]) -> Session:
+    return Session(
+        access_token="token",
+        subject_id="subject",
+        subject_client="client",
+        refresh_token="refresh",
+        bag=bag.encode(values),
+        expires_at_us=expires_at_us,
+    )
+
+
+@given(st.integers(0, YEAR_9999_US), st.integers(0, YEAR_9999_US), st.dictionaries(st.text(), st.text()))
+def test_a_response_is_what_protobuf_would_make_whatever_the_expiry(
+    first_us: int, second_us: int, values: dict[str, str]
+) -> None:
+    ready = ReadySession(stored(first_us, values))
+
+    for expires_at_us in (first_us, second_us):
+        session = GetResponse.FromString(ready.response(expiry_field(expires_at_us))).session
+        assert session.expire_at.ToMicroseconds() == expires_at_us
+        session.ClearField("expire_at")
+        assert session == Wire(
+            access_token="token",
+            subject_id="subject",
+            subject_client="client",
+            refresh_token="refresh",
+            bag=values,
+        )
+
+
+def test_the_last_expiry_is_encoded_once() -> None:
+    field = ExpiryField()
+
+    assert field.encode(5_000) is field.encode(5_000)
+    assert field.encode(6_000) == expiry_field(6_000)
+
+
+def test_a_list_is_one_session_after_the_other() -> None:
+    sessions = [stored(1_000_000, {"a": "1"}), stored(2_500_000, {})]
+    response = ListResponse.FromString(list_response(sessions))
+
+    assert [one.expire_at.ToMicroseconds() for one in response.sessions] == [1_000_000, 2_500_000]
+
+
+def test_an_entry_costs_at_least_its_bytes() -> None:
+    assert ReadySession(stored(0, {"k": "x" * 10_000})).size_bytes > 20_000
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_varints_are_those_of_protobuf(value: int) -> None:
+    decoded = sum((byte & 0x7F) << (7 * at) for at, byte in enumerate(varint(value)))
+
+    assert decoded == value

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import gzip
+import zlib
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mnemosyned.errors import MalformedMessage, MessageTooLarge, MnemosyneError, Unimplemented
+from mnemosyned.transport.frame import (
+    FrameReader,
+    announced_bytes,
+    framed,
+    only_message,
+    status_message,
+    timeout_s,
+)
+
+
+def reader(encoding: bytes = b"", max_message_bytes: int = 100) -> FrameReader:
+    return FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
+
+
+def compressed(payload: bytes) -> bytes:
+    return b"\1" + len(payload).to_bytes(4, "big") + payload
+
+
+@given(st.lists(st.binary(max_size=50), max_size=5), st.integers(1, 20))
+def test_messages_are_cut_out_however_their_bytes_arrive(messages: list[bytes], step: int) -> None:
+    stream = b"".join(map(framed, messages))
+    frames = reader()
+    found = [m for at in range(0, len(stream), step) for m in frames.feed(stream[at : at + step])]
+    frames.end()
+
+    assert found == messages
+
+
+@given(st.binary(max_size=50))
+def test_a_whole_plain_frame_is_read_at_once(message: bytes) -> None:
+    assert only_message(framed(message)) == message
+
+
+@pytest.mark.parametrize("body", [b"", b"\0\0\0\0", framed(b"a") + b"b", framed(b"ab")[:-1], compressed(b"")])
+def test_anything_else_is_left_to_the_reader(body: bytes) -> None:
+    assert only_message(body) is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "payload"),
+    [(b"gzip", gzip.compress(b"hello", mtime=0)), (b"deflate", zlib.compress(b"hello"))],
+)
+def test_compressed_messages_are_unpacked(encoding: bytes, payload: bytes) -> None:
+    assert reader(encoding).feed(compressed(payload)) == [b"hello"]
+
+
+def test_a_frame_that_announces_too_much_is_refused_before_it_arrives() -> None:
+    with pytest.raises(MessageTooLarge, match="larger than 100 bytes"):
+        reader().feed(b"\0\0\0\0\x65")
+
+
+def test_a_message_that_unpacks_to_too_much_is_refused() -> None:
+    with pytest.raises(MessageTooLarge):
+        reader(b"gzip").feed(compressed(gzip.compress(b"x" * 101)))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "error"),
+    [
+        (b"", compressed(b"x"), MalformedMessage),
+        (b"identity", compressed(b"x"), MalformedMessage),
+        (b"br", compressed(b"x"), Unimplemented),
+        (b"gzip", compressed(b"not gzip"), MalformedMessage),
+        (b"gzip", compressed(gzip.compress(b"hello", mtime=0)[:-9]), MalformedMessage),
+        (b"", b"\2\0\0\0\0", MalformedMessage),
+    ],
+)
+def test_a_frame_that_cannot_be_understood_is_refused(
+    encoding: bytes, body: bytes, error: type[MnemosyneError]
+) -> None:
+    with pytest.raises(error):
+        reader(encoding).feed(body)
+
+
+def test_a_stream_that_ends_within_a_frame_is_refused() -> None:
+    frames = reader()
+    frames.feed(framed(b"abc")[:-1])
+
+    with pytest.raises(MalformedMessage, match="ends within a message"):
+        frames.end()
+
+
+@pytest.mark.fuzz
+@given(st.binary(max_size=200))
+def test_no_bytes_do_worse_than_be_refused(junk: bytes) -> None:
+    frames = reader(b"gzip")
+    try:
+        frames.feed(junk)
+        frames.end()
+    except (MalformedMessage, MessageTooLarge):
+        pass
+
+
+def test_a_body_announces_its_length() -> None:
+    assert announced_bytes(b"\0\0\0\1\0") == 5 + 256
+    assert announced_bytes(b"\0\0\0\0\1abcdef") == 11
+    assert announced_bytes(b"") == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(b"1H", 3600), (b"2M", 120), (b"3S", 3), (b"250m", 0.25), (b"9u", 9e-6), (b"99999999n", 0.099999999)],
+)
+def test_timeouts_are_read(value: bytes, seconds: float) -> None:
+    assert timeout_s(value) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("value", [b"", b"1", b"S", b"-1S", b"123456789S", b"1.5S", b"1s", b" 1S"])
+def test_malformed_timeouts_are_refused(value: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        timeout_s(value)
+
+
+@given(st.text())
+def test_status_messages_are_ascii_and_say_the_same(text: str) -> None:
+    encoded = status_message(text)
+
+    assert all(0x20 <= byte <= 0x7E for byte in encoded)
+    assert unquote(encoded.decode()) == text
