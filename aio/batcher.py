@@ -1,21 +1,23 @@
 """Natural batching: what arrives while a batch is under way forms the next one.
 
-No timer: an item that finds nothing under way goes out at once, so idle latency is
-unchanged, and under load batches grow by themselves until the bounds.
+There is no timer. An item that finds no batch under way is sent at once, so batching adds no latency to
+an idle daemon. Under load, batches grow by themselves until they reach their bounds. Databases call the same
+idea group commit.
 
-Rules for editing: items leave `_waiting` in order and exactly once; state is consistent
-before every await; nobody awaits a batch but its own task, or the caller of a lone item.
+Rules for editing:
+- Items leave `_waiting` in order and exactly once.
+- State is consistent before every await.
+- Only a worker task awaits a batch, or the caller of a lone item (`is_eager`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-from mnemosyned.errors import MnemosyneError, Overloaded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,9 +30,14 @@ class BatchLimits:
     max_items: int = 512
     max_bytes: int = 8 * 1024 * 1024
     max_waiting: int = 20_000
-    lanes: int = 1  # batches under way at once
+    concurrency: int = 1  # batches under way at once
     is_abandonable: bool = True  # whether a batch is cancelled when all its callers are gone
-    is_eager: bool = False  # whether the caller of an item that finds no lane open runs it, a turn sooner
+    # Whether an item that finds no batch under way is run by its own caller, one turn of the loop sooner.
+    is_eager: bool = False
+
+
+class QueueFull(Exception):
+    """`max_waiting` items wait already; the item was not taken."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,84 +50,87 @@ class _Waiting(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """Turns single calls into batches.
 
-    `run` takes the items of one batch and returns as many results in the same order; a result
-    that is an exception fails its own item only, an exception raised by `run` fails them all.
-    A caller that is cancelled takes its item out of the queue; when all callers of a batch under
-    way are gone, the batch is cancelled too, unless it must know its outcome.
+    `run` takes the items of one batch and returns as many results in the same order. A result that is an
+    exception fails its own item only; an exception that `run` raises fails all items of the batch. A caller
+    that is cancelled takes its item out of the queue. When all callers of a batch under way are gone, the
+    batch is cancelled too, unless `is_abandonable` is false because its outcome must be known. `full` makes
+    the error for an item that finds `max_waiting` others.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | MnemosyneError]]],
+        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]],
         *,
         limits: BatchLimits,
         size_bytes: Callable[[Item], int] = lambda _: 0,
+        full: Callable[[], Exception] = QueueFull,
     ) -> None:
         self._run = run
         self._limits = limits
         self._size_bytes = size_bytes
+        self._full = full
         self._waiting: deque[_Waiting[Item, Result]] = deque()
-        self._lanes: set[asyncio.Task[None]] = set()
-        self._open_lanes = 0
+        self._workers: set[asyncio.Task[None]] = set()
+        self._running = 0  # batches under way
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def submit(self, item: Item) -> Result:
         """Return the item's own result.
 
         Raises:
-            Overloaded: `max_waiting` items wait already.
-            MnemosyneError: the item's own failure, or its batch's.
+            QueueFull: `max_waiting` items wait already; or what `full` makes.
+            Exception: the item's own failure, or that of its batch.
         """
-        if self._limits.is_eager and not self._open_lanes:
+        if self._limits.is_eager and not self._running:
             return await self._run_alone(item)
         return await self.enqueue(item)
 
     def enqueue(self, item: Item) -> asyncio.Future[Result]:
-        """Return the item's own result to come; whoever cancels it takes the item back.
+        """Return a future for the item's own result; cancelling it takes the item back.
 
         Raises:
-            Overloaded: `max_waiting` items wait already.
+            QueueFull: `max_waiting` items wait already; or what `full` makes.
         """
         if len(self._waiting) >= self._limits.max_waiting:
-            raise Overloaded("mnemosyned: too many calls are waiting for the storage")
+            raise self._full()
         if self._loop is None:
             # Once: before Python 3.12 it is a system call.
             self._loop = asyncio.get_running_loop()
         answer: asyncio.Future[Result] = self._loop.create_future()
         self._waiting.append(_Waiting(item, self._size_bytes(item), answer))
-        if self._open_lanes < self._limits.lanes:
-            self._open_lane()
+        if self._running < self._limits.concurrency:
+            self._start_worker()
         return answer
 
     async def _run_alone(self, item: Item) -> Result:
-        self._open_lanes += 1
+        self._running += 1
         try:
             (result,) = await self._run([item])
         finally:
-            self._open_lanes -= 1
-            if self._waiting and self._open_lanes < self._limits.lanes:
-                self._open_lane()
-        if isinstance(result, MnemosyneError):
+            self._running -= 1
+            if self._waiting and self._running < self._limits.concurrency:
+                self._start_worker()
+        if isinstance(result, Exception):
             raise result
         return result
 
     async def close(self) -> None:
         """Cancel what is under way; callers still waiting are cancelled."""
-        lanes = list(self._lanes)
-        for lane in lanes:
-            lane.cancel()
-        await asyncio.gather(*lanes, return_exceptions=True)
+        workers = list(self._workers)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
         for waiting in self._waiting:
             waiting.answer.cancel()
         self._waiting.clear()
 
-    def _open_lane(self) -> None:
+    def _start_worker(self) -> None:
         # The set owns the task; it starts in the next turn of the loop, so that
         # calls which arrive in this turn share its first batch.
-        self._open_lanes += 1
-        lane = asyncio.create_task(self._drain())
-        self._lanes.add(lane)
-        lane.add_done_callback(self._lanes.discard)
+        self._running += 1
+        worker = asyncio.create_task(self._drain())
+        self._workers.add(worker)
+        worker.add_done_callback(self._workers.discard)
 
     async def _drain(self) -> None:
         try:
@@ -128,8 +138,8 @@ class Batcher(Generic[Item, Result]):
                 await self._run_batch(batch)
         finally:
             # In the same turn as the last look at the queue: the set learns of a
-            # task's end a turn later, and an item of that turn would wait for ever.
-            self._open_lanes -= 1
+            # task's end a turn later, and nothing would ever run an item of that turn.
+            self._running -= 1
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
         batch: list[_Waiting[Item, Result]] = []
@@ -162,21 +172,21 @@ class Batcher(Generic[Item, Result]):
         except asyncio.CancelledError:
             work.cancel()
             _abandon(batch)
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # a lane is a task
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # a worker is a task
                 raise
         except Exception as exc:  # noqa: BLE001  # the root of the work: every caller gets it
             _fail(batch, exc)
 
-    async def _results(self, items: list[Item]) -> Sequence[Result | MnemosyneError]:
+    async def _results(self, items: list[Item]) -> Sequence[Result | Exception]:
         return await self._run(items)
 
 
-def _settle(batch: list[_Waiting[Item, Result]], results: Sequence[Result | MnemosyneError]) -> None:
+def _settle(batch: list[_Waiting[Item, Result]], results: Sequence[Result | Exception]) -> None:
     assert len(results) == len(batch)
     for waiting, result in zip(batch, results, strict=True):
         if waiting.answer.done():
             continue
-        if isinstance(result, MnemosyneError):
+        if isinstance(result, Exception):
             waiting.answer.set_exception(result)
         else:
             waiting.answer.set_result(result)
@@ -195,8 +205,10 @@ def _fail(batch: list[_Waiting[Item, Result]], exc: Exception) -> None:
 
 def _own_copy(exc: Exception) -> Exception:
     # One instance raised in many tasks would collect the tracebacks of them all.
-    if not isinstance(exc, MnemosyneError):
+    try:
+        copied = copy.copy(exc)
+    except TypeError:
+        # Its constructor does not take its own arguments; only a bug raises such a one here.
         return exc
-    copy = type(exc)(*exc.args)
-    copy.__cause__ = exc.__cause__
-    return copy
+    copied.__cause__ = exc.__cause__
+    return copied.with_traceback(exc.__traceback__)

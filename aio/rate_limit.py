@@ -1,17 +1,17 @@
-"""How many log lines of a kind are worth writing."""
+"""How many log lines of one kind may be written. Pure."""
 
 from __future__ import annotations
 
 from typing import Final
 
-LINES_A_SECOND: Final = 100
+LINES_PER_SECOND: Final = 100
 
 
-class LineBudget:
-    """LINES_A_SECOND lines in each second from a line on; more are counted, and the next one tells how many.
+class LogRateLimiter:
+    """Lets LINES_PER_SECOND lines through in each second, and counts the rest.
 
-    Failures by fault of callers are logged within it: whoever sends ten thousand bad calls a second
-    shall not have us spend more on their log lines than on the calls.
+    A second begins with a line, not with the clock. Failures that callers cause are logged within this limit:
+    ten thousand bad calls a second must not cost more in log lines than in calls.
     """
 
     __slots__ = ("_left", "_left_out", "_until_s")
@@ -22,10 +22,10 @@ class LineBudget:
         self._left_out = 0
 
     def take(self, now_s: float) -> int | None:
-        """Return how many lines were left out before this one; None: this one is to be as well."""
+        """Return how many lines were left out before this one; None: leave this one out too."""
         if now_s >= self._until_s:
             self._until_s = now_s + 1
-            self._left = LINES_A_SECOND
+            self._left = LINES_PER_SECOND
         if not self._left:
             self._left_out += 1
             return None

@@ -26,7 +26,7 @@ class LruBackend(BaseCache):  # type: ignore[misc]  # aiocache is untyped
     """aiocache's operations over one Lru.
 
     A value set without `ttl` (seconds) stays until it is evicted; values are kept as they are,
-    not copied. `now_us` is the clock that the slots' `good_until_us` refers to.
+    not copied. `now_us` is the clock that the slots' `fresh_until_us` refers to.
     """
 
     NAME = "lru"
@@ -41,7 +41,7 @@ class LruBackend(BaseCache):  # type: ignore[misc]  # aiocache is untyped
 
     def _read(self, key: str) -> Cached:
         slot = self._lru.get(key)
-        return None if slot is None or slot.good_until_us <= self._now_us() else slot.value
+        return None if slot is None or slot.fresh_until_us <= self._now_us() else slot.value
 
     def _write(self, key: str, value: Cached, ttl: float | None) -> bool:
         self._lru.put(key, Slot(value, sys.getsizeof(value), self._deadline_us(ttl)))
@@ -100,7 +100,7 @@ class LruBackend(BaseCache):  # type: ignore[misc]  # aiocache is untyped
         slot = self._lru.get(key)
         if slot is None:
             return False
-        slot.good_until_us = self._deadline_us(ttl)
+        slot.fresh_until_us = self._deadline_us(ttl)
         return True
 
     async def _delete(self, key: str, _conn: Cached = None) -> int:

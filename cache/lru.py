@@ -16,7 +16,7 @@ class Slot(Generic[Value]):
 
     value: Value
     size_bytes: int
-    good_until_us: int  # on the clock of whoever reads it
+    fresh_until_us: int  # on the clock of whoever reads it
 
 
 class Lru(Generic[Value]):

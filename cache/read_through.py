@@ -32,7 +32,7 @@ class Aliases(Protocol):
         """Return a key's other name, or the key if it has none."""
         ...
 
-    def is_alias(self, text: str) -> bool:
+    def is_stored_key(self, text: str) -> bool:
         """Tell an alias from a key."""
         ...
 
@@ -48,7 +48,7 @@ class CacheCounters:
     hits: int = 0
     misses: int = 0
     refreshes: int = 0  # the misses that found an entry too old to serve
-    absences: int = 0  # the misses of which it was known that there is no value
+    negative_hits: int = 0  # the misses of which it was known that there is no value
 
 
 class Fill(Generic[Value]):
@@ -71,14 +71,14 @@ class Fill(Generic[Value]):
         """Keep what was found, a value or that there is none."""
         # mypy narrows what is in a slot, not the slot.
         if slot.value is None:
-            self.put_absence(cast("Slot[None]", slot))
+            self.put_negative(cast("Slot[None]", slot))
         else:
             self.put(cast("Slot[Value]", slot))
 
-    def put_absence(self, slot: Slot[None]) -> None:
+    def put_negative(self, slot: Slot[None]) -> None:
         """Keep that there is no value, likewise."""
         if self._is_open:
-            self._cache.absent.put(self._key, slot)
+            self._cache.negative.put(self._key, slot)
 
     def close(self) -> None:
         """Let nothing more through."""
@@ -98,17 +98,17 @@ class ReadThrough(Generic[Value]):
     def __init__(
         self,
         lru: Lru[Value],
-        absent: Lru[None] | None = None,
+        negative: Lru[None] | None = None,
         *,
         beside: ReadThrough[Value] | None = None,
         aliases: Aliases | None = None,
     ) -> None:
         """Begin with what is in `lru`; of two caches beside each other, what one drops both drop.
 
-        Without `absent` it is not kept which keys have no value.
+        Without `negative` it is not kept which keys have no value.
         """
         self.lru = lru
-        self.absent: Lru[None] = Lru(max_entries=0, max_bytes=0) if absent is None else absent
+        self.negative: Lru[None] = Lru(max_entries=0, max_bytes=0) if negative is None else negative
         self.counters = CacheCounters()
         self._flights: SingleFlight[Slot[Value] | Slot[None]] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
@@ -126,19 +126,19 @@ class ReadThrough(Generic[Value]):
         if slot is None:
             self.counters.misses += 1
             return None
-        if slot.good_until_us <= now_us:
+        if slot.fresh_until_us <= now_us:
             self.counters.misses += 1
             self.counters.refreshes += 1
             return None
         self.counters.hits += 1
         return slot.value
 
-    def is_absent(self, key: str, *, now_us: int) -> bool:
+    def is_negative(self, key: str, *, now_us: int) -> bool:
         """Tell whether it is known that the key has no value; for after `peek`, which counts the lookup."""
-        slot = self.absent.get(key)
-        if slot is None or slot.good_until_us <= now_us:
+        slot = self.negative.get(key)
+        if slot is None or slot.fresh_until_us <= now_us:
             return False
-        self.counters.absences += 1
+        self.counters.negative_hits += 1
         return True
 
     async def load(self, key: str, fetch: Fetch[Value]) -> Value | None:
@@ -172,7 +172,7 @@ class ReadThrough(Generic[Value]):
 
     def keys(self) -> list[str]:
         """Return every key of which something is known or about to be."""
-        return [*self.lru.keys_with_prefix(""), *self.absent.keys_with_prefix(""), *self._fills]
+        return [*self.lru.keys_with_prefix(""), *self.negative.keys_with_prefix(""), *self._fills]
 
     def end_fill(self, key: str, fill: Fill[Value]) -> None:
         """Forget a fill that is over."""
@@ -187,7 +187,7 @@ class ReadThrough(Generic[Value]):
 
         An alias will do for the key; for one that is not known everything is forgotten.
         """
-        if self._aliases is not None and self._aliases.is_alias(key):
+        if self._aliases is not None and self._aliases.is_stored_key(key):
             self._drop_alias(key)
             return
         for one in self._both():
@@ -210,7 +210,7 @@ class ReadThrough(Generic[Value]):
                 fill.close()
         self._flights.forget(key)
         self.lru.pop(key)
-        self.absent.pop(key)
+        self.negative.pop(key)
 
     def forget_everything(self) -> None:
         """Drop every key here alone."""
@@ -219,7 +219,7 @@ class ReadThrough(Generic[Value]):
                 fill.close()
         self._flights.forget_all()
         self.lru.clear()
-        self.absent.clear()
+        self.negative.clear()
         # Fills under way may be among them, but bring nothing any more.
         self._key_by_alias.clear()
 

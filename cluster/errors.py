@@ -27,5 +27,5 @@ class MalformedPacket(ClusterError):
     """The bytes are no packet of this protocol."""
 
 
-class Stranger(ClusterError):
+class UnauthenticatedPeer(ClusterError):
     """A call to the peer service that no peer has signed."""

@@ -11,17 +11,20 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from aio.batcher import Batcher, BatchLimits
+from aio.deadline import NO_DEADLINE, Deadline
 from cluster.breaker import Breaker, BreakerState
 from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import Exchange, Lane, Peers
-from cluster.untold import Untold
+from cluster.peers import ChannelKind, ForwardStream, Peers
+from cluster.pending_invalidations import PendingInvalidations
 from cluster.view import View
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _LEAST_TRY_S: Final = 0.05
 # The stream gives up first, so that its connection comes under suspicion.
 _GRACE_S: Final = 0.02
 _TRIAL_PERIOD_S: Final = 0.25
-_MAX_UNTOLD: Final = 10_000
+_MAX_PENDING: Final = 10_000
 # What a node can write in the time that a copy lives.
 _MAX_CHANGED: Final = 50_000
 _TOKENS_A_CALL: Final = 1000
@@ -47,41 +50,19 @@ BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _US_PER_S: Final = 1_000_000
 _MS_PER_S: Final = 1000
 
+# A quarter of an h2corn flow-control window: such a batch is on the wire at once.
+_BATCHES: Final = BatchLimits(
+    max_items=128, max_bytes=256 * 1024, max_waiting=10_000, concurrency=2, is_eager=True
+)
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Sent_contra = TypeVar("Sent_contra", contravariant=True)
-Received_co = TypeVar("Received_co", covariant=True)
-
-
-class Batches(Protocol[Sent_contra, Received_co]):
-    """Natural batching, as the daemon's Batcher does it."""
-
-    async def submit(self, item: Sent_contra) -> Received_co:
-        """Return the item's own result. Raises PeerSkipped when too many wait already."""
-        ...
-
-    async def close(self) -> None:
-        """Cancel what is under way."""
-        ...
-
-
-class NewBatches(Protocol):
-    """Who makes batches."""
-
-    def __call__(
-        self,
-        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
-        *,
-        size_bytes: Callable[[Item], int],
-    ) -> Batches[Item, Result]:
-        """Have `run` send what is submitted."""
-        ...
 
 
 class Suspicious(Protocol):
     """Who is told of a peer that does not answer."""
 
-    def look_into(self, name: str) -> None:
+    def probe(self, name: str) -> None:
         """Find out soon whether the peer is alive."""
         ...
 
@@ -98,18 +79,20 @@ class ForwardCounters:
 
 @dataclass(slots=True, eq=False)
 class _Owner:
-    reads: Batches[pb.Item, pb.Answer | ClusterError]
-    writes: Batches[pb.Item, pb.Answer | ClusterError]
-    notices: Batches[str, ClusterError | None]  # tokens to drop
+    reads: Batcher[pb.Item, pb.Answer]
+    writes: Batcher[pb.Item, pb.Answer]
+    notices: Batcher[str, None]  # tokens to drop
     breaker: Breaker = field(default_factory=Breaker)
-    untold: Untold = field(default_factory=lambda: Untold(max_tokens=_MAX_UNTOLD))
+    pending: PendingInvalidations = field(
+        default_factory=lambda: PendingInvalidations(max_tokens=_MAX_PENDING)
+    )
     # (since when, stream), the latest used last; never more than batches may be under way.
-    idle: list[tuple[float, Exchange]] = field(default_factory=list)
+    idle: list[tuple[float, ForwardStream]] = field(default_factory=list)
 
     @property
     def may_be_asked(self) -> bool:
         """Whether it answers, as far as is known, and has missed no change."""
-        return self.breaker.is_closed and not self.untold
+        return self.breaker.is_closed and not self.pending
 
 
 class Forwarder:
@@ -119,7 +102,6 @@ class Forwarder:
         self,
         peers: Peers,
         *,
-        new_batches: NewBatches,
         storage_now_us: Callable[[], int],
         remember_s: float,
     ) -> None:
@@ -131,17 +113,16 @@ class Forwarder:
         self.counters = ForwardCounters()
         self._peers = peers
         self._origin_for: Callable[[str], pb.Origin] = lambda name: pb.Origin(callee=name)
-        self._new_batches = new_batches
         self._storage_now_us = storage_now_us
         self._remember_s = remember_s
         self._view: View | None = None
         self._suspicious: Suspicious | None = None
         self._owners: dict[str, _Owner] = {}
         self._is_needed = asyncio.Event()
-        self._changed = Untold(max_tokens=_MAX_CHANGED)
+        self._changed = PendingInvalidations(max_tokens=_MAX_CHANGED)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def introduce(self, origin_for: Callable[[str], pb.Origin], suspicious: Suspicious) -> None:
+    def bind(self, origin_for: Callable[[str], pb.Origin], suspicious: Suspicious) -> None:
         """Say who this node is to the node of a name, and whom to tell of peers that do not answer."""
         self._origin_for = origin_for
         self._suspicious = suspicious
@@ -167,9 +148,7 @@ class Forwarder:
         """Return the breaker of each peer that was ever asked and is still there."""
         return {name: owner.breaker.state for name, owner in list(self._owners.items())}
 
-    async def ask(
-        self, name: str, item: pb.Item, *, written: str | None, time_left_s: float | None
-    ) -> pb.Answer:
+    async def ask(self, name: str, item: pb.Item, *, written: str | None, deadline: Deadline) -> pb.Answer:
         """Return the owner's own answer, whatever its status; `written` is the token that the call changes.
 
         After PeerUnreachable and PeerTimeout the peer may be doing the work still, but no write from the
@@ -183,13 +162,13 @@ class Forwarder:
         """
         owner = self._owner(name)
         try:
-            result = await self._asked(owner, item, written=written, time_left_s=time_left_s)
+            result = await self._asked(owner, item, written=written, deadline=deadline)
         except PeerSkipped:
             self.counters.by_outcome[name, "skipped"] += 1
             raise
         if isinstance(result, ClusterError):
             if written is not None:
-                owner.untold.add([written], now=time.monotonic())
+                owner.pending.add([written], now=time.monotonic())
             self._failed(name, owner, result, item.timeout_ms / _MS_PER_S)
             raise result
         owner.breaker.answered()
@@ -197,16 +176,16 @@ class Forwarder:
         return result
 
     async def _asked(
-        self, owner: _Owner, item: pb.Item, *, written: str | None, time_left_s: float | None
+        self, owner: _Owner, item: pb.Item, *, written: str | None, deadline: Deadline
     ) -> pb.Answer | ClusterError:
         if not owner.may_be_asked:
             raise PeerSkipped("it does not answer, or has missed changes")
-        try_s = _TRY_S if time_left_s is None else min(time_left_s / 2, _TRY_S)
+        try_s = deadline.share_s(_TRY_S)
         item.timeout_ms = max(1, int(try_s * _MS_PER_S))
         item.deadline_us = self._storage_now_us() + int(try_s * _US_PER_S)
         return await _submitted(owner.reads if written is None else owner.writes, item, try_s + _GRACE_S)
 
-    async def until_over(self, item: pb.Item) -> None:
+    async def wait_until_expired(self, item: pb.Item) -> None:
         """Return when nobody does any more what `ask` was asked to."""
         left_us = item.deadline_us - self._storage_now_us()
         if left_us > 0:
@@ -224,10 +203,10 @@ class Forwarder:
         by_owner = _by_owner(view, tokens)
         await asyncio.gather(*(self._invalidate(name, part, _TELL_S) for name, part in by_owner.items()))
 
-    async def invalidate_everywhere(self, tokens: Sequence[str], *, time_left_s: float | None = None) -> None:
+    async def invalidate_everywhere(self, tokens: Sequence[str], *, deadline: Deadline = NO_DEADLINE) -> None:
         """Have every node drop its copies: for when nodes may not agree on the owner."""
         if self._view is not None:
-            tell_s = _TELL_S if time_left_s is None else max(0.0, min(time_left_s / 2, _TELL_S))
+            tell_s = deadline.share_s(_TELL_S)
             names = self._view.address_by_name
             await asyncio.gather(*(self._invalidate(name, tokens, tell_s) for name in names))
 
@@ -245,8 +224,8 @@ class Forwarder:
     async def _look_after_owners(self) -> None:
         names = set(self._view.address_by_name) if self._view is not None else set()
         for name, owner in list(self._owners.items()):
-            owner.untold.forget(before=time.monotonic() - self._remember_s)
-            if name not in names and not owner.untold:
+            owner.pending.forget(before=time.monotonic() - self._remember_s)
+            if name not in names and not owner.pending:
                 await self._drop_owner(name)
             else:
                 await _end_idle(owner, _IDLE_STREAM_S if self._is_owner(name) else 0.0)
@@ -271,17 +250,11 @@ class Forwarder:
     def _owner(self, name: str) -> _Owner:
         owner = self._owners.get(name)
         if owner is None:
-
-            async def run(items: Sequence[pb.Item]) -> Sequence[pb.Answer | ClusterError]:
-                return await self._run(name, items)
-
-            async def tell(tokens: Sequence[str]) -> Sequence[ClusterError | None]:
-                return await self._tell(name, tokens)
-
+            run, tell = partial(self._run, name), partial(self._tell, name)
             owner = self._owners[name] = _Owner(
-                reads=self._new_batches(run, size_bytes=_item_bytes),
-                writes=self._new_batches(run, size_bytes=_item_bytes),
-                notices=self._new_batches(tell, size_bytes=len),
+                reads=Batcher(run, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full),
+                writes=Batcher(run, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full),
+                notices=Batcher(tell, limits=_BATCHES, size_bytes=len, full=_queue_full),
             )
             self._is_needed.set()
         return owner
@@ -295,14 +268,11 @@ class Forwarder:
     def _is_owner(self, name: str) -> bool:
         return self._view is not None and name in self._view.ring.nodes
 
-    async def _run(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer | ClusterError]:
+    async def _run(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
         batch = pb.Batch(origin=self._origin_for(name), items=items).SerializeToString()
         left_us = max(item.deadline_us for item in items) - self._storage_now_us()
-        try:
-            body = await self._exchanged(name, batch, max(0.0, left_us / _US_PER_S))
-            answers = _answers(body, len(items))
-        except ClusterError as exc:
-            return [type(exc)(*exc.args) for _ in items]
+        body = await self._exchanged(name, batch, max(0.0, left_us / _US_PER_S))
+        answers = _answers(body, len(items))
         self.counters.batch_sizes[bisect_left(BATCH_BUCKETS, len(items))] += 1
         self.counters.items += len(items)
         return answers
@@ -336,12 +306,12 @@ class Forwarder:
         if was_closed and not owner.breaker.is_closed:
             log.warning("breaker_opened", extra={"peer_node": name, "error": str(failure)})
         if self._suspicious is not None:
-            self._suspicious.look_into(name)
+            self._suspicious.probe(name)
 
     async def _try_again(self, name: str) -> None:
         owner = self._owners[name]
         if owner.breaker.is_closed:
-            if owner.untold:
+            if owner.pending:
                 await self._tell_again(name, owner)
             return
         if not owner.breaker.may_try(now=time.monotonic()):
@@ -361,12 +331,12 @@ class Forwarder:
         now = time.monotonic()
         if self._changed.is_everything:
             for name in view.address_by_name:
-                self._owner(name).untold.add_everything(now=now)
+                self._owner(name).pending.add_everything(now=now)
             names = list(view.address_by_name)
         else:
             by_owner = _by_owner(view, self._changed.tokens())
             for name, tokens in by_owner.items():
-                self._owner(name).untold.add(tokens, now=now)
+                self._owner(name).pending.add(tokens, now=now)
             names = list(by_owner)
         for name in names:
             self._spawn(self._tell_now(name))
@@ -389,7 +359,7 @@ class Forwarder:
                 return
             if not isinstance(failure, PeerSkipped):
                 self._failed(name, owner, failure, tell_s)
-        owner.untold.add(tokens, now=time.monotonic())
+        owner.pending.add(tokens, now=time.monotonic())
 
     async def _told(
         self, name: str, owner: _Owner, tokens: Sequence[str], tell_s: float
@@ -402,23 +372,20 @@ class Forwarder:
             return exc
         return None
 
-    async def _tell(self, name: str, tokens: Sequence[str]) -> Sequence[ClusterError | None]:
-        try:
-            await self._send_tokens(name, tokens, _TELL_S)
-        except ClusterError as exc:
-            return [type(exc)(*exc.args) for _ in tokens]
+    async def _tell(self, name: str, tokens: Sequence[str]) -> Sequence[None]:
+        await self._send_tokens(name, tokens, _TELL_S)
         return [None] * len(tokens)
 
     async def _tell_again(self, name: str, owner: _Owner) -> ClusterError | None:
         since_s = time.monotonic()
         try:
             await self._send_tokens(
-                name, owner.untold.tokens(), _TRY_S, is_everything=owner.untold.is_everything
+                name, owner.pending.tokens(), _TRY_S, is_everything=owner.pending.is_everything
             )
         except ClusterError as exc:
             return exc
         # What has come to it meanwhile stays.
-        owner.untold.forget(before=since_s)
+        owner.pending.forget(before=since_s)
         return None
 
     async def _send_tokens(
@@ -431,7 +398,9 @@ class Forwarder:
                 everything=is_everything,
             )
             body = request.SerializeToString()
-            await self._peers.call(self._address(name), "Invalidate", body, timeout_s=try_s, lane=Lane.CALLS)
+            await self._peers.call(
+                self._address(name), "Invalidate", body, timeout_s=try_s, lane=ChannelKind.CALLS
+            )
 
 
 async def _end_idle(owner: _Owner, after_s: float) -> None:
@@ -441,12 +410,20 @@ async def _end_idle(owner: _Owner, after_s: float) -> None:
         await exchange.end()
 
 
-async def _submitted(batches: Batches[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
+def _queue_full() -> ClusterError:
+    return PeerSkipped("too many calls wait for it")
+
+
+async def _submitted(batcher: Batcher[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
     try:
         async with asyncio.timeout(try_s):
-            return await batches.submit(item)
+            return await batcher.submit(item)
     except TimeoutError:
         return PeerTimeout("no answer in time")
+    except PeerSkipped:
+        raise
+    except ClusterError as exc:
+        return exc
     except asyncio.CancelledError:
         if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # this is a coroutine
             raise

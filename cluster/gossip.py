@@ -17,9 +17,9 @@ from typing import Any, Final
 
 from cluster import discovery, wire
 from cluster.errors import ClusterError, PeerRefused, PeerUnreachable
-from cluster.member import Event, Kind, Member, News, Packet, Phase, Send
+from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import Lane, Peers, is_refused
+from cluster.peers import ChannelKind, Peers, is_refused
 from cluster.ring import Ring
 from cluster.swim import Settings, Swim
 from cluster.view import View, alone
@@ -44,7 +44,7 @@ _MAX_CALLS: Final = 512
 _MAX_WATCHED: Final = 64
 _MAX_EVENTS: Final = 512
 _LOG_PAUSE_S: Final = 10.0
-_WARNINGS: Final = frozenset({News.SUSPECT, News.DEAD, News.CONFLICT})
+_WARNINGS: Final = frozenset({EventKind.SUSPECT, EventKind.DEAD, EventKind.CONFLICT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class TimedEvent:
 
 
 class Gossip:
-    """This node's membership, from `run` to `leave` and `farewell`."""
+    """This node's membership, from `run` to `leave` and `announce_left`."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class Gossip:
                 return member.name.rpartition(":")[0]
         return self._seed_by_address.get(address, address).rpartition(":")[0]
 
-    def look_into(self, name: str) -> None:
+    def probe(self, name: str) -> None:
         """Find out soon whether a member is alive: its host may refuse, or it is probed."""
         if name in self._looks:
             # A process that ends closes its connections before its port, or the other way round.
@@ -186,7 +186,7 @@ class Gossip:
             # They know; their rings follow.
             await asyncio.sleep(2 * _RING_DEBOUNCE_S)
 
-    async def farewell(self) -> None:
+    async def announce_left(self) -> None:
         """Tell the others that this node is gone for good, then stop."""
         self.swim.left(now=time.monotonic())
         await self._announce()
@@ -214,7 +214,7 @@ class Gossip:
         """Do what the core ordered since it was last touched."""
         sends, events = self.swim.take()
         for event in events:
-            self._note(event)
+            self._emit(event)
         for send in sends:
             self._spawn(self._deliver(send))
         changes = self.swim.table.changes
@@ -320,7 +320,7 @@ class Gossip:
     def _new_watcher(self, member: Member) -> asyncio.Task[None]:
         # Owned by `_watchers` until `_watch` or `close` cancels it.
         return asyncio.create_task(
-            self._peers.watch(member.address, lambda: self.look_into(member.name)),
+            self._peers.watch(member.address, lambda: self.probe(member.name)),
             name=f"watch {member.name}",
         )
 
@@ -348,7 +348,7 @@ class Gossip:
             answer = await self._exchange(send)
         except PeerUnreachable:
             if send.packet.target:
-                self.look_into(send.packet.target)
+                self.probe(send.packet.target)
         except PeerRefused as exc:
             self._log_once("peer_refuses_us", send.address, str(exc))
         except ClusterError as exc:
@@ -369,7 +369,9 @@ class Gossip:
         self.counters.packets["out", send.packet.kind.name.lower()] += 1
         self.counters.payload_bytes["out"] += len(body)
         timeout_s = _CALL_TIMEOUT_S * (self.swim.health_score + 1)
-        response = await self._peers.call(send.address, "Gossip", body, timeout_s=timeout_s, lane=Lane.GOSSIP)
+        response = await self._peers.call(
+            send.address, "Gossip", body, timeout_s=timeout_s, lane=ChannelKind.GOSSIP
+        )
         self.counters.payload_bytes["in"] += len(response)
         answer, refusal = wire.parse_response(response)
         if refusal:
@@ -416,9 +418,9 @@ class Gossip:
     def _foreign_seeds(self) -> list[str]:
         return [seed for seed in self._seeds if seed not in self._own_addresses]
 
-    def _note(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         self.events.append(TimedEvent(time.time(), event))
-        if event.news is News.DEAD and event.evidence != "heard":
+        if event.kind is EventKind.DEAD and event.evidence != "heard":
             self.counters.detections += 1
             self.counters.detection_s_sum += event.seconds
         member = event.member
@@ -436,8 +438,8 @@ class Gossip:
             fields["confirmations"] = event.confirmations
         if event.seconds:
             fields["seconds"] = round(event.seconds, 3)
-        level = logging.WARNING if event.news in _WARNINGS else logging.INFO
-        log.log(level, event.news.value, extra=fields)
+        level = logging.WARNING if event.kind in _WARNINGS else logging.INFO
+        log.log(level, event.kind.value, extra=fields)
 
     def _log_once(self, event: str, peer: str, text: str) -> None:
         """Warn of what may repeat with every packet, now and then."""

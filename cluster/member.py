@@ -110,7 +110,7 @@ class Send(NamedTuple):
     packet: Packet
 
 
-class News(Enum):
+class EventKind(Enum):
     """What may happen to a member, as logs and metrics name it."""
 
     JOINED = "member_joined"
@@ -127,7 +127,7 @@ class News(Enum):
 class Event(NamedTuple):
     """Something that happened to a member, and how we know."""
 
-    news: News
+    kind: EventKind
     member: Member
     evidence: str = ""
     accuser: str = ""

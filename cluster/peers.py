@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 import grpc
 
 from cluster.errors import ClusterError, PeerRefused, PeerTimeout, PeerUnreachable
+from cluster.peer_auth import METADATA_KEY, NONCE_BYTES, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb
-from cluster.trust import METADATA_KEY, NONCE_BYTES, Seals, Trust
 
 SERVICE_NAME: Final = "mnemosynepeer.Peer"
 _MAX_RESPONSE_BYTES: Final = 64 * 1024**2
@@ -47,7 +47,7 @@ _REFUSALS: Final = frozenset({
 })  # fmt: skip
 
 
-class Lane(Enum):
+class ChannelKind(Enum):
     """Which of the two channels to a peer."""
 
     GOSSIP = "gossip"
@@ -80,7 +80,7 @@ class CallStats(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Line:
+class _Connection:
     channel: Any  # grpc.aio.Channel; its stubs are partial
     answered_s: float  # when it was opened, or the peer last answered on it
     callables: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Peers:
 
     def __init__(
         self,
-        trust: Trust,
+        trust: PeerAuth,
         stats_by_method: Mapping[str, CallStats],
         *,
         server_name: Callable[[str], str] = lambda address: address.rpartition(":")[0],
@@ -101,7 +101,7 @@ class Peers:
         self._stats_by_method = stats_by_method
         self._server_name = server_name
         self._credentials: grpc.ChannelCredentials | None = None
-        self._lines: dict[tuple[str, Lane], _Line] = {}
+        self._lines: dict[tuple[str, ChannelKind], _Connection] = {}
         self._is_closed = False
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -115,7 +115,9 @@ class Peers:
         for address, lane in list(self._lines):
             self._hang_up(address, lane, grace_s=_GRACE_S)
 
-    async def call(self, address: str, method: str, body: bytes, *, timeout_s: float, lane: Lane) -> bytes:
+    async def call(
+        self, address: str, method: str, body: bytes, *, timeout_s: float, lane: ChannelKind
+    ) -> bytes:
         """Return a peer's answer.
 
         Raises:
@@ -129,23 +131,23 @@ class Peers:
                 await self._callable(address, lane, method)(body, timeout=timeout_s, metadata=metadata)
             )
 
-    def exchange(self, address: str) -> Exchange:
+    def exchange(self, address: str) -> ForwardStream:
         """Open a stream of forwarded batches to a peer."""
-        line = self._line(address, Lane.CALLS)
+        line = self._line(address, ChannelKind.CALLS)
         opening = self._signature("Forward", b"")
         call = line.channel.stream_stream(_path("Forward"))(metadata=_metadata(opening))
-        return Exchange(
+        return ForwardStream(
             address,
             call,
-            self._trust.seals(opening),
-            is_current=lambda: self._lines.get((address, Lane.CALLS)) is line,
-            counted=lambda: self._counted(address, Lane.CALLS, "Forward"),
+            self._trust.stream_mac(opening),
+            is_current=lambda: self._lines.get((address, ChannelKind.CALLS)) is line,
+            counted=lambda: self._counted(address, ChannelKind.CALLS, "Forward"),
         )
 
     async def watch(self, address: str, lost: Callable[[], None]) -> None:
         """Keep the gossip connection to a peer open, and tell each time that it is lost; for ever."""
         while not self._is_closed:
-            channel = self._line(address, Lane.GOSSIP).channel
+            channel = self._line(address, ChannelKind.GOSSIP).channel
             state = channel.get_state(try_to_connect=True)
             # Closed meanwhile, it is replaced in the next turn.
             with suppress(grpc.aio.BaseError):
@@ -155,7 +157,7 @@ class Peers:
 
     def forget(self, address: str) -> None:
         """Close the channels to an address: its node is gone, or another one now."""
-        for lane in Lane:
+        for lane in ChannelKind:
             self._hang_up(address, lane)
 
     async def close(self) -> None:
@@ -164,12 +166,12 @@ class Peers:
         lines, self._lines = list(self._lines.values()), {}
         await asyncio.gather(*(line.channel.close() for line in lines), *self._closing)
 
-    def _line(self, address: str, lane: Lane) -> _Line:
+    def _line(self, address: str, lane: ChannelKind) -> _Connection:
         line = self._lines.get((address, lane))
         if line is None:
             if len(self._lines) >= _MAX_CHANNELS:
                 self.forget(next(iter(self._lines))[0])
-            line = _Line(self._channel(address), answered_s=time.monotonic())
+            line = _Connection(self._channel(address), answered_s=time.monotonic())
             self._lines[address, lane] = line
         return line
 
@@ -181,14 +183,14 @@ class Peers:
         options = (*_OPTIONS, ("grpc.ssl_target_name_override", name))
         return grpc.aio.secure_channel(address, self._credentials, options=options)
 
-    def _callable(self, address: str, lane: Lane, method: str) -> Any:  # noqa: ANN401  # grpcio's own type is private
+    def _callable(self, address: str, lane: ChannelKind, method: str) -> Any:  # noqa: ANN401  # grpcio's own type is private
         line = self._line(address, lane)
         found = line.callables.get(method)
         if found is None:
             found = line.callables[method] = line.channel.unary_unary(_path(method))
         return found
 
-    def _hang_up(self, address: str, lane: Lane, *, grace_s: float | None = None) -> None:
+    def _hang_up(self, address: str, lane: ChannelKind, *, grace_s: float | None = None) -> None:
         line = self._lines.pop((address, lane), None)
         if line is not None:
             task = asyncio.create_task(line.channel.close(grace_s))
@@ -196,7 +198,7 @@ class Peers:
             task.add_done_callback(self._closing.discard)
 
     @contextmanager
-    def _counted(self, address: str, lane: Lane, method: str) -> Iterator[None]:
+    def _counted(self, address: str, lane: ChannelKind, method: str) -> Iterator[None]:
         """Count what is awaited inside, and raise its failure as one of ours."""
         stats = self._stats_by_method[method]
         stats.begin()
@@ -226,7 +228,7 @@ class Peers:
         finally:
             stats.end(code.name, time.perf_counter() - started_s)
 
-    def _doubt(self, address: str, lane: Lane) -> None:
+    def _doubt(self, address: str, lane: ChannelKind) -> None:
         # What a network lost, TCP sends again ever more rarely; a new connection works as soon as it does.
         line = self._lines.get((address, lane))
         if line is not None and time.monotonic() - line.answered_s > _SILENCE_S:
@@ -237,14 +239,14 @@ class Peers:
         return self._trust.sign(method, body, now_ms=now_ms, nonce=os.urandom(NONCE_BYTES))
 
 
-class Exchange:
+class ForwardStream:
     """A stream to one peer, on which each batch is answered before the next is sent."""
 
     def __init__(
         self,
         address: str,
         call: Any,  # noqa: ANN401  # likewise
-        seals: Seals,
+        stream_mac: StreamMac,
         *,
         is_current: Callable[[], bool],
         counted: Callable[[], AbstractContextManager[None]],
@@ -255,7 +257,7 @@ class Exchange:
         """
         self.address = address
         self._call = call
-        self._seals = seals
+        self._seals = stream_mac
         self._is_current = is_current
         self._counted = counted
 

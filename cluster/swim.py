@@ -12,8 +12,8 @@ the dead, so that partitions heal; deadlines that move by what this node's own l
 
 Rules for editing:
 - What the network sent never raises: it is a claim, newer or not (`_consider`).
-- Every change of the table goes through `_hold`, every word about this node itself through `_hear_about_me`.
-- Only `_renew` raises this node's incarnation.
+- Every change of the table goes through `_store`, every word about this node itself through `_refute`.
+- Only `_bump_incarnation` raises this node's incarnation.
 - Iterate dictionaries and lists, never sets: their order would differ between processes.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, assert_never
 
 from cluster.dissemination import Dissemination
-from cluster.member import Event, Kind, Member, News, Packet, Phase, Send, State, Update
+from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, State, Update
 from cluster.suspicion import Suspicion
 from cluster.table import Base, ProbeOrder, Table
 
@@ -135,7 +135,7 @@ class Swim:
         self._mismatch_sync_s = -math.inf
         self._active_s = math.inf
         self.wants_seeds = False
-        self._hold(me, now)
+        self._store(me, now)
 
     def take(self) -> tuple[list[Send], list[Event]]:
         """Return what has to be sent and what has happened since the last call."""
@@ -165,28 +165,28 @@ class Swim:
         """Own tokens from now on; called when nobody answered, or some time after somebody did."""
         self._active_s = math.inf
         if self.me.phase == Phase.JOINING:
-            self._renew(self.me.incarnation + 1, now, phase=Phase.ACTIVE)
+            self._bump_incarnation(self.me.incarnation + 1, now, phase=Phase.ACTIVE)
 
     def leave(self, *, now: float) -> None:
         """Own nothing from now on but go on answering; tell the others at once."""
         self._active_s = math.inf
         if self.me.phase != Phase.LEAVING:
-            self._renew(self.me.incarnation + 1, now, phase=Phase.LEAVING)
-            self._tell_directly()
+            self._bump_incarnation(self.me.incarnation + 1, now, phase=Phase.LEAVING)
+            self._send_directly()
 
     def left(self, *, now: float) -> None:
-        """Say farewell: the process is about to end."""
+        """Say announce_left: the process is about to end."""
         if self.me.state != State.LEFT:
             self.me = self.me._replace(state=State.LEFT, incarnation=self.me.incarnation + 1)
-            self._hold(self.me, now)
-            self._tell_directly()
+            self._store(self.me, now)
+            self._send_directly()
 
     def receive(self, packet: Packet, *, now: float) -> Packet | None:
         """Take a packet in; return the answer to it, if it asks for one."""
         sender = packet.sender
         if sender.name == self.me.name:
             if sender.instance != self.me.instance:
-                self._hear_about_me(Update(sender), now)
+                self._refute(Update(sender), now)
             return None
         if packet.target not in ("", self.me.name):
             # The address was another node's; its silence is the answer.
@@ -352,7 +352,7 @@ class Swim:
         """Believe a claim that is newer than what is held."""
         claim = update.member
         if claim.name == self.me.name:
-            self._hear_about_me(update, now)
+            self._refute(update, now)
             return
         held = self.table.get(claim.name)
         if held is not None and claim.version <= held.version:
@@ -369,18 +369,18 @@ class Swim:
     def _believe(self, update: Update, held: Member | None, now: float) -> None:
         claim = update.member
         suspicion = self._suspicions.get(claim.name)
-        if not self._hold(claim, now):
+        if not self._store(claim, now):
             return
         if held is None and claim.is_gone:
-            # Remembered, lest older news bring it to life; nobody has to hear of it again.
+            # Remembered, so that older claims cannot revive it; nobody has to hear of it again.
             return
         self._updates.put(update)
         self._schedule_gossip(now)
         if claim.state == State.SUSPECT:
             self._suspect(update, now)
-        self._tell(claim, held, suspicion, now)
+        self._emit_change(claim, held, suspicion, now)
 
-    def _hold(self, claim: Member, now: float) -> bool:
+    def _store(self, claim: Member, now: float) -> bool:
         if not self.table.put(claim):
             return False
         if claim.state != State.SUSPECT:
@@ -393,38 +393,40 @@ class Swim:
             self._gone_since_s.pop(claim.name, None)
         return True
 
-    def _tell(self, claim: Member, held: Member | None, suspicion: Suspicion | None, now: float) -> None:
+    def _emit_change(
+        self, claim: Member, held: Member | None, suspicion: Suspicion | None, now: float
+    ) -> None:
         """Make the event of a change."""
         seconds = now - suspicion.began_s if suspicion is not None else 0.0
         match claim.state:
             case State.DEAD:
                 self.counters.deaths += 1
-                self._note(News.DEAD, claim, "heard", seconds=seconds)
+                self._emit(EventKind.DEAD, claim, "heard", seconds=seconds)
             case State.LEFT:
-                self._note(News.LEFT, claim)
+                self._emit(EventKind.LEFT, claim)
             case State.ALIVE:
-                self._tell_of_life(claim, held, seconds)
+                self._emit_life_change(claim, held, seconds)
             case State.SUSPECT:
                 pass
             case never:
                 assert_never(never)
 
-    def _tell_of_life(self, claim: Member, held: Member | None, seconds: float) -> None:
+    def _emit_life_change(self, claim: Member, held: Member | None, seconds: float) -> None:
         phase = Phase.JOINING
         if held is None or held.is_gone or held.generation < claim.generation:
-            self._note(News.JOINED, claim)
+            self._emit(EventKind.JOINED, claim)
         else:
             phase = held.phase
             if held.state == State.SUSPECT:
                 self.counters.false_suspicions += 1
-                self._note(News.REFUTED, claim, seconds=seconds)
+                self._emit(EventKind.REFUTED, claim, seconds=seconds)
         if held is not None and held.address != claim.address:
-            self._note(News.MOVED, claim)
+            self._emit(EventKind.MOVED, claim)
         if claim.phase != phase:
-            self._note(News.ACTIVE if claim.phase == Phase.ACTIVE else News.LEAVING, claim)
+            self._emit(EventKind.ACTIVE if claim.phase == Phase.ACTIVE else EventKind.LEAVING, claim)
 
-    def _note(self, news: News, member: Member, evidence: str = "", *, seconds: float = 0.0) -> None:
-        self._events.append(Event(news, member, evidence, seconds=seconds))
+    def _emit(self, kind: EventKind, member: Member, evidence: str = "", *, seconds: float = 0.0) -> None:
+        self._events.append(Event(kind, member, evidence, seconds=seconds))
 
     def _suspect(self, update: Update, now: float) -> None:
         member = update.member
@@ -445,7 +447,7 @@ class Swim:
         suspicion.accuse(accuser, is_refused=update.is_refused, now=now)
         self.counters.suspicions += 1
         evidence = "refused" if update.is_refused else "silent"
-        self._events.append(Event(News.SUSPECT, member, evidence, accuser))
+        self._events.append(Event(EventKind.SUSPECT, member, evidence, accuser))
         if accuser != self.me.name and self._rng.random() * self.table.live < settings.early_probes:
             # A second opinion now, not when its turn comes.
             self._early_s[member.name] = now + self._rng.random() * _DROP_JITTER_S
@@ -456,7 +458,7 @@ class Swim:
             self._updates.put(update)
             self._schedule_gossip(now)
 
-    def _hear_about_me(self, update: Update, now: float) -> None:
+    def _refute(self, update: Update, now: float) -> None:
         claim, me = update.member, self.me
         if me.state == State.LEFT:
             return
@@ -467,9 +469,9 @@ class Swim:
                 self._worsen(1)
                 # Whoever can be told so is perhaps well again: find out.
                 self._probe_s = min(self._probe_s, now + self.settings.probe_interval_s)
-                self._renew(claim.incarnation + 1, now)
+                self._bump_incarnation(claim.incarnation + 1, now)
         elif claim.generation == me.generation and claim.incarnation > me.incarnation:
-            self._renew(claim.incarnation + 1, now)
+            self._bump_incarnation(claim.incarnation + 1, now)
 
     def _meet_rival(self, claim: Member, now: float) -> None:
         """Stand above another process of this node's name.
@@ -482,15 +484,15 @@ class Swim:
         met = self._rivals.get(claim.instance, 0)
         self._rivals[claim.instance] = met + 1
         if met and claim.state == State.ALIVE and claim.instance > self.me.instance:
-            self._note(News.CONFLICT, claim, "another live node has this node's name")
+            self._emit(EventKind.CONFLICT, claim, "another live node has this node's name")
             self.leave(now=now)
             return
         self.me = self.me._replace(generation=claim.generation + 1)
-        self._renew(self.me.incarnation + 1, now)
+        self._bump_incarnation(self.me.incarnation + 1, now)
 
-    def _renew(self, incarnation: int, now: float, *, phase: Phase | None = None) -> None:
+    def _bump_incarnation(self, incarnation: int, now: float, *, phase: Phase | None = None) -> None:
         self.me = self.me._replace(incarnation=incarnation, phase=self.me.phase if phase is None else phase)
-        self._hold(self.me, now)
+        self._store(self.me, now)
         self._updates.put(Update(self.me))
         self._schedule_gossip(now)
 
@@ -600,14 +602,14 @@ class Swim:
             member = self.table.get(name)
             assert member is not None
             dead = member._replace(state=State.DEAD)
-            self._hold(dead, now)
+            self._store(dead, now)
             self._updates.put(Update(dead))
             self._schedule_gossip(now)
             self.counters.deaths += 1
             evidence = "refused" if suspicion.is_refused else "silent"
             self._events.append(
                 Event(
-                    News.DEAD,
+                    EventKind.DEAD,
                     dead,
                     evidence,
                     confirmations=suspicion.confirmations,
@@ -646,7 +648,7 @@ class Swim:
                 self._send(member.address, Kind.GOSSIP, target=member.name)
         self._gossip_s = now + self.settings.gossip_interval_s if self._updates and receivers else math.inf
 
-    def _tell_directly(self) -> None:
+    def _send_directly(self) -> None:
         """Send this node's own state to everybody where that is cheap, else to some."""
         everybody = self.table.live - (not self.me.is_gone)
         count = everybody if everybody <= _DIRECT_LEAVE else self.settings.gossip_fanout

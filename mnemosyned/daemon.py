@@ -23,10 +23,10 @@ import uvloop
 
 from cache.lru import Lru
 from cache.read_through import ReadThrough
-from cluster.trust import is_loopback
+from cluster.peer_auth import is_loopback
 from mnemosyned import __version__
 from mnemosyned.admin.cluster import ClusterCollector, page
-from mnemosyned.admin.server import OperatorServer, Readiness
+from mnemosyned.admin.server import AdminServer, Readiness
 from mnemosyned.api import reflection, session_manager
 from mnemosyned.api.auth import guard
 from mnemosyned.api.health import SERVICE_NAME as HEALTH
@@ -47,20 +47,20 @@ from mnemosyned.observe.metrics import (
 from mnemosyned.options import bag_limits, engine_options, lifetimes, tls_files
 from mnemosyned.security import api_keys as keys
 from mnemosyned.security.api_keys import Callers
-from mnemosyned.security.file_reloader import FilesUnusable, FileWatch
+from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 from mnemosyned.security.tls import (
     TlsMaterial,
-    operator_context,
-    watch_tls,
+    admin_context,
+    tls_reloader,
 )
 from mnemosyned.sessions.cleanup import run_cleanup
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import Lifetimes, SessionService
 from mnemosyned.sessions.store import SessionStore, StorageRefused
 from mnemosyned.sessions.touches import TouchWriter
-from mnemosyned.storage.engines import new_store, token_names, warn_of_unknown_keys
-from mnemosyned.storage.health import StorageWatch
+from mnemosyned.storage.engines import new_store, token_hasher, warn_of_unknown_keys
+from mnemosyned.storage.health import StorageHealth
 from mnemosyned.transport.engine import Engine, EngineOptions, ListenFailed, host_port
 from mnemosyned.transport.grpcio_engine import GrpcioEngine
 from mnemosyned.transport.h2corn_engine import H2cornEngine
@@ -141,13 +141,13 @@ class _Daemon:
         self._registry = new_registry()
         self._upkeep = UpkeepMetrics(self._registry)
         self._clock = StorageClock()
-        self._names = token_names(config)
+        self._names = token_hasher(config)
         self._store = new_store(config, None if embedded is None else embedded.dsn, self._registry)
-        self._watch = StorageWatch(self._store, self._clock)
-        self._lru: Lru[ReadySession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
-        absent_bytes = config.cache_absent_bytes if config.cache_ttl_s else 0
-        self._absent: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=absent_bytes)
-        self._cache = ReadThrough(self._lru, self._absent, aliases=self._names)
+        self._watch = StorageHealth(self._store, self._clock)
+        self._lru: Lru[EncodedSession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
+        negative_bytes = config.cache_negative_bytes if config.cache_ttl_s else 0
+        self._negative: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=negative_bytes)
+        self._cache = ReadThrough(self._lru, self._negative, aliases=self._names)
         self._touches = TouchWriter(
             self._store,
             max_waiting=config.cache_size,
@@ -169,7 +169,7 @@ class _Daemon:
         self._refusal = ""
         self._welcome = ""  # for people, in development
 
-    def _new_service(self, cache: ReadThrough[ReadySession], lasting: Lifetimes) -> SessionService:
+    def _new_service(self, cache: ReadThrough[EncodedSession], lasting: Lifetimes) -> SessionService:
         return SessionService(
             self._store,
             cache,
@@ -195,7 +195,7 @@ class _Daemon:
 
     def _add_clustered_methods(self, node: ClusterNode) -> None:
         # Beside the cache: a write past it ends what is in it, and the other way round.
-        nothing: Lru[ReadySession] = Lru(max_entries=0, max_bytes=0)
+        nothing: Lru[EncodedSession] = Lru(max_entries=0, max_bytes=0)
         no_cache = ReadThrough(nothing, beside=self._cache, aliases=self._names)
         self._passing = self._new_service(no_cache, replace(lifetimes(self._config), cache_us=0))
         services = node.services(self._service, self._passing)
@@ -234,14 +234,14 @@ class _Daemon:
         if self._refusal:
             raise StartFailed(self._refusal)
 
-    async def _listen(self) -> tuple[OperatorServer, Engine]:
+    async def _listen(self) -> tuple[AdminServer, Engine]:
         config = self._config
         engine = _ENGINES[config.grpc_engine](self._table, engine_options(config))
         try:
-            context = operator_context(tls_files(config)) if config.tls else None
+            context = admin_context(tls_files(config)) if config.tls else None
             port = await engine.start()
             operator_port = config.port and config.port + 1
-            operator = OperatorServer.start(
+            operator = AdminServer.start(
                 config.host,
                 operator_port,
                 registry=self._registry,
@@ -261,12 +261,12 @@ class _Daemon:
         return operator, engine
 
     async def _follow_tls(
-        self, watch: FileWatch[TlsMaterial], operator: OperatorServer, engine: Engine
+        self, watch: FileReloader[TlsMaterial], operator: AdminServer, engine: Engine
     ) -> None:
         """Have everything that uses the TLS files take new ones."""
 
         async def reload_operator(_: TlsMaterial) -> None:
-            operator.serve_tls(operator_context(tls_files(self._config)))
+            operator.serve_tls(admin_context(tls_files(self._config)))
 
         watch.followers += [reload_operator, engine.reload_tls]
         if self._node is not None:
@@ -324,7 +324,7 @@ class _Daemon:
         except (MnemosyneError, TimeoutError):
             log.error("touches_lost", extra={"sessions": len(self._touches)})
         if self._node is not None:
-            await self._node.farewell()
+            await self._node.announce_left()
 
     async def _leave(self) -> None:
         if self._node is not None:
@@ -353,7 +353,7 @@ class _Daemon:
                 self._cache.counters,
                 entries=lambda: len(self._lru),
                 size_bytes=lambda: self._lru.size_bytes,
-                absent_entries=lambda: len(self._absent),
+                negative_entries=lambda: len(self._negative),
             )
         )
 
@@ -390,7 +390,7 @@ def _new_node(
     config: Config,
     store: SessionStore,
     clock: StorageClock,
-    cache: ReadThrough[ReadySession],
+    cache: ReadThrough[EncodedSession],
     touches: TouchWriter,
 ) -> ClusterNode | None:
     if not config.cluster_listen or config.storage == "memory":
@@ -414,20 +414,20 @@ def _new_tracing(endpoint: str) -> Tracing | None:
         raise StartFailed(f"flag -tracing.agent.address: {exc}") from exc
 
 
-def _new_tls_watch(config: Config) -> FileWatch[TlsMaterial] | None:
+def _new_tls_watch(config: Config) -> FileReloader[TlsMaterial] | None:
     if not config.tls:
         return None
     try:
-        return watch_tls(tls_files(config))
+        return tls_reloader(tls_files(config))
     except FilesUnusable as exc:
         raise StartFailed(f"flag -tls: {exc}") from exc
 
 
-def _new_keys_watch(config: Config) -> FileWatch[Callers] | None:
+def _new_keys_watch(config: Config) -> FileReloader[Callers] | None:
     if not config.auth_keys:
         return None
     try:
-        return FileWatch("keys", [config.auth_keys], partial(keys.read, config.auth_keys))
+        return FileReloader("keys", [config.auth_keys], partial(keys.read, config.auth_keys))
     except FilesUnusable as exc:
         raise StartFailed(f"flag -auth.keys: {exc}") from exc
 

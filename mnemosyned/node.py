@@ -6,29 +6,27 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final
 
-from aio.batcher import Batcher, BatchLimits
 from cluster import discovery
-from cluster.errors import PeerSkipped
 from cluster.forward import Forwarder
 from cluster.gossip import Gossip, Identity
 from cluster.member import Member, Phase, State
+from cluster.peer_auth import PeerAuth
 from cluster.peers import SERVICE_NAME, Peers, TlsIdentity
-from cluster.trust import Trust
 from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService
 from mnemosyned.api.router import ClusterRouter, OwnerRouter, Services
-from mnemosyned.errors import MnemosyneError, Overloaded, StorageUnavailable
+from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.observe.metrics import MethodStats
 
 if TYPE_CHECKING:
     from cache.read_through import ReadThrough
     from mnemosyned.security.tls import TlsMaterial
     from mnemosyned.sessions.clock import StorageClock
-    from mnemosyned.sessions.encoded import ReadySession
+    from mnemosyned.sessions.encoded import EncodedSession
     from mnemosyned.sessions.service import SessionService
     from mnemosyned.sessions.store import SessionStore
     from mnemosyned.sessions.touches import TouchWriter
@@ -36,15 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A quarter of an h2corn flow-control window: such a batch is on the wire at once.
-_FORWARDS: Final = BatchLimits(
-    max_items=128, max_bytes=256 * 1024, max_waiting=10_000, lanes=2, is_eager=True
-)
 _SWEEP_KEYS: Final = 1000
 _RETRY_S: Final = 0.5
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +57,12 @@ class Sessions:
 
     store: SessionStore
     clock: StorageClock
-    cache: ReadThrough[ReadySession]
+    cache: ReadThrough[EncodedSession]
     touches: TouchWriter
 
 
 class ClusterNode:
-    """One node, from the construction of its method table to its farewell.
+    """One node, from the construction of its method table to its announce_left.
 
     Calls are answered from the start: until `run` has found the others, past the cache. Nobody should be
     sent here before `has_joined`, though: what is written until then, the others hear of only afterwards.
@@ -81,11 +72,10 @@ class ClusterNode:
         self._options = options
         self._sessions = sessions
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
-        self.trust = Trust([secret.encode() for secret in options.secrets], options.peer_names)
+        self.trust = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
         self._peers = Peers(self.trust, self.client_stats, server_name=self._host_at)
         self.forwarder = Forwarder(
             self._peers,
-            new_batches=PeerBatches,
             storage_now_us=sessions.clock.now_us,
             remember_s=options.cache_ttl_s,
         )
@@ -143,7 +133,7 @@ class ClusterNode:
             instance=int.from_bytes(os.urandom(8), "big") >> 1,
         )
         self.gossip = Gossip(me, identity, self._peers, seeds=options.seeds, on_view=self._follow)
-        self.forwarder.introduce(identity.message, self.gossip)
+        self.forwarder.bind(identity.message, self.gossip)
         self.gossip.start()
         await self.forwarder.run()
 
@@ -154,10 +144,10 @@ class ClusterNode:
         if self._service is not None:
             self._service.close()
 
-    async def farewell(self) -> None:
+    async def announce_left(self) -> None:
         """Leave for good, when the last call is answered."""
         if self.gossip is not None:
-            await self.gossip.farewell()
+            await self.gossip.announce_left()
         if self._sweep is not None:
             self._sweep.cancel()
             await asyncio.gather(self._sweep, return_exceptions=True)
@@ -211,7 +201,7 @@ class ClusterNode:
             # What that ring took away and this one gives back may not have been dropped in between.
             self._sweep.cancel()
             self._drop(None)
-        # Owned here until it ends, is cancelled above, or by `farewell`.
+        # Owned here until it ends, is cancelled above, or by `announce_left`.
         self._sweep = asyncio.create_task(self._let_go(view))
 
     async def _let_go(self, view: View) -> None:
@@ -230,23 +220,3 @@ class ClusterNode:
         except MnemosyneError as exc:
             # They wait for the next round of the writer.
             log.debug("touches_wait", extra={"error": str(exc)})
-
-
-class PeerBatches(Generic[Item, Result]):
-    """Batches to a peer, with the cluster's own word for a queue that is full."""
-
-    def __init__(
-        self,
-        run: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
-        *,
-        size_bytes: Callable[[Item], int],
-    ) -> None:
-        self._batcher: Batcher[Item, Result] = Batcher(run, limits=_FORWARDS, size_bytes=size_bytes)
-        self.close = self._batcher.close
-
-    async def submit(self, item: Item) -> Result:
-        """Return the item's own result. Raises PeerSkipped."""
-        try:
-            return await self._batcher.submit(item)
-        except Overloaded:
-            raise PeerSkipped("too many calls wait for it") from None

@@ -40,7 +40,7 @@ async def exported_families() -> list[Metric]:
     show_certificates_end(registry, lambda: 0.0)
     registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
     registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
-    registry.register(CacheCollector(CacheCounters(), entries=int, size_bytes=int, absent_entries=int))
+    registry.register(CacheCollector(CacheCounters(), entries=int, size_bytes=int, negative_entries=int))
     async with peering(MemoryStore(ttl_us=1, touch_interval_us=1, wall_us=lambda: 0)) as peer:
         registry.register(ClusterCollector(peer.node))
         return list(registry.collect())

@@ -15,17 +15,17 @@ from serving import ENGINES, LIFETIMES, OPTIONS
 
 from cache.lru import Lru
 from cache.read_through import ReadThrough
-from cluster.trust import Trust
+from cluster.peer_auth import PeerAuth
 from mnemosyned.api import session_manager
 from mnemosyned.api.router import carried
 from mnemosyned.node import ClusterNode, NodeOptions, Sessions
 from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.store import SessionStore
 from mnemosyned.sessions.touches import TouchWriter
-from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.transport.methods import MethodTable
 
 
@@ -35,10 +35,10 @@ class Parts:
     node: ClusterNode
     table: MethodTable
     calls: MethodTable  # what is forwarded here
-    cache: ReadThrough[ReadySession]
+    cache: ReadThrough[EncodedSession]
     services: tuple[SessionService, SessionService]
     stopped: asyncio.Event
-    trust: Trust
+    trust: PeerAuth
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,7 @@ async def peering(
         await asyncio.gather(*running, return_exceptions=True)
         await node.leave()
         await engine.drain()
-        await node.farewell()
+        await node.announce_left()
         for service in parts.services:
             await service.close()
 
@@ -97,11 +97,11 @@ def _put_together(
     label: str,
 ) -> Parts:
     """Make the parts of a node, as the daemon does."""
-    token_names = store.token_names if isinstance(store, ProtectedStore) else None
-    cache: ReadThrough[ReadySession] = ReadThrough(
+    token_hasher = store.token_hasher if isinstance(store, HashedStore) else None
+    cache: ReadThrough[EncodedSession] = ReadThrough(
         Lru(max_entries=1000, max_bytes=10_000_000),
         Lru(max_entries=1000, max_bytes=1_000_000),
-        aliases=token_names,
+        aliases=token_hasher,
     )
     lost = UpkeepMetrics(CollectorRegistry()).touches_lost
     touches = TouchWriter(store, max_waiting=100, lost=lost, on_gone=cache.drop)
@@ -116,7 +116,7 @@ def _put_together(
     )
     node = ClusterNode(options, Sessions(store=store, clock=clock, cache=cache, touches=touches))
 
-    def service(kept: ReadThrough[ReadySession], cache_us: int) -> SessionService:
+    def service(kept: ReadThrough[EncodedSession], cache_us: int) -> SessionService:
         lifetimes = replace(LIFETIMES, cache_us=cache_us)
         return SessionService(
             store, kept, touches, clock=clock, lifetimes=lifetimes, elsewhere=node.forwarder
@@ -124,7 +124,7 @@ def _put_together(
 
     owned, passing = (
         service(cache, LIFETIMES.cache_us),
-        service(ReadThrough(Lru(max_entries=0, max_bytes=0), beside=cache, aliases=token_names), 0),
+        service(ReadThrough(Lru(max_entries=0, max_bytes=0), beside=cache, aliases=token_hasher), 0),
     )
     services = node.services(owned, passing)
     table, calls, stopped = MethodTable(), MethodTable(), asyncio.Event()
@@ -139,5 +139,5 @@ def _put_together(
         cache=cache,
         services=(owned, passing),
         stopped=stopped,
-        trust=Trust([secret.encode() for secret in secrets]),
+        trust=PeerAuth([secret.encode() for secret in secrets]),
     )

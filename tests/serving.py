@@ -18,11 +18,11 @@ from mnemosyned.api.health import Health
 from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import Lifetimes, SessionService
 from mnemosyned.sessions.store import SessionStore
 from mnemosyned.sessions.touches import TouchWriter
-from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.transport.engine import Engine, EngineOptions
 from mnemosyned.transport.grpcio_engine import GrpcioEngine
 from mnemosyned.transport.h2corn_engine import H2cornEngine
@@ -48,7 +48,7 @@ class Node:
     engine: Engine
     table: MethodTable
     health: Health
-    cache: ReadThrough[ReadySession]
+    cache: ReadThrough[EncodedSession]
     touches: TouchWriter
     service: SessionService
 
@@ -62,11 +62,11 @@ async def serving(
     options: EngineOptions = OPTIONS,
     bag_limits: BagLimits | None = None,
 ) -> AsyncIterator[Node]:
-    token_names = store.token_names if isinstance(store, ProtectedStore) else None
-    cache: ReadThrough[ReadySession] = ReadThrough(
+    token_hasher = store.token_hasher if isinstance(store, HashedStore) else None
+    cache: ReadThrough[EncodedSession] = ReadThrough(
         Lru(max_entries=10_000, max_bytes=100_000_000),
         Lru(max_entries=10_000, max_bytes=1_000_000),
-        aliases=token_names,
+        aliases=token_hasher,
     )
     touches = TouchWriter(
         store, max_waiting=100, lost=UpkeepMetrics(CollectorRegistry()).touches_lost, on_gone=cache.drop

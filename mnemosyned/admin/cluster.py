@@ -107,7 +107,7 @@ def _event(timed: TimedEvent) -> dict[str, object]:
     event = timed.event
     return {
         "at": round(timed.at_s, 3),
-        "event": event.news.value,
+        "event": event.kind.value,
         "node": event.member.name,
         "incarnation": event.member.incarnation,
         "evidence": event.evidence,

@@ -44,7 +44,7 @@ class Readiness:
 Page = Callable[[Mapping[str, list[str]]], object]
 
 
-class OperatorServer:
+class AdminServer:
     """Serves `/metrics`, `/healthz`, `/healthr` and further pages of JSON until stopped.
 
     `readiness` and the pages are called on the server's threads and must not block.
@@ -60,7 +60,7 @@ class OperatorServer:
         readiness: Callable[[], Readiness],
         pages: Mapping[str, Page] | None = None,
         tls: SSLContext | None = None,
-    ) -> OperatorServer:
+    ) -> AdminServer:
         """Listen and serve; port 0 is any free one. Raises OSError."""
         server = _Server((host, port), registry, readiness, pages or {})
         server.tls = tls

@@ -11,11 +11,12 @@ from typing import Any, Final
 
 from grpc import StatusCode
 
-from cluster.errors import MalformedPacket, Stranger
+from aio.deadline import Deadline
+from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
+from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
-from cluster.trust import METADATA_KEY, Seals, Trust
 from mnemosyned.api import session_manager
 from mnemosyned.api.session_manager import Answer, parsed
 from mnemosyned.errors import (
@@ -66,7 +67,7 @@ class PeerService:
         self._is_closed = False
         self._rounds = 0  # of streams that were begun between two ends
 
-    def add_to(self, table: MethodTable, trust: Trust, *, max_message_bytes: int) -> None:
+    def add_to(self, table: MethodTable, trust: PeerAuth, *, max_message_bytes: int) -> None:
         """Serve it to peers; `max_message_bytes` is a client's limit."""
         answers: dict[str, UnaryAnswer] = {
             "Gossip": self._answer_gossip,
@@ -100,15 +101,15 @@ class PeerService:
             raise MalformedMessage(f"mnemosyned: {exc}") from None
 
     async def _forward(
-        self, messages: AsyncIterator[bytes], call: Call, trust: Trust
+        self, messages: AsyncIterator[bytes], call: Call, trust: PeerAuth
     ) -> AsyncIterator[bytes]:
         opening = call.metadata(METADATA_KEY)
         _check(trust, opening, "Forward", b"", call)
-        seals = Seals([]) if trust.knows(call.certificate_names) else trust.seals(opening or "")
+        stream_mac = StreamMac([]) if trust.knows(call.certificate_names) else trust.stream_mac(opening or "")
         async for message in self._until_closed(messages):
             request = parsed(pb.ForwardRequest, message)
             with _refusing_strangers():
-                seals.check(request.seal, request.batch)
+                stream_mac.check(request.seal, request.batch)
             answer = self._answer_batch(parsed(pb.Batch, request.batch), call)
             yield answer if isinstance(answer, bytes) else await answer
 
@@ -178,15 +179,16 @@ class PeerService:
 class _ForwardedCall:
     """Call of a client that came in elsewhere."""
 
-    __slots__ = ("_deadline_s", "_item", "certificate_names", "not_after_us", "peer")
+    __slots__ = ("_item", "certificate_names", "deadline", "peer")
 
     certificate_names: tuple[str, ...]  # the client showed one to the node that forwards, if at all
 
     def __init__(self, item: pb.Item, peer: str) -> None:
         self._item = item
-        self._deadline_s = time.monotonic() + item.timeout_ms / _MS_PER_S
         self.peer = peer
-        self.not_after_us = item.deadline_us - _CLOCK_ERROR_US
+        self.deadline = Deadline.in_s(
+            item.timeout_ms / _MS_PER_S, not_after_us=item.deadline_us - _CLOCK_ERROR_US
+        )
         self.certificate_names = ()
 
     def metadata(self, key: str) -> str | None:
@@ -194,11 +196,8 @@ class _ForwardedCall:
             return None
         return getattr(self._item, key) or None
 
-    def time_left_s(self) -> float | None:
-        return self._deadline_s - time.monotonic()
 
-
-def _guarded(name: str, answer: UnaryAnswer, trust: Trust) -> UnaryAnswer:
+def _guarded(name: str, answer: UnaryAnswer, trust: PeerAuth) -> UnaryAnswer:
     def guarded(message: bytes, call: Call) -> Answer:
         _check(trust, call.metadata(METADATA_KEY), name, message, call)
         return answer(message, call)
@@ -206,7 +205,7 @@ def _guarded(name: str, answer: UnaryAnswer, trust: Trust) -> UnaryAnswer:
     return guarded
 
 
-def _check(trust: Trust, signature: str | None, method: str, body: bytes, call: Call) -> None:
+def _check(trust: PeerAuth, signature: str | None, method: str, body: bytes, call: Call) -> None:
     if not trust.knows(call.certificate_names):
         with _refusing_strangers():
             trust.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
@@ -216,7 +215,7 @@ def _check(trust: Trust, signature: str | None, method: str, body: bytes, call: 
 def _refusing_strangers() -> Iterator[None]:
     try:
         yield
-    except Stranger as exc:
+    except UnauthenticatedPeer as exc:
         raise Unauthenticated(f"mnemosyned: {exc}") from None
 
 

@@ -49,7 +49,7 @@ class Services:
         """Answer here, as the place says; it was chosen by the current view."""
         if not place.fill_cache:
             return self.pass_by(rpc, request, call, rpc.answer)
-        answer = rpc.answer(self.owned, request, call.not_after_us)
+        answer = rpc.answer(self.owned, request, call.deadline.not_after_us)
         if isinstance(answer, bytes) or not rpc.is_write:
             return answer
         return self._written(answer, self.view(), rpc, request, call)
@@ -72,7 +72,7 @@ class Services:
         Who owns it is then in doubt, so after a write no copy anywhere is to be trusted.
         """
         try:
-            answer = do(self._passing, request, call.not_after_us)
+            answer = do(self._passing, request, call.deadline.not_after_us)
             return answer if isinstance(answer, bytes) else await answer
         finally:
             if rpc.is_write:
@@ -81,7 +81,7 @@ class Services:
     async def _drop_everywhere(self, rpc: Rpc, request: Message, call: Call) -> None:
         if rpc.token is not None:
             tokens = [rpc.token(request)]
-            await self._forwarder.invalidate_everywhere(tokens, time_left_s=call.time_left_s())
+            await self._forwarder.invalidate_everywhere(tokens, deadline=call.deadline)
 
 
 class ClusterRouter:
@@ -102,7 +102,7 @@ class ClusterRouter:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
         if not token:
-            return rpc.answer(self._services.owned, request, call.not_after_us)
+            return rpc.answer(self._services.owned, request, call.deadline.not_after_us)
         place = route(self._services.view(), token, hops_left=1)
         if isinstance(place, Forward):
             return self._forward(place.owner, token, rpc, request, call)
@@ -117,7 +117,7 @@ class ClusterRouter:
         )
         written = token if rpc.is_write else None
         try:
-            answer = await self._forwarder.ask(owner, item, written=written, time_left_s=call.time_left_s())
+            answer = await self._forwarder.ask(owner, item, written=written, deadline=call.deadline)
         except PeerSkipped:
             return await self._services.pass_by(rpc, request, call, rpc.answer)
         except ClusterError:
@@ -129,7 +129,7 @@ class ClusterRouter:
                 raise error_of(answer.code, answer.text)
         if rpc.is_write:
             # Begun earlier, this might come before what the owner is still about to do.
-            await self._forwarder.until_over(item)
+            await self._forwarder.wait_until_expired(item)
         return await self._services.pass_by(rpc, request, call, rpc.again)
 
 

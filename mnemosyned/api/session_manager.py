@@ -93,7 +93,7 @@ class Here:
 
     def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
         """See Router."""
-        return rpc.answer(self._service, request, call.not_after_us)
+        return rpc.answer(self._service, request, call.deadline.not_after_us)
 
 
 def _answer(rpc: Rpc, router: Router) -> UnaryAnswer:
@@ -128,7 +128,7 @@ def _get(service: SessionService, request: GetRequest, _: int) -> Answer:
 
 
 def _exists(service: SessionService, request: ExistsRequest, _: int) -> Answer:
-    is_there = service.exists_near(request.access_token)
+    is_there = service.exists_cached(request.access_token)
     if is_there is None:
         return _asked_exists(service, request)
     return _TRUE if is_there else _FALSE

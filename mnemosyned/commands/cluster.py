@@ -24,9 +24,9 @@ from typing import Any, Final, NoReturn
 
 import grpc
 
+from cluster.peer_auth import METADATA_KEY, NONCE_BYTES, PeerAuth
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
-from cluster.trust import METADATA_KEY, NONCE_BYTES, Trust
 from mnemosyned.config import config as configuration
 from mnemosyned.config.flags import FLAG_BY_NAME, boolean, node
 from mnemosyned.security.api_keys import MIN_KEY_LENGTH, Role, line_of, new_key
@@ -243,13 +243,13 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
     flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
     secrets = configuration.parse(flags, environ).cluster_secret
-    trust = Trust([secret.encode() for secret in secrets])
+    trust = PeerAuth([secret.encode() for secret in secrets])
     name = _page(arguments.node, _context(arguments))["node"]
     _call_leave(arguments, name, trust)
     return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
 
-def _call_leave(arguments: argparse.Namespace, name: str, trust: Trust) -> None:
+def _call_leave(arguments: argparse.Namespace, name: str, trust: PeerAuth) -> None:
     address = arguments.node
     body = pb.LeaveRequest(node=name).SerializeToString()
     nonce = os.urandom(NONCE_BYTES)

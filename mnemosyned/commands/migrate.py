@@ -18,13 +18,13 @@ from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe import logs
 from mnemosyned.observe.metrics import new_registry
 from mnemosyned.sessions.store import Renaming, StorageRefused
-from mnemosyned.sessions.token_hash import AFTER_PROTECTED, is_protected
-from mnemosyned.storage.engines import key_ids_in, new_store, token_names
+from mnemosyned.sessions.token_hash import AFTER_HASHED, is_hashed
+from mnemosyned.storage.engines import key_ids_in, new_store, token_hasher
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
     from mnemosyned.sessions.store import SessionStore
-    from mnemosyned.sessions.token_hash import TokenNames
+    from mnemosyned.sessions.token_hash import TokenHasher
 
 _PAGE: Final = 1000
 
@@ -72,7 +72,7 @@ def _parsed(argv: Sequence[str]) -> Config:
 
 
 async def _migrated(config: Config, embedded_dsn: str | None) -> str:
-    store, known = new_store(config, embedded_dsn, new_registry()), token_names(config)
+    store, known = new_store(config, embedded_dsn, new_registry()), token_hasher(config)
     assert known is not None
     await store.open()
     try:
@@ -88,20 +88,20 @@ async def _migrated(config: Config, embedded_dsn: str | None) -> str:
     return text
 
 
-async def protect_all(store: SessionStore, known: TokenNames) -> int:
+async def protect_all(store: SessionStore, known: TokenHasher) -> int:
     """Rename the live sessions named by their tokens; return how many. Raises MnemosyneError."""
-    count, after = 0, AFTER_PROTECTED
-    while page := await store.names_after(after, limit=_PAGE):
+    count, after = 0, AFTER_HASHED
+    while page := await store.stored_keys_after(after, limit=_PAGE):
         count += await _renamed(store, known, [name for name in page if _is_token(name)])
         # What another writer held: one by one, each is waited for.
-        for name in await store.names_after(after, limit=len(page)):
+        for name in await store.stored_keys_after(after, limit=len(page)):
             if name in page and _is_token(name):
                 await _renamed(store, known, [name])
         after = page[-1]
     return count
 
 
-async def _renamed(store: SessionStore, known: TokenNames, tokens: Sequence[str]) -> int:
+async def _renamed(store: SessionStore, known: TokenHasher, tokens: Sequence[str]) -> int:
     """Return how many of these tokens have sessions."""
     if not tokens:
         return 0
@@ -114,7 +114,7 @@ async def _renamed(store: SessionStore, known: TokenNames, tokens: Sequence[str]
 
 def _is_token(name: str) -> bool:
     # The Go daemon checks neither; no caller of ours can name such a session.
-    if is_protected(name):
+    if is_hashed(name):
         return False
     try:
         name.encode()

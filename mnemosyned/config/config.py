@@ -65,7 +65,7 @@ class Config:
     cache_size: int
     cache_bytes: int
     cache_ttl_s: float
-    cache_absent_bytes: int
+    cache_negative_bytes: int
     bag_max_entries: int
     bag_max_key_bytes: int
     bag_max_value_bytes: int

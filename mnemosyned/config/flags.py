@@ -235,11 +235,11 @@ FLAGS: Final = (
         "cache_ttl_s",
     ),
     Flag(
-        "cache.absent",
+        "cache.negative.bytes",
         "32MiB",
         _size(0, _ANY_SIZE),
         "memory to remember unknown tokens in for -cache.ttl, about 480 bytes each; 0: none is",
-        "cache_absent_bytes",
+        "cache_negative_bytes",
     ),
     Flag("bag.max-entries", "10000", _integer(1, 10**6), "entries of a bag", "bag_max_entries"),
     Flag(

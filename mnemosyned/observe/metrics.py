@@ -136,12 +136,12 @@ class CacheCollector(Collector):
         *,
         entries: Callable[[], int],
         size_bytes: Callable[[], int],
-        absent_entries: Callable[[], int],
+        negative_entries: Callable[[], int],
     ) -> None:
         self._counters = counters
         self._entries = entries
         self._size_bytes = size_bytes
-        self._absent_entries = absent_entries
+        self._negative_entries = negative_entries
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family for each name."""
@@ -161,14 +161,14 @@ class CacheCollector(Collector):
             value=counters.refreshes,
         )
         yield CounterMetricFamily(
-            "mnemosyned_cache_absences",
+            "mnemosyned_cache_negative_hits",
             "The misses answered without the storage, which had no such session a moment ago.",
-            value=counters.absences,
+            value=counters.negative_hits,
         )
         yield GaugeMetricFamily(
-            "mnemosyned_cache_absent_entries",
+            "mnemosyned_cache_negative_entries",
             "Tokens of which it is known that they have no session.",
-            value=self._absent_entries(),
+            value=self._negative_entries(),
         )
         yield GaugeMetricFamily("mnemosyned_cache_entries", "Sessions in the cache.", value=self._entries())
         yield GaugeMetricFamily(

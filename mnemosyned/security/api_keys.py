@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final
 
-from cluster.trust import matches_name
+from cluster.peer_auth import matches_name
 from mnemosyned.security.file_reloader import FilesUnusable
 
 _KEY_BYTES: Final = 32

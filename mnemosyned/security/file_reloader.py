@@ -18,7 +18,7 @@ class FilesUnusable(Exception):
     """Files are no good; the text tells the operator which, and why, and nothing that is in them."""
 
 
-class FileWatch(Generic[Content]):
+class FileReloader(Generic[Content]):
     """What some files hold, as of the last time that they were good.
 
     `followers` are told when that changes, and may raise FilesUnusable too: then it is tried again.

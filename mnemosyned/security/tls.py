@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from mnemosyned.security.certificates import expires_at_s
-from mnemosyned.security.file_reloader import FilesUnusable, FileWatch
+from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 
 
 class ClientAuth(Enum):
@@ -60,12 +60,12 @@ class TlsMaterial:
     expires_at_s: float
 
 
-def watch_tls(files: TlsFiles) -> FileWatch[TlsMaterial]:
+def tls_reloader(files: TlsFiles) -> FileReloader[TlsMaterial]:
     """Return what the files hold, now and whenever they change. Raises FilesUnusable."""
-    return FileWatch("tls", (files.certificate, files.private_key, files.authorities), files.read)
+    return FileReloader("tls", (files.certificate, files.private_key, files.authorities), files.read)
 
 
-def operator_context(files: TlsFiles) -> ssl.SSLContext:
+def admin_context(files: TlsFiles) -> ssl.SSLContext:
     """Return the context of the operator's port, which asks for no certificate. Raises FilesUnusable."""
     return _server_context(files)
 

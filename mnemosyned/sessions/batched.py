@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Generic, TypeVar
 
 from aio.batcher import Batcher, BatchLimits
-from mnemosyned.errors import MnemosyneError, SessionNotFound
+from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound
 from mnemosyned.sessions.model import Abandonment, NewSession, Session, ValueChange
 from mnemosyned.sessions.store import SessionStore
 
@@ -15,8 +15,8 @@ Loaded = TypeVar("Loaded")
 
 # Reads of different callers need not wait for each other; writes share the disk's flush. A write that
 # has begun runs to its end: cancelled, it might be committed after the cache was told.
-_READS: Final = BatchLimits(max_items=512, lanes=2)
-_WRITES: Final = BatchLimits(max_items=256, lanes=1, is_abandonable=False)
+_READS: Final = BatchLimits(max_items=512, concurrency=2)
+_WRITES: Final = BatchLimits(max_items=256, concurrency=1, is_abandonable=False)
 
 
 class BatchedStore(Generic[Loaded]):
@@ -39,14 +39,16 @@ class BatchedStore(Generic[Loaded]):
         self._on_written = on_written
         self._on_started = on_started
         self._starts: Batcher[NewSession, Session] = Batcher(
-            self._start, limits=_WRITES, size_bytes=NewSession.size_bytes
+            self._start, limits=_WRITES, full=_overloaded, size_bytes=NewSession.size_bytes
         )
-        self._loads: Batcher[str, Loaded] = Batcher(load, limits=_READS)
-        self._existences: Batcher[str, bool] = Batcher(store.exist, limits=_READS)
+        self._loads: Batcher[str, Loaded] = Batcher(load, limits=_READS, full=_overloaded)
+        self._existences: Batcher[str, bool] = Batcher(store.exist, limits=_READS, full=_overloaded)
         self._changes: Batcher[ValueChange, dict[str, str]] = Batcher(
-            self._set_values, limits=_WRITES, size_bytes=ValueChange.size_bytes
+            self._set_values, limits=_WRITES, full=_overloaded, size_bytes=ValueChange.size_bytes
         )
-        self._abandonments: Batcher[Abandonment, bool] = Batcher(self._abandon, limits=_WRITES)
+        self._abandonments: Batcher[Abandonment, bool] = Batcher(
+            self._abandon, limits=_WRITES, full=_overloaded
+        )
 
     async def start(self, session: NewSession) -> Session:
         """Store a session. Raises SessionAlreadyExists."""
@@ -91,3 +93,7 @@ class BatchedStore(Generic[Loaded]):
             return await self._store.abandon(endings)
         finally:
             self._on_written(ending.access_token for ending in endings)
+
+
+def _overloaded() -> Overloaded:
+    return Overloaded("mnemosyned: too many calls are waiting for the storage")

@@ -61,7 +61,7 @@ class ExpiryField:
         return self._field
 
 
-class ReadySession:
+class EncodedSession:
     """What the cache holds for a token."""
 
     __slots__ = ("_expiry_size", "_fields", "_head", "expires_at_us", "is_dirty")
@@ -101,5 +101,5 @@ def encoded_fields(session: StoredSession) -> bytes:
 def list_response(sessions: list[StoredSession]) -> bytes:
     """Encode a ListResponse; its field 1 is repeated, so it is one response after the other."""
     return b"".join(
-        ReadySession(session).response(expiry_field(session.expires_at_us)) for session in sessions
+        EncodedSession(session).response(expiry_field(session.expires_at_us)) for session in sessions
     )

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Final
 
+from aio.deadline import NEVER_US
 from mnemosyned.errors import InvalidArgument, MessageTooLarge
 
 MAX_TOKEN_BYTES: Final = 4096
@@ -19,9 +20,6 @@ MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
 
 # Of a bag, when a change does not say how many it may have.
 NO_LIMIT: Final = 2**31
-
-# An instant that no clock will reach, for writes that are never too late.
-NEVER_US: Final = 2**61
 
 TOKEN_ENTROPY_BYTES: Final = 128
 _TOKEN_DIGEST_BYTES: Final = 64

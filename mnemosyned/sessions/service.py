@@ -27,7 +27,7 @@ from mnemosyned.sessions import bag
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import ExpiryField, ReadySession, list_response
+from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, list_response
 from mnemosyned.sessions.model import (
     DEFAULT_LIST_LIMIT,
     MAX_LIST_LIMIT,
@@ -41,7 +41,7 @@ from mnemosyned.sessions.model import (
     check_token,
 )
 from mnemosyned.sessions.store import Deletion, SessionStore
-from mnemosyned.sessions.token_hash import is_protected
+from mnemosyned.sessions.token_hash import is_hashed
 from mnemosyned.sessions.touches import TouchWriter
 
 _US_PER_MS: Final = 1000
@@ -49,11 +49,11 @@ _MAX_OFFSET: Final = 2**63 - 1
 # One DELETE at a time stays short, so that it holds few locks and little memory.
 _DELETE_BATCH: Final = 5000
 # Python objects around the token: its slot, and its place in the dictionary.
-ABSENCE_BYTES: Final = 350
+NEGATIVE_BYTES: Final = 350
 
 
 # Of a token: its session, or that there is none.
-Loaded: TypeAlias = Slot[ReadySession] | Slot[None]
+Loaded: TypeAlias = Slot[EncodedSession] | Slot[None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Lifetimes:
     touch_interval_us: int
 
 
-class OtherCaches(Protocol):
+class Invalidator(Protocol):
     """The caches of other nodes."""
 
     async def invalidate(self, names: Sequence[str]) -> None:
@@ -86,13 +86,13 @@ class SessionService:
     def __init__(
         self,
         store: SessionStore,
-        cache: ReadThrough[ReadySession],
+        cache: ReadThrough[EncodedSession],
         touches: TouchWriter,
         *,
         clock: StorageClock,
         lifetimes: Lifetimes,
         bag_limits: BagLimits | None = None,
-        elsewhere: OtherCaches | None = None,
+        elsewhere: Invalidator | None = None,
     ) -> None:
         self.bag_limits = bag_limits or BagLimits()
         self._store = store
@@ -125,11 +125,11 @@ class SessionService:
         ready = self._cache.peek(token, now_us=now_us)
         if ready is not None:
             return self._extended(token, ready, now_us)
-        if self._cache.is_absent(token, now_us=now_us):
+        if self._cache.is_negative(token, now_us=now_us):
             raise SessionNotFound
         return self._load(check_token(token), now_us)
 
-    def exists_near(self, token: str) -> bool | None:
+    def exists_cached(self, token: str) -> bool | None:
         """Tell whether there is a live session, as far as the cache knows; None: `exists` must be asked.
 
         Raises:
@@ -138,7 +138,7 @@ class SessionService:
         now_us = self._clock.now_us()
         if self._cache.peek(check_token(token), now_us=now_us) is not None:
             return True
-        return False if self._cache.is_absent(token, now_us=now_us) else None
+        return False if self._cache.is_negative(token, now_us=now_us) else None
 
     async def exists(self, token: str) -> bool:
         """Tell whether the storage has a live session; does not extend it."""
@@ -146,7 +146,7 @@ class SessionService:
         with self._cache.begin_fill(token) as fill:
             is_there = await self._batched.exists(token)
             if not is_there:
-                fill.put_absence(self._absence(token, asked_us))
+                fill.put_negative(self._negative_slot(token, asked_us))
         return is_there
 
     async def start(self, new: NewSession) -> bytes:
@@ -178,7 +178,7 @@ class SessionService:
             (found,) = await self._store.load([new.access_token])
             if isinstance(found, MnemosyneError) or not found.is_from(new):
                 raise
-        return ReadySession(found).response(self._expiry_field.encode(found.expires_at_us))
+        return EncodedSession(found).response(self._expiry_field.encode(found.expires_at_us))
 
     async def set_value(self, change: ValueChange) -> dict[str, str]:
         """Set one key of a session's bag; return the whole bag. Does not extend the session.
@@ -237,7 +237,7 @@ class SessionService:
         """Remove at most `limit` expired rows; return how many."""
         names = await self._store.clean_up(limit=limit)
         # Copies by other names go as they come: what is about to expire is not served from the cache.
-        self._drop(name for name in names if not is_protected(name))
+        self._drop(name for name in names if not is_hashed(name))
         return len(names)
 
     async def _delete_step(self, criteria: Criteria) -> Deletion:
@@ -272,25 +272,25 @@ class SessionService:
 
     def _loaded(self, token: str, found: Session | MnemosyneError, asked_us: int) -> Loaded | MnemosyneError:
         if isinstance(found, SessionNotFound):
-            return self._absence(token, asked_us)
+            return self._negative_slot(token, asked_us)
         try:
             return self._slot(found, asked_us) if isinstance(found, Session) else found
         except CorruptBag as exc:
             # Its own; the others of the batch are well.
             return exc
 
-    def _slot(self, session: Session, asked_us: int) -> Slot[ReadySession]:
-        ready = ReadySession(session)
+    def _slot(self, session: Session, asked_us: int) -> Slot[EncodedSession]:
+        ready = EncodedSession(session)
         # Past this the row might expire before its next touch is written.
-        row_good_until_us = session.expires_at_us - 2 * self._lifetimes.touch_interval_us
+        row_fresh_until_us = session.expires_at_us - 2 * self._lifetimes.touch_interval_us
         # From when it was asked for: the answer may have waited for this process.
-        good_until_us = min(asked_us + self._lifetimes.cache_us, row_good_until_us)
-        return Slot(ready, ready.size_bytes, good_until_us)
+        fresh_until_us = min(asked_us + self._lifetimes.cache_us, row_fresh_until_us)
+        return Slot(ready, ready.size_bytes, fresh_until_us)
 
-    def _absence(self, token: str, asked_us: int) -> Slot[None]:
-        return Slot(None, len(token.encode()) + ABSENCE_BYTES, asked_us + self._lifetimes.cache_us)
+    def _negative_slot(self, token: str, asked_us: int) -> Slot[None]:
+        return Slot(None, len(token.encode()) + NEGATIVE_BYTES, asked_us + self._lifetimes.cache_us)
 
-    def _extended(self, token: str, ready: ReadySession, now_us: int) -> bytes:
+    def _extended(self, token: str, ready: EncodedSession, now_us: int) -> bytes:
         expires_at_us = now_us + self._lifetimes.session_us
         expires_at_us -= expires_at_us % _US_PER_MS
         if expires_at_us > ready.expires_at_us:

@@ -102,7 +102,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def names_after(self, name: str, *, limit: int) -> list[str]:
+    async def stored_keys_after(self, name: str, *, limit: int) -> list[str]:
         """Return the least names, in the order of their bytes, that are greater; of expired rows too.
 
         Bytes that are no UTF-8, and so no session's that anybody could name, are surrogates in it.

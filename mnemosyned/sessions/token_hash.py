@@ -19,10 +19,10 @@ _HANDLE_MARK: Final = "hmac:"
 _KEY_ID_LENGTH: Final = 8
 _HANDLE: Final = re.compile(_HANDLE_MARK + r"[0-9a-f]{72}")
 # Greater than every protected name, and less than every token, in the order of bytes.
-AFTER_PROTECTED: Final = "\0g"
+AFTER_HASHED: Final = "\0g"
 
 
-class TokenNames:
+class TokenHasher:
     """The names that a token's session may have, by these keys; the first of them is in use.
 
     `are_protected` tells whether sessions are named by the first key from now on, or else by their tokens.
@@ -56,9 +56,9 @@ class TokenNames:
         """Return every name that it may have."""
         return [self.alias(token), *self.others(token)]
 
-    def is_alias(self, text: str) -> bool:
+    def is_stored_key(self, text: str) -> bool:
         """Tell whether this is a protected name."""
-        return is_protected(text)
+        return is_hashed(text)
 
     def knows(self, name: str) -> bool:
         """Tell whether `alias` can have made this protected name."""
@@ -73,7 +73,7 @@ def _id_of(key: bytes) -> str:
     return hashlib.sha256(b"mnemosyned token key\n" + key).hexdigest()[:_KEY_ID_LENGTH]
 
 
-def is_protected(name: str) -> bool:
+def is_hashed(name: str) -> bool:
     """Tell whether a name is a protected one."""
     return name.startswith(_MARK)
 
@@ -88,16 +88,16 @@ def after_key(key_id: str) -> str:
     return f"{_MARK}{key_id}g"
 
 
-def is_handle(text: str) -> bool:
+def is_session_id(text: str) -> bool:
     """Tell whether a text is a protected name as callers may see it."""
     return _HANDLE.fullmatch(text) is not None
 
 
 def shown(name: str) -> str:
     """Return a name as callers may see it: a handle, or the token."""
-    return _HANDLE_MARK + name.removeprefix(_MARK) if is_protected(name) else name
+    return _HANDLE_MARK + name.removeprefix(_MARK) if is_hashed(name) else name
 
 
-def from_handle(handle: str) -> str:
+def from_session_id(handle: str) -> str:
     """Return the name that was shown so."""
     return _MARK + handle.removeprefix(_HANDLE_MARK)

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import Touch
 from mnemosyned.sessions.store import SessionStore
 
@@ -47,13 +47,13 @@ class TouchWriter:
         self._max_waiting = max_waiting
         self._lost = lost
         self._on_gone = on_gone
-        self._dirty: dict[str, ReadySession] = {}
+        self._dirty: dict[str, EncodedSession] = {}
         self._flushing = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._dirty)
 
-    def mark(self, token: str, ready: ReadySession) -> None:
+    def mark(self, token: str, ready: EncodedSession) -> None:
         """Have the session's latest expiry written; call it once each time `is_dirty` turns true."""
         waiting = self._dirty.get(token)
         if waiting is not None:
@@ -108,7 +108,7 @@ class TouchWriter:
             elif not result:
                 self._on_gone(touch.access_token)
 
-    def _take_back(self, batch: dict[str, ReadySession]) -> None:
+    def _take_back(self, batch: dict[str, EncodedSession]) -> None:
         for token, ready in batch.items():
             newer = self._dirty.get(token)
             if newer is None:

@@ -11,8 +11,8 @@ from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.options import lifetimes
 from mnemosyned.sessions import token_hash as names
-from mnemosyned.sessions.token_hash import TokenNames
-from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.sessions.token_hash import TokenHasher
+from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
@@ -31,17 +31,17 @@ _RETRY_S: Final = 1.0
 _MAX_LOOKS: Final = 100
 
 
-def token_names(config: Config) -> TokenNames | None:
+def token_hasher(config: Config) -> TokenHasher | None:
     """Return how tokens are named in the storage; None: by themselves, and no key is known."""
     keys = [key.encode() for key in config.token_keys]
     are_protected = config.token_protection == "hmac"  # noqa: S105  # a mode
-    return TokenNames(keys, are_protected=are_protected) if keys else None
+    return TokenHasher(keys, are_protected=are_protected) if keys else None
 
 
 def new_store(config: Config, embedded_dsn: str | None, registry: CollectorRegistry) -> SessionStore:
     """Return the store, not yet opened; `embedded_dsn` is the address of an embedded server."""
-    store, known = _plain_store(config, embedded_dsn, registry), token_names(config)
-    return store if known is None else ProtectedStore(store, known)
+    store, known = _plain_store(config, embedded_dsn, registry), token_hasher(config)
+    return store if known is None else HashedStore(store, known)
 
 
 def _plain_store(config: Config, embedded_dsn: str | None, registry: CollectorRegistry) -> SessionStore:
@@ -62,7 +62,7 @@ def _plain_store(config: Config, embedded_dsn: str | None, registry: CollectorRe
     return PostgresStore(pool, table, ttl_us=ttl_us, touch_interval_us=touch_interval_us)
 
 
-async def warn_of_unknown_keys(store: SessionStore, known: TokenNames | None) -> None:
+async def warn_of_unknown_keys(store: SessionStore, known: TokenHasher | None) -> None:
     """Log it when sessions are named by a key that is not known here: their users would be logged out."""
     while True:
         try:
@@ -83,11 +83,11 @@ async def key_ids_in(store: SessionStore) -> set[str]:
     found: set[str] = set()
     after = ""
     for _ in range(_MAX_LOOKS):
-        (name, *_) = await store.names_after(after, limit=1) or [""]
-        if not names.is_protected(name):
+        (name, *_) = await store.stored_keys_after(after, limit=1) or [""]
+        if not names.is_hashed(name):
             break
         after = name
-        if names.is_handle(names.shown(name)):
+        if names.is_session_id(names.shown(name)):
             found.add(names.key_id_in(name))
             after = names.after_key(names.key_id_in(name))
     return found

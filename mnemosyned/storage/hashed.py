@@ -19,7 +19,7 @@ from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, 
 from mnemosyned.sessions import token_hash as names
 from mnemosyned.sessions.model import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
 from mnemosyned.sessions.store import Deletion, Renaming, SessionStore
-from mnemosyned.sessions.token_hash import TokenNames
+from mnemosyned.sessions.token_hash import TokenHasher
 
 Item = TypeVar("Item")
 Tokened = TypeVar("Tokened", Abandonment, NewSession, Touch, ValueChange)
@@ -28,28 +28,28 @@ Result = TypeVar("Result")
 _RENAMINGS: Final = 3
 
 
-class ProtectedStore:
+class HashedStore:
     """SessionStore on another one, in which sessions have these names."""
 
-    def __init__(self, store: SessionStore, token_names: TokenNames) -> None:
+    def __init__(self, store: SessionStore, token_hasher: TokenHasher) -> None:
         self._store = store
-        self.token_names = token_names
-        self._primary = token_names.alias
+        self.token_hasher = token_hasher
+        self._primary = token_hasher.alias
         # What concerns no token.
         self.open, self.close = store.open, store.close
         self.now_us, self.fingerprint = store.now_us, store.fingerprint
-        self.rename, self.names_after = store.rename, store.names_after
+        self.rename, self.stored_keys_after = store.rename, store.stored_keys_after
         self.clean_up = store.clean_up
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore. An item's failure besides: InvalidArgument, the token is a handle."""
-        startable = [new for new in sessions if not names.is_handle(new.access_token)]
+        startable = [new for new in sessions if not names.is_session_id(new.access_token)]
         # A session that has the token by another name must be met.
         await self._rename([new.access_token for new in startable])
         started = iter(await self._store.start([self._named(new) for new in startable]))
         return [
             InvalidArgument("mnemosyned: access token is a handle of List")
-            if names.is_handle(new.access_token)
+            if names.is_session_id(new.access_token)
             else _with_token(next(started), new.access_token)
             for new in sessions
         ]
@@ -85,7 +85,7 @@ class ProtectedStore:
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore; a handle will do for the token."""
         token = criteria.access_token
-        if token is None or names.is_handle(token):
+        if token is None or names.is_session_id(token):
             return await self._store.delete(await self._by_name(criteria), limit=limit)
         for _ in range(_RENAMINGS):
             (is_there,) = await self._rename([token])
@@ -100,7 +100,7 @@ class ProtectedStore:
         token = criteria.access_token
         if token is None:
             return criteria
-        name = names.from_handle(token) if names.is_handle(token) else self._primary(token)
+        name = names.from_session_id(token) if names.is_session_id(token) else self._primary(token)
         return replace(criteria, access_token=name)
 
     async def _found_for(
@@ -158,12 +158,12 @@ class ProtectedStore:
 
     async def _named_somehow(self, tokens: Sequence[str]) -> set[str]:
         """Return the tokens that have a session by any of their names, all looked for at once."""
-        pairs = [(name, token) for token in tokens for name in self.token_names.all(token)]
+        pairs = [(name, token) for token in tokens for name in self.token_hasher.all(token)]
         are_there = await self._store.exist([name for name, _ in pairs]) if pairs else []
         return {token for (_, token), is_there in zip(pairs, are_there, strict=True) if is_there is True}
 
     def _others(self, token: str) -> list[Renaming]:
-        return [Renaming(old=name, new=self._primary(token)) for name in self.token_names.others(token)]
+        return [Renaming(old=name, new=self._primary(token)) for name in self.token_hasher.others(token)]
 
     def _named(self, item: Tokened) -> Tokened:
         return replace(item, access_token=self._primary(item.access_token))

@@ -16,7 +16,7 @@ _PROBE_PERIOD_S: Final = 1.0
 _OPEN_RETRY_S: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
-class StorageWatch:
+class StorageHealth:
     """Asks the storage its time every second: the answer is the health, the time sets the clock."""
 
     def __init__(self, store: SessionStore, clock: StorageClock) -> None:

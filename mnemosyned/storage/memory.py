@@ -101,7 +101,7 @@ class MemoryStore:
         """See SessionStore."""
         return [self._rename(renaming.old, renaming.new) for renaming in renamings]
 
-    async def names_after(self, name: str, *, limit: int) -> list[str]:
+    async def stored_keys_after(self, name: str, *, limit: int) -> list[str]:
         """See SessionStore."""
         greater = [token for token in self._session_by_token if token.encode() > name.encode()]
         return sorted(greater, key=str.encode)[:limit]

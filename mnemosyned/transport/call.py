@@ -12,14 +12,14 @@ from typing import Any, Final
 
 from grpc import StatusCode
 
-from aio.rate_limit import LineBudget
+from aio.rate_limit import LogRateLimiter
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
 from mnemosyned.transport.methods import Call, ClientGone, StreamMethod, UnaryMethod
 from mnemosyned.transport.status import GRPC_STATUS
 
 log = logging.getLogger(__name__)
 
-_REFUSALS: Final = LineBudget()
+_REFUSALS: Final = LogRateLimiter()
 # Enough for any known form of identifier; a log line is no place for more.
 _MAX_REQUEST_ID: Final = 200
 
@@ -79,7 +79,7 @@ async def invoke_stream(
     method.stats.begin()
     started_s = time.perf_counter()
     try:
-        async with in_time(call.time_left_s()):
+        async with in_time(call.deadline.left_s()):
             async for answer in method.answer(messages, call):
                 await send(answer)
     except (asyncio.CancelledError, ClientGone):
@@ -133,7 +133,7 @@ async def in_time(seconds: float | None) -> AsyncIterator[None]:
 async def answer_in_time(answer: Coroutine[Any, Any, bytes], call: Call) -> bytes:
     """Wait for an answer until the caller's deadline. Raises DeadlineExceeded, and what it raises."""
     try:
-        seconds = call.time_left_s()
+        seconds = call.deadline.left_s()
         if seconds is not None and seconds <= 0:
             # Begun, it might be done before the loop looks at its timers.
             raise DeadlineExceeded

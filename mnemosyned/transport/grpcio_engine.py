@@ -1,4 +1,4 @@
-"""The engine on grpc.aio: runs wherever grpcio does, at a quarter of the other's speed."""
+"""The engine on grpc.aio: runs wherever grpcio does, at an eighth of h2corn's speed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 
 import grpc
 
+from aio.deadline import NO_DEADLINE, Deadline
 from mnemosyned.errors import MessageTooLarge, Unimplemented
 from mnemosyned.security.certificates import names_of
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsMaterial
-from mnemosyned.sessions.model import NEVER_US
 from mnemosyned.transport.call import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.transport.engine import (
     MAX_METADATA_BYTES,
@@ -76,20 +76,16 @@ class GrpcioEngine:
 class _GrpcioCall:
     """Call on a servicer context."""
 
-    __slots__ = ("_context", "_deadline_s")
+    __slots__ = ("_context", "deadline")
 
     def __init__(self, context: Context) -> None:
         self._context = context
         left_s = context.time_remaining()
-        self._deadline_s = None if left_s is None else time.monotonic() + left_s
+        self.deadline = NO_DEADLINE if left_s is None else Deadline.in_s(left_s)
 
     @property
     def peer(self) -> str:
         return str(self._context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")
-
-    @property
-    def not_after_us(self) -> int:
-        return NEVER_US
 
     @property
     def certificate_names(self) -> tuple[str, ...]:
@@ -101,9 +97,6 @@ class _GrpcioCall:
             if name == key:
                 return value if isinstance(value, str) else value.decode(errors="replace")
         return None
-
-    def time_left_s(self) -> float | None:
-        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
 
 
 class _Handlers(grpc.GenericRpcHandler):

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import h2corn
 
+from aio.deadline import NO_DEADLINE, Deadline
 from mnemosyned.errors import MnemosyneError, Unimplemented
 from mnemosyned.security.certificates import names_of
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsFiles, TlsMaterial
-from mnemosyned.sessions.model import NEVER_US
 from mnemosyned.transport import frame
 from mnemosyned.transport.call import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.transport.engine import (
@@ -278,8 +278,9 @@ class _H2cornCall:
         return None
 
     @property
-    def not_after_us(self) -> int:
-        return NEVER_US
+    def deadline(self) -> Deadline:
+        value = self.header(b"grpc-timeout")
+        return NO_DEADLINE if value is None else Deadline(self._arrived_s + frame.timeout_s(value))
 
     @property
     def certificate_names(self) -> tuple[str, ...]:
@@ -290,10 +291,6 @@ class _H2cornCall:
     def metadata(self, key: str) -> str | None:
         value = self.header(key.encode())
         return None if value is None else value.decode(errors="replace")
-
-    def time_left_s(self) -> float | None:
-        value = self.header(b"grpc-timeout")
-        return None if value is None else self._arrived_s + frame.timeout_s(value) - time.monotonic()
 
 
 async def _messages(reader: frame.FrameReader, receive: Receive) -> AsyncIterator[bytes]:

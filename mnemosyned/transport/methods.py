@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from aio.rate_limit import LineBudget
+from aio.deadline import Deadline
+from aio.rate_limit import LogRateLimiter
 from mnemosyned.observe.metrics import MethodStats
 
 
@@ -19,8 +20,12 @@ class Call(Protocol):
         ...
 
     @property
-    def not_after_us(self) -> int:
-        """When, on the storage's clock, somebody else may begin to do this instead."""
+    def deadline(self) -> Deadline:
+        """Until when the caller waits.
+
+        Raises:
+            MalformedMessage: the caller's deadline cannot be read.
+        """
         ...
 
     @property
@@ -30,14 +35,6 @@ class Call(Protocol):
 
     def metadata(self, key: str) -> str | None:
         """Return the value of a metadata key, if the caller sent one."""
-        ...
-
-    def time_left_s(self) -> float | None:
-        """Return the seconds until the caller's deadline; None without one.
-
-        Raises:
-            MalformedMessage: the caller's deadline cannot be read.
-        """
         ...
 
 
@@ -58,7 +55,7 @@ class UnaryMethod:
     answer: UnaryAnswer
     stats: MethodStats
     max_message_bytes: int | None = None  # of a request; None: as the engine's options say
-    lines: LineBudget = field(default_factory=LineBudget)
+    lines: LogRateLimiter = field(default_factory=LogRateLimiter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +66,7 @@ class StreamMethod:
     answer: StreamAnswer
     stats: MethodStats
     max_message_bytes: int | None = None  # of each request; None: as the engine's options say
-    lines: LineBudget = field(default_factory=LineBudget)
+    lines: LogRateLimiter = field(default_factory=LogRateLimiter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from aio.batcher import Batcher, BatchLimits
-from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound, StorageUnavailable
+from aio.batcher import Batcher, BatchLimits, QueueFull
 
 
 class Backend:
@@ -19,14 +18,14 @@ class Backend:
         if is_open:
             self.gate.set()
 
-    async def run(self, items: Sequence[int]) -> list[int | MnemosyneError]:
+    async def run(self, items: Sequence[int]) -> list[int | LookupError]:
         self.batches.append(list(items))
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
             self.was_cancelled = True
             raise
-        return [SessionNotFound() if item < 0 else 2 * item for item in items]
+        return [KeyError() if item < 0 else 2 * item for item in items]
 
 
 async def until(condition: object) -> None:
@@ -70,18 +69,18 @@ async def test_an_item_fails_alone() -> None:
     good, bad = await asyncio.gather(batcher.submit(1), batcher.submit(-1), return_exceptions=True)
 
     assert good == 2
-    assert isinstance(bad, SessionNotFound)
+    assert isinstance(bad, KeyError)
 
 
 async def test_a_failed_batch_fails_each_of_its_items_with_an_exception_of_its_own() -> None:
     async def run(_: Sequence[int]) -> list[int]:
-        raise StorageUnavailable("gone")
+        raise ConnectionError("gone")
 
     batcher: Batcher[int, int] = Batcher(run, limits=BatchLimits())
     one, other = await asyncio.gather(batcher.submit(1), batcher.submit(2), return_exceptions=True)
 
-    assert isinstance(one, StorageUnavailable)
-    assert isinstance(other, StorageUnavailable)
+    assert isinstance(one, ConnectionError)
+    assert isinstance(other, ConnectionError)
     assert one is not other
     assert str(one) == str(other) == "gone"
 
@@ -90,7 +89,7 @@ async def test_a_batcher_works_on_after_a_failure() -> None:
     backend = Backend()
     calls = 0
 
-    async def run(items: Sequence[int]) -> list[int | MnemosyneError]:
+    async def run(items: Sequence[int]) -> list[int | LookupError]:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -123,7 +122,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     waiting = [asyncio.create_task(batcher.submit(n)) for n in (1, 2)]
     await asyncio.sleep(0)
 
-    with pytest.raises(Overloaded):
+    with pytest.raises(QueueFull):
         await batcher.submit(3)
 
     backend.gate.set()
@@ -184,9 +183,9 @@ async def test_a_batch_that_must_know_its_outcome_runs_on_without_callers() -> N
     assert not backend.was_cancelled
 
 
-async def test_lanes_run_batches_side_by_side() -> None:
+async def test_batches_run_side_by_side() -> None:
     backend = Backend(is_open=False)
-    batcher = Batcher(backend.run, limits=BatchLimits(lanes=2))
+    batcher = Batcher(backend.run, limits=BatchLimits(concurrency=2))
     first = asyncio.create_task(batcher.submit(1))
     await until(lambda: len(backend.batches) == 1)
     second = asyncio.create_task(batcher.submit(2))
@@ -211,9 +210,9 @@ async def test_close_cancels_what_is_under_way_and_what_waits() -> None:
     assert backend.was_cancelled
 
 
-async def test_an_eager_lone_item_goes_out_in_the_same_turn_and_its_followers_share_the_next_lane() -> None:
+async def test_an_eager_lone_item_goes_out_in_the_same_turn_and_its_followers_share_the_next_batch() -> None:
     backend = Backend(is_open=False)
-    batcher = Batcher(backend.run, limits=BatchLimits(lanes=2, is_eager=True))
+    batcher = Batcher(backend.run, limits=BatchLimits(concurrency=2, is_eager=True))
     calls = [asyncio.create_task(batcher.submit(n)) for n in (1, 2, 3, 4)]
     await until(lambda: len(backend.batches) == 2)
     late = asyncio.create_task(batcher.submit(5))
@@ -224,18 +223,18 @@ async def test_an_eager_lone_item_goes_out_in_the_same_turn_and_its_followers_sh
     assert await asyncio.gather(*calls, late) == [2, 4, 6, 8, 10]
 
 
-async def test_an_eager_item_fails_alone_and_leaves_its_lane() -> None:
+async def test_an_eager_item_fails_alone_and_leaves_its_place() -> None:
     backend = Backend()
     batcher = Batcher(backend.run, limits=BatchLimits(is_eager=True))
 
-    with pytest.raises(SessionNotFound):
+    with pytest.raises(KeyError):
         await batcher.submit(-1)
     assert await batcher.submit(1) == 2
 
 
 async def test_what_waited_for_an_eager_item_goes_out_when_its_caller_is_cancelled() -> None:
     backend = Backend(is_open=False)
-    batcher = Batcher(backend.run, limits=BatchLimits(lanes=1, is_eager=True))
+    batcher = Batcher(backend.run, limits=BatchLimits(concurrency=1, is_eager=True))
     first, second = (asyncio.create_task(batcher.submit(n)) for n in (1, 2))
     await until(lambda: backend.batches)
     first.cancel()

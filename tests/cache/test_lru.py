@@ -7,7 +7,7 @@ from cache.lru import Lru, Slot
 
 
 def slot(value: str, size_bytes: int = 1) -> Slot[str]:
-    return Slot(value, size_bytes, good_until_us=1)
+    return Slot(value, size_bytes, fresh_until_us=1)
 
 
 def test_a_kept_slot_is_found_again() -> None:

@@ -26,7 +26,7 @@ class Storage:
         self.fetches += 1
         value = self.value
         await self.gate.wait()
-        return Slot(value, 1, good_until_us=LATER_US)
+        return Slot(value, 1, fresh_until_us=LATER_US)
 
 
 def new_cache() -> ReadThrough[str]:
@@ -138,14 +138,14 @@ async def test_that_there_is_no_value_is_kept_until_one_is_made() -> None:
     cache, storage = new_cache(), Storage()
     storage.value = None
 
-    assert not cache.is_absent("k", now_us=SOON_US)
+    assert not cache.is_negative("k", now_us=SOON_US)
     assert await cache.load("k", storage.fetch) is None
-    assert cache.is_absent("k", now_us=SOON_US)
-    assert not cache.is_absent("k", now_us=LATER_US)
-    assert cache.counters.absences == 1
+    assert cache.is_negative("k", now_us=SOON_US)
+    assert not cache.is_negative("k", now_us=LATER_US)
+    assert cache.counters.negative_hits == 1
     assert cache.keys() == ["k"]
     cache.made("k")
-    assert not cache.is_absent("k", now_us=SOON_US)
+    assert not cache.is_negative("k", now_us=SOON_US)
 
 
 async def test_a_load_that_raced_with_a_making_leaves_what_was_made() -> None:
@@ -162,7 +162,7 @@ async def test_a_load_that_raced_with_a_making_leaves_what_was_made() -> None:
     storage.gate.set()
 
     assert await load is None
-    assert not cache.is_absent("k", now_us=SOON_US)
+    assert not cache.is_negative("k", now_us=SOON_US)
     assert cache.peek("k", now_us=SOON_US) == "new"
 
 
@@ -184,7 +184,7 @@ async def test_absences_push_out_no_value_and_are_bounded() -> None:
         await cache.load(f"absent-{number}", storage.fetch)
 
     assert cache.peek("k", now_us=SOON_US) == "old"
-    assert len(cache.absent) == 10
+    assert len(cache.negative) == 10
 
 
 async def test_without_room_for_absences_none_is_kept() -> None:
@@ -193,7 +193,7 @@ async def test_without_room_for_absences_none_is_kept() -> None:
     storage.value = None
     await cache.load("k", storage.fetch)
 
-    assert not cache.is_absent("k", now_us=SOON_US)
+    assert not cache.is_negative("k", now_us=SOON_US)
 
 
 async def test_a_fetch_that_cannot_begin_leaves_nothing_behind() -> None:
@@ -214,7 +214,7 @@ class Upper:
     def alias(self, key: str) -> str:
         return key.upper()
 
-    def is_alias(self, text: str) -> bool:
+    def is_stored_key(self, text: str) -> bool:
         return text.isupper()
 
     def knows(self, alias: str) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from aio.deadline import NO_DEADLINE, Deadline
 from cluster.breaker import BreakerState
 from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
 from cluster.ring import Ring
 from cluster.view import View
-from mnemosyned.node import PeerBatches
 
 ME, B, C = "me:1", "b:1", "c:1"
 
@@ -94,7 +94,7 @@ class Suspicious:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def look_into(self, name: str) -> None:
+    def probe(self, name: str) -> None:
         self.names.append(name)
 
 
@@ -107,7 +107,12 @@ class Setup:
     async def ask(
         self, name: str = B, *, written: str | None = None, left_s: float | None = None
     ) -> pb.Answer:
-        return await self.forwarder.ask(name, pb.Item(method="Get"), written=written, time_left_s=left_s)
+        return await self.forwarder.ask(
+            name,
+            pb.Item(method="Get"),
+            written=written,
+            deadline=NO_DEADLINE if left_s is None else Deadline.in_s(left_s),
+        )
 
 
 def view(*ring: str, members: Sequence[str] = (B, C)) -> View:
@@ -119,11 +124,9 @@ async def forwarding(remember_s: float = 5.0) -> AsyncIterator[Setup]:
     peers = {B: Peer(), C: Peer()}
     # The fakes do what a Forwarder asks of Peers.
     fakes: Any = FakePeers(peers)
-    forwarder = Forwarder(
-        fakes, new_batches=PeerBatches, storage_now_us=storage_now_us, remember_s=remember_s
-    )
+    forwarder = Forwarder(fakes, storage_now_us=storage_now_us, remember_s=remember_s)
     suspicious = Suspicious()
-    forwarder.introduce(lambda name: pb.Origin(callee=name), suspicious)
+    forwarder.bind(lambda name: pb.Origin(callee=name), suspicious)
     forwarder.follow(view(ME, B, C))
     running = asyncio.create_task(forwarder.run())
     try:
@@ -209,7 +212,7 @@ async def test_a_peer_whose_write_failed_is_asked_nothing_before_it_was_told() -
 async def test_a_peer_that_missed_a_change_is_asked_nothing_before_it_was_told() -> None:
     async with forwarding() as setup:
         setup.peers[B].is_slow = True
-        await setup.forwarder.invalidate_everywhere(["t"], time_left_s=0.1)
+        await setup.forwarder.invalidate_everywhere(["t"], deadline=Deadline.in_s(0.1))
         with pytest.raises(PeerSkipped):
             await setup.ask()
         assert setup.peers[C].told == ["t"]
@@ -266,7 +269,7 @@ async def test_time_outs_are_counted_in_a_row() -> None:
         peer = setup.peers[B]
         for _ in range(5):
             peer.is_slow = True
-            await setup.forwarder.invalidate_everywhere(["t"], time_left_s=0.2)
+            await setup.forwarder.invalidate_everywhere(["t"], deadline=Deadline.in_s(0.2))
             peer.is_slow = False
             await setup.forwarder.invalidate_everywhere(["t"])
 
@@ -314,7 +317,7 @@ async def test_a_change_older_than_any_copy_is_not_told() -> None:
 
 
 async def test_a_peer_that_missed_too_much_drops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.forward._MAX_UNTOLD", 2)
+    monkeypatch.setattr("cluster.forward._MAX_PENDING", 2)
     async with forwarding() as setup:
         setup.peers[B].fails_with = PeerUnreachable
         await setup.forwarder.invalidate_everywhere(["a", "b", "c"])
@@ -357,7 +360,7 @@ async def test_new_owners_drop_everything_where_too_much_changed(monkeypatch: py
 async def test_the_first_view_is_a_change_too() -> None:
     peers = {B: Peer()}
     fakes: Any = FakePeers(peers)
-    forwarder = Forwarder(fakes, new_batches=PeerBatches, storage_now_us=storage_now_us, remember_s=5.0)
+    forwarder = Forwarder(fakes, storage_now_us=storage_now_us, remember_s=5.0)
     await forwarder.invalidate_everywhere(["t"])
     await forwarder.invalidate(["t"])
     forwarder.changed(["t"])
@@ -423,19 +426,19 @@ async def test_a_write_may_be_repeated_when_the_owner_has_stopped_trying() -> No
         setup.peers[B].fails_with = PeerUnreachable
         item = pb.Item(method="Abandon")
         with pytest.raises(PeerUnreachable):
-            await setup.forwarder.ask(B, item, written="t", time_left_s=None)
+            await setup.forwarder.ask(B, item, written="t", deadline=NO_DEADLINE)
         assert storage_now_us() < item.deadline_us
-        await setup.forwarder.until_over(item)
+        await setup.forwarder.wait_until_expired(item)
         assert storage_now_us() >= item.deadline_us
         began_s = time.monotonic()
-        await setup.forwarder.until_over(item)
+        await setup.forwarder.wait_until_expired(item)
 
         assert time.monotonic() - began_s < 0.1
 
 
 async def test_alone_it_sets_no_timer() -> None:
     fakes: Any = FakePeers({})
-    forwarder = Forwarder(fakes, new_batches=PeerBatches, storage_now_us=storage_now_us, remember_s=5.0)
+    forwarder = Forwarder(fakes, storage_now_us=storage_now_us, remember_s=5.0)
     forwarder.follow(view(ME, members=[]))
     running = asyncio.create_task(forwarder.run())
     await asyncio.sleep(0.05)

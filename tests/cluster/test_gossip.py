@@ -13,7 +13,7 @@ from cluster import gossip as shell
 from cluster import wire
 from cluster.errors import MalformedPacket, PeerRefused, PeerTimeout, PeerUnreachable
 from cluster.gossip import Gossip, Identity
-from cluster.member import Kind, Member, News, Packet, Phase, State
+from cluster.member import EventKind, Kind, Member, Packet, Phase, State
 from cluster.view import View
 
 ME = Member("127.0.0.1:1", "127.0.0.1:1", 1, 0, State.ALIVE, Phase.JOINING, 7)
@@ -176,18 +176,18 @@ async def test_another_sign_while_a_member_is_looked_into_leads_to_another_look(
             dialled.append(address)
             if len(dialled) == 1:
                 # A process that ends may close its connections before its port.
-                one.look_into(OTHER.name)
+                one.probe(OTHER.name)
             return len(dialled) > 1
 
         monkeypatch.setattr(shell, "is_refused", is_refused)
         # Its answers get lost, which is no sign of a connection.
         one.peers.fails_with = PeerTimeout("no answer in time")
         one.hear(Packet(Kind.SYNC, OTHER))
-        one.look_into(OTHER.name)
-        await until(lambda: any(timed.event.news is News.DEAD for timed in one.events))
+        one.probe(OTHER.name)
+        await until(lambda: any(timed.event.kind is EventKind.DEAD for timed in one.events))
 
         assert dialled == [OTHER.address] * 2
-        assert next(t.event for t in one.events if t.event.news is News.DEAD).evidence == "refused"
+        assert next(t.event for t in one.events if t.event.kind is EventKind.DEAD).evidence == "refused"
         await until(lambda: not one._looks)
 
 
@@ -204,7 +204,7 @@ async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
     async with gossiping() as one:
         one.peers.fails_with = PeerTimeout("no answer in time")
         one.hear(Packet(Kind.SYNC, OTHER))
-        one.look_into(OTHER.name)
+        one.probe(OTHER.name)
         await until(lambda: not one._looks)
 
         assert dialled == [OTHER.address]
@@ -212,7 +212,7 @@ async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
 
 async def test_strangers_and_the_gone_are_not_looked_into() -> None:
     async with gossiping() as one:
-        one.look_into("127.0.0.1:99")
+        one.probe("127.0.0.1:99")
         await until(lambda: not one._looks)
 
         assert not one.events
@@ -243,10 +243,10 @@ async def test_garbage_is_malformed() -> None:
 async def test_nothing_is_sent_after_the_end() -> None:
     async with gossiping() as one:
         one.hear(Packet(Kind.SYNC, OTHER))
-        await one.farewell()
+        await one.announce_left()
         called = len(one.peers.called)
         one.hear(Packet(Kind.GOSSIP, OTHER._replace(incarnation=5), target=ME.name))
-        one.look_into(OTHER.name)
+        one.probe(OTHER.name)
         await asyncio.sleep(0.05)
 
         assert called >= 1

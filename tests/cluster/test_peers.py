@@ -13,9 +13,9 @@ import pytest
 from clusters import free_ports
 
 from cluster.errors import PeerRefused, PeerTimeout, PeerUnreachable
+from cluster.peer_auth import PeerAuth
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import Lane, Peers, is_refused
-from cluster.trust import Trust
+from cluster.peers import ChannelKind, Peers, is_refused
 
 METHODS = ("Gossip", "Forward", "Invalidate")
 
@@ -65,7 +65,9 @@ class Setup:
     server: grpc.aio.Server
 
     async def call(self, body: bytes, *, timeout_s: float = 5.0) -> bytes:
-        return await self.peers.call(self.address, "Gossip", body, timeout_s=timeout_s, lane=Lane.GOSSIP)
+        return await self.peers.call(
+            self.address, "Gossip", body, timeout_s=timeout_s, lane=ChannelKind.GOSSIP
+        )
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ async def setup() -> AsyncIterator[Setup]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     stats = {method: Stats() for method in METHODS}
-    peers = Peers(Trust([b"a-secret-of-a-cluster"]), stats)
+    peers = Peers(PeerAuth([b"a-secret-of-a-cluster"]), stats)
     yield Setup(peers, f"127.0.0.1:{port}", stats, server)
     await peers.close()
     await server.stop(None)
@@ -168,7 +170,7 @@ async def test_a_stream_may_end_while_its_channel_is_closed(setup: Setup) -> Non
 async def test_a_stream_is_not_used_again_when_its_channel_is_about_to_close(setup: Setup) -> None:
     exchange = setup.peers.exchange(setup.address)
     assert await exchange.ask(b"hello", timeout_s=5) == b"hello"
-    setup.peers._hang_up(setup.address, Lane.CALLS, grace_s=5.0)
+    setup.peers._hang_up(setup.address, ChannelKind.CALLS, grace_s=5.0)
     assert not exchange.is_open
     fresh = setup.peers.exchange(setup.address)
 

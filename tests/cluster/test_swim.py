@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.member import Event, Kind, Member, News, Packet, Phase, Send, State, Update
+from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, State, Update
 from cluster.swim import Settings, Swim
 
 NOW_S = 100.0
@@ -56,14 +56,14 @@ def sent(one: Swim, kind: Kind | None = None) -> list[Send]:
     return [send for send in sends if kind in {None, send.packet.kind}]
 
 
-def news(one: Swim) -> list[tuple[News, str]]:
+def emitted(one: Swim) -> list[tuple[EventKind, str]]:
     _, events = one.take()
-    return [(event.news, event.member.name) for event in events]
+    return [(event.kind, event.member.name) for event in events]
 
 
-def event_of(one: Swim, kind: News) -> Event:
+def event_of(one: Swim, kind: EventKind) -> Event:
     _, events = one.take()
-    return next(event for event in events if event.news is kind)
+    return next(event for event in events if event.kind is kind)
 
 
 def state_of(one: Swim, name: str) -> State:
@@ -83,7 +83,7 @@ def test_a_newcomer_is_told_to_the_others() -> None:
     one = swim(A)
     one.receive(gossip(A, Update(B)), now=NOW_S)
 
-    assert news(one) == [(News.JOINED, "b"), (News.ACTIVE, "b")]
+    assert emitted(one) == [(EventKind.JOINED, "b"), (EventKind.ACTIVE, "b")]
     assert told(one) == [Update(B)]
     assert one.next_deadline() <= NOW_S + 0.02
 
@@ -95,7 +95,7 @@ def test_older_news_change_nothing(older: Member) -> None:
     one.receive(gossip(A, Update(older)), now=NOW_S)
 
     assert one.table.get("b") == newer
-    assert news(one) == []
+    assert emitted(one) == []
     assert told(one) == []
 
 
@@ -108,16 +108,16 @@ def test_a_restarted_node_replaces_its_former_self_wherever_it_is(state: State) 
     one.receive(gossip(reborn), now=NOW_S)
 
     assert one.table.get("b") == reborn
-    assert news(one) == [(News.JOINED, "b"), (News.MOVED, "b")]
+    assert emitted(one) == [(EventKind.JOINED, "b"), (EventKind.MOVED, "b")]
     assert one.counters.false_suspicions == 0
     one.receive(gossip(reborn._replace(incarnation=1, phase=Phase.ACTIVE)), now=NOW_S)
-    assert news(one) == [(News.ACTIVE, "b")]
+    assert emitted(one) == [(EventKind.ACTIVE, "b")]
 
 
 def test_the_dead_whom_nobody_knew_are_remembered_in_silence() -> None:
     one = swim(A)
     one.receive(gossip(A, Update(B._replace(state=State.DEAD))), now=NOW_S)
-    assert (news(one), told(one)) == ([], [])
+    assert (emitted(one), told(one)) == ([], [])
     one.receive(gossip(A, Update(B)), now=NOW_S)
 
     assert state_of(one, "b") is State.DEAD
@@ -126,10 +126,10 @@ def test_the_dead_whom_nobody_knew_are_remembered_in_silence() -> None:
 def test_a_member_that_leaves_is_told_and_so_is_its_end() -> None:
     one = swim(A, B)
     one.receive(gossip(B._replace(incarnation=1, phase=Phase.LEAVING)), now=NOW_S)
-    assert news(one) == [(News.LEAVING, "b")]
+    assert emitted(one) == [(EventKind.LEAVING, "b")]
     one.receive(gossip(B._replace(incarnation=2, phase=Phase.LEAVING, state=State.LEFT)), now=NOW_S)
 
-    assert news(one) == [(News.LEFT, "b")]
+    assert emitted(one) == [(EventKind.LEFT, "b")]
     assert one.table.live == 2
 
 
@@ -146,7 +146,7 @@ def test_a_full_table_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     one.receive(gossip(B), now=NOW_S)
 
     assert one.table.get("b") is None
-    assert news(one) == []
+    assert emitted(one) == []
 
 
 def test_a_packet_for_another_node_at_this_address_is_not_answered() -> None:
@@ -365,7 +365,7 @@ def test_nothing_is_known_of_the_connections_of_strangers_and_the_dead() -> None
     one.refused("me", now=NOW_S)
     one.tick(now=NOW_S + 0.1)
 
-    assert (sent(one), news(one)) == ([], [])
+    assert (sent(one), emitted(one)) == ([], [])
 
 
 def test_a_member_that_died_before_its_early_probe_is_not_probed() -> None:
@@ -402,13 +402,13 @@ def test_nobody_is_probed_where_all_others_are_gone() -> None:
 def test_a_suspect_that_does_not_refute_is_dead() -> None:
     one = swim(A, B, C, D)
     one.receive(gossip(A, *suspected(B, "a")), now=NOW_S)
-    assert news(one) == [(News.SUSPECT, "b")]
+    assert emitted(one) == [(EventKind.SUSPECT, "b")]
     one.receive(gossip(C, *suspected(B, "c")), now=NOW_S + 1.0)
     one.receive(gossip(D, *suspected(B, "d")), now=NOW_S + 1.0)
     one.tick(now=NOW_S + 3.9)
     assert state_of(one, "b") is State.SUSPECT
     one.tick(now=NOW_S + 4.0)
-    death = event_of(one, News.DEAD)
+    death = event_of(one, EventKind.DEAD)
 
     assert (death.member.name, death.evidence, death.confirmations, death.seconds) == ("b", "silent", 2, 4.0)
     assert Update(B._replace(state=State.DEAD)) in told(one)
@@ -420,7 +420,7 @@ def test_a_suspect_that_speaks_up_is_cleared() -> None:
     one.receive(gossip(A, *suspected(B, "a")), now=NOW_S)
     one.take()
     one.receive(gossip(B._replace(incarnation=1)), now=NOW_S + 2.0)
-    refuted = event_of(one, News.REFUTED)
+    refuted = event_of(one, EventKind.REFUTED)
     one.tick(now=NOW_S + 60.0)
 
     assert refuted.seconds == 2.0
@@ -472,7 +472,7 @@ def test_a_refused_connection_is_enough_among_three() -> None:
     one.refused("b", now=NOW_S)
     one.tick(now=NOW_S + 0.5)
 
-    assert event_of(one, News.DEAD).evidence == "refused"
+    assert event_of(one, EventKind.DEAD).evidence == "refused"
 
 
 def test_among_more_a_second_member_must_be_refused_too() -> None:
@@ -560,7 +560,7 @@ def test_of_two_live_nodes_with_one_name_the_smaller_instance_leaves() -> None:
     assert one.me.generation == 51
     one.receive(gossip(rival._replace(generation=52)), now=NOW_S)
 
-    assert (News.CONFLICT, "me") in news(one)
+    assert (EventKind.CONFLICT, "me") in emitted(one)
     assert one.me.phase is Phase.LEAVING
 
 
@@ -739,11 +739,11 @@ def test_after_its_farewell_a_node_says_no_more_of_itself() -> None:
     one.left(now=NOW_S)
     one.left(now=NOW_S)
     sends = [send for send in sent(one) if send.packet.sender.state is State.LEFT]
-    farewell = one.me
-    one.receive(gossip(A, Update(farewell._replace(incarnation=99, state=State.DEAD))), now=NOW_S)
+    announce_left = one.me
+    one.receive(gossip(A, Update(announce_left._replace(incarnation=99, state=State.DEAD))), now=NOW_S)
 
     assert len(sends) == 2
-    assert one.me == farewell
+    assert one.me == announce_left
 
 
 # -- gossip and repair

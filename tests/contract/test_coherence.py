@@ -346,7 +346,7 @@ async def test_a_start_under_an_old_ring_is_told_to_the_new_owner(store: HeldSto
         look_as(one, one.address, other.address)
 
         assert await served(one, [token]) == [token]
-        await until(lambda: token not in other.cache.absent)
+        await until(lambda: token not in other.cache.negative)
         assert await served(other, [token]) == [token]
 
 
@@ -374,7 +374,7 @@ async def test_an_unknown_token_asks_the_storage_once_and_is_counted(store: Held
             assert not (await node.stub.Exists(ExistsRequest(access_token="t"))).value
 
         assert store.loads == 1
-        assert (node.cache.counters.misses, node.cache.counters.absences) == (10, 9)
+        assert (node.cache.counters.misses, node.cache.counters.negative_hits) == (10, 9)
 
 
 async def test_an_ended_session_is_asked_for_once_more(store: HeldStore) -> None:
@@ -385,4 +385,4 @@ async def test_an_ended_session_is_asked_for_once_more(store: HeldStore) -> None
             with pytest.raises(grpc.aio.AioRpcError):
                 await node.stub.Get(GetRequest(access_token="t"))
 
-        assert node.cache.counters.absences == 0
+        assert node.cache.counters.negative_hits == 0

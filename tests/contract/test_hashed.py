@@ -23,17 +23,17 @@ from mnemosyned.sessions import bag
 from mnemosyned.sessions import token_hash as names
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
 from mnemosyned.sessions.store import Renaming, SessionStore
-from mnemosyned.sessions.token_hash import TokenNames
+from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage.engines import key_ids_in
-from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.store import PostgresStore
 
 KEY, FORMER_KEY = b"the key that is in use, for tests", b"the key that was in use, for tests"
-KNOWN = TokenNames([KEY, FORMER_KEY], are_protected=True)
-FORMER = TokenNames([FORMER_KEY], are_protected=True)
-FORMER_FIRST = TokenNames([FORMER_KEY, KEY], are_protected=True)
-READY = TokenNames([KEY, FORMER_KEY], are_protected=False)
+KNOWN = TokenHasher([KEY, FORMER_KEY], are_protected=True)
+FORMER = TokenHasher([FORMER_KEY], are_protected=True)
+FORMER_FIRST = TokenHasher([FORMER_KEY, KEY], are_protected=True)
+READY = TokenHasher([KEY, FORMER_KEY], are_protected=False)
 Named = Callable[[str], str]
 
 
@@ -60,7 +60,7 @@ def named(request: pytest.FixtureRequest) -> Named:
 
 
 async def all_names(engine: Engine) -> list[str]:
-    return await engine.store.names_after("", limit=1000)
+    return await engine.store.stored_keys_after("", limit=1000)
 
 
 async def stored(engine: Engine, *stored_names: str) -> None:
@@ -70,7 +70,7 @@ async def stored(engine: Engine, *stored_names: str) -> None:
 
 async def test_a_load_finds_the_session_and_gives_it_its_name(engine: Engine, named: Named) -> None:
     await stored(engine, named("t"))
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
     found, unknown = await store.load(["t", "u"])
 
     assert isinstance(found, Session)
@@ -81,7 +81,7 @@ async def test_a_load_finds_the_session_and_gives_it_its_name(engine: Engine, na
 
 async def test_the_other_operations_find_it_too(engine: Engine, named: Named) -> None:
     await stored(engine, *(named(token) for token in "abcdef"))
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
     later_us = (await store.now_us()) + 600_000_000
 
     assert await store.exist(["a", "u"]) == [True, False]
@@ -98,7 +98,7 @@ async def test_the_other_operations_find_it_too(engine: Engine, named: Named) ->
 async def test_an_expired_session_does_not_exist_by_any_name(engine: Engine, named: Named) -> None:
     await stored(engine, named("t"))
     await engine.shift(named("t"), -61)
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
 
     assert await store.exist(["t"]) == [False]
     assert await store.abandon([Abandonment(access_token="t")]) == [False]
@@ -108,7 +108,7 @@ async def test_an_expired_session_does_not_exist_by_any_name(engine: Engine, nam
 
 async def test_of_two_sessions_by_two_names_none_outlives_an_abandon(engine: Engine) -> None:
     await stored(engine, "t", KNOWN.alias("t"), FORMER.alias("t"))
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
 
     assert await store.abandon([Abandonment(access_token="t")]) == [True]
     assert await all_names(engine) == []
@@ -117,7 +117,7 @@ async def test_of_two_sessions_by_two_names_none_outlives_an_abandon(engine: Eng
 async def test_an_expired_session_gives_its_name_to_one_that_lives(engine: Engine) -> None:
     await stored(engine, "t", KNOWN.alias("t"))
     await engine.shift(KNOWN.alias("t"), -61)
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
 
     assert await store.exist(["t"]) == [True]
     assert isinstance((await store.start([new("t")]))[0], SessionAlreadyExists)
@@ -126,7 +126,7 @@ async def test_an_expired_session_gives_its_name_to_one_that_lives(engine: Engin
 
 async def test_of_two_sessions_by_two_old_names_one_is_found(engine: Engine) -> None:
     await stored(engine, "t", FORMER.alias("t"), "u")
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
 
     assert await store.exist(["t", "u"]) == [True, True]
     assert await store.abandon([Abandonment(access_token="t")]) == [True]
@@ -134,12 +134,12 @@ async def test_of_two_sessions_by_two_old_names_one_is_found(engine: Engine) -> 
 
 
 async def test_what_list_shows_ends_the_session_and_opens_nothing(engine: Engine) -> None:
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
     await store.start([new("t")])
     (shown,) = await store.find(Criteria(), offset=0, limit=10)
     handle = shown.access_token
 
-    assert names.is_handle(handle)
+    assert names.is_session_id(handle)
     assert await store.exist([handle]) == [False]
     assert isinstance((await store.start([new(handle)]))[0], InvalidArgument)
     assert (await store.delete(Criteria(access_token=handle), limit=5)).names == [KNOWN.alias("t")]
@@ -147,15 +147,15 @@ async def test_what_list_shows_ends_the_session_and_opens_nothing(engine: Engine
 
 
 async def test_protection_can_be_turned_off_while_the_key_is_known(engine: Engine) -> None:
-    await ProtectedStore(engine.store, TokenNames([KEY], are_protected=True)).start([new("t")])
-    store = ProtectedStore(engine.store, READY)
+    await HashedStore(engine.store, TokenHasher([KEY], are_protected=True)).start([new("t")])
+    store = HashedStore(engine.store, READY)
 
     assert await store.exist(["t"]) == [True]
     assert await all_names(engine) == ["t"]
 
 
 async def test_nodes_that_name_sessions_differently_lose_none(engine: Engine) -> None:
-    ways = [ProtectedStore(engine.store, one) for one in (KNOWN, TokenNames([KEY], are_protected=False))]
+    ways = [HashedStore(engine.store, one) for one in (KNOWN, TokenHasher([KEY], are_protected=False))]
     tokens = [f"t{number}" for number in range(20)]
     await ways[0].start([new(token) for token in tokens])
 
@@ -183,8 +183,8 @@ async def test_renaming_tells_where_there_is_a_session(engine: Engine) -> None:
 async def test_names_come_in_the_order_of_their_bytes(engine: Engine) -> None:
     await stored(engine, "b", "\0a", "ż", "a", "\uffff", "\U00010000")
 
-    assert await engine.store.names_after("", limit=3) == ["\0a", "a", "b"]
-    assert await engine.store.names_after("b", limit=9) == ["ż", "\uffff", "\U00010000"]
+    assert await engine.store.stored_keys_after("", limit=3) == ["\0a", "a", "b"]
+    assert await engine.store.stored_keys_after("b", limit=9) == ["ż", "\uffff", "\U00010000"]
 
 
 async def test_a_migration_protects_every_token_and_tells_how_many(engine: Engine) -> None:
@@ -194,12 +194,12 @@ async def test_a_migration_protects_every_token_and_tells_how_many(engine: Engin
 
     assert await protect_all(engine.store, KNOWN) == 2500
     assert await protect_all(engine.store, KNOWN) == 0
-    assert not set(plain) & set(await engine.store.names_after("", limit=5000))
-    assert await ProtectedStore(engine.store, KNOWN).exist([*plain, "former"]) == [True] * 2501
+    assert not set(plain) & set(await engine.store.stored_keys_after("", limit=5000))
+    assert await HashedStore(engine.store, KNOWN).exist([*plain, "former"]) == [True] * 2501
 
 
 async def test_the_keys_that_sessions_are_named_by_are_found(engine: Engine) -> None:
-    third = TokenNames([b"a key that nobody here knows"], are_protected=True)
+    third = TokenHasher([b"a key that nobody here knows"], are_protected=True)
     assert await key_ids_in(engine.store) == set()
     await stored(engine, "plain", *(one.alias(token) for one in (KNOWN, FORMER, third) for token in "abc"))
 
@@ -221,9 +221,9 @@ def login(token: str = "") -> StartRequest:
 
 @pytest.mark.parametrize("known", [KNOWN, READY], ids=["protected", "with a key only"])
 async def test_a_delete_by_subject_ends_cached_sessions_whatever_their_names(
-    engine: Engine, known: TokenNames
+    engine: Engine, known: TokenHasher
 ) -> None:
-    async with serving(ProtectedStore(engine.store, known)) as node:
+    async with serving(HashedStore(engine.store, known)) as node:
         tokens = [(await node.stub.Start(login())).session.access_token for _ in range(3)]
         assert [await gets(node.stub, token) for token in tokens] == [True] * 3
         # As another node may have done meanwhile, while they are restarted one by one.
@@ -236,7 +236,7 @@ async def test_a_delete_by_subject_ends_cached_sessions_whatever_their_names(
 
 
 async def test_a_delete_reaches_the_copies_of_other_nodes(engine: Engine) -> None:
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
     async with (
         peering(store) as one,
         peering(store, seeds=(one.address,)) as other,
@@ -255,7 +255,7 @@ async def test_a_delete_reaches_the_copies_of_other_nodes(engine: Engine) -> Non
 
 
 async def test_a_delete_fences_a_load_under_way(engine: Engine) -> None:
-    store = ProtectedStore(engine.store, KNOWN)
+    store = HashedStore(engine.store, KNOWN)
     async with serving(store) as node:
         await node.stub.Start(login("t"))
         node.cache.drop("t")
@@ -268,7 +268,7 @@ async def test_a_delete_fences_a_load_under_way(engine: Engine) -> None:
 
 
 async def test_a_name_is_no_token(engine: Engine) -> None:
-    async with serving(ProtectedStore(engine.store, KNOWN)) as node:
+    async with serving(HashedStore(engine.store, KNOWN)) as node:
         await node.stub.Start(login("t"))
         for call in (node.stub.Get, node.stub.Abandon):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -297,7 +297,7 @@ class Slow:
 
 async def test_a_session_that_two_nodes_rename_against_each_other_is_never_missing(engine: Engine) -> None:
     await stored(engine, "t")
-    ways = [ProtectedStore(Slow(engine.store), one) for one in (KNOWN, FORMER_FIRST, READY)]  # type: ignore[arg-type]  # it passes all on
+    ways = [HashedStore(Slow(engine.store), one) for one in (KNOWN, FORMER_FIRST, READY)]  # type: ignore[arg-type]  # it passes all on
 
     async def read(store: SessionStore) -> bool:
         results = [(await store.load(["t", "u"])) for _ in range(60)]
@@ -328,7 +328,7 @@ async def test_a_delete_by_subject_ends_what_is_renamed_meanwhile(
     postgres: Engine, held: asyncpg.Connection[asyncpg.Record]
 ) -> None:
     await stored(postgres, "t")
-    async with serving(ProtectedStore(postgres.store, KNOWN)) as node:
+    async with serving(HashedStore(postgres.store, KNOWN)) as node:
         assert isinstance(postgres.store, PostgresStore)
         await held.fetch(postgres.store._queries.rename.sql, [b"t"], [KNOWN.alias("t").encode()])
         delete = asyncio.ensure_future(node.stub.Delete(DeleteRequest(subject_id="s")))
@@ -353,7 +353,7 @@ async def test_a_session_that_a_writer_holds_harms_no_other(
     assert isinstance(postgres.store, PostgresStore)
     table = postgres.store._table.sql
     await held.execute(f"SELECT 1 FROM {table} WHERE access_token = 'held' FOR NO KEY UPDATE")  # noqa: S608  # a table of ours
-    locked, free, unknown = await ProtectedStore(postgres.store, KNOWN).load(["held", "free", "unknown"])
+    locked, free, unknown = await HashedStore(postgres.store, KNOWN).load(["held", "free", "unknown"])
 
     assert isinstance(locked, StorageUnavailable)
     assert isinstance(free, Session)
@@ -368,7 +368,7 @@ async def test_nodes_with_one_key_and_a_migration_never_get_in_each_others_way(
     tokens = [f"t{number}" for number in range(3000)]
     for start in range(0, len(tokens), 500):
         await stored(postgres, *tokens[start : start + 500])
-    store, rng = ProtectedStore(postgres.store, KNOWN), Random(1)
+    store, rng = HashedStore(postgres.store, KNOWN), Random(1)
     later_us = await store.now_us() + 600_000_000
     is_over = False
 
@@ -419,7 +419,7 @@ async def test_no_statement_goes_through_a_table_that_was_small_when_it_was_plan
         (queries.abandon, [names_, [instant] * 2]),
         (queries.rename, [names_, names_]),
         (queries.rename_one, [names_, names_]),
-        (queries.names_after, [b"", 5]),
+        (queries.stored_keys_after, [b"", 5]),
     ]
     async with postgres.store._pool.connection() as connection:
         await connection.execute(f"VACUUM ANALYZE {postgres.store._table.sql}")

@@ -25,8 +25,8 @@ from serving import ENGINES
 from cluster import wire
 from cluster.gossip import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
+from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb
-from cluster.trust import METADATA_KEY, Seals, Trust
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.transport.methods import Call
 
@@ -52,7 +52,7 @@ async def origin(store: MemoryStore, peer: Peer) -> pb.Origin:
     return Identity(label="", storage_fingerprint=await store.fingerprint()).message(peer.address)
 
 
-def signed(trust: Trust, method: str, body: bytes) -> str:
+def signed(trust: PeerAuth, method: str, body: bytes) -> str:
     return trust.sign(method, body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(12))
 
 
@@ -77,12 +77,12 @@ class Stream:
         metadata = ((METADATA_KEY, value),) if value else ()
         self.call = peer.channel.stream_stream(f"/{SERVICE}/Forward")(metadata=metadata, timeout=10)
         self.opening = value
-        self._seals = peer.trust.seals(value)
+        self._seals = peer.trust.stream_mac(value)
         self._origin = origin
 
-    async def forward(self, *items: pb.Item, seals: Seals | None = None) -> Sequence[pb.Answer]:
+    async def forward(self, *items: pb.Item, stream_mac: StreamMac | None = None) -> Sequence[pb.Answer]:
         batch = pb.Batch(origin=self._origin, items=items).SerializeToString()
-        seal = (seals or self._seals).seal(batch)
+        seal = (stream_mac or self._seals).seal(batch)
         return await self.send(pb.ForwardRequest(batch=batch, seal=seal).SerializeToString())
 
     async def send(self, message: bytes) -> Sequence[pb.Answer]:
@@ -122,7 +122,7 @@ async def test_a_stranger_is_refused(peer: Peer, method: str, signature: str) ->
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_another_clusters_secret_is_refused(peer: Peer, method: str) -> None:
-    signature = signed(Trust([b"hunter2-of-another-cluster"]), method, b"")
+    signature = signed(PeerAuth([b"hunter2-of-another-cluster"]), method, b"")
 
     assert (await status_of(call(peer, method, b"", signature=signature)))[0] is UNAUTHENTICATED
 
@@ -153,14 +153,14 @@ async def test_each_batch_is_sealed_for_its_stream_and_its_place(
     token = await started(peer)
     stream = Stream(peer, origin)
     assert [answer.code for answer in await stream.forward(get(token))] == [0]
-    seals = {
-        "another secret": Trust([b"hunter2-of-another-cluster"]).seals(stream.opening),
-        "another stream": peer.trust.seals(signed(peer.trust, "Forward", b"")),
-        "a batch sent again": peer.trust.seals(stream.opening),
+    stream_mac = {
+        "another secret": PeerAuth([b"hunter2-of-another-cluster"]).stream_mac(stream.opening),
+        "another stream": peer.trust.stream_mac(signed(peer.trust, "Forward", b"")),
+        "a batch sent again": peer.trust.stream_mac(stream.opening),
     }[forger]
     if forger == "another stream":
-        seals.seal(b"")
-    code, text = await status_of(stream.forward(get(token), seals=seals))
+        stream_mac.seal(b"")
+    code, text = await status_of(stream.forward(get(token), stream_mac=stream_mac))
 
     assert code is UNAUTHENTICATED
     assert "sealed" in text

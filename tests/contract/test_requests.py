@@ -16,14 +16,14 @@ from mnemosynerpc import session_pb2 as pb
 from prometheus_client import CollectorRegistry
 from serving import LIFETIMES
 
+from aio.deadline import NO_DEADLINE
 from cache.lru import Lru
 from cache.read_through import ReadThrough
 from mnemosyned.api import session_manager
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import ReadySession
-from mnemosyned.sessions.model import NEVER_US
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
@@ -35,7 +35,7 @@ class AnyCall:
     """A call without anything but a token in its metadata."""
 
     peer = "192.0.2.1:1"
-    not_after_us = NEVER_US
+    deadline = NO_DEADLINE
     certificate_names = ()
 
     def __init__(self, authorization: str) -> None:
@@ -43,9 +43,6 @@ class AnyCall:
 
     def metadata(self, key: str) -> str | None:
         return self._authorization if key == "authorization" else None
-
-    def time_left_s(self) -> float | None:
-        return None
 
 
 class Server:
@@ -56,7 +53,7 @@ class Server:
         store = MemoryStore(
             ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000
         )
-        cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=100, max_bytes=1_000_000))
+        cache: ReadThrough[EncodedSession] = ReadThrough(Lru(max_entries=100, max_bytes=1_000_000))
         lost = UpkeepMetrics(CollectorRegistry()).touches_lost
         touches = TouchWriter(store, max_waiting=100, lost=lost, on_gone=cache.drop)
         service = SessionService(store, cache, touches, clock=StorageClock(), lifetimes=LIFETIMES)

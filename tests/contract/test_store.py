@@ -18,8 +18,8 @@ from mnemosyned.errors import (
 )
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
-from mnemosyned.sessions.token_hash import TokenNames
-from mnemosyned.storage.hashed import ProtectedStore
+from mnemosyned.sessions.token_hash import TokenHasher
+from mnemosyned.storage.hashed import HashedStore
 
 
 @pytest.fixture(params=["memory", "postgres", "protected memory", "protected postgres"])
@@ -29,8 +29,8 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     else:
         opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
     if request.param.startswith("protected"):
-        known = TokenNames([b"a key that only these tests know"], are_protected=True)
-        opened = Engine(ProtectedStore(opened.store, known), opened.shift, known.alias)
+        known = TokenHasher([b"a key that only these tests know"], are_protected=True)
+        opened = Engine(HashedStore(opened.store, known), opened.shift, known.alias)
     await opened.store.open()
     yield opened
     await opened.store.close()

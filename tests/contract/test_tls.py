@@ -15,8 +15,8 @@ import pytest
 from certificates import Authority
 from serving import ENGINES, OPTIONS
 
-from cluster.peers import SERVICE_NAME, Lane, Peers, TlsIdentity
-from cluster.trust import Trust
+from cluster.peer_auth import PeerAuth
+from cluster.peers import SERVICE_NAME, ChannelKind, Peers, TlsIdentity
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsFiles
 from mnemosyned.transport.engine import Engine, ListenFailed
@@ -202,7 +202,7 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
     spell(both, old.pem + new.pem)
     files = replace(old.files("localhost", client_auth=ClientAuth.REQUIRE), authorities=str(both))
     async with running("h2corn", files) as server:
-        peers = Peers(Trust([]), {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
+        peers = Peers(PeerAuth([]), {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
         address = f"127.0.0.1:{server.port}"
 
         async def seen(identity: Authority, authorities: bytes) -> str:
@@ -211,7 +211,7 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
             peers.identify(
                 TlsIdentity(certificate=pem["crt"], private_key=pem["key"], authorities=authorities)
             )
-            answer = await peers.call(address, "Gossip", b"", timeout_s=5, lane=Lane.GOSSIP)
+            answer = await peers.call(address, "Gossip", b"", timeout_s=5, lane=ChannelKind.GOSSIP)
             return answer.decode()
 
         assert await seen(old, old.pem) == "old.example"

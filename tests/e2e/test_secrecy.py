@@ -42,8 +42,8 @@ from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned, processes_on
 from secrecy import CANARY, held
 
+from cluster.peer_auth import METADATA_KEY
 from cluster.peers import SERVICE_NAME as PEER
-from cluster.trust import METADATA_KEY
 from mnemosyned.embedded.server import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(240)

@@ -6,16 +6,16 @@ from typing import Final
 
 from simulation.world import Node, World
 
-from cluster.member import Event, News
+from cluster.member import Event, EventKind
 
 QUIET_S: Final = 2.0
-NEWS_BY_NAME: Final = {
-    "n1": ("vanished", News.DEAD),
-    "n2": ("crashed", News.DEAD),
-    "n3": ("left", News.LEFT),
-    "newcomer": ("joined", News.ACTIVE),
+KIND_BY_NAME: Final = {
+    "n1": ("vanished", EventKind.DEAD),
+    "n2": ("crashed", EventKind.DEAD),
+    "n3": ("left", EventKind.LEFT),
+    "newcomer": ("joined", EventKind.ACTIVE),
 }
-CHANGES: Final = tuple(change for change, _ in NEWS_BY_NAME.values())
+CHANGES: Final = tuple(change for change, _ in KIND_BY_NAME.values())
 FEWEST: Final = 5
 
 
@@ -26,8 +26,8 @@ def change_some(world: World, *, nodes: int, seconds: float) -> dict[str, float]
     began_s = 0.0
 
     def listen(_: Node, event: Event) -> None:
-        change, news = NEWS_BY_NAME.get(event.member.name, ("", None))
-        if event.news is not news:
+        change, kind = KIND_BY_NAME.get(event.member.name, ("", None))
+        if event.kind is not kind:
             return
         heard[change] += 1
         if heard[change] == everybody[change]:

@@ -7,7 +7,7 @@ import statistics
 
 from simulation.world import World, false_deaths
 
-from cluster.member import News
+from cluster.member import EventKind
 from cluster.swim import Settings
 
 # As in the papers: no evidence but probes, no second opinions, no full syncs.
@@ -38,7 +38,7 @@ def settled(seed: int, size: int, settings: Settings) -> World:
     return world
 
 
-def first_news(world: World, news: News, name: str, limit_s: float) -> float:
+def first_news(world: World, news: EventKind, name: str, limit_s: float) -> float:
     began_s, seen = world.now_s, len(world.log)
     kind = news.value
     found = world.run_until(
@@ -59,7 +59,7 @@ def test_swim_first_probes_a_failed_member_after_e_over_e_minus_one_periods() ->
         world.run(0.5)
         world.vanish("n7")
         # The first period begins half a second later, and a probe fails at the end of its own.
-        periods.append(round(first_news(world, News.SUSPECT, "n7", 60.0) - 0.5))
+        periods.append(round(first_news(world, EventKind.SUSPECT, "n7", 60.0) - 0.5))
 
     expected, mean = math.e / (math.e - 1), statistics.mean(periods)
     error = statistics.stdev(periods) / math.sqrt(len(periods))
@@ -73,7 +73,7 @@ def test_lifeguard_first_declares_a_failed_member_of_128_dead_after_twelve_secon
         world = settled(seed, 128, LIFEGUARD)
         world.run(2.0)
         world.vanish("n7")
-        took_s.append(first_news(world, News.DEAD, "n7", 60.0))
+        took_s.append(first_news(world, EventKind.DEAD, "n7", 60.0))
 
     assert abs(statistics.median(took_s) - 12.45) < 0.05 * 12.45, statistics.median(took_s)
 

@@ -11,7 +11,7 @@ import pytest
 from simulation.storm import sail_through
 from simulation.world import Link, World, false_deaths
 
-from cluster.member import News
+from cluster.member import EventKind
 
 TESTS = Path(__file__).parents[1]
 ROUGH = Link(max_delay_s=0.02, loss=0.1, duplication=0.05, reordering=0.05)
@@ -149,7 +149,9 @@ def test_a_node_that_leaves_is_out_at_once_and_nobody_suspects_it(seed: int) -> 
     assert world.run_until(lambda: len(hashes()) == 1 and hashes() != old, 0.5)
     world.run(10.0)
 
-    assert not [entry for entry in world.log[before:] if entry[2] in {News.SUSPECT.value, News.DEAD.value}]
+    assert not [
+        entry for entry in world.log[before:] if entry[2] in {EventKind.SUSPECT.value, EventKind.DEAD.value}
+    ]
     assert world.is_converged()
 
 

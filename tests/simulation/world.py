@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cluster.dissemination import MAX_QUEUED
-from cluster.member import Event, Member, News, Packet, Phase, Send, State
+from cluster.member import Event, EventKind, Member, Packet, Phase, Send, State
 from cluster.swim import MAX_UPDATES, Settings, Swim
 from cluster.table import Base
 
@@ -172,7 +172,7 @@ class World:
         self._dark.add(node.address)
 
     def leave(self, name: str, *, drain_s: float = 1.0) -> None:
-        """The process is told to end: it hands over, answers on for a while, and says farewell."""
+        """The process is told to end: it hands over, answers on for a while, and says announce_left."""
         node = self.nodes[name]
         node.swim.leave(now=self._clock(node))
         self._settle(node)
@@ -318,7 +318,7 @@ class World:
 
     def _note(self, node: Node, event: Event) -> None:
         self.log.append(
-            (self.now_s, node.name, event.news.value, event.member.name, event.member.incarnation)
+            (self.now_s, node.name, event.kind.value, event.member.name, event.member.incarnation)
         )
         for watcher in self.watchers:
             watcher(node, event)
@@ -426,7 +426,7 @@ def false_deaths(world: World, healthy: Callable[[str], bool]) -> list[tuple[flo
 
     def watch(node: Node, event: Event) -> None:
         # Where it is declared, not where it is heard.
-        if event.news is News.DEAD and event.evidence != "heard" and healthy(event.member.name):
+        if event.kind is EventKind.DEAD and event.evidence != "heard" and healthy(event.member.name):
             found.append((world.now_s, node.name, event.member.name))
 
     world.watchers.append(watch)

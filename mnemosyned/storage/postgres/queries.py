@@ -41,7 +41,7 @@ class Queries:
         self.clean_up = _clean_up(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
-        self.names_after = Query(
+        self.stored_keys_after = Query(
             "names",
             f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
         )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import asyncpg
 
+from aio.deadline import NEVER_US
 from mnemosyned.errors import (
     CorruptBag,
     DeadlineExceeded,
@@ -28,7 +29,6 @@ from mnemosyned.errors import (
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
-    NEVER_US,
     Abandonment,
     Criteria,
     NewSession,
@@ -144,10 +144,10 @@ class PostgresStore:
         """See SessionStore."""
         return await _isolating(self._rename, renamings)
 
-    async def names_after(self, name: str, *, limit: int) -> list[str]:
+    async def stored_keys_after(self, name: str, *, limit: int) -> list[str]:
         """See SessionStore."""
         after = name.encode(errors="surrogateescape")
-        rows = await self._pool.fetch(self._queries.names_after, after, limit)
+        rows = await self._pool.fetch(self._queries.stored_keys_after, after, limit)
         return [row["access_token"].decode(errors="surrogateescape") for row in rows]
 
     async def _rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from mnemosyned import __version__
-from mnemosyned.admin.server import OperatorServer, Readiness
+from mnemosyned.admin.server import AdminServer, Readiness
 
 
 class State:
@@ -24,7 +24,7 @@ def state() -> State:
 
 
 @pytest.fixture
-def server(state: State) -> Iterator[OperatorServer]:
+def server(state: State) -> Iterator[AdminServer]:
     registry = CollectorRegistry()
     Counter("things", "Counted.", registry=registry).inc(3)
 
@@ -32,12 +32,12 @@ def server(state: State) -> Iterator[OperatorServer]:
         probes = {"postgres": "SERVING" if state.is_ready else "NOT_SERVING", "cluster": {}}
         return Readiness(is_ready=state.is_ready, probes=probes)
 
-    one = OperatorServer.start("127.0.0.1", 0, registry=registry, readiness=readiness)
+    one = AdminServer.start("127.0.0.1", 0, registry=registry, readiness=readiness)
     yield one
     one.stop()
 
 
-def ask(server: OperatorServer, path: str, method: str = "GET") -> tuple[http.client.HTTPResponse, bytes]:
+def ask(server: AdminServer, path: str, method: str = "GET") -> tuple[http.client.HTTPResponse, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
     connection.request(method, path)
     response = connection.getresponse()
@@ -46,7 +46,7 @@ def ask(server: OperatorServer, path: str, method: str = "GET") -> tuple[http.cl
     return response, body
 
 
-def test_metrics_are_in_prometheus_form(server: OperatorServer) -> None:
+def test_metrics_are_in_prometheus_form(server: AdminServer) -> None:
     response, body = ask(server, "/metrics")
     families = {family.name: family for family in text_string_to_metric_families(body.decode())}
 
@@ -54,14 +54,14 @@ def test_metrics_are_in_prometheus_form(server: OperatorServer) -> None:
     assert families["things"].samples[0].value == 3
 
 
-def test_health_tells_the_version(server: OperatorServer) -> None:
+def test_health_tells_the_version(server: AdminServer) -> None:
     response, body = ask(server, "/healthz?from=probe")
 
     assert response.status == 200
     assert json.loads(body) == {"version": __version__}
 
 
-def test_readiness_is_503_when_not_ready(server: OperatorServer, state: State) -> None:
+def test_readiness_is_503_when_not_ready(server: AdminServer, state: State) -> None:
     ready, ready_body = ask(server, "/healthr")
     state.is_ready = False
     away, away_body = ask(server, "/healthr")
@@ -74,7 +74,7 @@ def test_readiness_is_503_when_not_ready(server: OperatorServer, state: State) -
     assert json.loads(away_body)["probes"]["postgres"] == "NOT_SERVING"
 
 
-def test_other_paths_and_methods_are_refused_clearly(server: OperatorServer) -> None:
+def test_other_paths_and_methods_are_refused_clearly(server: AdminServer) -> None:
     unknown, _ = ask(server, "/")
     wrong, _ = ask(server, "/metrics", "POST")
 
@@ -83,20 +83,20 @@ def test_other_paths_and_methods_are_refused_clearly(server: OperatorServer) -> 
     assert wrong.getheader("Allow") == "GET, HEAD"
 
 
-def test_head_has_no_body(server: OperatorServer) -> None:
+def test_head_has_no_body(server: AdminServer) -> None:
     response, body = ask(server, "/healthz", "HEAD")
 
     assert response.status == 200
     assert body == b""
 
 
-def test_the_server_does_not_name_its_python(server: OperatorServer) -> None:
+def test_the_server_does_not_name_its_python(server: AdminServer) -> None:
     response, _ = ask(server, "/healthz")
 
     assert response.getheader("Server") == "mnemosyned"
 
 
-def test_a_slow_client_does_not_delay_another(server: OperatorServer) -> None:
+def test_a_slow_client_does_not_delay_another(server: AdminServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as slow:
         slow.sendall(b"GET /metr")
         response, _ = ask(server, "/metrics")
@@ -104,7 +104,7 @@ def test_a_slow_client_does_not_delay_another(server: OperatorServer) -> None:
     assert response.status == 200
 
 
-def test_too_many_connections_are_refused_and_places_come_back(server: OperatorServer) -> None:
+def test_too_many_connections_are_refused_and_places_come_back(server: AdminServer) -> None:
     crowd = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(16)]
     for one in crowd:
         one.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -120,9 +120,9 @@ def test_too_many_connections_are_refused_and_places_come_back(server: OperatorS
     assert ask(server, "/healthz")[0].status == 200
 
 
-def test_a_port_in_use_is_an_error(server: OperatorServer) -> None:
+def test_a_port_in_use_is_an_error(server: AdminServer) -> None:
     with pytest.raises(OSError, match="in use"):
-        OperatorServer.start(
+        AdminServer.start(
             "127.0.0.1",
             server.port,
             registry=CollectorRegistry(),
@@ -136,7 +136,7 @@ def test_a_port_in_use_is_an_error(server: OperatorServer) -> None:
 )
 @pytest.mark.parametrize("method", [b"GET", b"HUNTER2"])
 def test_a_request_that_is_no_good_is_refused_and_not_repeated(
-    server: OperatorServer, request_line: bytes, method: bytes
+    server: AdminServer, request_line: bytes, method: bytes
 ) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as one:
         one.sendall(request_line.replace(b"GET", method) + b"\r\n\r\n")
@@ -146,7 +146,7 @@ def test_a_request_that_is_no_good_is_refused_and_not_repeated(
     assert b"hunter2" not in answer.lower()
 
 
-def test_junk_takes_nothing_down(server: OperatorServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_junk_takes_nothing_down(server: AdminServer, capsys: pytest.CaptureFixture[str]) -> None:
     for junk in (b"\x00\xff\r\n\r\n", b"GET " + b"x" * 100_000 + b"\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
         # The server may close at any moment, as it should.
         with (

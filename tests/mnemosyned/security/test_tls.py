@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mnemosyned.security.certificates import expires_at_s, names_of
-from mnemosyned.security.file_reloader import FilesUnusable, FileWatch
+from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 from mnemosyned.security.tls import (
     TlsFiles,
     TlsMaterial,
+    admin_context,
     client_context,
-    operator_context,
-    watch_tls,
+    tls_reloader,
 )
 
 
@@ -124,7 +124,7 @@ class Follower:
 
 async def test_changed_files_are_served_once(authority: Authority) -> None:
     files = authority.files("a.example")
-    watch, follower = watch_tls(files), Follower()
+    watch, follower = tls_reloader(files), Follower()
     watch.followers.append(follower.follow)
     await watch.look()
     assert follower.served == []
@@ -138,7 +138,7 @@ async def test_changed_files_are_served_once(authority: Authority) -> None:
 
 async def test_half_of_a_change_is_waited_for(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
     files = authority.files("a.example")
-    watch, follower = watch_tls(files), Follower()
+    watch, follower = tls_reloader(files), Follower()
     watch.followers.append(follower.follow)
     old_key = content(files.private_key)
     authority.issue("b.example")
@@ -158,7 +158,7 @@ async def test_half_of_a_change_is_waited_for(authority: Authority, caplog: pyte
 
 async def test_what_a_follower_refuses_is_tried_again(authority: Authority) -> None:
     files = authority.files("a.example")
-    watch, follower = watch_tls(files), Follower()
+    watch, follower = tls_reloader(files), Follower()
     watch.followers.append(follower.follow)
     authority.issue("b.example")
     follower.refuses = True
@@ -170,7 +170,7 @@ async def test_what_a_follower_refuses_is_tried_again(authority: Authority) -> N
 
 
 def test_the_operators_context_speaks_no_old_tls(authority: Authority) -> None:
-    assert operator_context(authority.files("a.example")).minimum_version == ssl.TLSVersion.TLSv1_2
+    assert admin_context(authority.files("a.example")).minimum_version == ssl.TLSVersion.TLSv1_2
 
 
 def test_what_openssl_takes_and_we_cannot_read_is_named(authority: Authority) -> None:
@@ -195,7 +195,7 @@ async def test_a_bug_in_a_reader_does_not_end_the_watch(
             raise RuntimeError("a bug")
         return len(reads)
 
-    watch = FileWatch("test", [str(tmp_path / "file")], read)
+    watch = FileReloader("test", [str(tmp_path / "file")], read)
     running = asyncio.create_task(watch.run())
     replace(str(tmp_path / "file"), b"22")
     async with asyncio.timeout(5):

@@ -12,7 +12,7 @@ from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.sessions.cleanup import run_cleanup
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import NewSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.touches import TouchWriter
@@ -34,7 +34,7 @@ class Store(MemoryStore):
 async def test_cleanup_survives_an_error_and_drops_what_it_removed_from_the_cache() -> None:
     now_us = 1_000_000
     store = Store(ttl_us=1, touch_interval_us=0, wall_us=lambda: now_us)
-    cache: ReadThrough[ReadySession] = ReadThrough(Lru(max_entries=10, max_bytes=10**6))
+    cache: ReadThrough[EncodedSession] = ReadThrough(Lru(max_entries=10, max_bytes=10**6))
     metrics = UpkeepMetrics(CollectorRegistry())
     touches = TouchWriter(store, max_waiting=10, lost=metrics.touches_lost, on_gone=cache.drop)
     service = SessionService(store, cache, touches, clock=StorageClock(), lifetimes=LIFETIMES)

@@ -6,7 +6,7 @@ from mnemosynerpc.session_pb2 import GetResponse, ListResponse
 from mnemosynerpc.session_pb2 import Session as Wire
 
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.encoded import ExpiryField, ReadySession, expiry_field, list_response, varint
+from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, expiry_field, list_response, varint
 from mnemosyned.sessions.model import Session
 
 YEAR_9999_US = 253_402_300_799_999_999
@@ -27,7 +27,7 @@ def stored(expires_at_us: int, values: dict[str, str]) -> Session:
 def test_a_response_is_what_protobuf_would_make_whatever_the_expiry(
     first_us: int, second_us: int, values: dict[str, str]
 ) -> None:
-    ready = ReadySession(stored(first_us, values))
+    ready = EncodedSession(stored(first_us, values))
 
     for expires_at_us in (first_us, second_us):
         session = GetResponse.FromString(ready.response(expiry_field(expires_at_us))).session
@@ -57,7 +57,7 @@ def test_a_list_is_one_session_after_the_other() -> None:
 
 
 def test_an_entry_costs_at_least_its_bytes() -> None:
-    assert ReadySession(stored(0, {"k": "x" * 10_000})).size_bytes > 20_000
+    assert EncodedSession(stored(0, {"k": "x" * 10_000})).size_bytes > 20_000
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
-from mnemosyned.sessions.encoded import ReadySession
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import Abandonment, NewSession, Session, Touch
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
@@ -44,10 +44,10 @@ class Setup:
             self.store, max_waiting=max_waiting, lost=self.lost, on_gone=self.gone.append
         )
 
-    async def extended(self, token: str) -> ReadySession:
+    async def extended(self, token: str) -> EncodedSession:
         (session,) = await self.store.start([NewSession(access_token=token, subject_id="s")])
         assert isinstance(session, Session)
-        ready = ReadySession(session)
+        ready = EncodedSession(session)
         ready.expires_at_us += 1_000_000
         self.touches.mark(token, ready)
         return ready
@@ -120,7 +120,7 @@ async def test_a_second_copy_of_a_session_does_not_lose_what_the_first_promised(
     promised_us = first.expires_at_us
     (session,) = await setup.store.load(["t"])
     assert isinstance(session, Session)
-    setup.touches.mark("t", ReadySession(session))
+    setup.touches.mark("t", EncodedSession(session))
     await setup.touches.flush()
 
     assert setup.stored_us("t") == promised_us
@@ -132,7 +132,7 @@ async def test_what_comes_back_does_not_take_the_place_of_what_was_marked_meanwh
     promised_us = first.expires_at_us
     (session,) = await setup.store.load(["t"])
     assert isinstance(session, Session)
-    second = ReadySession(session)
+    second = EncodedSession(session)
     setup.store.during_touch = lambda: setup.touches.mark("t", second)
     setup.store.is_away = True
     with pytest.raises(StorageUnavailable):

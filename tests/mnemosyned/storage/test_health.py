@@ -9,7 +9,7 @@ import pytest
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.storage import health as watch
-from mnemosyned.storage.health import StorageWatch
+from mnemosyned.storage.health import StorageHealth
 from mnemosyned.storage.memory import MemoryStore
 
 HOUR_US = 3_600_000_000
@@ -46,7 +46,7 @@ async def until(condition: object) -> None:
 async def test_opening_is_tried_until_it_succeeds_and_sets_the_clock() -> None:
     store, clock = Store(), StorageClock()
     store.is_away = True
-    watching = StorageWatch(store, clock)
+    watching = StorageHealth(store, clock)
     opening = asyncio.create_task(watching.open())
     await until(lambda: store.refused >= 3)
     assert not watching.is_serving
@@ -60,7 +60,7 @@ async def test_opening_is_tried_until_it_succeeds_and_sets_the_clock() -> None:
 async def test_loss_and_return_are_noticed_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     store = Store()
-    watching = StorageWatch(store, StorageClock())
+    watching = StorageHealth(store, StorageClock())
     await watching.open()
     running = asyncio.create_task(watching.run())
     store.is_away = True

@@ -16,7 +16,7 @@ from ipaddress import IPv6Address, ip_address
 from typing import Final
 from urllib.parse import unquote
 
-from cluster.errors import Stranger
+from cluster.errors import UnauthenticatedPeer
 
 METADATA_KEY: Final = "mnemosyned-peer"
 _VERSION: Final = "v1"
@@ -27,7 +27,7 @@ NONCE_BYTES: Final = 12
 _MAX_NONCES: Final = 2**19
 
 
-class Trust:
+class PeerAuth:
     """Signs with the first secret, believes them all: two during a rotation; and certificates by name.
 
     A name such as `*.nodes.example` stands for one label more.
@@ -63,32 +63,38 @@ class Trust:
         """Return if a call without a node's certificate is a peer's.
 
         Raises:
-            Stranger: it is not; the text tells the operator of the calling node what to look at.
+            UnauthenticatedPeer: it is not; the text tells the operator of the calling node what to look at.
         """
         if not self._keyed:
             if self._names:
-                raise Stranger("the caller's certificate has none of this cluster's -tls.peer-names")
+                raise UnauthenticatedPeer(
+                    "the caller's certificate has none of this cluster's -tls.peer-names"
+                )
             # grpcio writes [::1] in percent-encoding.
             if not is_loopback(unquote(peer).rpartition(":")[0].strip("[]")):
-                raise Stranger("this node has no -cluster.secret and takes peers from its own host only")
+                raise UnauthenticatedPeer(
+                    "this node has no -cluster.secret and takes peers from its own host only"
+                )
             return
         version, sent_ms, nonce, mac = _parts(signature)
         if version != _VERSION:
-            raise Stranger("the call is signed in another way than this release knows")
+            raise UnauthenticatedPeer("the call is signed in another way than this release knows")
         if not any(
             hmac.compare_digest(mac, _mac(keyed, method, sent_ms, nonce, body)) for keyed in self._keyed
         ):
-            raise Stranger("the call is not signed with this cluster's -cluster.secret")
+            raise UnauthenticatedPeer("the call is not signed with this cluster's -cluster.secret")
         if abs(now_ms - int(sent_ms)) > _WINDOW_MS:
-            raise Stranger("the call was signed more than 30 s ago, or the clocks are that far apart")
+            raise UnauthenticatedPeer(
+                "the call was signed more than 30 s ago, or the clocks are that far apart"
+            )
         self._remember(nonce, now_ms)
 
-    def seals(self, opening: str) -> Seals:
-        """Return the seals of a stream that this signature opened; both ends make their own.
+    def stream_mac(self, opening: str) -> StreamMac:
+        """Return the stream_mac of a stream that this signature opened; both ends make their own.
 
-        One that a certificate opened has none: `Seals([])`.
+        One that a certificate opened has none: `StreamMac([])`.
         """
-        return Seals([_begun(keyed, _SEAL, opening) for keyed in self._keyed])
+        return StreamMac([_begun(keyed, _SEAL, opening) for keyed in self._keyed])
 
     def _remember(self, nonce: str, now_ms: int) -> None:
         # A time-stamp may lie a window ahead and be good for two.
@@ -96,13 +102,13 @@ class Trust:
             self._older_nonces, self._nonces = self._nonces, set()
             self._turned_ms = now_ms
         if nonce in self._nonces or nonce in self._older_nonces:
-            raise Stranger("the call was made before")
+            raise UnauthenticatedPeer("the call was made before")
         if len(self._nonces) >= _MAX_NONCES:
-            raise Stranger("there were too many calls in the last minute")
+            raise UnauthenticatedPeer("there were too many calls in the last minute")
         self._nonces.add(nonce)
 
 
-class Seals:
+class StreamMac:
     """Shows of one message of a stream after another that it belongs there: whole, in place, and ours."""
 
     def __init__(self, begun: Sequence[hmac.HMAC]) -> None:
@@ -115,12 +121,14 @@ class Seals:
         return _seal(self._begun[0], number, body) if self._begun else b""
 
     def check(self, seal: bytes, body: bytes) -> None:
-        """Return if this is the next message. Raises Stranger."""
+        """Return if this is the next message. Raises UnauthenticatedPeer."""
         number = self._take_number()
         if self._begun and not any(
             hmac.compare_digest(seal, _seal(begun, number, body)) for begun in self._begun
         ):
-            raise Stranger("a message is not sealed with this cluster's -cluster.secret, or not the next one")
+            raise UnauthenticatedPeer(
+                "a message is not sealed with this cluster's -cluster.secret, or not the next one"
+            )
 
     def _take_number(self) -> bytes:
         self._number += 1
@@ -138,7 +146,7 @@ def _parts(signature: str | None) -> tuple[str, str, str, str]:
     # What is not ASCII has digits that are no digits, and cannot be compared in constant time.
     parts = signature.split(" ") if signature is not None and signature.isascii() else []
     if len(parts) != 4 or not parts[1].isdigit() or len(parts[1]) > 15:  # noqa: PLR2004  # ours
-        raise Stranger("the call is not signed; do both nodes have the same -cluster.secret?")
+        raise UnauthenticatedPeer("the call is not signed; do both nodes have the same -cluster.secret?")
     return (parts[0], parts[1], parts[2], parts[3])
 
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 
-class Untold:
+class PendingInvalidations:
     """Tokens whose sessions were changed or ended while a peer could not be told.
 
     Beyond `max_tokens` they are no longer told apart, and the peer drops all that it has. Times are
