@@ -13,8 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-# An instant that no clock reaches, in microseconds: a write without a limit is never too late.
-NEVER_US: Final = 2**61
+from aio.units import NEVER_US
 
 
 @dataclass(frozen=True, slots=True)

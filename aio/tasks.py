@@ -34,22 +34,16 @@ class Tasks:
         """Return the tasks that have not ended, as a copy."""
         return set(self._tasks)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Start work that nobody awaits; a failure of it is logged.
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Start work in the background; a failure of it is logged, whether or not the task is awaited.
 
-        After `close` and beyond `max_tasks` the work is dropped, never queued, and False is returned.
+        After `close` and beyond `max_tasks` the work is dropped, never queued, and None is returned.
         """
         if self._is_closed or len(self._tasks) >= self._max_tasks:
             work.close()
-            return False
-        self._own(asyncio.create_task(work)).add_done_callback(self._log_failure)
-        return True
-
-    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start work whose task somebody may await, and thereby get its result or failure."""
+            return None
         task = self._own(asyncio.create_task(work))
-        # Read, or asyncio would report a failure as never retrieved when no awaiter was left.
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        task.add_done_callback(self._log_failure)
         return task
 
     async def run_shielded(self, work: Coroutine[Any, Any, T]) -> T:
@@ -58,7 +52,10 @@ class Tasks:
         The caller gets a failure too, unless it is gone. `max_tasks` does not apply, since callers are
         bounded already.
         """
-        return await asyncio.shield(self.start(work))
+        task = self._own(asyncio.create_task(work))
+        # Read, or asyncio would report a failure as never retrieved when the caller was cancelled.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(task)
 
     async def close(self) -> None:
         """Cancel every task and wait until all have ended."""

@@ -16,7 +16,7 @@ class Slot(Generic[Value]):
 
     value: Value
     size_bytes: int
-    fresh_until_us: int  # on the clock of whoever reads it
+    fresh_until_us: int  # on the reader's clock
 
 
 class Lru(Generic[Value]):
@@ -43,7 +43,7 @@ class Lru(Generic[Value]):
         """The sum of the entries' own sizes."""
         return self._size_bytes
 
-    def get(self, key: str) -> Slot[Value] | None:
+    def peek(self, key: str) -> Slot[Value] | None:
         """Return the slot and make it the most recently used."""
         slot = self._slots.get(key)
         if slot is not None:
@@ -68,8 +68,8 @@ class Lru(Generic[Value]):
             self.on_removed(key)
         return slot
 
-    def clear(self) -> None:
-        """Remove every slot, without a word to `on_removed`."""
+    def drop_all(self) -> None:
+        """Remove every slot; `on_removed` is not called."""
         self._slots.clear()
         self._size_bytes = 0
 

@@ -1,13 +1,20 @@
-"""Sessions near, loaded once: an LRU in front of a loader, with a fence around every fill.
+"""Values loaded once and kept: an LRU in front of a loader, with a fence around every fill.
 
-The fence. A load that began before a write may return what the write replaced. `drop` is called
-when a write is over, in whichever way; it closes the gate of every fill under way for that key, so
-that the old value reaches the callers who asked before the write ended, but never the cache.
+The fence. A load that began before a write may return what the write replaced:
 
-That the loader has no value for a key is kept too, in an LRU of its own, so that asking for what does
-not exist can push out nothing that does.
+    load of t:   begin_fill ───── the storage reads the old row ─────────────────── put: refused
+    write to t:                        commit ── drop(t) closes the gate ── acknowledged
 
-Rules for editing: every value enters through a Fill; `drop` closes gates before anything else.
+`drop` is called when a write has ended, successfully or not. It closes the gate of every fill under way for
+that key. The old value then reaches the callers that asked before the write ended, but never the cache.
+
+The negative cache remembers keys for which the loader has no value. It is an LRU of its own, so that
+requests for keys that do not exist cannot evict values.
+
+Rules for editing:
+- Every value enters through a `Fill`.
+- `drop` closes gates before anything else.
+- A key is reported as added before it is known to any of the tables, and as removed after.
 """
 
 from __future__ import annotations
@@ -25,20 +32,28 @@ Value = TypeVar("Value")
 Fetch: TypeAlias = Callable[[str], asyncio.Future[Slot[Value] | Slot[None]]]
 
 
-class Aliases(Protocol):
-    """Other names of keys, for whoever must have a value dropped and does not know its key."""
+class KeyObserver(Protocol):
+    """Is told which keys the cache has a value for, or a fill under way."""
 
-    def alias(self, key: str) -> str:
-        """Return a key's other name, or the key if it has none."""
+    def added(self, key: str) -> None:
+        """Take note of a key, possibly once more."""
         ...
 
-    def is_stored_key(self, text: str) -> bool:
-        """Tell an alias from a key."""
+    def removed(self, key: str) -> None:
+        """Take note that a key has neither value nor fill any more."""
         ...
 
-    def knows(self, alias: str) -> bool:
-        """Tell whether `alias` would make this one of its key; otherwise it may stand for any key."""
+    def cleared(self) -> None:
+        """Take note that no key has a value; fills under way can bring none."""
         ...
+
+
+class _NoObserver:
+    def added(self, key: str) -> None: ...
+
+    def removed(self, key: str) -> None: ...
+
+    def cleared(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -47,12 +62,12 @@ class CacheCounters:
 
     hits: int = 0
     misses: int = 0
-    refreshes: int = 0  # the misses that found an entry too old to serve
-    negative_hits: int = 0  # the misses of which it was known that there is no value
+    refreshes: int = 0  # misses that found an entry too old to serve
+    negative_hits: int = 0  # misses that the negative cache answered
 
 
 class Fill(Generic[Value]):
-    """Leave to put one value, until a write to its key is over."""
+    """The permission to put one value; it ends when a write to the key has ended."""
 
     __slots__ = ("_cache", "_is_open", "_key", "is_making")
 
@@ -63,7 +78,7 @@ class Fill(Generic[Value]):
         self.is_making = is_making
 
     def put(self, slot: Slot[Value]) -> None:
-        """Keep the value, unless a write to its key was over since the fill began."""
+        """Keep the value, unless a write to its key has ended since the fill began."""
         if self._is_open:
             self._cache.lru.put(self._key, slot)
 
@@ -100,29 +115,20 @@ class ReadThrough(Generic[Value]):
         lru: Lru[Value],
         negative: Lru[None] | None = None,
         *,
-        beside: ReadThrough[Value] | None = None,
-        aliases: Aliases | None = None,
+        observer: KeyObserver | None = None,
     ) -> None:
-        """Begin with what is in `lru`; of two caches beside each other, what one drops both drop.
-
-        Without `negative` it is not kept which keys have no value.
-        """
+        """Begin with what is in `lru`; without `negative`, keys without a value are not remembered."""
         self.lru = lru
         self.negative: Lru[None] = Lru(max_entries=0, max_bytes=0) if negative is None else negative
         self.counters = CacheCounters()
         self._flights: SingleFlight[Slot[Value] | Slot[None]] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
-        self._aliases = aliases
-        # Of each key that has a value or a fill under way, and of no other.
-        self._key_by_alias: dict[str, str] = {}
-        lru.on_removed = self._unlist
-        self._beside = beside
-        if beside is not None:
-            beside._beside = self  # noqa: SLF001  # of this very class
+        self._observer: KeyObserver = _NoObserver() if observer is None else observer
+        lru.on_removed = self._forget_if_unused
 
     def peek(self, key: str, *, now_us: int) -> Value | None:
         """Return the value if it may be served now; counts one lookup."""
-        slot = self.lru.get(key)
+        slot = self.lru.peek(key)
         if slot is None:
             self.counters.misses += 1
             return None
@@ -134,8 +140,8 @@ class ReadThrough(Generic[Value]):
         return slot.value
 
     def is_negative(self, key: str, *, now_us: int) -> bool:
-        """Tell whether it is known that the key has no value; for after `peek`, which counts the lookup."""
-        slot = self.negative.get(key)
+        """Tell whether the key is known to have no value; call it after `peek`, which counts the lookup."""
+        slot = self.negative.peek(key)
         if slot is None or slot.fresh_until_us <= now_us:
             return False
         self.counters.negative_hits += 1
@@ -166,12 +172,11 @@ class ReadThrough(Generic[Value]):
         """Open a fill before the value is read or made; use it as a context manager."""
         fill = Fill(self, key, is_making=is_making)
         self._fills.setdefault(key, set()).add(fill)
-        if self._aliases is not None:
-            self._key_by_alias[self._aliases.alias(key)] = key
+        self._observer.added(key)
         return fill
 
     def keys(self) -> list[str]:
-        """Return every key of which something is known or about to be."""
+        """Return every key with an entry of either kind or a fill under way; O(n)."""
         return [*self.lru.keys_with_prefix(""), *self.negative.keys_with_prefix(""), *self._fills]
 
     def end_fill(self, key: str, fill: Fill[Value]) -> None:
@@ -180,66 +185,36 @@ class ReadThrough(Generic[Value]):
         fills.discard(fill)
         if not fills:
             del self._fills[key]
-            self._unlist(key)
+            self._forget_if_unused(key)
 
     def drop(self, key: str) -> None:
-        """Forget the key's value and keep fills under way from bringing it back; beside as well.
-
-        An alias will do for the key; for one that is not known everything is forgotten.
-        """
-        if self._aliases is not None and self._aliases.is_stored_key(key):
-            self._drop_alias(key)
-            return
-        for one in self._both():
-            one.forget(key)
+        """Forget the key, and keep fills under way from bringing its value back."""
+        for fill in self._fills.get(key, ()):
+            fill.close()
+        self._forget(key)
 
     def made(self, key: str) -> None:
-        """Drop what was read before the key's value was made; who has made it may still put it."""
-        for one in self._both():
-            one.forget(key, is_made=True)
+        """Forget what was read before the key's value was made; its maker may still put the value."""
+        for fill in self._fills.get(key, ()):
+            if not fill.is_making:
+                fill.close()
+        self._forget(key)
 
     def drop_everything(self) -> None:
         """Drop every key."""
-        for one in self._both():
-            one.forget_everything()
-
-    def forget(self, key: str, *, is_made: bool = False) -> None:
-        """Drop here alone; if the value was just made, without closing the fills of those who make it."""
-        for fill in self._fills.get(key, ()):
-            if not (is_made and fill.is_making):
-                fill.close()
-        self._flights.forget(key)
-        self.lru.pop(key)
-        self.negative.pop(key)
-
-    def forget_everything(self) -> None:
-        """Drop every key here alone."""
         for fills in self._fills.values():
             for fill in fills:
                 fill.close()
         self._flights.forget_all()
-        self.lru.clear()
-        self.negative.clear()
-        # Fills under way may be among them, but bring nothing any more.
-        self._key_by_alias.clear()
+        self.lru.drop_all()
+        self.negative.drop_all()
+        self._observer.cleared()
 
-    def key_of(self, alias: str) -> str | None:
-        """Return the key with this alias, if it has a value here or a fill under way."""
-        return self._key_by_alias.get(alias)
+    def _forget(self, key: str) -> None:
+        self._flights.forget(key)
+        self.lru.pop(key)
+        self.negative.pop(key)
 
-    def _drop_alias(self, alias: str) -> None:
-        assert self._aliases is not None
-        if not self._aliases.knows(alias):
-            self.drop_everything()
-            return
-        for one in self._both():
-            key = one.key_of(alias)
-            if key is not None:
-                self.drop(key)
-
-    def _both(self) -> list[ReadThrough[Value]]:
-        return [self] if self._beside is None else [self, self._beside]
-
-    def _unlist(self, key: str) -> None:
-        if self._aliases is not None and key not in self.lru and key not in self._fills:
-            self._key_by_alias.pop(self._aliases.alias(key), None)
+    def _forget_if_unused(self, key: str) -> None:
+        if key not in self.lru and key not in self._fills:
+            self._observer.removed(key)

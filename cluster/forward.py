@@ -210,6 +210,12 @@ class Forwarder:
             names = self._view.address_by_name
             await asyncio.gather(*(self._invalidate(name, tokens, tell_s) for name in names))
 
+    def ask_nothing_before(self, tokens: Sequence[str]) -> None:
+        """Ask no peer anything before it has been told of these tokens; for a write that was not waited for."""
+        now = time.monotonic()
+        for name in () if self._view is None else self._view.address_by_name:
+            self._owner(name).pending.add(tokens, now=now)
+
     async def run(self) -> None:
         """Try peers that do not answer, and tell them what they missed; for ever."""
         while True:

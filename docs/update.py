@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mnemosyned.config.flags import flag_table
+from mnemosyned.config.help import flag_table
+from mnemosyned.settings import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +16,7 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text()
     code = (ROOT / "client" / "mnemosynerpc" / "example.py").read_text()
     body = code[code.index("def main") : code.index("\n\nif __name__")].rstrip() + "\n"
-    readme = _between(readme, "<!-- flags: made by `make docs` -->\n", flag_table())
+    readme = _between(readme, "<!-- flags: made by `make docs` -->\n", flag_table(SECTIONS))
     readme = _between(readme, "<!-- example: client/mnemosynerpc/example.py -->\n", f"```python\n{body}```\n")
     (ROOT / "README.md").write_text(readme)
 

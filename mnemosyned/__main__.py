@@ -7,40 +7,60 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
+from mnemosyned import __version__, settings
+from mnemosyned.config.flags import ConfigError
+from mnemosyned.config.help import actions_in
 from mnemosyned.security.process_title import hide_secrets
+from mnemosyned.settings import SECRET_FLAGS, RunConfig
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
 
 
 def main() -> int:
     """Run the daemon as the command line, the environment and the file say; or another command."""
-    hide_secrets(sys.argv[1:])
-    # Only now: they take ten times as long as all before, while everybody could read the secrets.
-    from mnemosyned.commands import cluster as cli  # noqa: PLC0415
-    from mnemosyned.commands import migrate  # noqa: PLC0415
-    from mnemosyned.config import config as configuration  # noqa: PLC0415
-    from mnemosyned.daemon import StartFailed, run  # noqa: PLC0415
-    from mnemosyned.observe import logs  # noqa: PLC0415
+    arguments = sys.argv[1:]
+    hide_secrets(arguments, SECRET_FLAGS)
+    # Only now: these imports take ten times as long as all before, and until here `ps` shows the secrets.
+    from mnemosyned.commands import COMMANDS
 
-    if sys.argv[1:2] == ["cluster"]:
-        return cli.main(sys.argv[2:])
-    if sys.argv[1:2] == ["key"]:
-        return cli.make_key(sys.argv[2:])
-    if sys.argv[1:2] == ["migrate"]:
-        return migrate.main(sys.argv[2:])
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]].run(arguments[1:])
+    return _serve(arguments)
+
+
+def _serve(arguments: list[str]) -> int:
+    from mnemosyned.commands import help_text  # see above
+
+    actions = actions_in(arguments)
+    if actions:
+        sys.stdout.write(help_text() if "help" in actions else f"mnemosyned {__version__}\n")
+        return 0
     try:
-        config = configuration.parse(sys.argv[1:], os.environ)
-    except configuration.ConfigError as exc:
+        config = settings.parse(arguments, os.environ)
+    except ConfigError as exc:
         return _complain(str(exc), 2)
-    if config.check_config:
+    if config[RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0
-    logs.configure(config.log_environment, config.log_level)
+    return _run(config)
+
+
+def _run(config: Config) -> int:
+    from mnemosyned.daemon import StartFailed, run
+    from mnemosyned.observe import logs
+    from mnemosyned.observe.config import ObserveConfig
+
+    observe = config[ObserveConfig]
+    logs.configure(observe.log_environment, observe.log_level, secret_flags=SECRET_FLAGS)
     try:
         run(config)
     except StartFailed as exc:
         return _complain(str(exc), 1)
     except KeyboardInterrupt:
-        return _complain("stopped before everything was in order", 130)
+        return _complain("stopped before everything was written and closed cleanly", 130)
     return 0
 
 

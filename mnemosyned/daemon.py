@@ -1,6 +1,7 @@
-"""The composition root: from a configuration to a running daemon, and back down in order.
+"""One daemon, from its configuration to its end: start, serve, drain, stop. `assembly.py` makes its parts.
 
-Down: NOT_SERVING first, then no new calls, then those in flight, then what they left to write.
+Stopping has an order: NOT_SERVING first, then no new calls, then calls in flight, then what they left to
+write.
 """
 
 from __future__ import annotations
@@ -12,71 +13,47 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 import uvloop
 
-from cache.lru import Lru
-from cache.read_through import ReadThrough
+from aio.periodic import run_periodically
 from cluster.peer_auth import is_loopback
-from mnemosyned import __version__
-from mnemosyned.admin.cluster import ClusterCollector, page
+from mnemosyned import __version__, assembly
+from mnemosyned.admin.cluster import page
 from mnemosyned.admin.server import AdminServer, Readiness
-from mnemosyned.api import reflection, session_manager
-from mnemosyned.api.auth import guard
-from mnemosyned.api.health import SERVICE_NAME as HEALTH
-from mnemosyned.api.health import Health
-from mnemosyned.api.router import carried
-from mnemosyned.config.config import Config
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.assembly import GRPC_ENGINES, Hooks
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.node import ClusterNode, NodeOptions, Sessions
-from mnemosyned.observe.metrics import (
-    AuthMetrics,
-    CacheCollector,
-    RpcCollector,
-    UpkeepMetrics,
-    new_registry,
-    show_certificates_end,
-)
-from mnemosyned.options import bag_limits, engine_options, lifetimes, tls_files
-from mnemosyned.security import api_keys as keys
+from mnemosyned.node_config import ClusterConfig
+from mnemosyned.observe.config import ObserveConfig
+from mnemosyned.observe.metrics import new_registry
+from mnemosyned.security import api_keys
 from mnemosyned.security.api_keys import Callers
+from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
-from mnemosyned.security.tls import (
-    TlsMaterial,
-    admin_context,
-    tls_reloader,
-)
+from mnemosyned.security.tls import TlsMaterial, admin_context, tls_reloader
 from mnemosyned.sessions.cleanup import run_cleanup
-from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import EncodedSession
-from mnemosyned.sessions.service import Lifetimes, SessionService
-from mnemosyned.sessions.store import SessionStore, StorageRefused
-from mnemosyned.sessions.touches import TouchWriter
-from mnemosyned.storage.engines import new_store, token_hasher, warn_of_unknown_keys
+from mnemosyned.sessions.config import SessionsConfig
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.engines import PrivateServer, StorageConfig, Surroundings, new_store, token_hasher
+from mnemosyned.storage.hash_keys import warn_of_unknown_keys
 from mnemosyned.storage.health import StorageHealth
-from mnemosyned.transport.engine import Engine, EngineOptions, ListenFailed, host_port
-from mnemosyned.transport.grpcio_engine import GrpcioEngine
-from mnemosyned.transport.h2corn_engine import H2cornEngine
-from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.config import GrpcConfig
+from mnemosyned.transport.engine import Engine, ListenFailed, host_port
 from mnemosyned.transport.traces import Tracing, TracingUnavailable
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
+    from mnemosyned.sessions.store import FullStore
 
 log = logging.getLogger(__name__)
 
-_ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
-    "h2corn": H2cornEngine,
-    "grpcio": GrpcioEngine,
-}
-_PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})
-# The last touches get this long to reach a storage that may be away.
+# The last touches get this long to reach a storage that may be unavailable.
 _LAST_FLUSH_S: Final = 5.0
-_EMBEDDED_CHECK_S: Final = 0.5
+_SERVER_CHECK_S: Final = 0.5
 
 
 class StartFailed(Exception):
@@ -84,24 +61,28 @@ class StartFailed(Exception):
 
 
 def run(config: Config) -> None:
-    """Run until SIGTERM or SIGINT; a second one ends the process at once.
+    """Run until SIGTERM or SIGINT; a second signal ends the process at once.
 
     Raises:
         StartFailed: it could not start, or its storage refused it.
     """
-    if config.grpc_debug:
+    if config[GrpcConfig].is_debug:
         # grpcio's core reads it when it is first used.
         os.environ["GRPC_VERBOSITY"] = "debug"
         logging.getLogger("mnemosyned.transport").setLevel(logging.DEBUG)
-    embedded = start_embedded(config)
+    try:
+        # Before any thread or event loop: the server ends with the thread that started it.
+        server = config[StorageConfig].engine.start_server(config)
+    except StorageRefused as exc:
+        raise StartFailed(str(exc)) from exc
     _allow_many_files()
     _collect_rarely()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(config, embedded).run())
+            runner.run(_Daemon(config, server).run())
     finally:
-        if embedded is not None:
-            embedded.stop()
+        if server is not None:
+            server.stop()
 
 
 def _allow_many_files() -> None:
@@ -118,94 +99,34 @@ def _collect_rarely() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-def start_embedded(config: Config) -> EmbeddedPostgres | None:
-    """Start the private server, if that is what the address asks for. Raises StartFailed.
-
-    Before any thread or event loop: the server dies with the thread that started it.
-    """
-    if config.storage != "postgres" or not config.postgres_address.startswith("embedded:"):
-        return None
-    try:
-        directory = data_directory(config.postgres_address, os.environ)
-        return EmbeddedPostgres.start(directory, binaries=config.postgres_bin)
-    except EmbeddedError as exc:
-        raise StartFailed(f"embedded PostgreSQL: {exc}") from exc
-
-
 class _Daemon:
-    """The parts of one daemon, from nothing to nothing."""
+    """The life of one daemon."""
 
-    def __init__(self, config: Config, embedded: EmbeddedPostgres | None) -> None:
+    def __init__(self, config: Config, server: PrivateServer | None) -> None:
         self._config = config
-        self._embedded = embedded
+        self._server = server
         self._registry = new_registry()
-        self._upkeep = UpkeepMetrics(self._registry)
-        self._clock = StorageClock()
-        self._names = token_hasher(config)
-        self._store = new_store(config, None if embedded is None else embedded.dsn, self._registry)
-        self._watch = StorageHealth(self._store, self._clock)
-        self._lru: Lru[EncodedSession] = Lru(max_entries=config.cache_size, max_bytes=config.cache_bytes)
-        negative_bytes = config.cache_negative_bytes if config.cache_ttl_s else 0
-        self._negative: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=negative_bytes)
-        self._cache = ReadThrough(self._lru, self._negative, aliases=self._names)
-        self._touches = TouchWriter(
-            self._store,
-            max_waiting=config.cache_size,
-            lost=self._upkeep.touches_lost,
-            on_gone=self._cache.drop,
-        )
-        self._tls = _new_tls_watch(config)
-        self._keys = _new_keys_watch(config)
-        self._node = _new_node(config, self._store, self._clock, self._cache, self._touches)
-        self._service = self._new_service(self._cache, lifetimes(config))
         self._stop = asyncio.Event()
-        self._tracing = _new_tracing(config.tracing_agent_address)
-        self._health = Health(_PUBLIC_SERVICES)
-        self._table = MethodTable()
-        self._passing: SessionService | None = None  # past the cache, for tokens that others own
-        self._add_methods()
-        self._register_collectors()
+        self._tls = _new_tls_reloader(config)
+        self._keys = _new_keys_reloader(config)
+        self._tracing = _new_tracing(config[ObserveConfig].tracing_address)
+        self._hasher = token_hasher(config)
+        store = new_store(config, Surroundings(registry=self._registry, server=server), self._hasher)
+        keys = self._keys
+        self._parts = assembly.assemble(
+            config,
+            store,
+            Hooks(
+                registry=self._registry,
+                stop=self._stop.set,
+                callers=None if keys is None else lambda: keys.content,
+                tracing=self._tracing,
+            ),
+        )
+        self._storage_health = StorageHealth(store, self._parts.clock)
         self._is_in_service = False
         self._refusal = ""
         self._welcome = ""  # for people, in development
-
-    def _new_service(self, cache: ReadThrough[EncodedSession], lasting: Lifetimes) -> SessionService:
-        return SessionService(
-            self._store,
-            cache,
-            self._touches,
-            clock=self._clock,
-            lifetimes=lasting,
-            bag_limits=bag_limits(self._config),
-            elsewhere=None if self._node is None else self._node.forwarder,
-        )
-
-    def _add_methods(self) -> None:
-        if self._node is None:
-            session_manager.add_to(self._table, session_manager.Here(self._service))
-        else:
-            self._add_clustered_methods(self._node)
-        if self._keys is not None:
-            known = self._keys
-            guard(self._table, lambda: known.content, AuthMetrics(self._registry))
-        self._health.add_to(self._table)
-        reflection.add_to(self._table, _PUBLIC_SERVICES)
-        if self._tracing is not None:
-            self._tracing.trace(self._table)
-
-    def _add_clustered_methods(self, node: ClusterNode) -> None:
-        # Beside the cache: a write past it ends what is in it, and the other way round.
-        nothing: Lru[EncodedSession] = Lru(max_entries=0, max_bytes=0)
-        no_cache = ReadThrough(nothing, beside=self._cache, aliases=self._names)
-        self._passing = self._new_service(no_cache, replace(lifetimes(self._config), cache_us=0))
-        services = node.services(self._service, self._passing)
-        trace_context = carried if self._tracing is None else self._tracing.context
-        session_manager.add_to(self._table, node.router(services, trace_context))
-        calls = MethodTable()
-        session_manager.add_to(calls, node.owner_router(services))
-        if self._tracing is not None:
-            self._tracing.trace(calls)
-        node.serve_peers(self._table, calls, stop=self._stop.set)
 
     async def run(self) -> None:
         """Serve until a signal.
@@ -213,21 +134,18 @@ class _Daemon:
         Raises:
             StartFailed: a port cannot be listened on, or the storage refuses us.
         """
-        stop = self._stop
-        _set_on_signal(stop)
-        operator, engine = await self._listen()
+        _set_on_signal(self._stop)
+        admin, engine = await self._listen()
         try:
             async with asyncio.TaskGroup() as group:
-                upkeep = group.create_task(self._open_and_keep_up(stop))
-                await stop.wait()
+                upkeep = group.create_task(self._open_and_keep_up())
+                await self._stop.wait()
                 upkeep.cancel()
         finally:
             await self._drain(engine)
-            await self._service.close()
-            if self._passing is not None:
-                await self._passing.close()
-            await self._store.close()
-            operator.stop()
+            await self._parts.service.close()
+            await self._parts.store.close()
+            admin.stop()
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
             log.info("stopped")
@@ -235,176 +153,147 @@ class _Daemon:
             raise StartFailed(self._refusal)
 
     async def _listen(self) -> tuple[AdminServer, Engine]:
-        config = self._config
-        engine = _ENGINES[config.grpc_engine](self._table, engine_options(config))
+        grpc, files = self._config[GrpcConfig], assembly.tls_files(self._config)
+        node = self._parts.node
+        engine = GRPC_ENGINES[grpc.engine](self._parts.table, assembly.engine_options(self._config))
+        admin_port = grpc.port and grpc.port + 1
         try:
-            context = admin_context(tls_files(config)) if config.tls else None
+            context = None if files is None else admin_context(files)
             port = await engine.start()
-            operator_port = config.port and config.port + 1
-            operator = AdminServer.start(
-                config.host,
-                operator_port,
+            admin = AdminServer.start(
+                grpc.host,
+                admin_port,
                 registry=self._registry,
                 readiness=self._readiness,
-                pages={} if self._node is None else {"/debug/cluster": partial(page, self._node)},
+                pages={} if node is None else {"/debug/cluster": partial(page, node)},
                 tls=context,
             )
         except (ListenFailed, FilesUnusable) as exc:
             raise StartFailed(str(exc)) from exc
         except OSError as exc:
             await engine.drain()
-            address = host_port(config.host, operator_port)
-            raise StartFailed(f"cannot listen on {address}: {exc.strerror}") from exc
+            raise StartFailed(f"cannot listen on {host_port(grpc.host, admin_port)}: {exc.strerror}") from exc
         if self._tls is not None:
-            await self._follow_tls(self._tls, operator, engine)
-        self._announce(port, operator.port)
-        return operator, engine
+            await self._follow_tls(self._tls, admin, engine)
+        self._announce(port, admin.port)
+        return admin, engine
 
     async def _follow_tls(
-        self, watch: FileReloader[TlsMaterial], operator: AdminServer, engine: Engine
+        self, reloader: FileReloader[TlsMaterial], admin: AdminServer, engine: Engine
     ) -> None:
         """Have everything that uses the TLS files take new ones."""
+        files = assembly.tls_files(self._config)
+        assert files is not None
 
-        async def reload_operator(_: TlsMaterial) -> None:
-            operator.serve_tls(admin_context(tls_files(self._config)))
+        async def reload_admin(_: TlsMaterial) -> None:
+            admin.serve_tls(admin_context(files))
 
-        watch.followers += [reload_operator, engine.reload_tls]
-        if self._node is not None:
-            await self._node.identify(watch.content)
-            watch.followers.append(self._node.identify)
+        reloader.followers += [reload_admin, engine.reload_tls]
+        node = self._parts.node
+        if node is not None:
+            await node.identify(reloader.content)
+            reloader.followers.append(node.identify)
 
-    async def _open_and_keep_up(self, stop: asyncio.Event) -> None:
-        """Open the storage and then do what must go on while calls are served."""
+    async def _open_and_keep_up(self) -> None:
+        """Open the storage, and then do what must go on while calls are served."""
+        parts = self._parts
         async with asyncio.TaskGroup() as group:
-            if self._embedded is not None and self._embedded.is_owner:
-                group.create_task(_keep_alive(self._embedded))
+            if self._server is not None and self._server.is_owner:
+                group.create_task(_keep_running(self._server))
             try:
-                await self._watch.open()
+                await self._storage_health.open()
             except StorageRefused as exc:
                 self._refusal = str(exc)
-                stop.set()
+                self._stop.set()
                 return
-            group.create_task(warn_of_unknown_keys(self._store, self._names))
-            if self._node is not None:
-                group.create_task(self._node.run())
+            if self._config[StorageConfig].engine.capabilities.can_rename:
+                group.create_task(warn_of_unknown_keys(cast("FullStore", parts.store), self._hasher))
+            if parts.node is not None:
+                group.create_task(parts.node.run())
             group.create_task(self._begin_to_serve())
             for files in (self._tls, self._keys):
                 if files is not None:
                     group.create_task(files.run())
-            group.create_task(self._watch.run())
-            group.create_task(self._touches.run(self._config.touch_interval_s))
+            group.create_task(self._storage_health.run())
+            group.create_task(parts.touches.run(self._config[SessionsConfig].touch_interval_s))
             group.create_task(
                 run_cleanup(
-                    self._service,
-                    period_s=self._config.ttc_s,
-                    metrics=self._upkeep,
+                    parts.service,
+                    period_s=self._config[SessionsConfig].ttc_s,
+                    metrics=parts.upkeep,
                     rng=Random(),  # noqa: S311  # only jitter
                 )
             )
 
     async def _begin_to_serve(self) -> None:
-        if self._node is not None:
-            await self._node.has_joined.wait()
-        self._health.set_serving(True)
+        if self._parts.node is not None:
+            await self._parts.node.has_joined.wait()
+        self._parts.health.set_serving(True)
         self._is_in_service = True
-        # Now, since it invites to try.
+        # Not earlier: it invites to try.
         sys.stdout.write(self._welcome)
         sys.stdout.flush()
 
     async def _drain(self, engine: Engine) -> None:
-        log.info("draining", extra={"timeout_s": self._config.drain_timeout_s})
+        grpc, touches, node = self._config[GrpcConfig], self._parts.touches, self._parts.node
+        log.info("draining", extra={"timeout_s": grpc.drain_timeout_s})
         self._is_in_service = False
-        self._health.close()
-        # Whoever asks about the health has this long to see it; meanwhile calls are answered.
-        await asyncio.gather(asyncio.sleep(self._config.drain_delay_s), self._leave())
+        self._parts.health.close()
+        # A balancer has this long to see NOT_SERVING; calls are answered meanwhile.
+        await asyncio.gather(asyncio.sleep(grpc.drain_delay_s), self._leave())
         await engine.drain()
         try:
             async with asyncio.timeout(_LAST_FLUSH_S):
-                await self._touches.flush()
+                await touches.flush()
         except (MnemosyneError, TimeoutError):
-            log.error("touches_lost", extra={"sessions": len(self._touches)})
-        if self._node is not None:
-            await self._node.announce_left()
+            log.error("touches_lost", extra={"sessions": len(touches)})
+        if node is not None:
+            await node.announce_left()
 
     async def _leave(self) -> None:
-        if self._node is not None:
-            await self._node.leave()
+        if self._parts.node is not None:
+            await self._parts.node.leave()
 
     def _readiness(self) -> Readiness:
-        storage = "SERVING" if self._watch.is_serving else "NOT_SERVING"
+        is_serving, node = self._storage_health.is_serving, self._parts.node
         return Readiness(
-            is_ready=self._watch.is_serving and self._is_in_service,
+            is_ready=is_serving and self._is_in_service,
             probes={
-                self._config.storage: storage,
-                "cluster": {} if self._node is None else self._node.probes(),
+                self._config[StorageConfig].name: "SERVING" if is_serving else "NOT_SERVING",
+                "cluster": {} if node is None else node.probes(),
             },
         )
 
-    def _register_collectors(self) -> None:
-        tls = self._tls
-        if tls is not None:
-            show_certificates_end(self._registry, lambda: tls.content.expires_at_s)
-        self._registry.register(RpcCollector(self._table.stats()))
-        if self._node is not None:
-            self._registry.register(RpcCollector(self._node.client_stats.values(), side="client"))
-            self._registry.register(ClusterCollector(self._node))
-        self._registry.register(
-            CacheCollector(
-                self._cache.counters,
-                entries=lambda: len(self._lru),
-                size_bytes=lambda: self._lru.size_bytes,
-                negative_entries=lambda: len(self._negative),
-            )
-        )
-
-    def _announce(self, port: int, operator_port: int) -> None:
-        config = self._config
+    def _announce(self, port: int, admin_port: int) -> None:
+        config, grpc, tls = self._config, self._config[GrpcConfig], self._config[TlsConfig]
+        storage = config[StorageConfig]
         where = {
-            "grpc": host_port(config.host, port),
-            "operator": f"http{'s' if config.tls else ''}://{host_port(config.host, operator_port)}",
-            "storage": config.storage if self._embedded is None else str(self._embedded.directory),
+            "grpc": host_port(grpc.host, port),
+            "admin": f"http{'s' if tls.is_on else ''}://{host_port(grpc.host, admin_port)}",
+            "storage": storage.name if self._server is None else str(self._server.directory),
         }
-        log.info("serving", extra={"version": __version__, "engine": config.grpc_engine, **where})
-        if not (config.auth_keys or config.tls_client_auth == "require" or is_loopback(config.host)):
+        log.info("serving", extra={"version": __version__, "engine": grpc.engine, **where})
+        if not (config[AuthConfig].keys_file or tls.client_auth == "require" or is_loopback(grpc.host)):
             log.warning(
-                "anybody_may_call", extra={"host": config.host, "flags": "-auth.keys, -tls.client-auth"}
+                "anybody_may_call", extra={"host": grpc.host, "flags": "-auth.keys, -tls.client-auth"}
             )
-        if config.storage == "memory":
-            log.warning("memory_storage_forgets_all_sessions_at_exit")
-        if config.log_environment == "development":
+        if not storage.engine.capabilities.is_durable:
+            log.warning("storage_forgets_all_sessions_at_exit", extra={"storage": storage.name})
+        if not storage.engine.capabilities.is_shared and config[ClusterConfig].listen:
+            log.warning("storage_is_for_a_single_node", extra={"storage": storage.name})
+        if config[ObserveConfig].log_environment == "development":
             self._welcome = _WELCOME.format(version=__version__, python=sys.executable, **where)
 
 
 _WELCOME: Final = """
 mnemosyned {version}
   gRPC     {grpc}
-  metrics  {operator}/metrics, health on /healthz and /healthr
+  metrics  {admin}/metrics, health on /healthz and /healthr
   data     {storage}
   try it   {python} -m mnemosynerpc.example {grpc}
   stop it  Ctrl-C
 
 """
-
-
-def _new_node(
-    config: Config,
-    store: SessionStore,
-    clock: StorageClock,
-    cache: ReadThrough[EncodedSession],
-    touches: TouchWriter,
-) -> ClusterNode | None:
-    if not config.cluster_listen or config.storage == "memory":
-        return None
-    options = NodeOptions(
-        listen=config.cluster_listen,
-        seeds=[seed for seed in config.cluster_seeds if seed != config.cluster_listen],
-        label=config.cluster_label,
-        secrets=config.cluster_secret,
-        peer_names=config.tls_peer_names,
-        max_message_bytes=config.grpc_max_message_bytes,
-        cache_ttl_s=config.cache_ttl_s,
-    )
-    return ClusterNode(options, Sessions(store=store, clock=clock, cache=cache, touches=touches))
 
 
 def _new_tracing(endpoint: str) -> Tracing | None:
@@ -414,38 +303,42 @@ def _new_tracing(endpoint: str) -> Tracing | None:
         raise StartFailed(f"flag -tracing.agent.address: {exc}") from exc
 
 
-def _new_tls_watch(config: Config) -> FileReloader[TlsMaterial] | None:
-    if not config.tls:
+def _new_tls_reloader(config: Config) -> FileReloader[TlsMaterial] | None:
+    files = assembly.tls_files(config)
+    if files is None:
         return None
     try:
-        return tls_reloader(tls_files(config))
+        return tls_reloader(files)
     except FilesUnusable as exc:
         raise StartFailed(f"flag -tls: {exc}") from exc
 
 
-def _new_keys_watch(config: Config) -> FileReloader[Callers] | None:
-    if not config.auth_keys:
+def _new_keys_reloader(config: Config) -> FileReloader[Callers] | None:
+    path = config[AuthConfig].keys_file
+    if not path:
         return None
     try:
-        return FileReloader("keys", [config.auth_keys], partial(keys.read, config.auth_keys))
+        return FileReloader("keys", [path], partial(api_keys.read, path))
     except FilesUnusable as exc:
         raise StartFailed(f"flag -auth.keys: {exc}") from exc
 
 
-async def _keep_alive(embedded: EmbeddedPostgres) -> None:
-    """Start the embedded server again when it has died; on this thread, which it dies with."""
-    while True:
-        await asyncio.sleep(_EMBEDDED_CHECK_S)
-        if embedded.exited():
+async def _keep_running(server: PrivateServer) -> None:
+    """Start the private server again when it has died, on this thread, which it ends with."""
+
+    async def look() -> None:
+        if server.exited():
             log.error("embedded_postgres_died")
             try:
-                embedded.restart()
-            except EmbeddedError as exc:
+                server.restart()
+            except StorageRefused as exc:
                 log.error("embedded_postgres_restart_failed", extra={"error": str(exc)})
+
+    await run_periodically("embedded_postgres_restart", look, period_s=lambda: _SERVER_CHECK_S)
 
 
 def _set_on_signal(stop: asyncio.Event) -> None:
-    """Have the first SIGTERM or SIGINT set the event; the next one does what it always does."""
+    """Have the first SIGTERM or SIGINT set the event; the next one has its usual effect."""
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:

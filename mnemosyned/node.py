@@ -1,4 +1,8 @@
-"""This daemon as a node of a cluster: the parts of `cluster`, put together over one storage."""
+"""This daemon as a node of a cluster: puts the parts of `cluster` together over one storage.
+
+`RemoteCaches` is where the rule of `sessions/coherence.py` meets the ring: it decides which nodes must be
+told of a write.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cluster import discovery
 from cluster.forward import Forwarder
@@ -18,7 +22,7 @@ from cluster.peer_auth import PeerAuth
 from cluster.peers import SERVICE_NAME, Peers, TlsIdentity
 from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService
-from mnemosyned.api.router import ClusterRouter, OwnerRouter, Services
+from mnemosyned.api.router import ClusterRouter, OwnerRouter
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.observe.metrics import MethodStats
 
@@ -26,9 +30,10 @@ if TYPE_CHECKING:
     from cache.read_through import ReadThrough
     from mnemosyned.security.tls import TlsMaterial
     from mnemosyned.sessions.clock import StorageClock
+    from mnemosyned.sessions.coherence import Coherence
     from mnemosyned.sessions.encoded import EncodedSession
     from mnemosyned.sessions.service import SessionService
-    from mnemosyned.sessions.store import SessionStore
+    from mnemosyned.sessions.store import Storage
     from mnemosyned.sessions.touches import TouchWriter
     from mnemosyned.transport.methods import Call, MethodTable
 
@@ -51,42 +56,92 @@ class NodeOptions:
     cache_ttl_s: float
 
 
+class RemoteCaches:
+    """The Invalidator of a clustered node: decides from the view which nodes may have a copy.
+
+    A node may keep copies of the tokens that it owns. If this node owns a token, and has owned it by one
+    settled view since before the write began, no other node can have a copy: then nothing is sent, which is
+    the healthy case. Otherwise two nodes may disagree on the owner, or the owner did not get this write, so
+    every node is told.
+    """
+
+    def __init__(self, forwarder: Forwarder, view: Callable[[], View]) -> None:
+        self._forwarder = forwarder
+        self._view = view
+
+    def routing(self) -> View:
+        """See Invalidator."""
+        return self._view()
+
+    def after_write(self, tokens: Sequence[str], routed_by: object) -> Coroutine[Any, Any, None] | None:
+        """See Invalidator."""
+        self._forwarder.changed(tokens)
+        view = self._view()
+        if view is routed_by and view.is_active and not view.former:
+            tokens = [token for token in tokens if not _owns(view, token)]
+        if not tokens or not view.address_by_name:
+            return None
+        return self._forwarder.invalidate_everywhere(tokens)
+
+    def give_up(self, tokens: Sequence[str]) -> None:
+        """See Invalidator."""
+        self._forwarder.ask_nothing_before(tokens)
+
+    def after_delete(self, stored_keys: Sequence[str]) -> Coroutine[Any, Any, None] | None:
+        """See Invalidator."""
+        self._forwarder.changed(stored_keys)
+        return self._forwarder.invalidate(stored_keys)
+
+
+def _owns(view: View, token: str) -> bool:
+    return view.is_alone or view.ring.owner(token) == view.me
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sessions:
-    """What of this daemon's sessions the cluster concerns."""
+    """The parts of this daemon that a change of the ring or a call of a peer reaches."""
 
-    store: SessionStore
-    clock: StorageClock
+    storage: Storage
     cache: ReadThrough[EncodedSession]
+    coherence: Coherence
     touches: TouchWriter
+    service: SessionService
 
 
 class ClusterNode:
-    """One node, from the construction of its method table to its announce_left.
+    """One node, from the construction of its method table until it has left the cluster.
 
-    Calls are answered from the start: until `run` has found the others, past the cache. Nobody should be
-    sent here before `has_joined`, though: what is written until then, the others hear of only afterwards.
+    Calls are answered from the start; until `run` has found the other nodes, past the cache. No client should
+    be sent here before `has_joined`: the other nodes hear of earlier writes only afterwards.
     """
 
-    def __init__(self, options: NodeOptions, sessions: Sessions) -> None:
+    def __init__(self, options: NodeOptions, clock: StorageClock) -> None:
+        """Make the node; `bind` gives it the sessions, which in turn need the node's `invalidator`."""
         self._options = options
-        self._sessions = sessions
+        self._clock = clock
+        self._bound: Sessions | None = None
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
-        self.trust = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
-        self._peers = Peers(self.trust, self.client_stats, server_name=self._host_at)
-        self.forwarder = Forwarder(
-            self._peers,
-            storage_now_us=sessions.clock.now_us,
-            remember_s=options.cache_ttl_s,
-        )
+        self.peer_auth = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
+        self._peers = Peers(self.peer_auth, self.client_stats, server_name=self._host_at)
+        self.forwarder = Forwarder(self._peers, storage_now_us=clock.now_us, remember_s=options.cache_ttl_s)
         self.view = alone(options.listen, is_active=False)
-        self.has_joined = asyncio.Event()  # set for good when it knows its peers, or that there are none
+        self.invalidator = RemoteCaches(self.forwarder, lambda: self.view)
+        self.has_joined = asyncio.Event()  # set once it knows its peers, or that there are none
         self.gossip: Gossip | None = None
         self._service: PeerService | None = None
         self._sweep: asyncio.Task[None] | None = None
 
+    def bind(self, sessions: Sessions) -> None:
+        """Take the sessions; call it once, before the node serves or runs."""
+        self._bound = sessions
+
+    @property
+    def _sessions(self) -> Sessions:
+        assert self._bound is not None
+        return self._bound
+
     async def identify(self, material: TlsMaterial) -> None:
-        """Dial peers over TLS from now on, with this identity, and have them dial this node anew."""
+        """Dial peers over TLS from now on, with this identity, and have peers dial this node again."""
         self._peers.identify(
             TlsIdentity(
                 certificate=material.certificate,
@@ -98,31 +153,33 @@ class ClusterNode:
             # Their connections end with the certificate, and calls under way with them.
             self._service.end_streams()
 
-    def services(self, owned: SessionService, passing: SessionService) -> Services:
-        """Return the services that routers choose between."""
-        return Services(owned, passing, self.forwarder, lambda: self.view)
-
-    def router(self, services: Services, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
+    def router(self, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
         """Return the router for calls of clients."""
-        return ClusterRouter(services, self.forwarder, trace_context)
+        return ClusterRouter(
+            self._sessions.service, self.forwarder, view=lambda: self.view, trace_context=trace_context
+        )
 
-    def owner_router(self, services: Services) -> OwnerRouter:
+    def owner_router(self) -> OwnerRouter:
         """Return the router for calls that peers forward."""
-        return OwnerRouter(services)
+        return OwnerRouter(self._sessions.service, view=lambda: self.view)
 
     def serve_peers(self, table: MethodTable, calls: MethodTable, *, stop: Callable[[], None]) -> None:
-        """Add the Peer service to a table; `calls` answers what is forwarded."""
+        """Add the Peer service to a table; `calls` handles what is forwarded."""
         self._service = PeerService(
-            self._joined, calls, storage_now_us=self._sessions.clock.now_us, drop=self._drop, stop=stop
+            self._joined,
+            calls,
+            storage_now_us=self._clock.now_us,
+            drop=self._sessions.coherence.drop_copies,
+            stop=stop,
         )
-        self._service.add_to(table, self.trust, max_message_bytes=self._options.max_message_bytes)
+        self._service.add_to(table, self.peer_auth, max_message_bytes=self._options.max_message_bytes)
 
     async def run(self) -> None:
-        """Join the cluster and stay in it, for ever; the storage is open."""
+        """Join the cluster and stay in it, until cancelled; the storage is open."""
         options = self._options
-        if options.seeds and not self.trust.reaches_elsewhere:
+        if options.seeds and not self.peer_auth.reaches_elsewhere:
             log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
-        identity = Identity(label=options.label, storage_fingerprint=await self._storage_fingerprint())
+        identity = Identity(label=options.label, storage_fingerprint=await self._storage_identity())
         me = Member(
             name=options.listen,
             address=await discovery.own_address(options.listen),
@@ -145,7 +202,7 @@ class ClusterNode:
             self._service.close()
 
     async def announce_left(self) -> None:
-        """Leave for good, when the last call is answered."""
+        """Tell the peers that this node has left; the last call is answered."""
         if self.gossip is not None:
             await self.gossip.announce_left()
         if self._sweep is not None:
@@ -172,24 +229,16 @@ class ClusterNode:
             raise StorageUnavailable("mnemosyned: this node has not opened its storage yet")
         return self.gossip
 
-    async def _storage_fingerprint(self) -> bytes:
+    async def _storage_identity(self) -> bytes:
         while True:
             try:
-                return await self._sessions.store.fingerprint()
+                return await self._sessions.storage.identity()
             except StorageUnavailable as exc:
-                log.debug("storage_fingerprint_waits", extra={"error": str(exc)})
+                log.debug("storage_identity_waits", extra={"error": str(exc)})
                 await asyncio.sleep(_RETRY_S)
 
-    def _drop(self, tokens: Sequence[str] | None) -> None:
-        """Drop copies of these sessions, or of all."""
-        if tokens is None:
-            self._sessions.cache.drop_everything()
-            return
-        for token in tokens:
-            self._sessions.cache.drop(token)
-
     def _follow(self, view: View) -> None:
-        """Route by a new view, and let go of what is others' now."""
+        """Route by a new view, and drop the copies of tokens that other nodes own now."""
         is_same_ring = view.ring.nodes == self.view.ring.nodes
         self.view = view
         self.forwarder.follow(view)
@@ -198,14 +247,15 @@ class ClusterNode:
         if is_same_ring:
             return
         if self._sweep is not None and not self._sweep.done():
-            # What that ring took away and this one gives back may not have been dropped in between.
+            # A copy that the last ring took away and this one gives back may not have been dropped in
+            # between.
             self._sweep.cancel()
-            self._drop(None)
+            self._sessions.cache.drop_everything()
         # Owned here until it ends, is cancelled above, or by `announce_left`.
-        self._sweep = asyncio.create_task(self._let_go(view))
+        self._sweep = asyncio.create_task(self._drop_foreign_copies(view))
 
-    async def _let_go(self, view: View) -> None:
-        """Drop the sessions that others own now and write their expiries."""
+    async def _drop_foreign_copies(self, view: View) -> None:
+        """Drop the sessions that other nodes own now, and write their expiries."""
         # Loads that were begun under the old view have opened their fills by the next turn but one.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -218,5 +268,5 @@ class ClusterNode:
         try:
             await self._sessions.touches.flush()
         except MnemosyneError as exc:
-            # They wait for the next round of the writer.
+            # They wait for the writer's next round.
             log.debug("touches_wait", extra={"error": str(exc)})

@@ -41,7 +41,7 @@ async def exported_families() -> list[Metric]:
     registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
     registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
     registry.register(CacheCollector(CacheCounters(), entries=int, size_bytes=int, negative_entries=int))
-    async with peering(MemoryStore(ttl_us=1, touch_interval_us=1, wall_us=lambda: 0)) as peer:
+    async with peering(MemoryStore(wall_us=lambda: 0)) as peer:
         registry.register(ClusterCollector(peer.node))
         return list(registry.collect())
 

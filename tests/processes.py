@@ -39,9 +39,9 @@ class Daemon:
             text=True,
             env=clean | (environ or {}),
         )
-        self.operator = ""
+        self.admin = ""
         self._is_elsewhere = bool(prefix)
-        self.context: ssl.SSLContext | None = None  # to ask the operator's port over TLS
+        self.context: ssl.SSLContext | None = None  # to ask the admin port over TLS
         self.lines: list[str] = []
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -70,7 +70,7 @@ class Daemon:
         """Wait until calls are answered."""
         line = self.wait_for("serving")
         self.address: str = line["grpc"]
-        self.operator = line["operator"]
+        self.admin = line["admin"]
         self.wait_for("storage_ready")
         return self
 
@@ -81,9 +81,9 @@ class Daemon:
             yield SessionManagerStub(channel)
 
     def http(self, path: str) -> tuple[int, str]:
-        """Ask the operator's port."""
+        """Ask the admin port."""
         try:
-            with urllib.request.urlopen(self.operator + path, timeout=5, context=self.context) as response:  # noqa: S310  # ours
+            with urllib.request.urlopen(self.admin + path, timeout=5, context=self.context) as response:  # noqa: S310  # ours
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as exc:
             with exc:
@@ -98,7 +98,7 @@ class Daemon:
 
     def _search_metrics(self) -> None:
         # Not over a network that a test may have cut, nor where this process lacks what TLS needs.
-        if self.operator and not self._is_elsewhere:
+        if self.admin and not self._is_elsewhere:
             with suppress(OSError):
                 search(self.http("/metrics")[1], "a daemon's metrics")
 

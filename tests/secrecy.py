@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import Final
 from urllib.parse import quote, quote_plus
 
-from mnemosyned.config.flags import FLAG_BY_NAME
 from mnemosyned.observe import logs
+from mnemosyned.settings import FLAGS
 
 CANARY: Final = "hunter2"
 _FORMS: Final = {
@@ -28,7 +28,7 @@ _FORMS: Final = {
     "an address with its password": re.compile(r"postgres(?:ql)?://[^\s:@/]*:[^\s@]+@"),
 }
 # `-help` tells the default, whose password is no secret.
-_DEFAULT_ADDRESS: Final = FLAG_BY_NAME["postgres.address"].default
+_DEFAULT_ADDRESS: Final = FLAGS["postgres.address"].default
 _leaks: list[str] = []
 
 

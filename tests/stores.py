@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -12,10 +11,9 @@ from prometheus_client import CollectorRegistry
 from secrecy import CANARY
 
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.sessions import bag
-from mnemosyned.sessions import token_hash as names
-from mnemosyned.sessions.model import NewSession, Session
-from mnemosyned.sessions.store import SessionStore
+from mnemosyned.sessions import bag, token_hash
+from mnemosyned.sessions.model import Lookup, NewSession, Session
+from mnemosyned.sessions.store import FullStore
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
@@ -27,8 +25,8 @@ TOUCH_INTERVAL_US = 6_000_000
 
 @dataclass
 class Engine:
-    store: SessionStore
-    # Moves a session's expiry by seconds, as time would; by its name.
+    store: FullStore
+    # Moves a session's expiry by seconds, as time would; by its stored key.
     shift: Callable[[str, float], Awaitable[None]]
     named: Callable[[str], str] = str
 
@@ -37,13 +35,11 @@ class Engine:
 
     def shown(self, *tokens: str) -> list[str]:
         """What List shows for these tokens."""
-        return [names.shown(self.named(token)) for token in tokens]
+        return [token_hash.session_id(self.named(token)) for token in tokens]
 
 
 def memory_engine() -> Engine:
-    store = MemoryStore(
-        ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US, wall_us=lambda: time.time_ns() // 1000
-    )
+    store = MemoryStore()
 
     async def shift(token: str, seconds: float) -> None:
         held = store._session_by_token[token]
@@ -63,7 +59,7 @@ async def postgres_engine(dsn: str) -> Engine:
     options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
     pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
     table = Table(schema="odd schema", name='a"table')
-    store = PostgresStore(pool, table, ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US)
+    store = PostgresStore(pool, table)
 
     async def shift(token: str, seconds: float) -> None:
         connection = await asyncpg.connect(dsn)
@@ -82,5 +78,12 @@ BAG = bag.encode({CANARY: CANARY})
 
 def new(token: str = "", **fields: object) -> NewSession:
     return NewSession(
-        access_token=token or secrets.token_hex(64), **({"subject_id": "s", "bag": BAG} | fields)
+        access_token=token or secrets.token_hex(64),
+        **({"subject_id": "s", "bag": BAG, "ttl_us": TTL_US} | fields),
     )  # type: ignore[arg-type]
+
+
+def lookups(*tokens: str) -> list[Lookup]:
+    return [
+        Lookup(access_token=token, ttl_us=TTL_US, touch_interval_us=TOUCH_INTERVAL_US) for token in tokens
+    ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mnemosyned.api.session_manager import SERVICE_NAME
 from mnemosyned.errors import PermissionDenied, Unauthenticated
 from mnemosyned.security.api_keys import Callers, Role
-from mnemosyned.transport.methods import Call, MethodTable, UnaryAnswer
+from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
 
 if TYPE_CHECKING:
     from mnemosyned.observe.metrics import AuthMetrics
@@ -32,13 +32,13 @@ def guard(table: MethodTable, callers: Callable[[], Callers], metrics: AuthMetri
     for path, method in list(table.unary.items()):
         _, service, name = path.split("/")
         if service == SERVICE_NAME:
-            guarded = _guarded(name, method.answer, callers, metrics)
+            guarded = _guarded(name, method.handle, callers, metrics)
             table.add_unary(service, name, guarded, max_message_bytes=method.max_message_bytes)
 
 
 def _guarded(
-    name: str, answer: UnaryAnswer, callers: Callable[[], Callers], metrics: AuthMetrics
-) -> UnaryAnswer:
+    name: str, answer: UnaryHandler, callers: Callable[[], Callers], metrics: AuthMetrics
+) -> UnaryHandler:
     least = LEAST_ROLE.get(name, Role.ADMIN)
 
     def guarded(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:

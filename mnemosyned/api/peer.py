@@ -27,7 +27,7 @@ from mnemosyned.errors import (
     Unimplemented,
 )
 from mnemosyned.transport.call import answer_in_time, failure_of
-from mnemosyned.transport.methods import Call, MethodTable, UnaryAnswer
+from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class PeerService:
 
     def add_to(self, table: MethodTable, trust: PeerAuth, *, max_message_bytes: int) -> None:
         """Serve it to peers; `max_message_bytes` is a client's limit."""
-        answers: dict[str, UnaryAnswer] = {
+        answers: dict[str, UnaryHandler] = {
             "Gossip": self._answer_gossip,
             "Invalidate": self._invalidate,
             "Leave": self._leave,
@@ -149,7 +149,7 @@ class PeerService:
             return _failed(item, DeadlineExceeded())
         forwarded = _ForwardedCall(item, call.peer)
         try:
-            answer = method.answer(item.message, forwarded)
+            answer = method.handle(item.message, forwarded)
         except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
             return _failed(item, exc)
         if isinstance(answer, bytes):
@@ -197,7 +197,7 @@ class _ForwardedCall:
         return getattr(self._item, key) or None
 
 
-def _guarded(name: str, answer: UnaryAnswer, trust: PeerAuth) -> UnaryAnswer:
+def _guarded(name: str, answer: UnaryHandler, trust: PeerAuth) -> UnaryHandler:
     def guarded(message: bytes, call: Call) -> Answer:
         _check(trust, call.metadata(METADATA_KEY), name, message, call)
         return answer(message, call)

@@ -1,13 +1,20 @@
-"""Where a call of a clustered node is answered: by the token's owner, else from the storage.
+"""Where a call of a clustered node is handled: by the token's owner, otherwise from the storage.
 
-An owner that cannot be asked costs a call some milliseconds, never its answer: all nodes share one
-storage. What is answered here for another node's token never enters this node's cache.
+    client ── call ──> entry node ── is the entry node the owner? ── yes ──> its cache, then the storage
+                           | no
+                           |── forwarded, hop limit 1 ──> owner: its cache, then the storage
+                           |       (no answer within 250 ms, or half of the caller's remaining time)
+                           └── the storage, past the cache
+
+An owner that does not answer costs a call some milliseconds, never its answer, because all nodes share one
+storage. What is handled here for another node's token never enters this node's cache: only the owner keeps
+copies, so only the owner must drop them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import Message
 from grpc import StatusCode
@@ -24,89 +31,38 @@ from mnemosyned.transport.status import error_of
 if TYPE_CHECKING:
     from mnemosyned.sessions.service import SessionService
 
-# The owner could not do it, and this node perhaps can.
-_OWNER_IN_TROUBLE: Final = frozenset(
+# Statuses by which an owner says that it could not do the work. This node perhaps can.
+_OWNER_UNABLE: Final = frozenset(
     code.value[0] for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
 )
 
 
-class Services:
-    """The same sessions twice: through this node's cache, and past it."""
-
-    def __init__(
-        self,
-        owned: SessionService,
-        passing: SessionService,
-        forwarder: Forwarder,
-        view: Callable[[], View],
-    ) -> None:
-        self.owned = owned
-        self.view = view
-        self._passing = passing
-        self._forwarder = forwarder
-
-    def answer(self, place: Local, rpc: Rpc, request: Message, call: Call) -> Answer:
-        """Answer here, as the place says; it was chosen by the current view."""
-        if not place.fill_cache:
-            return self.pass_by(rpc, request, call, rpc.answer)
-        answer = rpc.answer(self.owned, request, call.deadline.not_after_us)
-        if isinstance(answer, bytes) or not rpc.is_write:
-            return answer
-        return self._written(answer, self.view(), rpc, request, call)
-
-    async def _written(
-        self, answer: Coroutine[Any, Any, bytes], view: View, rpc: Rpc, request: Message, call: Call
-    ) -> bytes:
-        try:
-            return await answer
-        finally:
-            # Whoever else is owner, by another view or by a former one, may have read it before.
-            if view.former or self.view() is not view:
-                await self._drop_everywhere(rpc, request, call)
-
-    async def pass_by(
-        self, rpc: Rpc, request: Message, call: Call, do: Callable[[SessionService, Any, int], Answer]
-    ) -> bytes:
-        """Answer from the storage for a token that is another's.
-
-        Who owns it is then in doubt, so after a write no copy anywhere is to be trusted.
-        """
-        try:
-            answer = do(self._passing, request, call.deadline.not_after_us)
-            return answer if isinstance(answer, bytes) else await answer
-        finally:
-            if rpc.is_write:
-                await self._drop_everywhere(rpc, request, call)
-
-    async def _drop_everywhere(self, rpc: Rpc, request: Message, call: Call) -> None:
-        if rpc.token is not None:
-            tokens = [rpc.token(request)]
-            await self._forwarder.invalidate_everywhere(tokens, deadline=call.deadline)
-
-
 class ClusterRouter:
-    """Router by the ring."""
+    """The router for calls of clients: handles own tokens, forwards others."""
 
     def __init__(
         self,
-        services: Services,
+        service: SessionService,
         forwarder: Forwarder,
+        *,
+        view: Callable[[], View],
         trace_context: Callable[[Call], Mapping[str, str]],
     ) -> None:
         """`trace_context` returns the W3C headers that the owner's part of a call continues."""
-        self._services = services
+        self._service = service
         self._forwarder = forwarder
+        self._view = view
         self._trace_context = trace_context
 
-    def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+    def handle(self, rpc: Rpc, request: Message, call: Call) -> Answer:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
         if not token:
-            return rpc.answer(self._services.owned, request, call.deadline.not_after_us)
-        place = route(self._services.view(), token, hops_left=1)
+            return rpc.handle(self._service, request, call)
+        place = route(self._view(), token, hops_left=1)
         if isinstance(place, Forward):
             return self._forward(place.owner, token, rpc, request, call)
-        return self._services.answer(place, rpc, request, call)
+        return _handle_here(place, self._service, rpc, request, call)
 
     async def _forward(self, owner: str, token: str, rpc: Rpc, request: Message, call: Call) -> bytes:
         item = pb.Item(
@@ -119,32 +75,42 @@ class ClusterRouter:
         try:
             answer = await self._forwarder.ask(owner, item, written=written, deadline=call.deadline)
         except PeerSkipped:
-            return await self._services.pass_by(rpc, request, call, rpc.answer)
+            return await _awaited(rpc.handle_uncached(self._service, request, call))
         except ClusterError:
             pass
         else:
             if not answer.code:
                 return answer.message
-            if answer.code not in _OWNER_IN_TROUBLE:
+            if answer.code not in _OWNER_UNABLE:
                 raise error_of(answer.code, answer.text)
         if rpc.is_write:
-            # Begun earlier, this might come before what the owner is still about to do.
+            # Begun earlier, the retry might be done before what the owner is still about to do.
             await self._forwarder.wait_until_expired(item)
-        return await self._services.pass_by(rpc, request, call, rpc.again)
+        return await _awaited(rpc.retry(self._service, request, call))
 
 
 class OwnerRouter:
-    """Router of calls that a peer has forwarded: they are answered here, whoever owns the token."""
+    """The router for calls that a peer has forwarded: handles them here, whichever node owns the token."""
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def __init__(self, service: SessionService, *, view: Callable[[], View]) -> None:
+        self._service = service
+        self._view = view
 
-    def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+    def handle(self, rpc: Rpc, request: Message, call: Call) -> Answer:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
-        place = route(self._services.view(), token, hops_left=0)
+        place = route(self._view(), token, hops_left=0)
         assert isinstance(place, Local)
-        return self._services.answer(place, rpc, request, call)
+        return _handle_here(place, self._service, rpc, request, call)
+
+
+def _handle_here(place: Local, service: SessionService, rpc: Rpc, request: Message, call: Call) -> Answer:
+    handle = rpc.handle if place.fill_cache else rpc.handle_uncached
+    return handle(service, request, call)
+
+
+async def _awaited(answer: Answer) -> bytes:
+    return answer if isinstance(answer, bytes) else await answer
 
 
 def carried(call: Call, names: Iterable[str] = ("traceparent", "tracestate")) -> dict[str, str]:

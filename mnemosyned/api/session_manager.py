@@ -22,25 +22,18 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 
+from aio.units import NS_PER_US, US_PER_S
 from mnemosyned.errors import InvalidArgument, MalformedMessage, SessionNotFound
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.model import (
-    TOKEN_ENTROPY_BYTES,
-    Abandonment,
-    Criteria,
-    NewSession,
-    ValueChange,
-    generate_token,
-)
+from mnemosyned.sessions.model import Criteria, NewSession
 from mnemosyned.sessions.service import SessionService
-from mnemosyned.transport.methods import Call, MethodTable, UnaryAnswer
+from mnemosyned.sessions.token import TOKEN_ENTROPY_BYTES, generate_token
+from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
 
 SERVICE_NAME: Final = "mnemosynerpc.SessionManager"
 
 _TRUE: Final = BoolValue(value=True).SerializeToString()
 _FALSE: Final = BoolValue(value=False).SerializeToString()
-_US_PER_S: Final = 1_000_000
-_NS_PER_US: Final = 1000
 # What a Timestamp may hold: the years 1 to 9999.
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
@@ -51,66 +44,69 @@ Request = TypeVar("Request", bound=Message)
 Answer: TypeAlias = bytes | Coroutine[Any, Any, bytes]
 
 
+Handle: TypeAlias = Callable[[SessionService, Any, Call], Answer]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rpc:
-    """One RPC, from request to serialized response; which service answers is another's choice.
+    """One RPC, from a parsed request to a serialized response; a router decides where it is handled.
 
-    `token` reads the token whose owner should answer; without it the call is answered where it
-    arrives. `again` answers when an earlier try may have done the work already. Both take the call's
-    `not_after_us` last.
+    `token` reads the token whose owner should handle the call. An RPC without one is handled where it
+    arrives.
     """
 
     name: str
-    kind: Callable[[], Message]
-    answer: Callable[[SessionService, Any, int], Answer]
+    request_type: Callable[[], Message]
+    handle: Handle
+    handle_uncached: Handle  # for a token that another node owns
+    retry: Handle  # the same, when an earlier try may have done the work already
     token: Callable[[Any], str] | None = None
     is_write: bool = False
-    again: Callable[[SessionService, Any, int], Answer]
 
 
 class Router(Protocol):
-    """Who chooses where a call is answered."""
+    """Decides where a call is handled."""
 
-    def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
-        """Answer here or elsewhere."""
+    def handle(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+        """Handle the call on this node or on another one."""
         ...
 
 
-def add_to(table: MethodTable, router: Router) -> None:
-    """Serve the RPCs under their names, the older ones included."""
-    for name, rpc in RPCS.items():
-        table.add_unary(SERVICE_NAME, name, _answer(rpc, router))
-    table.add_unary(SERVICE_NAME, "Create", _answer(RPCS["Start"], router))
-    table.add_unary(SERVICE_NAME, "SetData", _answer(RPCS["SetValue"], router))
-    table.add_unary(SERVICE_NAME, "Context", _context(router))
-
-
-class Here:
-    """Router of a node without others: everything is answered by its own service."""
+class LocalRouter:
+    """The router of a node without peers: its own service handles every call."""
 
     def __init__(self, service: SessionService) -> None:
         self._service = service
 
-    def answer(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+    def handle(self, rpc: Rpc, request: Message, call: Call) -> Answer:
         """See Router."""
-        return rpc.answer(self._service, request, call.deadline.not_after_us)
+        return rpc.handle(self._service, request, call)
 
 
-def _answer(rpc: Rpc, router: Router) -> UnaryAnswer:
+def add_to(table: MethodTable, router: Router) -> None:
+    """Serve the RPCs under their names, and two of them under their older names."""
+    for name, rpc in RPCS.items():
+        table.add_unary(SERVICE_NAME, name, _handler(rpc, router))
+    table.add_unary(SERVICE_NAME, "Create", _handler(RPCS["Start"], router))
+    table.add_unary(SERVICE_NAME, "SetData", _handler(RPCS["SetValue"], router))
+    table.add_unary(SERVICE_NAME, "Context", _context(router))
+
+
+def _handler(rpc: Rpc, router: Router) -> UnaryHandler:
     if rpc.name == "Start":
 
         def start(message: bytes, call: Call) -> Answer:
             request = parsed(StartRequest, message)
             if request.HasField("session") and not request.session.access_token:
-                # Chosen where the call enters, so that its owner is known and a second try is the same call.
+                # Chosen where the call enters, so that its owner is known and a retry is the same call.
                 request.session.access_token = generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
-            return router.answer(rpc, request, call)
+            return router.handle(rpc, request, call)
 
         return start
-    return lambda message, call: router.answer(rpc, parsed(rpc.kind, message), call)
+    return lambda message, call: router.handle(rpc, parsed(rpc.request_type, message), call)
 
 
-def _context(router: Router) -> UnaryAnswer:
+def _context(router: Router) -> UnaryHandler:
     def context(_message: bytes, call: Call) -> Answer:
         value = call.metadata("authorization") or ""
         scheme, _, rest = value.partition(" ")
@@ -118,35 +114,47 @@ def _context(router: Router) -> UnaryAnswer:
         if not token:
             raise InvalidArgument("mnemosyned: missing access token in metadata")
         # The two responses are the same on the wire.
-        return router.answer(RPCS["Get"], GetRequest(access_token=token), call)
+        return router.handle(RPCS["Get"], GetRequest(access_token=token), call)
 
     return context
 
 
-def _get(service: SessionService, request: GetRequest, _: int) -> Answer:
+def _get(service: SessionService, request: GetRequest, _: Call) -> Answer:
     return service.get(request.access_token)
 
 
-def _exists(service: SessionService, request: ExistsRequest, _: int) -> Answer:
+def _get_uncached(service: SessionService, request: GetRequest, _: Call) -> Answer:
+    return service.get_uncached(request.access_token)
+
+
+def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Answer:
     is_there = service.exists_cached(request.access_token)
     if is_there is None:
-        return _asked_exists(service, request)
+        return _exists_stored(service, request)
     return _TRUE if is_there else _FALSE
 
 
-async def _asked_exists(service: SessionService, request: ExistsRequest) -> bytes:
+async def _exists_stored(service: SessionService, request: ExistsRequest) -> bytes:
     return _TRUE if await service.exists(request.access_token) else _FALSE
 
 
-async def _start(service: SessionService, request: StartRequest, not_after_us: int) -> bytes:
-    return await service.start(_new_session(service, request, not_after_us))
+async def _exists_uncached(service: SessionService, request: ExistsRequest, _: Call) -> bytes:
+    return _TRUE if await service.exists_uncached(request.access_token) else _FALSE
 
 
-async def _start_again(service: SessionService, request: StartRequest, not_after_us: int) -> bytes:
-    return await service.start_again(_new_session(service, request, not_after_us))
+async def _start(service: SessionService, request: StartRequest, call: Call) -> bytes:
+    return await service.start(_new_session(service, request, call), call.deadline)
 
 
-def _new_session(service: SessionService, request: StartRequest, not_after_us: int) -> NewSession:
+async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> bytes:
+    return await service.start_uncached(_new_session(service, request, call), call.deadline)
+
+
+async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> bytes:
+    return await service.retry_start(_new_session(service, request, call), call.deadline)
+
+
+def _new_session(service: SessionService, request: StartRequest, call: Call) -> NewSession:
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
     session = request.session
@@ -158,33 +166,29 @@ def _new_session(service: SessionService, request: StartRequest, not_after_us: i
         subject_client=session.subject_client,
         refresh_token=session.refresh_token,
         bag=bag.encode(service.bag_limits.checked(session.bag)),
-        not_after_us=not_after_us,
+        ttl_us=service.lifetime.idle_us,
+        not_after_us=call.deadline.not_after_us,
     )
 
 
-async def _abandon(service: SessionService, request: AbandonRequest, not_after_us: int) -> bytes:
-    await service.abandon(Abandonment(access_token=request.access_token, not_after_us=not_after_us))
+async def _abandon(service: SessionService, request: AbandonRequest, call: Call) -> bytes:
+    await service.abandon(request.access_token, call.deadline)
     return _TRUE
 
 
-async def _abandon_again(service: SessionService, request: AbandonRequest, not_after_us: int) -> bytes:
-    # Absent is what the first try may have made it.
+async def _retry_abandon(service: SessionService, request: AbandonRequest, call: Call) -> bytes:
+    # The earlier try may have ended the session.
     with suppress(SessionNotFound):
-        await _abandon(service, request, not_after_us)
+        await _abandon(service, request, call)
     return _TRUE
 
 
-async def _set_value(service: SessionService, request: SetValueRequest, not_after_us: int) -> bytes:
-    change = ValueChange(
-        access_token=request.access_token,
-        key=request.key,
-        value=request.value,
-        not_after_us=not_after_us,
-    )
-    return SetValueResponse(bag=await service.set_value(change)).SerializeToString()
+async def _set_value(service: SessionService, request: SetValueRequest, call: Call) -> bytes:
+    values = await service.set_value(request.access_token, request.key, request.value, call.deadline)
+    return SetValueResponse(bag=values).SerializeToString()
 
 
-async def _list(service: SessionService, request: ListRequest, _: int) -> bytes:
+async def _list(service: SessionService, request: ListRequest, _: Call) -> bytes:
     query = request.query
     criteria = Criteria(
         refresh_token=query.refresh_token or None,
@@ -194,7 +198,7 @@ async def _list(service: SessionService, request: ListRequest, _: int) -> bytes:
     return await service.list(criteria, offset=request.offset, limit=request.limit)
 
 
-async def _delete(service: SessionService, request: DeleteRequest, _: int) -> bytes:
+async def _delete(service: SessionService, request: DeleteRequest, _: Call) -> bytes:
     criteria = Criteria(
         access_token=request.access_token or None,
         refresh_token=request.refresh_token or None,
@@ -218,43 +222,67 @@ RPCS: Final = {
     for rpc in (
         Rpc(
             name="Start",
-            kind=StartRequest,
-            answer=_start,
+            request_type=StartRequest,
+            handle=_start,
+            handle_uncached=_start_uncached,
+            retry=_retry_start,
             token=_session_token,
             is_write=True,
-            again=_start_again,
         ),
-        Rpc(name="Get", kind=GetRequest, answer=_get, token=_own_token, again=_get),
-        Rpc(name="Exists", kind=ExistsRequest, answer=_exists, token=_own_token, again=_exists),
+        Rpc(
+            name="Get",
+            request_type=GetRequest,
+            handle=_get,
+            handle_uncached=_get_uncached,
+            retry=_get_uncached,
+            token=_own_token,
+        ),
+        Rpc(
+            name="Exists",
+            request_type=ExistsRequest,
+            handle=_exists,
+            handle_uncached=_exists_uncached,
+            retry=_exists_uncached,
+            token=_own_token,
+        ),
         Rpc(
             name="Abandon",
-            kind=AbandonRequest,
-            answer=_abandon,
+            request_type=AbandonRequest,
+            handle=_abandon,
+            handle_uncached=_abandon,
+            retry=_retry_abandon,
             token=_own_token,
             is_write=True,
-            again=_abandon_again,
         ),
         Rpc(
             name="SetValue",
-            kind=SetValueRequest,
-            answer=_set_value,
+            request_type=SetValueRequest,
+            handle=_set_value,
+            handle_uncached=_set_value,
+            retry=_set_value,
             token=_own_token,
             is_write=True,
-            again=_set_value,
         ),
-        Rpc(name="List", kind=ListRequest, answer=_list, again=_list),
-        Rpc(name="Delete", kind=DeleteRequest, answer=_delete, is_write=True, again=_delete),
+        Rpc(name="List", request_type=ListRequest, handle=_list, handle_uncached=_list, retry=_list),
+        Rpc(
+            name="Delete",
+            request_type=DeleteRequest,
+            handle=_delete,
+            handle_uncached=_delete,
+            retry=_delete,
+            is_write=True,
+        ),
     )
 }
 
 
-def parsed(kind: Callable[[], Request], message: bytes) -> Request:
+def parsed(request_type: Callable[[], Request], message: bytes) -> Request:
     """Parse a request.
 
     Raises:
         MalformedMessage: the bytes are no such message; strings must be UTF-8.
     """
-    request = kind()
+    request = request_type()
     try:
         request.ParseFromString(message)
     except DecodeError:
@@ -270,4 +298,4 @@ def _instant_us(message: Message, name: str) -> int | None:
     timestamp: Timestamp = getattr(message, name)
     if timestamp.seconds not in _TIMESTAMP_SECONDS or timestamp.nanos not in _TIMESTAMP_NANOS:
         raise InvalidArgument(f"mnemosyned: {name} is not a valid timestamp")
-    return timestamp.seconds * _US_PER_S + timestamp.nanos // _NS_PER_US
+    return timestamp.seconds * US_PER_S + timestamp.nanos // NS_PER_US

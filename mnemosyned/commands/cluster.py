@@ -1,8 +1,8 @@
 """`mnemosyned cluster …`: what the cluster looks like, from any machine that reaches a node.
 
-Reads go to the node's operator's port, the one after its gRPC port; `leave` asks there for the node's name
-and is then a signed call of its Peer service. Exit codes: 0 it is well or was done, 1 it is not, 2 wrong
-usage.
+Reads go to the node's admin port, the one after its gRPC port. `leave` asks there for the node's name, and
+then makes a signed call of the node's Peer service. Exit codes: 0 healthy or done, 1 unhealthy or failed, 2
+wrong usage.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import ssl
 import sys
 import time
@@ -19,17 +18,20 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import grpc
 
 from cluster.peer_auth import METADATA_KEY, NONCE_BYTES, PeerAuth
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
-from mnemosyned.config import config as configuration
-from mnemosyned.config.flags import FLAG_BY_NAME, boolean, node
-from mnemosyned.security.api_keys import MIN_KEY_LENGTH, Role, line_of, new_key
+from mnemosyned import settings
+from mnemosyned.commands.arguments import CommandParser
+from mnemosyned.config.flags import ConfigError
+from mnemosyned.config.parsers import boolean, node_address
+from mnemosyned.node_config import ClusterConfig
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import client_context
 
@@ -48,14 +50,6 @@ class Unanswered(Exception):
     """A node did not answer as it should; the text says which, and why."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse quotes what it does not understand: the secret behind a misspelt flag, a token too many.
-        kinds = "unrecognized arguments|ambiguous option|ignored explicit argument|invalid choice"
-        text = re.sub(rf"({kinds})\b.*?( \(choose .*)?$", r"\1\2", message, flags=re.DOTALL)
-        super().error(configuration.without_addresses(text))
-
-
 def main(argv: Sequence[str]) -> int:
     """Run one command; return the exit code."""
     arguments = _parser().parse_args(argv)
@@ -64,35 +58,11 @@ def main(argv: Sequence[str]) -> int:
     except Unanswered as exc:
         sys.stderr.write(f"mnemosyned: {exc}\n")
         return 1
-    except configuration.ConfigError as exc:
+    except ConfigError as exc:
         sys.stderr.write(f"mnemosyned: {exc}\n")
         return 2
     sys.stdout.write(json.dumps(content, indent=2) + "\n" if arguments.output == "json" else text)
     return int(exit_code)
-
-
-def make_key(argv: Sequence[str]) -> int:
-    """`mnemosyned key`: make an API key, or take one; print it and its line for -auth.keys."""
-    parser = _Parser(
-        "mnemosyned key",
-        description="Make an API key for the file of -auth.keys, which keeps its hash alone.",
-        epilog="Callers send the key as metadata x-api-key. It is printed once and kept nowhere.",
-    )
-    words = [role.word for role in Role]
-    parser.add_argument("role", nargs="?", choices=words, default="session", help="default: session")
-    parser.add_argument(
-        "-", dest="is_given", action="store_true", help="hash the key on the standard input instead"
-    )
-    arguments = parser.parse_args(argv)
-    role = Role[arguments.role.upper()]
-    key = sys.stdin.readline().strip() if arguments.is_given else new_key()
-    if len(key) < MIN_KEY_LENGTH:
-        sys.stderr.write(f"mnemosyned: the key is shorter than {MIN_KEY_LENGTH} characters\n")
-        return 2
-    if not arguments.is_given:
-        sys.stdout.write(f"{key}\n")
-    sys.stdout.write(f"{line_of(key, role)}\n")
-    return 0
 
 
 # What `-o json` prints, what is printed otherwise, and the exit code.
@@ -100,9 +70,9 @@ Outcome = tuple[object, str, int]
 
 
 def _parser() -> argparse.ArgumentParser:
-    help_flag = _Parser(add_help=False)
+    help_flag = CommandParser(add_help=False)
     help_flag.add_argument("-h", "-help", "--help", action="help", help="show this text")
-    common = _Parser(parents=[help_flag], add_help=False)
+    common = CommandParser(parents=[help_flag], add_help=False)
     common.add_argument(
         "-node",
         "--node",
@@ -122,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             f"-{name}", f"--{name}", dest=name, default=_environ(name), metavar="FILE", help=text
         )
     tls.add_argument("-tls", "--tls", action="store_true", help="use TLS")
-    parser = _Parser(
+    parser = CommandParser(
         "mnemosyned cluster",
         description="Look at a cluster, or leave it.",
         parents=[help_flag],
@@ -141,15 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     command("ring", _ring, "show which part of all tokens each node owns")
     whois = command("whois", _whois, "tell which node owns a token")
     whois.add_argument("token", help="the token; - reads it from the standard input")
-    command("check", _check, "ask every member whether all is well; exit code 1 if not")
-    leave = command("leave", _leave, "have the node hand its tokens over, drain and end")
+    command("check", _check, "ask every member for its view; exit code 1 if one is unhealthy or disagrees")
+    leave = command("leave", _leave, "have the node leave the ring, drain and end")
     leave.add_argument("-cluster.secret", "--cluster.secret", dest="secret", metavar="SECRET")
     leave.add_argument("-cluster.secret.file", "--cluster.secret.file", dest="secret_file", metavar="FILE")
     return parser
 
 
 def _environ(name: str) -> str:
-    return os.environ.get(FLAG_BY_NAME[name].variable, "")
+    return os.environ.get(settings.FLAGS[name].variable, "")
 
 
 def _context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
@@ -159,16 +129,16 @@ def _context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
         if not (arguments.tls or authorities or boolean(_environ("tls") or "false")):
             return None
     except ValueError as exc:
-        raise configuration.ConfigError(f"environment variable MNEMOSYNED_TLS: {exc}") from None
+        raise ConfigError(f"environment variable MNEMOSYNED_TLS: {exc}") from None
     try:
         return client_context(authorities)
     except FilesUnusable as exc:
-        raise configuration.ConfigError(f"flag -tls.ca: {exc}") from None
+        raise ConfigError(f"flag -tls.ca: {exc}") from None
 
 
 def _node(text: str) -> str:
     try:
-        return node(text)
+        return node_address(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from None
 
@@ -202,7 +172,7 @@ def _whois(arguments: argparse.Namespace) -> Outcome:
     is_piped = arguments.token == "-"  # noqa: S105  # the usual sign for it
     token = sys.stdin.readline().strip() if is_piped else arguments.token
     if not token:
-        raise configuration.ConfigError("the token is empty")
+        raise ConfigError("the token is empty")
     page = _page(arguments.node, _context(arguments), token=token)
     return page, f"{page['owner']}\n", 0
 
@@ -215,17 +185,19 @@ def _check(arguments: argparse.Namespace) -> Outcome:
         # A certificate is for a name.
         where = "address" if context is None else "name"
         pages = list(pool.map(lambda one: _page_or_trouble(one[where], context), there))
-    troubles = [f"{one['name']}: {one['status']}" for one in asked["members"] if one["status"] not in _WELL]
+    troubles = [
+        f"{one['name']}: {one['status']}" for one in asked["members"] if one["status"] not in _HEALTHY
+    ]
     for one, page in zip(there, pages, strict=True):
         troubles += [f"{one['name']}: {trouble}" for trouble in _troubles(page, asked)]
     summary = f"{len(there)} nodes, ring {asked['ring']['fingerprint']}"
     content = {"nodes": len(there), "ring": asked["ring"]["fingerprint"], "troubles": troubles}
     if troubles:
-        return content, "".join(f"{trouble}\n" for trouble in troubles) + f"{summary}: not well\n", 1
-    return content, f"{summary}: all well\n", 0
+        return content, "".join(f"{trouble}\n" for trouble in troubles) + f"{summary}: unhealthy\n", 1
+    return content, f"{summary}: healthy\n", 0
 
 
-_WELL: Final = frozenset({"active", "left"})
+_HEALTHY: Final = frozenset({"active", "left"})
 
 
 def _troubles(page: Page | Unanswered, asked: Page) -> list[str]:
@@ -242,18 +214,18 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
     flags = [f"-cluster.secret={arguments.secret}"] if arguments.secret else []
     flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
-    secrets = configuration.parse(flags, environ).cluster_secret
-    trust = PeerAuth([secret.encode() for secret in secrets])
+    secrets = settings.parse(flags, environ)[ClusterConfig].secret
+    peer_auth = PeerAuth([secret.encode() for secret in secrets])
     name = _page(arguments.node, _context(arguments))["node"]
-    _call_leave(arguments, name, trust)
+    _call_leave(arguments, name, peer_auth)
     return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
 
-def _call_leave(arguments: argparse.Namespace, name: str, trust: PeerAuth) -> None:
+def _call_leave(arguments: argparse.Namespace, name: str, peer_auth: PeerAuth) -> None:
     address = arguments.node
     body = pb.LeaveRequest(node=name).SerializeToString()
     nonce = os.urandom(NONCE_BYTES)
-    signature = trust.sign("Leave", body, now_ms=time.time_ns() // 1_000_000, nonce=nonce)
+    signature = peer_auth.sign("Leave", body, now_ms=time.time_ns() // 1_000_000, nonce=nonce)
     metadata = ((METADATA_KEY, signature),) if signature else None
     with _channel(arguments) as channel:
         leave: Any = channel.unary_unary(f"/{SERVICE_NAME}/Leave")
@@ -273,7 +245,7 @@ def _channel(arguments: argparse.Namespace) -> grpc.Channel:
     try:
         pems = [Path(path).read_bytes() if path else None for path in paths]
     except OSError as exc:
-        raise configuration.ConfigError(f"{exc.filename}: {exc.strerror}") from None
+        raise ConfigError(f"{exc.filename}: {exc.strerror}") from None
     return grpc.secure_channel(arguments.node, grpc.ssl_channel_credentials(*pems), options=options)
 
 
@@ -285,7 +257,7 @@ def _page_or_trouble(address: str, context: ssl.SSLContext | None) -> Page | Una
 
 
 def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
-    """Return what the operator's port of a node says of the cluster. Raises Unanswered."""
+    """Return what the admin port of a node says of the cluster. Raises Unanswered."""
     host, _, port = address.rpartition(":")
     where = f"{host}:{int(port) + 1}"
     scheme = "http" if context is None else "https"
@@ -299,14 +271,15 @@ def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
             page: Page = json.load(response)
     except urllib.error.HTTPError as exc:
         exc.close()
-        reason = "it is no node of a cluster" if exc.code == 404 else f"HTTP status {exc.code}"  # noqa: PLR2004
-        raise Unanswered(f"operator's port {where}: {reason}") from None
+        is_unknown = exc.code == HTTPStatus.NOT_FOUND
+        reason = "it is not a node of a cluster" if is_unknown else f"HTTP status {exc.code}"
+        raise Unanswered(f"admin port {where}: {reason}") from None
     except urllib.error.URLError as exc:
         raise Unanswered(
-            f"operator's port {where}: {getattr(exc.reason, 'strerror', None) or exc.reason}"
+            f"admin port {where}: {getattr(exc.reason, 'strerror', None) or exc.reason}"
         ) from None
     except (OSError, ValueError) as exc:
-        raise Unanswered(f"operator's port {where}: {exc or type(exc).__name__}") from None
+        raise Unanswered(f"admin port {where}: {exc or type(exc).__name__}") from None
     return page
 
 

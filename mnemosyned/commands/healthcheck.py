@@ -1,6 +1,6 @@
-"""Whether the daemon of this container is alive: `python -m mnemosyned.alive`, for HEALTHCHECK.
+"""Whether this container's daemon is alive: `python -m mnemosyned.commands.healthcheck`, for HEALTHCHECK.
 
-Asks `/healthz` on the operator's port that flags in the environment give; exit code 0 or 1.
+Asks `/healthz` on the admin port that the flags in the environment give. Exit codes: 0 alive, 1 not.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ import sys
 import urllib.request
 from typing import Final
 
-from mnemosyned.config import config as configuration
+from mnemosyned import settings
+from mnemosyned.config.flags import ConfigError
+from mnemosyned.security.config import TlsConfig
+from mnemosyned.transport.config import GrpcConfig
 
 _TIMEOUT_S: Final = 2.0
 
 
 def main() -> int:
-    """Return 0 if it is."""
+    """Return the exit code."""
     try:
-        config = configuration.parse([], os.environ)
+        config = settings.parse([], os.environ)
         scheme, context = "http", None
-        if config.tls:
-            # It is this very container that is asked, whatever its certificate's name.
+        if config[TlsConfig].is_on:
+            # This very container is asked, whatever name its certificate has.
             scheme, context = "https", ssl.create_default_context()
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        url = f"{scheme}://127.0.0.1:{config.port + 1}/healthz"
+        url = f"{scheme}://127.0.0.1:{config[GrpcConfig].port + 1}/healthz"
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
         with opener.open(url, timeout=_TIMEOUT_S):
             return 0
-    except (OSError, configuration.ConfigError) as exc:
+    except (OSError, ConfigError) as exc:
         sys.stderr.write(f"mnemosyned: not alive: {exc}\n")
         return 1
 

@@ -1,7 +1,6 @@
-"""`mnemosyned migrate`: rename all sessions at once that are still named by their tokens.
+"""`mnemosyned migrate`: hash the tokens of all stored sessions now, instead of when each is next read.
 
-Without it each is renamed when it is next read. It may run while daemons do, all with
-`-token.protection=hmac`; run again it does what is left.
+It may run while daemons do, all with `-token.protection=hmac`. Run again, it does what is left.
 """
 
 from __future__ import annotations
@@ -10,54 +9,61 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
-from mnemosyned.config import config as configuration
-from mnemosyned.daemon import StartFailed, start_embedded
+from mnemosyned import settings
+from mnemosyned.config.flags import ConfigError
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe import logs
+from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.observe.metrics import new_registry
+from mnemosyned.security.config import AuthConfig
 from mnemosyned.sessions.store import Renaming, StorageRefused
-from mnemosyned.sessions.token_hash import AFTER_HASHED, is_hashed
-from mnemosyned.storage.engines import key_ids_in, new_store, token_hasher
+from mnemosyned.sessions.token_hash import AFTER_HASHES, is_hashed
+from mnemosyned.storage.engines import StorageConfig, Surroundings, new_store, token_hasher
+from mnemosyned.storage.hash_keys import key_ids_in
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
-    from mnemosyned.sessions.store import SessionStore
+    from mnemosyned.sessions.store import FullStore, RenamableStore
     from mnemosyned.sessions.token_hash import TokenHasher
+    from mnemosyned.storage.engines import PrivateServer
 
 _PAGE: Final = 1000
 
 _HELP: Final = """usage: mnemosyned migrate [flags]
 
-Protect the tokens of all sessions that were stored before -token.protection=hmac, without waiting for them
-to be read. Takes the daemon's flags, environment and file, and reads of them what concerns the storage:
--postgres.…, -token.protection=hmac, -token.key.file. Nobody is logged out, and daemons may run meanwhile.
+Hash the tokens of all sessions that were stored before -token.protection=hmac, without waiting until each
+is read. Takes the daemon's flags, environment and file, and uses those of the storage: -postgres.…,
+-token.protection=hmac, -token.key.file. No user is logged out, and daemons may run meanwhile.
+
+example: mnemosyned migrate -token.protection=hmac -token.key.file=token.key -postgres.address.file=address
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return the exit code: 0 done, 1 not, 2 wrong flags."""
+    """Run the command; return the exit code: 0 done, 1 failed, 2 wrong flags."""
     if {"-h", "-help", "--help"} & set(argv):
         sys.stdout.write(_HELP)
         return 0
     try:
         config = _parsed(argv)
-    except configuration.ConfigError as exc:
+    except ConfigError as exc:
         sys.stderr.write(f"mnemosyned: {exc}\n")
         return 2
-    if config.check_config:
+    if config[settings.RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0
-    logs.configure(config.log_environment, config.log_level)
+    observe = config[ObserveConfig]
+    logs.configure(observe.log_environment, observe.log_level, secret_flags=settings.SECRET_FLAGS)
     try:
-        embedded = start_embedded(config)
+        server = config[StorageConfig].engine.start_server(config)
         try:
-            text = asyncio.run(_migrated(config, None if embedded is None else embedded.dsn))
+            text = asyncio.run(_migrated(config, server))
         finally:
-            if embedded is not None:
-                embedded.stop()
-    except (MnemosyneError, StorageRefused, StartFailed) as exc:
+            if server is not None:
+                server.stop()
+    except (MnemosyneError, StorageRefused) as exc:
         sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
         return 1
     sys.stdout.write(text)
@@ -65,59 +71,67 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parsed(argv: Sequence[str]) -> Config:
-    config = configuration.parse(argv, os.environ)
-    if config.token_protection == "none" or config.storage == "memory":  # noqa: S105  # a mode
-        raise configuration.ConfigError("migrate needs -token.protection=hmac, and -storage=postgres")
+    config = settings.parse(argv, os.environ)
+    storage = config[StorageConfig]
+    if config[AuthConfig].token_protection == "none":  # noqa: S105  # a mode
+        raise ConfigError("migrate needs -token.protection=hmac")
+    if not storage.engine.capabilities.is_durable:
+        raise ConfigError(
+            f"migrate needs a storage that keeps sessions, and -storage={storage.name} does not"
+        )
     return config
 
 
-async def _migrated(config: Config, embedded_dsn: str | None) -> str:
-    store, known = new_store(config, embedded_dsn, new_registry()), token_hasher(config)
-    assert known is not None
+async def _migrated(config: Config, server: PrivateServer | None) -> str:
+    hasher = token_hasher(config)
+    assert hasher is not None
+    # The configuration allows HMAC keys only for an engine that can rename.
+    store = cast("FullStore", new_store(config, Surroundings(registry=new_registry(), server=server), hasher))
     await store.open()
     try:
-        count = await protect_all(store, known)
-        others = await key_ids_in(store) - {known.key_id}
+        count = await hash_all(store, hasher)
+        others = await key_ids_in(store) - {hasher.key_id}
     finally:
         await store.close()
-    text = f"{count} sessions were named by their tokens, and are protected now\n"
+    text = f"{count} sessions were stored under their tokens, and are hashed now\n"
     if others:
         text += (
-            "some are named by another key: they get the new one when they are read; keep both until then\n"
+            "some sessions are hashed with another key: they get the new hash when they are read; "
+            "keep both keys until then\n"
         )
     return text
 
 
-async def protect_all(store: SessionStore, known: TokenHasher) -> int:
-    """Rename the live sessions named by their tokens; return how many. Raises MnemosyneError."""
-    count, after = 0, AFTER_HASHED
+async def hash_all(store: RenamableStore, hasher: TokenHasher) -> int:
+    """Rename the live sessions that are stored under their tokens; return how many. Raises MnemosyneError."""
+    count, after = 0, AFTER_HASHES
     while page := await store.stored_keys_after(after, limit=_PAGE):
-        count += await _renamed(store, known, [name for name in page if _is_token(name)])
-        # What another writer held: one by one, each is waited for.
-        for name in await store.stored_keys_after(after, limit=len(page)):
-            if name in page and _is_token(name):
-                await _renamed(store, known, [name])
+        count += await _renamed(store, hasher, [stored_key for stored_key in page if _is_token(stored_key)])
+        # A session that another writer held: renamed alone, it is waited for.
+        for stored_key in await store.stored_keys_after(after, limit=len(page)):
+            if stored_key in page and _is_token(stored_key):
+                await _renamed(store, hasher, [stored_key])
         after = page[-1]
     return count
 
 
-async def _renamed(store: SessionStore, known: TokenHasher, tokens: Sequence[str]) -> int:
+async def _renamed(store: RenamableStore, hasher: TokenHasher, tokens: Sequence[str]) -> int:
     """Return how many of these tokens have sessions."""
     if not tokens:
         return 0
-    outcomes = await store.rename([Renaming(old=token, new=known.alias(token)) for token in tokens])
+    outcomes = await store.rename([Renaming(old=token, new=hasher.stored_key(token)) for token in tokens])
     for outcome in outcomes:
         if isinstance(outcome, MnemosyneError):
             raise outcome
     return sum(map(bool, outcomes))
 
 
-def _is_token(name: str) -> bool:
-    # The Go daemon checks neither; no caller of ours can name such a session.
-    if is_hashed(name):
+def _is_token(stored_key: str) -> bool:
+    # The Go daemon checks neither; no caller of ours can stored_key such a session.
+    if is_hashed(stored_key):
         return False
     try:
-        name.encode()
+        stored_key.encode()
     except UnicodeEncodeError:
         return False
     return True

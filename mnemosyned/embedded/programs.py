@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mnemosyned.sessions.store import StorageRefused
+
 _SYSTEM_DIRECTORIES: Final = (
     "/usr/lib/postgresql/*/bin",
     "/usr/pgsql-*/bin",
@@ -48,7 +50,7 @@ except OSError as exc:
 """
 
 
-class EmbeddedError(Exception):
+class EmbeddedError(StorageRefused):
     """The embedded server cannot be run; the text is one line for the user."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, TextIO
 
 import structlog
@@ -26,9 +26,10 @@ _LEVEL_BY_NAME: Final = {
     "fatal": logging.CRITICAL,
 }
 _SEVERITY_BY_LEVEL: Final = {"warn": "WARNING", "warning": "WARNING", "exception": "ERROR"}
-_SECRET_FIELDS: Final = frozenset({
+# Of calls and sessions; `configure` adds the settings that are declared secret.
+_SECRET_FIELDS: Final = {
     "token", "access_token", "refresh_token", "bag", "dsn", "password", "authorization", "secret",
-})  # fmt: skip
+}  # fmt: skip
 # aiocache logs keys, which are tokens, at debug.
 LEAST_LEVEL_BY_LOGGER: Final = {
     "aiocache": logging.INFO,
@@ -39,11 +40,15 @@ LEAST_LEVEL_BY_LOGGER: Final = {
 }
 
 
-def configure(environment: str, level: str, *, stream: TextIO | None = None) -> None:
+def configure(
+    environment: str, level: str, *, secret_flags: Iterable[str] = (), stream: TextIO | None = None
+) -> None:
     """Send all logs of the process to the stream, standard error unless given.
 
-    `environment` is production, development or stackdriver; `level` one of the names of -log.level.
+    `environment` is production, development or stackdriver; `level` one of the names of -log.level. Fields
+    that are named like one of `secret_flags`, with _ for dots, are redacted.
     """
+    _SECRET_FIELDS.update(name.replace(".", "_") for name in secret_flags)
     # A closed pipe at the other end must not take a request down.
     logging.raiseExceptions = False
     logging.captureWarnings(capture=True)
@@ -115,7 +120,7 @@ _RENDERERS: Final[dict[str, Callable[[TextIO], list[Processor]]]] = {
 
 
 def _without_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Hide what should never have been logged: a net below the rule, not the rule."""
+    """Hide what should never have been logged: a safety net, not the rule."""
     for name in _SECRET_FIELDS & event.keys():
         event[name] = "[redacted]"
     return event

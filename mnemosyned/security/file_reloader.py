@@ -8,6 +8,8 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
+from aio.periodic import run_periodically
+
 log = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
@@ -15,13 +17,13 @@ _PERIOD_S: Final = 1.0
 
 
 class FilesUnusable(Exception):
-    """Files are no good; the text tells the operator which, and why, and nothing that is in them."""
+    """Files are missing or invalid; the text names the file and the reason, and quotes nothing of it."""
 
 
 class FileReloader(Generic[Content]):
-    """What some files hold, as of the last time that they were good.
+    """What some files hold, as of the last time that they were valid.
 
-    `followers` are told when that changes, and may raise FilesUnusable too: then it is tried again.
+    `followers` are told when that changes. They may raise FilesUnusable too: then the change is tried again.
     """
 
     def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Content]) -> None:
@@ -35,16 +37,11 @@ class FileReloader(Generic[Content]):
         self.content = read()
 
     async def run(self) -> None:
-        """Look for changes once a second, for ever."""
-        while True:
-            await asyncio.sleep(_PERIOD_S)
-            try:
-                await self.look()
-            except Exception as exc:  # the root of this work: what is served goes on
-                log.error("reload_failed", extra={"files": self._name}, exc_info=exc)
+        """Look for changes once a second, until cancelled."""
+        await run_periodically("reload", self.look, period_s=lambda: _PERIOD_S)
 
     async def look(self) -> None:
-        """Have new files take effect, if they are there and good; else go on with the old."""
+        """Have new files take effect if they are there and valid; otherwise keep the old content."""
         stamps = self._stamps()
         if stamps == self._seen:
             return
@@ -56,10 +53,10 @@ class FileReloader(Generic[Content]):
             # Perhaps only one of them is there yet.
             if str(exc) != self._complaint:
                 self._complaint = str(exc)
-                log.error(f"{self._name}_reload_failed", extra={"error": str(exc)})  # noqa: G004  # an event's name
+                log.error("%s_reload_failed", self._name, extra={"error": str(exc)})
             return
         self._seen, self._complaint, self.content = stamps, "", content
-        log.info(f"{self._name}_reloaded", extra={"files": len(self._paths)})  # noqa: G004  # likewise
+        log.info("%s_reloaded", self._name, extra={"files": len(self._paths)})
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in self._paths]

@@ -16,9 +16,7 @@ from google.protobuf.message import DecodeError
 from mnemosynerpc.session_pb2 import Session
 
 from mnemosyned.errors import CorruptBag, InvalidArgument
-
-# A session must fit into the 4 MiB that a gRPC client accepts unless told otherwise.
-MAX_BAG_BYTES: Final = 4_000_000
+from mnemosyned.sessions.model import MAX_BAG_BYTES
 
 _GOB_TYPE: Final = bytes.fromhex("127f0401010342616701ff8000010c010c0000")
 _GOB_VALUE_TYPE_ID: Final = b"\xff\x80"

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from aio.batcher import Batcher, BatchLimits
+from aio.deadline import Deadline
 from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound
+from mnemosyned.sessions.coherence import Coherence, Written
 from mnemosyned.sessions.model import Abandonment, NewSession, Session, ValueChange
 from mnemosyned.sessions.store import SessionStore
 
 Loaded = TypeVar("Loaded")
 
-# Reads of different callers need not wait for each other; writes share the disk's flush. A write that
-# has begun runs to its end: cancelled, it might be committed after the cache was told.
+# Reads of different callers need not wait for each other.
 _READS: Final = BatchLimits(max_items=512, concurrency=2)
+# Writes share the disk's flush. A write that has begun runs to its end: if it were cancelled, the database
+# might commit it after the caches have been invalidated.
 _WRITES: Final = BatchLimits(max_items=256, concurrency=1, is_abandonable=False)
 
 
 class BatchedStore(Generic[Loaded]):
-    """One session a call, as callers see it; one statement for many, as the storage does.
+    """One session a call, as callers see it; many sessions a statement, as the storage prefers it.
 
-    `load` makes of some tokens what is to be had of their sessions. `on_written` is told the tokens of
-    sessions that were changed or ended, or may have been, and `on_started` those of sessions that were
-    begun, likewise: after the storage's answer, also when it was a failure, and before any caller gets it.
+    `load` makes of some tokens what there is to know of their sessions. Each batch of writes passes through
+    `coherence`: no caller gets an answer before the copies that the write has made stale are dropped.
     """
 
     def __init__(
@@ -32,27 +34,21 @@ class BatchedStore(Generic[Loaded]):
         store: SessionStore,
         *,
         load: Callable[[Sequence[str]], Awaitable[Sequence[Loaded | MnemosyneError]]],
-        on_written: Callable[[Iterable[str]], None],
-        on_started: Callable[[Iterable[str]], None],
+        coherence: Coherence,
     ) -> None:
         self._store = store
-        self._on_written = on_written
-        self._on_started = on_started
-        self._starts: Batcher[NewSession, Session] = Batcher(
-            self._start, limits=_WRITES, full=_overloaded, size_bytes=NewSession.size_bytes
-        )
+        self._coherence = coherence
         self._loads: Batcher[str, Loaded] = Batcher(load, limits=_READS, full=_overloaded)
         self._existences: Batcher[str, bool] = Batcher(store.exist, limits=_READS, full=_overloaded)
-        self._changes: Batcher[ValueChange, dict[str, str]] = Batcher(
+        self._starts: Batcher[NewSession, Written[Session]] = Batcher(
+            self._start, limits=_WRITES, full=_overloaded, size_bytes=NewSession.size_bytes
+        )
+        self._changes: Batcher[ValueChange, Written[dict[str, str]]] = Batcher(
             self._set_values, limits=_WRITES, full=_overloaded, size_bytes=ValueChange.size_bytes
         )
-        self._abandonments: Batcher[Abandonment, bool] = Batcher(
+        self._abandonments: Batcher[Abandonment, Written[bool]] = Batcher(
             self._abandon, limits=_WRITES, full=_overloaded
         )
-
-    async def start(self, session: NewSession) -> Session:
-        """Store a session. Raises SessionAlreadyExists."""
-        return await self._starts.submit(session)
 
     def load(self, token: str) -> asyncio.Future[Loaded]:
         """Begin to read a session for a Get. Raises Overloaded at once."""
@@ -62,13 +58,17 @@ class BatchedStore(Generic[Loaded]):
         """Tell whether there is a live session."""
         return await self._existences.submit(token)
 
-    async def set_value(self, change: ValueChange) -> dict[str, str]:
-        """Set one key; return the whole bag. Raises SessionNotFound."""
-        return await self._changes.submit(change)
+    async def start(self, session: NewSession, deadline: Deadline) -> Session:
+        """Store a session. Raises SessionAlreadyExists."""
+        return await (await self._starts.submit(session)).outcome(deadline)
 
-    async def abandon(self, ending: Abandonment) -> None:
+    async def set_value(self, change: ValueChange, deadline: Deadline) -> dict[str, str]:
+        """Set one key; return the whole bag. Raises SessionNotFound."""
+        return await (await self._changes.submit(change)).outcome(deadline)
+
+    async def abandon(self, ending: Abandonment, deadline: Deadline) -> None:
         """End a session. Raises SessionNotFound."""
-        if not await self._abandonments.submit(ending):
+        if not await (await self._abandonments.submit(ending)).outcome(deadline):
             raise SessionNotFound
 
     async def close(self) -> None:
@@ -76,23 +76,20 @@ class BatchedStore(Generic[Loaded]):
         batchers = (self._starts, self._loads, self._existences, self._changes, self._abandonments)
         await asyncio.gather(*(batcher.close() for batcher in batchers))
 
-    async def _start(self, sessions: Sequence[NewSession]) -> Sequence[Session | MnemosyneError]:
-        try:
-            return await self._store.start(sessions)
-        finally:
-            self._on_started(new.access_token for new in sessions)
+    async def _start(self, sessions: Sequence[NewSession]) -> Sequence[Written[Session]]:
+        tokens = [new.access_token for new in sessions]
+        # The makers' own fills stay open: what they put is what this batch has made.
+        return await self._coherence.around_write(
+            tokens, self._store.start(sessions), drop=self._coherence.drop_made
+        )
 
-    async def _set_values(self, changes: Sequence[ValueChange]) -> Sequence[dict[str, str] | MnemosyneError]:
-        try:
-            return await self._store.set_values(changes)
-        finally:
-            self._on_written(change.access_token for change in changes)
+    async def _set_values(self, changes: Sequence[ValueChange]) -> Sequence[Written[dict[str, str]]]:
+        tokens = [change.access_token for change in changes]
+        return await self._coherence.around_write(tokens, self._store.set_values(changes))
 
-    async def _abandon(self, endings: Sequence[Abandonment]) -> Sequence[bool | MnemosyneError]:
-        try:
-            return await self._store.abandon(endings)
-        finally:
-            self._on_written(ending.access_token for ending in endings)
+    async def _abandon(self, endings: Sequence[Abandonment]) -> Sequence[Written[bool]]:
+        tokens = [ending.access_token for ending in endings]
+        return await self._coherence.around_write(tokens, self._store.abandon(endings))
 
 
 def _overloaded() -> Overloaded:

@@ -11,11 +11,10 @@ from typing import Final
 
 from mnemosynerpc.session_pb2 import Session
 
+from aio.units import NS_PER_US, US_PER_S
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Session as StoredSession
 
-_US_PER_S: Final = 1_000_000
-_NS_PER_US: Final = 1000
 _SESSION_TAG: Final = b"\x0a"  # field 1, length-delimited
 _EXPIRE_AT_TAG: Final = b"\x2a"  # field 5, length-delimited
 _SECONDS_TAG: Final = b"\x08"  # field 1, varint
@@ -37,10 +36,10 @@ def varint(value: int) -> bytes:
 
 def expiry_field(expires_at_us: int) -> bytes:
     """Encode `expire_at` as a field of a Session."""
-    seconds, us = divmod(expires_at_us, _US_PER_S)
+    seconds, us = divmod(expires_at_us, US_PER_S)
     timestamp = _SECONDS_TAG + varint(seconds)
     if us:
-        timestamp += _NANOS_TAG + varint(us * _NS_PER_US)
+        timestamp += _NANOS_TAG + varint(us * NS_PER_US)
     return _EXPIRE_AT_TAG + varint(len(timestamp)) + timestamp
 
 

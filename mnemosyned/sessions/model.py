@@ -1,40 +1,39 @@
-"""A session as the storage keeps it, its token, and the limits of what may be stored."""
+"""A session as the storage keeps it, what may be asked of one, and the limits of what may be stored. Pure."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Final
 
-from aio.deadline import NEVER_US
+from aio.units import NEVER_US
 from mnemosyned.errors import InvalidArgument, MessageTooLarge
+from mnemosyned.sessions.token import check_token
 
-MAX_TOKEN_BYTES: Final = 4096
-# PostgreSQL cannot index a longer incompressible value (a third of a page less overhead).
+# Every engine indexes these fields; PostgreSQL's index entries, the smallest, hold about 2,700 bytes.
 MAX_INDEXED_BYTES: Final = 2048
 MAX_CLIENT_BYTES: Final = 64 * 1024
+# A session must fit into the 4 MiB that a gRPC client accepts unless it is told otherwise.
+MAX_BAG_BYTES: Final = 4_000_000
 MAX_LIST_LIMIT: Final = 1000
 DEFAULT_LIST_LIMIT: Final = 10
-# What the bags of one page may add up to; a client accepts 4 MiB unless it is told otherwise.
+# The bags of one page of List together; a client accepts 4 MiB unless it is told otherwise.
 MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
 
-# Of a bag, when a change does not say how many it may have.
+# The bound on a bag's entries when a change names none.
 NO_LIMIT: Final = 2**31
-
-TOKEN_ENTROPY_BYTES: Final = 128
-_TOKEN_DIGEST_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSession:
-    """A session to start; its expiry is the storage's to decide."""
+    """A session to start. The storage decides its expiry: the time on its clock plus `ttl_us`."""
 
     access_token: str = field(repr=False)
     subject_id: str
+    ttl_us: int
     subject_client: str = ""
     refresh_token: str = field(default="", repr=False)
     bag: bytes = field(default=b"", repr=False)  # stored form, see bag.py
-    not_after_us: int = NEVER_US  # on the storage's clock, as below
+    not_after_us: int = NEVER_US  # on the storage's clock; a later start must not be done
 
     def size_bytes(self) -> int:
         """Bound the memory that the session takes in a batch; strings count as ASCII."""
@@ -53,7 +52,7 @@ class Session:
     expires_at_us: int  # microseconds since the epoch, on the storage's clock
 
     def is_from(self, new: NewSession) -> bool:
-        """Tell whether this is what the call made, unchanged."""
+        """Tell whether the session is what this start made, unchanged."""
         return (self.access_token, self.subject_id, self.subject_client, self.refresh_token, self.bag) == (
             new.access_token,
             new.subject_id,
@@ -61,6 +60,19 @@ class Session:
             new.refresh_token,
             new.bag,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """A session to read for a Get, which extends it to the time on the storage's clock plus `ttl_us`.
+
+    The stored expiry is moved only when it lies more than `touch_interval_us` behind, so most reads write
+    nothing.
+    """
+
+    access_token: str = field(repr=False)
+    ttl_us: int
+    touch_interval_us: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +100,7 @@ class Abandonment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Touch:
-    """A new expiry that a session has had in memory since its last write."""
+    """The expiry that a session has in memory, for the storage to catch up with."""
 
     access_token: str = field(repr=False)
     expires_at_us: int
@@ -113,35 +125,12 @@ class Criteria:
         return self.expires_after_us is not None or self.expires_before_us is not None
 
 
-def generate_token(entropy: bytes) -> str:
-    """Return an access token made of TOKEN_ENTROPY_BYTES random bytes.
-
-    128 hexadecimal digits: SHAKE256 to 64 bytes, as the Go daemon makes them.
-    """
-    return hashlib.shake_256(entropy).hexdigest(_TOKEN_DIGEST_BYTES)
-
-
-def check_token(token: str) -> str:
-    """Return the token if it can name a session.
-
-    Raises:
-        InvalidArgument: it is empty, over MAX_TOKEN_BYTES or contains a NUL character.
-    """
-    if not token:
-        raise InvalidArgument("mnemosyned: missing access token")
-    if "\0" in token:
-        raise InvalidArgument("mnemosyned: access token contains a NUL character")
-    # A character takes four bytes at most: short tokens, all real ones, need no encoding.
-    if len(token) * 4 > MAX_TOKEN_BYTES and len(token.encode()) > MAX_TOKEN_BYTES:
-        raise InvalidArgument(f"mnemosyned: access token is longer than {MAX_TOKEN_BYTES} bytes")
-    return token
-
-
 def check_new(session: NewSession) -> NewSession:
     """Return the session if it can be stored.
 
     Raises:
-        InvalidArgument: a field is over its limit or holds what PostgreSQL's TEXT cannot.
+        InvalidArgument: a field is over its limit or contains a NUL character, which not every engine can
+        store.
     """
     check_token(session.access_token)
     _check_text("subject_id", session.subject_id, MAX_INDEXED_BYTES)

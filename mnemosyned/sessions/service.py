@@ -1,19 +1,22 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns bytes at once; everything that must wait returns a
-coroutine. Expiries are microseconds on the storage's clock, and those of Gets whole milliseconds.
+A Get that the cache can answer returns bytes at once; everything that must wait returns a coroutine.
 
-Rules for editing: a session enters the cache only through a fill that was opened before it was
-read; whatever changes or ends a session drops it from the cache when the storage has answered.
+A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`. They serve
+tokens that another node owns, whose copies only that node may keep.
+
+Rules for editing:
+- A session enters the cache only through a fill that was opened before the session was read.
+- Whatever changes or ends a session goes through `coherence.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, TypeAlias
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
+from aio.deadline import NO_DEADLINE, Deadline
 from cache.lru import Slot
 from cache.read_through import ReadThrough
 from mnemosyned.errors import (
@@ -27,61 +30,46 @@ from mnemosyned.sessions import bag
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.coherence import Coherence
 from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, list_response
+from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.model import (
     DEFAULT_LIST_LIMIT,
     MAX_LIST_LIMIT,
     Abandonment,
     Criteria,
+    Lookup,
     NewSession,
     Session,
     ValueChange,
     check_criteria,
     check_new,
-    check_token,
 )
-from mnemosyned.sessions.store import Deletion, SessionStore
+from mnemosyned.sessions.store import SessionStore
+from mnemosyned.sessions.token import check_token
 from mnemosyned.sessions.token_hash import is_hashed
 from mnemosyned.sessions.touches import TouchWriter
 
-_US_PER_MS: Final = 1000
 _MAX_OFFSET: Final = 2**63 - 1
-# One DELETE at a time stays short, so that it holds few locks and little memory.
+# Sessions ended by one step of a Delete: it holds few locks, and for a short time.
 _DELETE_BATCH: Final = 5000
 # Python objects around the token: its slot, and its place in the dictionary.
 NEGATIVE_BYTES: Final = 350
 
-
-# Of a token: its session, or that there is none.
+# What the cache keeps for a token: its session, or that there is none.
 Loaded: TypeAlias = Slot[EncodedSession] | Slot[None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lifetimes:
-    """How long things last, in microseconds."""
+class ServiceRules:
+    """What the operator has set for all sessions."""
 
-    session_us: int
-    cache_us: int  # 0: nothing is cached
-    touch_interval_us: int
-
-
-class Invalidator(Protocol):
-    """The caches of other nodes."""
-
-    async def invalidate(self, names: Sequence[str]) -> None:
-        """Have their owners drop these sessions; return when those that can be reached have.
-
-        A name is a token, or begins with NUL and tells nobody the owner.
-        """
-        ...
-
-    def changed(self, names: Iterable[str]) -> None:
-        """Take note of sessions that were begun, changed or ended here, or may have been."""
-        ...
+    lifetime: Lifetime
+    bag_limits: BagLimits
 
 
 class SessionService:
-    """Sessions, cached in front of a store; `elsewhere` is told of those that a Delete has ended."""
+    """Sessions, cached in front of a store."""
 
     def __init__(
         self,
@@ -89,29 +77,23 @@ class SessionService:
         cache: ReadThrough[EncodedSession],
         touches: TouchWriter,
         *,
+        coherence: Coherence,
         clock: StorageClock,
-        lifetimes: Lifetimes,
-        bag_limits: BagLimits | None = None,
-        elsewhere: Invalidator | None = None,
+        rules: ServiceRules,
     ) -> None:
-        self.bag_limits = bag_limits or BagLimits()
+        self.bag_limits = rules.bag_limits
+        self.lifetime = rules.lifetime
         self._store = store
-        self._elsewhere = elsewhere
-        self._batched: BatchedStore[Loaded] = BatchedStore(
-            store, load=self._load_slots, on_written=self._drop, on_started=self._made
-        )
         self._cache = cache
         self._touches = touches
+        self._coherence = coherence
         self._clock = clock
-        self._lifetimes = lifetimes
+        self._batched: BatchedStore[Loaded] = BatchedStore(store, load=self._load_slots, coherence=coherence)
         self._expiry_field = ExpiryField()
-        self._steps: set[asyncio.Task[Deletion]] = set()
 
     async def close(self) -> None:
         """Cancel the calls that still wait for the storage."""
-        for step in self._steps:
-            step.cancel()
-        await asyncio.gather(*self._steps, return_exceptions=True)
+        await self._coherence.close()
         await self._batched.close()
 
     def get(self, token: str) -> bytes | Coroutine[Any, Any, bytes]:
@@ -122,15 +104,27 @@ class SessionService:
             SessionNotFound: at once, or by the coroutine.
         """
         now_us = self._clock.now_us()
-        ready = self._cache.peek(token, now_us=now_us)
-        if ready is not None:
-            return self._extended(token, ready, now_us)
+        encoded = self._cache.peek(token, now_us=now_us)
+        if encoded is not None:
+            return self._extended(token, encoded, now_us)
         if self._cache.is_negative(token, now_us=now_us):
             raise SessionNotFound
         return self._load(check_token(token), now_us)
 
+    async def get_uncached(self, token: str) -> bytes:
+        """Do what `get` does from the storage, past both caches.
+
+        Raises:
+            InvalidArgument: the token is no token.
+            SessionNotFound: there is no live session.
+        """
+        asked_us = self._clock.now_us()
+        # In a batch that begins after this call: a load that others share may have begun before another
+        # node's write was acknowledged.
+        return self._answer((await self._batched.load(check_token(token))).value, token, asked_us)
+
     def exists_cached(self, token: str) -> bool | None:
-        """Tell whether there is a live session, as far as the cache knows; None: `exists` must be asked.
+        """Tell whether there is a live session, if a cache knows; None: `exists` must be asked.
 
         Raises:
             InvalidArgument: the token is no token.
@@ -149,55 +143,75 @@ class SessionService:
                 fill.put_negative(self._negative_slot(token, asked_us))
         return is_there
 
-    async def start(self, new: NewSession) -> bytes:
+    async def exists_uncached(self, token: str) -> bool:
+        """Do what `exists` does, past the negative cache.
+
+        Raises:
+            InvalidArgument: the token is no token.
+        """
+        return await self._batched.exists(check_token(token))
+
+    async def start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> bytes:
         """Store a session and return it as a response message.
 
         Raises:
             InvalidArgument: a field cannot be stored.
             SessionAlreadyExists: the token is in use.
         """
-        check_new(new)
-        bag.check_size(new.bag)
+        _check_startable(new)
         asked_us = self._clock.now_us()
         with self._cache.begin_fill(new.access_token, is_making=True) as fill:
-            session = await self._batched.start(new)
+            session = await self._batched.start(new, deadline)
             slot = self._slot(session, asked_us)
             fill.put(slot)
-        return slot.value.response(self._expiry_field.encode(session.expires_at_us))
+        return self._response(slot.value)
 
-    async def start_again(self, new: NewSession) -> bytes:
-        """Store a session, unless an earlier try of the same call has.
+    async def start_uncached(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> bytes:
+        """Do what `start` does, and leave the copy to the owner. Raises what `start` does."""
+        _check_startable(new)
+        return self._response(EncodedSession(await self._batched.start(new, deadline)))
+
+    async def retry_start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> bytes:
+        """Store a session past the cache, unless an earlier try of the same call has stored it.
 
         Raises:
             InvalidArgument: a field cannot be stored.
             SessionAlreadyExists: another session has the token.
         """
         try:
-            return await self.start(new)
+            return await self.start_uncached(new, deadline)
         except SessionAlreadyExists:
-            (found,) = await self._store.load([new.access_token])
+            (found,) = await self._store.load([self._lookup(new.access_token)])
             if isinstance(found, MnemosyneError) or not found.is_from(new):
                 raise
-        return EncodedSession(found).response(self._expiry_field.encode(found.expires_at_us))
+        return self._response(EncodedSession(found))
 
-    async def set_value(self, change: ValueChange) -> dict[str, str]:
+    async def set_value(
+        self, token: str, key: str, value: str, deadline: Deadline = NO_DEADLINE
+    ) -> dict[str, str]:
         """Set one key of a session's bag; return the whole bag. Does not extend the session.
 
         Raises:
             InvalidArgument: no key, or the bag would pass a limit.
             SessionNotFound: there is none.
         """
-        check_token(change.access_token)
-        if not change.key:
+        check_token(token)
+        if not key:
             raise InvalidArgument("mnemosyned: missing bag key")
-        self.bag_limits.check(change.key, change.value)
-        change = replace(change, max_entries=self.bag_limits.entries)
-        return await self._batched.set_value(change)
+        self.bag_limits.check(key, value)
+        change = ValueChange(
+            access_token=token,
+            key=key,
+            value=value,
+            not_after_us=deadline.not_after_us,
+            max_entries=self.bag_limits.entries,
+        )
+        return await self._batched.set_value(change, deadline)
 
-    async def abandon(self, ending: Abandonment) -> None:
+    async def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> None:
         """End a session. Raises SessionNotFound."""
-        check_token(ending.access_token)
-        await self._batched.abandon(ending)
+        ending = Abandonment(access_token=check_token(token), not_after_us=deadline.not_after_us)
+        await self._batched.abandon(ending, deadline)
 
     async def list(self, criteria: Criteria, *, offset: int, limit: int) -> bytes:
         """Return live sessions as a response message; limit 0 means DEFAULT_LIST_LIMIT.
@@ -210,7 +224,7 @@ class SessionService:
             raise InvalidArgument("mnemosyned: offset is negative")
         if not 0 <= limit <= MAX_LIST_LIMIT:
             raise InvalidArgument(f"mnemosyned: limit is not between 0 and {MAX_LIST_LIMIT}")
-        # Order and range go by expiry: the storage must know the latest.
+        # Order and range go by expiry, so the storage must know the latest one.
         await self._touches.flush()
         sessions = await self._store.find(criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT)
         return list_response(sessions)
@@ -228,47 +242,40 @@ class SessionService:
             await self._touches.flush()
         deleted = 0
         while True:
-            step = await self._delete_step(criteria)
-            deleted += len(step.names)
+            step = await self._coherence.around_delete(self._store.delete(criteria, limit=_DELETE_BATCH))
+            deleted += len(step.stored_keys)
             if step.is_all:
                 return deleted
 
     async def clean_up(self, limit: int) -> int:
-        """Remove at most `limit` expired rows; return how many."""
-        names = await self._store.clean_up(limit=limit)
-        # Copies by other names go as they come: what is about to expire is not served from the cache.
-        self._drop(name for name in names if not is_hashed(name))
-        return len(names)
-
-    async def _delete_step(self, criteria: Criteria) -> Deletion:
-        async def delete() -> Deletion:
-            step = await self._store.delete(criteria, limit=_DELETE_BATCH)
-            self._drop(step.names)
-            if self._elsewhere is not None:
-                await self._elsewhere.invalidate(step.names)
-            return step
-
-        # Cancelled with its caller, it might be committed and the cache never told.
-        task = asyncio.create_task(delete())
-        self._steps.add(task)
-        task.add_done_callback(self._steps.discard)
-        return await asyncio.shield(task)
+        """Remove at most `limit` expired sessions; return how many."""
+        stored_keys = await self._store.clean_up(limit=limit)
+        # A copy that is about to expire is not served (`lifetime.py`), so nothing depends on this: it frees
+        # memory. Hashed keys are left out, since one by an unknown key would empty the whole cache.
+        self._coherence.drop_copies(key for key in stored_keys if not is_hashed(key))
+        return len(stored_keys)
 
     async def _load(self, token: str, asked_us: int) -> bytes:
-        if self._lifetimes.cache_us:
-            ready = await self._cache.load(token, self._batched.load)
-        else:
-            # Nobody may share a load that was begun before another node's write was acknowledged.
-            ready = (await self._batched.load(token)).value
-        if ready is None:
-            raise SessionNotFound
+        if not self.lifetime.cache_us:
+            return await self.get_uncached(token)
         # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
-        return self._extended(token, ready, asked_us)
+        return self._answer(await self._cache.load(token, self._batched.load), token, asked_us)
+
+    def _answer(self, encoded: EncodedSession | None, token: str, asked_us: int) -> bytes:
+        if encoded is None:
+            raise SessionNotFound
+        return self._extended(token, encoded, asked_us)
 
     async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
-        found = await self._store.load(tokens)
+        found = await self._store.load([self._lookup(token) for token in tokens])
         return [self._loaded(token, one, asked_us) for token, one in zip(tokens, found, strict=True)]
+
+    def _lookup(self, token: str) -> Lookup:
+        lifetime = self.lifetime
+        return Lookup(
+            access_token=token, ttl_us=lifetime.idle_us, touch_interval_us=lifetime.touch_interval_us
+        )
 
     def _loaded(self, token: str, found: Session | MnemosyneError, asked_us: int) -> Loaded | MnemosyneError:
         if isinstance(found, SessionNotFound):
@@ -276,40 +283,30 @@ class SessionService:
         try:
             return self._slot(found, asked_us) if isinstance(found, Session) else found
         except CorruptBag as exc:
-            # Its own; the others of the batch are well.
+            # The other sessions of the batch are healthy.
             return exc
 
     def _slot(self, session: Session, asked_us: int) -> Slot[EncodedSession]:
-        ready = EncodedSession(session)
-        # Past this the row might expire before its next touch is written.
-        row_fresh_until_us = session.expires_at_us - 2 * self._lifetimes.touch_interval_us
-        # From when it was asked for: the answer may have waited for this process.
-        fresh_until_us = min(asked_us + self._lifetimes.cache_us, row_fresh_until_us)
-        return Slot(ready, ready.size_bytes, fresh_until_us)
+        encoded = EncodedSession(session)
+        fresh_until_us = self.lifetime.copy_fresh_until_us(asked_us, session.expires_at_us)
+        return Slot(encoded, encoded.size_bytes, fresh_until_us)
 
     def _negative_slot(self, token: str, asked_us: int) -> Slot[None]:
-        return Slot(None, len(token.encode()) + NEGATIVE_BYTES, asked_us + self._lifetimes.cache_us)
+        fresh_until_us = self.lifetime.negative_fresh_until_us(asked_us)
+        return Slot(None, len(token.encode()) + NEGATIVE_BYTES, fresh_until_us)
 
-    def _extended(self, token: str, ready: EncodedSession, now_us: int) -> bytes:
-        expires_at_us = now_us + self._lifetimes.session_us
-        expires_at_us -= expires_at_us % _US_PER_MS
-        if expires_at_us > ready.expires_at_us:
-            ready.expires_at_us = expires_at_us
-            if not ready.is_dirty:
-                self._touches.mark(token, ready)
-        return ready.response(self._expiry_field.encode(ready.expires_at_us))
+    def _extended(self, token: str, encoded: EncodedSession, now_us: int) -> bytes:
+        expires_at_us = self.lifetime.extended_us(now_us)
+        if expires_at_us > encoded.expires_at_us:
+            encoded.expires_at_us = expires_at_us
+            if not encoded.is_dirty:
+                self._touches.mark(token, encoded)
+        return encoded.response(self._expiry_field.encode(encoded.expires_at_us))
 
-    def _made(self, tokens: Iterable[str]) -> None:
-        tokens = list(tokens)
-        for token in tokens:
-            self._cache.made(token)
-        if self._elsewhere is not None:
-            self._elsewhere.changed(tokens)
+    def _response(self, encoded: EncodedSession) -> bytes:
+        return encoded.response(self._expiry_field.encode(encoded.expires_at_us))
 
-    def _drop(self, names: Iterable[str]) -> None:
-        """Drop sessions by their tokens, or by what the storage calls them."""
-        names = list(names)
-        for name in names:
-            self._cache.drop(name)
-        if self._elsewhere is not None:
-            self._elsewhere.changed(names)
+
+def _check_startable(new: NewSession) -> None:
+    check_new(new)
+    bag.check_size(new.bag)

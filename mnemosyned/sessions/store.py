@@ -1,4 +1,14 @@
-"""The storage port: what the service needs of a storage engine, batch-first."""
+"""The storage port: what the daemon needs of a storage engine, in three parts.
+
+- `SessionStore`: the sessions themselves. Every engine has it.
+- `Storage`: opening, closing, the clock and the identity. Every engine has it.
+- `RenamableStore`: renaming and walking through stored keys, which hashing tokens at rest needs. An engine
+without it
+  says so in its capabilities (`storage/engines.py`).
+
+The port speaks of sessions, not of rows, statements or commands: an adapter translates into its engine's
+dialect, and the engine's errors into those of `mnemosyned/errors.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +17,62 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.sessions.model import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    Criteria,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
     """What one step of a Delete has done."""
 
-    names: list[str] = field(repr=False)  # of the sessions: their tokens, or what stands for these (names.py)
-    # Nothing is left that met the criteria when the step began.
+    stored_keys: list[str] = field(repr=False)  # of the ended sessions: tokens, or their hashes
+    # No session is left that met the criteria when the step began.
     is_all: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renaming:
-    """Another name for a session."""
+    """Another stored key for a session."""
 
     old: str = field(repr=False)
     new: str = field(repr=False)
 
 
 class SessionStore(Protocol):
-    """Sessions by token; expired ones do not exist, cleaned up or not.
+    """Sessions by stored key, batch-first. An expired session does not exist, cleaned up or not.
 
-    Every batch method returns one result per item, in order; an item fails alone by having an
-    exception for a result. Any method may raise StorageUnavailable for the whole batch, within the
-    engine's own time-out; what it then did is unknown. Batches never deadlock with one another:
-    engines lock rows in the order of their tokens. Items are checked already (session.py), but for
-    what only the engine can know (InvalidArgument).
+    Results. Every batch method returns one result per item, in order. An item fails alone by having an
+    exception for its result. Any method may raise StorageUnavailable for the whole batch, within the
+    engine's own time-out. What the batch then did is unknown.
 
-    A write past its `not_after_us` fails with DeadlineExceeded and is not done. So it is either done
-    before whatever is begun on the session after that instant, or never: its caller may repeat it then.
+    Order. Batches never deadlock with one another, on this node or across nodes.
+
+    Checks. The items are checked already (`model.py`), except for what only the engine can know: that is
+    the item's InvalidArgument.
+
+    Late writes. A write past its `not_after_us`, on the storage's clock, fails with DeadlineExceeded and is
+    not done. It is therefore either done before everything that begins on this session after that instant,
+    or never: its caller may repeat it then.
     """
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
-        """Store the sessions, to expire at now + ttl; on return they survive a crash.
+        """Store the sessions, to expire at now + their `ttl_us`; on return they survive a crash.
 
         An item's failure: SessionAlreadyExists (a live session, or an earlier item, has the token).
         """
         ...
 
-    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
-        """Read sessions for Gets, and move a stored expiry that has fallen behind now + ttl.
+    async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
+        """Read sessions, and move a stored expiry that has fallen behind; see `Lookup`.
 
-        It is moved only when it lies more than the engine's touch interval behind, so that most
-        loads write nothing; the result shows the stored expiry, moved or not.
+        The result shows the stored expiry, moved or not. A load does not wait for a writer.
         An item's failure: SessionNotFound.
         """
         ...
@@ -69,7 +90,7 @@ class SessionStore(Protocol):
         ...
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
-        """Delete sessions; False where there was no live one."""
+        """End sessions; False where there was no live one."""
         ...
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
@@ -77,7 +98,7 @@ class SessionStore(Protocol):
         ...
 
     async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
-        """Return live sessions by expiry, then token.
+        """Return live sessions by expiry, then by the bytes of the stored key.
 
         Raises:
             MessageTooLarge: their bags are over MAX_PAGE_BYTES; no more than that was held in memory.
@@ -85,37 +106,19 @@ class SessionStore(Protocol):
         ...
 
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
-        """Delete at most `limit` sessions that meet all criteria, expired rows included."""
+        """End at most `limit` sessions that meet all criteria, expired ones included."""
         ...
 
     async def clean_up(self, *, limit: int) -> list[str]:
-        """Delete at most `limit` expired rows and return their names; nothing while another node does so."""
-        ...
+        """Remove at most `limit` expired sessions; return their stored keys.
 
-    async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
-        """Give live sessions new names; tell of each whether there is one by either name.
-
-        No name comes twice. Where a live session has the new name already, the one by the old name ends.
-        One that another writer holds is passed by, unless it is the only one to be renamed: then it is
-        waited for, as nothing else is held meanwhile.
-        An item's failure: StorageUnavailable (it was waited for too long), InvalidArgument.
+        Removes nothing while another node cleans up.
         """
         ...
 
-    async def stored_keys_after(self, name: str, *, limit: int) -> list[str]:
-        """Return the least names, in the order of their bytes, that are greater; of expired rows too.
 
-        Bytes that are no UTF-8, and so no session's that anybody could name, are surrogates in it.
-        """
-        ...
-
-    async def now_us(self) -> int:
-        """Return the storage's clock, microseconds since the epoch; also the test of its health."""
-        ...
-
-    async def fingerprint(self) -> bytes:
-        """Return 16 bytes that only engines on the same sessions have in common."""
-        ...
+class Storage(Protocol):
+    """The engine as a whole: its connections, its clock, and which sessions it holds."""
 
     async def open(self) -> None:
         """Make the storage ready for use, creating what is missing.
@@ -127,8 +130,45 @@ class SessionStore(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections; calls under way fail."""
+        """Close the connections; calls under way fail."""
         ...
+
+    async def now_us(self) -> int:
+        """Return the storage's clock, microseconds since the epoch; also the test of its health."""
+        ...
+
+    async def identity(self) -> bytes:
+        """Return 16 bytes that only engines on the same sessions have in common."""
+        ...
+
+
+class RenamableStore(Protocol):
+    """What hashing tokens at rest needs besides (`storage/hashed.py`)."""
+
+    async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
+        """Give live sessions new stored keys; tell of each whether there is one by either key.
+
+        No key comes twice. Where a live session has the new key already, the session with the old key ends.
+        A session that another writer holds is passed over. If it is the only one to be renamed, the engine
+        waits for it, since nothing else is held meanwhile.
+        An item's failure: StorageUnavailable (the wait was too long), InvalidArgument.
+        """
+        ...
+
+    async def stored_keys_after(self, stored_key: str, *, limit: int) -> list[str]:
+        """Return the least stored keys that are greater, in the order of their bytes; expired sessions too.
+
+        Bytes that are not UTF-8, which no caller can name, are surrogates in the result.
+        """
+        ...
+
+
+class EngineStore(SessionStore, Storage, Protocol):
+    """What every engine has."""
+
+
+class FullStore(EngineStore, RenamableStore, Protocol):
+    """An engine with every part of the port."""
 
 
 class StorageRefused(Exception):

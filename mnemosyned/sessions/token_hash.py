@@ -1,8 +1,12 @@
-"""Tokens at rest: the names under which a storage keeps sessions.
+"""Tokens at rest: the stored keys under which a storage keeps sessions. Pure.
 
-A session's name is its token, or in its place a protected name: NUL, eight digits that tell the key, and the
-HMAC-SHA256 of the token under that key, in hexadecimal. No token begins with NUL (session.py), so that
-whoever has read the table knows no token, and cannot pass a name off as one.
+A session's stored key is its token. With `-token.protection=hmac` it is a hash instead: NUL, eight digits
+that name the HMAC key, and the HMAC-SHA256 of the token under that key, in hexadecimal. No token begins
+with NUL (`token.py`). Therefore a reader of the table learns no token, and no caller can pass a hash off as
+a token.
+
+List cannot show the token of such a session. It shows a session id instead: `hmac:` and the hash's 72
+digits. Delete takes it in place of the token; it opens no session.
 """
 
 from __future__ import annotations
@@ -14,90 +18,86 @@ from collections.abc import Sequence
 from typing import Final
 
 _MARK: Final = "\0"
-# What List shows of a session whose token it cannot know; Delete takes it.
-_HANDLE_MARK: Final = "hmac:"
+_SESSION_ID_MARK: Final = "hmac:"
 _KEY_ID_LENGTH: Final = 8
-_HANDLE: Final = re.compile(_HANDLE_MARK + r"[0-9a-f]{72}")
-# Greater than every protected name, and less than every token, in the order of bytes.
-AFTER_HASHED: Final = "\0g"
+_SESSION_ID: Final = re.compile(_SESSION_ID_MARK + r"[0-9a-f]{72}")
+# Greater than every hash and less than every token, in the order of bytes.
+AFTER_HASHES: Final = "\0g"
 
 
 class TokenHasher:
-    """The names that a token's session may have, by these keys; the first of them is in use.
+    """The stored keys that a token's session may have, by these HMAC keys; the first HMAC key is in use.
 
-    `are_protected` tells whether sessions are named by the first key from now on, or else by their tokens.
+    `is_hashing` tells whether sessions get the hash by the first key from now on. Otherwise they get their
+    tokens.
     """
 
-    def __init__(self, keys: Sequence[bytes], *, are_protected: bool) -> None:
-        self._keys = [(_id_of(key), key) for key in keys]
-        self._are_protected = are_protected
+    def __init__(self, hmac_keys: Sequence[bytes], *, is_hashing: bool) -> None:
+        self._keys = [(_id_of(hmac_key), hmac_key) for hmac_key in hmac_keys]
+        self._is_hashing = is_hashing
 
     @property
     def key_ids(self) -> frozenset[str]:
-        """What tells the keys apart, and tells nothing else of them."""
+        """The ids of all HMAC keys; an id tells keys apart and reveals nothing else of them."""
         return frozenset(key_id for key_id, _ in self._keys)
 
     @property
     def key_id(self) -> str:
-        """What tells the first key."""
+        """The id of the first HMAC key."""
         return self._keys[0][0]
 
-    def alias(self, token: str) -> str:
-        """Return the name that the token's session is to have."""
-        return _named(*self._keys[0], token) if self._are_protected else token
+    def stored_key(self, token: str) -> str:
+        """Return the stored key that the token's session is to have."""
+        return _hashed(*self._keys[0], token) if self._is_hashing else token
 
-    def others(self, token: str) -> list[str]:
-        """Return the names that it may still have."""
-        keys = self._keys[1:] if self._are_protected else self._keys
-        found = [_named(key_id, key, token) for key_id, key in keys]
-        return [*found, token] if self._are_protected else found
+    def former_keys(self, token: str) -> list[str]:
+        """Return the stored keys that the session may still have, from before a change of flags or keys."""
+        keys = self._keys[1:] if self._is_hashing else self._keys
+        found = [_hashed(key_id, hmac_key, token) for key_id, hmac_key in keys]
+        return [*found, token] if self._is_hashing else found
 
-    def all(self, token: str) -> list[str]:
-        """Return every name that it may have."""
-        return [self.alias(token), *self.others(token)]
+    def all_keys(self, token: str) -> list[str]:
+        """Return every stored key that the session may have."""
+        return [self.stored_key(token), *self.former_keys(token)]
 
-    def is_stored_key(self, text: str) -> bool:
-        """Tell whether this is a protected name."""
-        return is_hashed(text)
-
-    def knows(self, name: str) -> bool:
-        """Tell whether `alias` can have made this protected name."""
-        return self._are_protected and key_id_in(name) == self.key_id
+    def makes(self, stored_key: str) -> bool:
+        """Tell whether `stored_key` can have made this hash."""
+        return self._is_hashing and key_id_in(stored_key) == self.key_id
 
 
-def _named(key_id: str, key: bytes, token: str) -> str:
-    return _MARK + key_id + hmac.digest(key, token.encode(), "sha256").hex()
+def _hashed(key_id: str, hmac_key: bytes, token: str) -> str:
+    return _MARK + key_id + hmac.digest(hmac_key, token.encode(), "sha256").hex()
 
 
-def _id_of(key: bytes) -> str:
-    return hashlib.sha256(b"mnemosyned token key\n" + key).hexdigest()[:_KEY_ID_LENGTH]
+def _id_of(hmac_key: bytes) -> str:
+    return hashlib.sha256(b"mnemosyned token key\n" + hmac_key).hexdigest()[:_KEY_ID_LENGTH]
 
 
-def is_hashed(name: str) -> bool:
-    """Tell whether a name is a protected one."""
-    return name.startswith(_MARK)
+def is_hashed(stored_key: str) -> bool:
+    """Tell whether a stored key is a hash, and not a token."""
+    return stored_key.startswith(_MARK)
 
 
-def key_id_in(name: str) -> str:
-    """Return which key has made a protected name."""
-    return name[len(_MARK) : len(_MARK) + _KEY_ID_LENGTH]
+def key_id_in(stored_key: str) -> str:
+    """Return the id of the HMAC key that made a hash."""
+    return stored_key[len(_MARK) : len(_MARK) + _KEY_ID_LENGTH]
 
 
 def after_key(key_id: str) -> str:
-    """Return what is greater than every name by that key, and less than all others that are greater."""
+    """Return what is greater than every hash by that HMAC key, and less than all greater hashes."""
     return f"{_MARK}{key_id}g"
 
 
 def is_session_id(text: str) -> bool:
-    """Tell whether a text is a protected name as callers may see it."""
-    return _HANDLE.fullmatch(text) is not None
+    """Tell whether a text is a session id, as List shows it for a hash."""
+    return _SESSION_ID.fullmatch(text) is not None
 
 
-def shown(name: str) -> str:
-    """Return a name as callers may see it: a handle, or the token."""
-    return _HANDLE_MARK + name.removeprefix(_MARK) if is_hashed(name) else name
+def session_id(stored_key: str) -> str:
+    """Return what List shows as the token: a session id for a hash, or the token itself."""
+    return _SESSION_ID_MARK + stored_key.removeprefix(_MARK) if is_hashed(stored_key) else stored_key
 
 
-def from_session_id(handle: str) -> str:
-    """Return the name that was shown so."""
-    return _MARK + handle.removeprefix(_HANDLE_MARK)
+def from_session_id(shown: str) -> str:
+    """Return the stored key that `session_id` showed so."""
+    return _MARK + shown.removeprefix(_SESSION_ID_MARK)

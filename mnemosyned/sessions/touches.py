@@ -1,7 +1,7 @@
-"""Write-behind of expiries: a session is extended in memory at once, in the storage soon.
+"""Write-behind of expiries: in memory a session is extended at once, in the storage within a touch interval.
 
-Each extended session is written within one interval, whatever happens to its cache entry; a crash
-can so shorten a session by at most the interval.
+Each extended session is written within the interval, also when its cache entry is dropped or evicted. A crash
+therefore shortens a session by at most the interval. `lifetime.py` has the rules of time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from aio.periodic import run_periodically
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import Touch
@@ -31,8 +32,9 @@ _MIN_PERIOD_S: Final = 0.02
 class TouchWriter:
     """Collects extended sessions and writes their expiries in batches.
 
-    At most `max_waiting` wait, as when the storage is away; beyond that the oldest is given up and
-    counted in `lost`. `on_gone` is told the token of a session that the storage has no longer.
+    At most `max_waiting` sessions wait, for example while the storage is unavailable. Beyond that the
+    oldest is given up and counted in `lost`. `on_gone` is called with the token of a session that the
+    storage no longer has.
     """
 
     def __init__(
@@ -53,21 +55,21 @@ class TouchWriter:
     def __len__(self) -> int:
         return len(self._dirty)
 
-    def mark(self, token: str, ready: EncodedSession) -> None:
-        """Have the session's latest expiry written; call it once each time `is_dirty` turns true."""
+    def mark(self, token: str, encoded: EncodedSession) -> None:
+        """Have the session's latest expiry written; call it when it has moved and `is_dirty` is false."""
         waiting = self._dirty.get(token)
         if waiting is not None:
-            # Of a copy that a drop has taken from the cache: what it promised still holds.
-            ready.expires_at_us = max(ready.expires_at_us, waiting.expires_at_us)
+            # The other copy was dropped from the cache. The expiry that it promised still holds.
+            encoded.expires_at_us = max(encoded.expires_at_us, waiting.expires_at_us)
         elif len(self._dirty) >= self._max_waiting:
             oldest = next(iter(self._dirty))
             self._dirty.pop(oldest).is_dirty = False
             self._lost.inc()
-        ready.is_dirty = True
-        self._dirty[token] = ready
+        encoded.is_dirty = True
+        self._dirty[token] = encoded
 
     async def flush(self) -> None:
-        """Write everything that waits; callers at the same time wait for one another.
+        """Write everything that waits; concurrent callers take turns.
 
         Raises:
             StorageUnavailable: what is not written waits for the next flush.
@@ -77,26 +79,26 @@ class TouchWriter:
                 await self._write_batch()
 
     async def run(self, interval_s: float) -> None:
-        """Flush for ever, so that nothing waits longer than the interval while the storage answers."""
-        while True:
-            await asyncio.sleep(max(interval_s * _PERIOD_SHARE, _MIN_PERIOD_S))
-            try:
-                await self.flush()
-            except MnemosyneError as exc:
-                # The store has logged the cause; nothing is lost, the next round tries again.
-                log.debug("touches_wait", extra={"waiting": len(self), "error": str(exc)})
-            except Exception:  # the root of the task: a bug must not end the writing
-                log.exception("touches_failed", extra={"waiting": len(self)})
+        """Flush so often that nothing waits longer than the interval while the storage answers."""
+        period_s = max(interval_s * _PERIOD_SHARE, _MIN_PERIOD_S)
+        await run_periodically("touches", self._flush_if_possible, period_s=lambda: period_s)
+
+    async def _flush_if_possible(self) -> None:
+        try:
+            await self.flush()
+        except MnemosyneError as exc:
+            # The store has logged the cause. Nothing is lost: the next round tries again.
+            log.debug("touches_wait", extra={"waiting": len(self), "error": str(exc)})
 
     async def _write_batch(self) -> None:
         batch = dict(islice(self._dirty.items(), _BATCH_ITEMS))
         touches = [
-            Touch(access_token=token, expires_at_us=ready.expires_at_us) for token, ready in batch.items()
+            Touch(access_token=token, expires_at_us=encoded.expires_at_us) for token, encoded in batch.items()
         ]
-        for token, ready in batch.items():
-            # From here on a new extension marks the session anew.
+        for token, encoded in batch.items():
+            # From here on a new extension marks the session once more.
             del self._dirty[token]
-            ready.is_dirty = False
+            encoded.is_dirty = False
         try:
             results = await self._store.touch(touches) if touches else []
         except BaseException:
@@ -109,9 +111,9 @@ class TouchWriter:
                 self._on_gone(touch.access_token)
 
     def _take_back(self, batch: dict[str, EncodedSession]) -> None:
-        for token, ready in batch.items():
+        for token, encoded in batch.items():
             newer = self._dirty.get(token)
             if newer is None:
-                self.mark(token, ready)
+                self.mark(token, encoded)
             else:
-                newer.expires_at_us = max(newer.expires_at_us, ready.expires_at_us)
+                newer.expires_at_us = max(newer.expires_at_us, encoded.expires_at_us)

@@ -1,93 +1,189 @@
-"""From a configuration to the store that it asks for."""
+"""The registry of storage engines: the only place that knows their names.
+
+An engine is an entry in `ENGINES`: its name, its section of flags, what it is capable of, and how its store
+is built. `-storage` offers exactly these names, so an unknown name can reach no engine. CONTRIBUTING.md
+walks through adding one.
+
+An engine's own modules are imported when it is chosen, so that `mnemosyned -version` need not import them
+all.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from mnemosyned.errors import MnemosyneError
-from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.options import lifetimes
-from mnemosyned.sessions import token_hash as names
-from mnemosyned.sessions.token_hash import TokenHasher
-from mnemosyned.storage.hashed import HashedStore
-from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres.schema import Table
-from mnemosyned.storage.postgres.store import PostgresStore
+from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.parsers import one_of
+from mnemosyned.security.config import AuthConfig
+from mnemosyned.storage.postgres.config import PostgresConfig
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from mnemosyned.config.config import Config
-    from mnemosyned.sessions.store import SessionStore
+    from mnemosyned.sessions.store import EngineStore, FullStore
+    from mnemosyned.sessions.token_hash import TokenHasher
 
-log = logging.getLogger(__name__)
 
-_RETRY_S: Final = 1.0
-# Two keys are in use at most, and others' rows are not ours to go through.
-_MAX_LOOKS: Final = 100
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do besides the port's first two parts."""
+
+    is_shared: bool  # several nodes may use the same sessions, so it can serve a cluster
+    is_durable: bool  # sessions survive the end of the daemon
+    can_rename: bool  # it implements RenamableStore, so tokens can be hashed at rest
+
+
+class PrivateServer(Protocol):
+    """A database server that runs as a child of this process, or that another process shares with it."""
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the server is this process's child."""
+        ...
+
+    @property
+    def directory(self) -> Path:
+        """Where its data is."""
+        ...
+
+    @property
+    def dsn(self) -> str:
+        """Its address, with the password."""
+        ...
+
+    def exited(self) -> bool:
+        """Tell whether the child has ended, though it was not stopped."""
+        ...
+
+    def restart(self) -> None:
+        """Start the child again; call it from the thread that started it. Raises StorageRefused."""
+        ...
+
+    def stop(self) -> None:
+        """Stop the server if it is this process's child."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a store is built with besides the configuration."""
+
+    registry: CollectorRegistry
+    server: PrivateServer | None = None  # what the engine's `start_server` returned
+
+
+def _no_server(_: Config) -> PrivateServer | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One storage engine."""
+
+    name: str
+    meaning: str  # a few words for -help
+    capabilities: Capabilities
+    build: Callable[[Config, Surroundings], EngineStore]  # the store is not yet opened
+    section: type[Section] | None = None  # its own flags
+    # Starts a private server if the configuration asks for one. Raises StorageRefused. It is called before
+    # any thread or event loop exists, since the server ends with the thread that started it.
+    start_server: Callable[[Config], PrivateServer | None] = _no_server
+
+
+def _build_postgres(config: Config, surroundings: Surroundings) -> EngineStore:
+    from mnemosyned.storage.postgres.store import build
+
+    server = surroundings.server
+    return build(
+        config[PostgresConfig],
+        dsn=config[PostgresConfig].address if server is None else server.dsn,
+        registry=surroundings.registry,
+    )
+
+
+def _start_private_postgres(config: Config) -> PrivateServer | None:
+    from mnemosyned.storage.postgres.private_server import start
+
+    return start(config[PostgresConfig])
+
+
+def _build_memory(_: Config, __: Surroundings) -> EngineStore:
+    from mnemosyned.storage.memory import MemoryStore
+
+    return MemoryStore()
+
+
+ENGINES: Final = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            name="postgres",
+            meaning="PostgreSQL",
+            capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True),
+            build=_build_postgres,
+            section=PostgresConfig,
+            start_server=_start_private_postgres,
+        ),
+        Engine(
+            name="memory",
+            meaning="one node, forgets everything at exit",
+            capabilities=Capabilities(is_shared=False, is_durable=False, can_rename=True),
+            build=_build_memory,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageConfig(Section):
+    """Which engine stores the sessions."""
+
+    TITLE = "Storage"
+    EXAMPLE = "mnemosyned -storage=memory"
+
+    name: str = setting(
+        "storage",
+        "postgres",
+        one_of(*ENGINES),
+        "storage engine: " + ", ".join(f"{engine.name} ({engine.meaning})" for engine in ENGINES.values()),
+    )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that was chosen."""
+        return ENGINES[self.name]
+
+    def check(self, config: Config) -> None:
+        """See Section."""
+        if config[AuthConfig].token_keys and not self.engine.capabilities.can_rename:
+            raise ConfigError(f"flag -token.key.file: -storage={self.name} cannot hash tokens at rest")
+
+
+def sections() -> list[type[Section]]:
+    """Return the sections of all engines, the choice first."""
+    return [StorageConfig, *(engine.section for engine in ENGINES.values() if engine.section is not None)]
 
 
 def token_hasher(config: Config) -> TokenHasher | None:
-    """Return how tokens are named in the storage; None: by themselves, and no key is known."""
-    keys = [key.encode() for key in config.token_keys]
-    are_protected = config.token_protection == "hmac"  # noqa: S105  # a mode
-    return TokenHasher(keys, are_protected=are_protected) if keys else None
+    """Return how tokens are stored; None: as they are, and no HMAC key is known."""
+    from mnemosyned.sessions.token_hash import TokenHasher
+
+    auth = config[AuthConfig]
+    keys = [key.encode() for key in auth.token_keys]
+    is_hashing = auth.token_protection == "hmac"  # noqa: S105  # a mode
+    return TokenHasher(keys, is_hashing=is_hashing) if keys else None
 
 
-def new_store(config: Config, embedded_dsn: str | None, registry: CollectorRegistry) -> SessionStore:
-    """Return the store, not yet opened; `embedded_dsn` is the address of an embedded server."""
-    store, known = _plain_store(config, embedded_dsn, registry), token_hasher(config)
-    return store if known is None else HashedStore(store, known)
+def new_store(config: Config, surroundings: Surroundings, hasher: TokenHasher | None) -> EngineStore:
+    """Return the chosen engine's store, not yet opened; behind a HashedStore where an HMAC key is known."""
+    store = config[StorageConfig].engine.build(config, surroundings)
+    if hasher is None:
+        return store
+    from mnemosyned.storage.hashed import HashedStore
 
-
-def _plain_store(config: Config, embedded_dsn: str | None, registry: CollectorRegistry) -> SessionStore:
-    lasting = lifetimes(config)
-    ttl_us, touch_interval_us = lasting.session_us, lasting.touch_interval_us
-    if config.storage == "memory":
-        return MemoryStore(
-            ttl_us=ttl_us, touch_interval_us=touch_interval_us, wall_us=lambda: time.time_ns() // 1000
-        )
-    options = PostgresOptions(
-        dsn=config.postgres_address if embedded_dsn is None else embedded_dsn,
-        pool_size=config.postgres_pool_size,
-        connect_timeout_s=config.postgres_connect_timeout_s,
-        statement_timeout_s=config.postgres_statement_timeout_s,
-    )
-    table = Table(schema=config.postgres_schema, name=config.postgres_table)
-    pool = PostgresPool(options, QueryMetrics(registry))
-    return PostgresStore(pool, table, ttl_us=ttl_us, touch_interval_us=touch_interval_us)
-
-
-async def warn_of_unknown_keys(store: SessionStore, known: TokenHasher | None) -> None:
-    """Log it when sessions are named by a key that is not known here: their users would be logged out."""
-    while True:
-        try:
-            unknown = await key_ids_in(store) - (frozenset() if known is None else known.key_ids)
-            break
-        except MnemosyneError as exc:
-            log.debug("token_keys_wait", extra={"error": str(exc)})
-            await asyncio.sleep(_RETRY_S)
-        except Exception as exc:  # the root of a task: a bug here must not end the daemon
-            log.error("token_keys_not_looked_for", exc_info=exc)
-            return
-    if unknown:
-        log.error("tokens_by_unknown_keys", extra={"key_ids": sorted(unknown), "flags": "-token.key.file"})
-
-
-async def key_ids_in(store: SessionStore) -> set[str]:
-    """Return which keys have named sessions; one short look for each. Raises StorageUnavailable."""
-    found: set[str] = set()
-    after = ""
-    for _ in range(_MAX_LOOKS):
-        (name, *_) = await store.stored_keys_after(after, limit=1) or [""]
-        if not names.is_hashed(name):
-            break
-        after = name
-        if names.is_session_id(names.shown(name)):
-            found.add(names.key_id_in(name))
-            after = names.after_key(names.key_id_in(name))
-    return found
+    # StorageConfig has checked that the engine can rename.
+    return HashedStore(cast("FullStore", store), hasher)

@@ -1,12 +1,17 @@
-"""A store in front of a store: tokens on this side, names on the other (names.py).
+"""A store in front of a store: tokens on this side, stored keys on the other (`sessions/token_hash.py`).
 
-A session that is not found under its token's primary name may have another one still, from before the
-protection was turned on or its key was changed. It is then renamed, and looked for again. Two nodes
-whose primary names differ, as while they are restarted one by one, may rename it against each other,
-so that is tried a few times. Meanwhile a token that a caller chose may start two sessions at once, one by
-each name, which the table's key cannot tell: the next that is done with it ends one.
+A session that is not found under its token's stored key may still have a former one, from before hashing
+was turned on or its HMAC key was changed. The session is then renamed and looked for once more.
 
-What a Delete or a cleanup has ended is told by name, since nobody here knows the token.
+- Two nodes whose stored keys differ, as during a rolling restart, may rename a session against each other.
+The
+  renaming is therefore tried a few times.
+- Meanwhile a token that a caller chose may start two sessions, one under each stored key, which the table's
+primary key
+  cannot prevent. The next operation on the token ends one of them.
+
+Sessions that a Delete or a cleanup has ended are reported by stored key, since this node cannot know their
+tokens.
 """
 
 from __future__ import annotations
@@ -16,52 +21,54 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, StorageUnavailable
-from mnemosyned.sessions import token_hash as names
-from mnemosyned.sessions.model import Abandonment, Criteria, NewSession, Session, Touch, ValueChange
-from mnemosyned.sessions.store import Deletion, Renaming, SessionStore
+from mnemosyned.sessions import token_hash
+from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.store import Deletion, FullStore, Renaming
 from mnemosyned.sessions.token_hash import TokenHasher
 
 Item = TypeVar("Item")
-Tokened = TypeVar("Tokened", Abandonment, NewSession, Touch, ValueChange)
+Tokened = TypeVar("Tokened", Abandonment, Lookup, NewSession, Touch, ValueChange)
 Result = TypeVar("Result")
 
 _RENAMINGS: Final = 3
 
 
 class HashedStore:
-    """SessionStore on another one, in which sessions have these names."""
+    """A store on another one, in which sessions have these stored keys."""
 
-    def __init__(self, store: SessionStore, token_hasher: TokenHasher) -> None:
+    def __init__(self, store: FullStore, token_hasher: TokenHasher) -> None:
         self._store = store
         self.token_hasher = token_hasher
-        self._primary = token_hasher.alias
+        self._stored_key = token_hasher.stored_key
         # What concerns no token.
         self.open, self.close = store.open, store.close
-        self.now_us, self.fingerprint = store.now_us, store.fingerprint
+        self.now_us, self.identity = store.now_us, store.identity
         self.rename, self.stored_keys_after = store.rename, store.stored_keys_after
         self.clean_up = store.clean_up
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
-        """See SessionStore. An item's failure besides: InvalidArgument, the token is a handle."""
-        startable = [new for new in sessions if not names.is_session_id(new.access_token)]
-        # A session that has the token by another name must be met.
+        """See SessionStore. One more failure of an item: InvalidArgument, the token is a session id."""
+        startable = [new for new in sessions if not token_hash.is_session_id(new.access_token)]
+        # A session that has the token under a former stored key must be met.
         await self._rename([new.access_token for new in startable])
-        started = iter(await self._store.start([self._named(new) for new in startable]))
+        started = iter(await self._store.start([self._keyed(new) for new in startable]))
         return [
-            InvalidArgument("mnemosyned: access token is a handle of List")
-            if names.is_session_id(new.access_token)
+            InvalidArgument("mnemosyned: access token is a session id of List")
+            if token_hash.is_session_id(new.access_token)
             else _with_token(next(started), new.access_token)
             for new in sessions
         ]
 
-    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
+    async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         """See SessionStore."""
-        results = await self._found(tokens, tokens, self._primary, self._store.load)
-        return [_with_token(result, token) for token, result in zip(tokens, results, strict=True)]
+        results = await self._found_for(lookups, self._store.load)
+        return [
+            _with_token(result, lookup.access_token) for lookup, result in zip(lookups, results, strict=True)
+        ]
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
-        return await self._found(tokens, tokens, self._primary, self._store.exist)
+        return await self._found(tokens, tokens, self._stored_key, self._store.exist)
 
     async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
         """See SessionStore."""
@@ -69,7 +76,7 @@ class HashedStore:
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
-        # First, in case that a token has got two sessions, by two names, while nodes were restarted.
+        # First, in case a token got two sessions, under two stored keys, while nodes were restarted.
         await self._rename([ending.access_token for ending in endings])
         return await self._found_for(endings, self._store.abandon)
 
@@ -78,30 +85,34 @@ class HashedStore:
         return await self._found_for(touches, self._store.touch)
 
     async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
-        """See SessionStore; a session with a protected name has its handle for a token."""
-        found = await self._store.find(await self._by_name(criteria), offset=offset, limit=limit)
-        return [replace(session, access_token=names.shown(session.access_token)) for session in found]
+        """See SessionStore; a session with a hashed key has its session id in place of the token."""
+        found = await self._store.find(await self._by_stored_key(criteria), offset=offset, limit=limit)
+        return [
+            replace(session, access_token=token_hash.session_id(session.access_token)) for session in found
+        ]
 
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
-        """See SessionStore; a handle will do for the token."""
+        """See SessionStore; takes a session id in place of the token too."""
         token = criteria.access_token
-        if token is None or names.is_session_id(token):
-            return await self._store.delete(await self._by_name(criteria), limit=limit)
+        if token is None or token_hash.is_session_id(token):
+            return await self._store.delete(await self._by_stored_key(criteria), limit=limit)
         for _ in range(_RENAMINGS):
             (is_there,) = await self._rename([token])
             if isinstance(is_there, MnemosyneError):
                 raise is_there
-            deletion = await self._store.delete(await self._by_name(criteria), limit=limit)
-            if deletion.names or not is_there:
+            deletion = await self._store.delete(await self._by_stored_key(criteria), limit=limit)
+            if deletion.stored_keys or not is_there:
                 return deletion
         raise _in_between()
 
-    async def _by_name(self, criteria: Criteria) -> Criteria:
+    async def _by_stored_key(self, criteria: Criteria) -> Criteria:
         token = criteria.access_token
         if token is None:
             return criteria
-        name = names.from_session_id(token) if names.is_session_id(token) else self._primary(token)
-        return replace(criteria, access_token=name)
+        stored_key = (
+            token_hash.from_session_id(token) if token_hash.is_session_id(token) else self._stored_key(token)
+        )
+        return replace(criteria, access_token=stored_key)
 
     async def _found_for(
         self,
@@ -109,64 +120,66 @@ class HashedStore:
         run: Callable[[Sequence[Tokened]], Awaitable[list[Result | MnemosyneError]]],
     ) -> list[Result | MnemosyneError]:
         tokens = [item.access_token for item in items]
-        return await self._found(tokens, items, self._named, run)
+        return await self._found(tokens, items, self._keyed, run)
 
     async def _found(
         self,
         tokens: Sequence[str],
         items: Sequence[Item],
-        named: Callable[[Item], Item],
+        keyed: Callable[[Item], Item],
         run: Callable[[Sequence[Item]], Awaitable[list[Result | MnemosyneError]]],
     ) -> list[Result | MnemosyneError]:
-        """Run a batch of items, those again whose session had another name."""
-        results = await run([named(item) for item in items])
+        """Run a batch of items, and once more those items whose session had a former stored key."""
+        results = await run([keyed(item) for item in items])
 
         async def look_again(missing: list[int]) -> list[int]:
-            """Rename the sessions of these items; return those that are there, and not found even so."""
+            """Rename the sessions of these items; return the items that exist and are still not found."""
             are_there = await self._rename([tokens[at] for at in missing])
-            again = [at for at, is_there in zip(missing, are_there, strict=True) if is_there is True]
-            found = await run([named(items[at]) for at in again]) if again else []
+            retried = [at for at, is_there in zip(missing, are_there, strict=True) if is_there is True]
+            found = await run([keyed(items[at]) for at in retried]) if retried else []
             for at, is_there in zip(missing, are_there, strict=True):
                 results[at] = is_there if isinstance(is_there, MnemosyneError) else results[at]
-            for at, result in zip(again, found, strict=True):
+            for at, result in zip(retried, found, strict=True):
                 results[at] = result
-            return [at for at in again if _is_missing(results[at])]
+            return [at for at in retried if _is_missing(results[at])]
 
         missing = [at for at, result in enumerate(results) if _is_missing(result)]
         for _ in range(_RENAMINGS - 1):
             missing = await look_again(missing)
-        # Now one by one, since then each is waited for.
+        # Now one by one: the store waits for a session that is renamed alone.
         for at in missing:
             if await look_again([at]):
-                # Whoever was told that it is not there would log somebody out.
+                # The answer "not found" would log a user out.
                 results[at] = _in_between()
         return results
 
     async def _rename(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
-        """Give the tokens' sessions their primary names; tell which have one, by whatever name."""
+        """Give the tokens' sessions their stored keys; tell which tokens have a session under any key."""
         found: dict[str, bool | MnemosyneError] = dict.fromkeys(tokens, False)
-        # By one former name after the other, so that of several sessions of a token one is left.
-        layers = list(zip(*(self._others(token) for token in found), strict=True))
+        # One former key after the other, so that of several sessions of a token one is left.
+        layers = list(zip(*(self._renamings(token) for token in found), strict=True))
         for layer in layers:
             for token, outcome in zip(found, await self._store.rename(layer), strict=True):
                 found[token] = outcome or found[token]
         if len(layers) > 1:
-            # Between two looks it may have been renamed to where the first one was.
-            for token in await self._named_somehow([token for token in found if not found[token]]):
+            # Between two looks, another node may have renamed it to the key that was looked at first.
+            for token in await self._with_any_key([token for token in found if not found[token]]):
                 found[token] = True
         return [found[token] for token in tokens]
 
-    async def _named_somehow(self, tokens: Sequence[str]) -> set[str]:
-        """Return the tokens that have a session by any of their names, all looked for at once."""
-        pairs = [(name, token) for token in tokens for name in self.token_hasher.all(token)]
-        are_there = await self._store.exist([name for name, _ in pairs]) if pairs else []
+    async def _with_any_key(self, tokens: Sequence[str]) -> set[str]:
+        """Return the tokens that have a session under any of their keys, in one look at all keys."""
+        pairs = [(key, token) for token in tokens for key in self.token_hasher.all_keys(token)]
+        are_there = await self._store.exist([key for key, _ in pairs]) if pairs else []
         return {token for (_, token), is_there in zip(pairs, are_there, strict=True) if is_there is True}
 
-    def _others(self, token: str) -> list[Renaming]:
-        return [Renaming(old=name, new=self._primary(token)) for name in self.token_hasher.others(token)]
+    def _renamings(self, token: str) -> list[Renaming]:
+        return [
+            Renaming(old=key, new=self._stored_key(token)) for key in self.token_hasher.former_keys(token)
+        ]
 
-    def _named(self, item: Tokened) -> Tokened:
-        return replace(item, access_token=self._primary(item.access_token))
+    def _keyed(self, item: Tokened) -> Tokened:
+        return replace(item, access_token=self._stored_key(item.access_token))
 
 
 def _in_between() -> StorageUnavailable:

@@ -1,4 +1,4 @@
-"""Opening the storage, and knowing from then on whether it answers."""
+"""Opening the storage, and from then on knowing whether it answers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import logging
 from typing import Final
 
+from aio.periodic import run_periodically
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.store import SessionStore
+from mnemosyned.sessions.store import Storage
 
 log = logging.getLogger(__name__)
 
@@ -17,10 +18,10 @@ _OPEN_RETRY_S: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class StorageHealth:
-    """Asks the storage its time every second: the answer is the health, the time sets the clock."""
+    """Asks the storage for its time every second: an answer means healthy, and its time sets the clock."""
 
-    def __init__(self, store: SessionStore, clock: StorageClock) -> None:
-        self._store = store
+    def __init__(self, storage: Storage, clock: StorageClock) -> None:
+        self._storage = storage
         self._clock = clock
         self._is_serving = False
 
@@ -30,7 +31,7 @@ class StorageHealth:
         return self._is_serving
 
     async def open(self) -> None:
-        """Open the storage, for as long as that takes.
+        """Open the storage, however long that takes.
 
         Raises:
             StorageRefused: it will never work like this.
@@ -38,7 +39,7 @@ class StorageHealth:
         tries = 0
         while True:
             try:
-                await self._store.open()
+                await self._storage.open()
                 await self._probe()
             except StorageUnavailable as exc:
                 wait_s = _OPEN_RETRY_S[min(tries, len(_OPEN_RETRY_S) - 1)]
@@ -50,22 +51,23 @@ class StorageHealth:
                 return
 
     async def run(self) -> None:
-        """Ask for ever."""
-        while True:
-            await asyncio.sleep(_PROBE_PERIOD_S)
-            was_serving = self._is_serving
-            try:
-                await self._probe()
-            except StorageUnavailable as exc:
-                self._is_serving = False
-                if was_serving:
-                    log.error("storage_lost", extra={"error": str(exc)})
-            else:
-                if not was_serving:
-                    log.info("storage_regained")
+        """Ask once a second, until cancelled."""
+        await run_periodically("storage_health", self._look, period_s=lambda: _PROBE_PERIOD_S)
+
+    async def _look(self) -> None:
+        was_serving = self._is_serving
+        try:
+            await self._probe()
+        except StorageUnavailable as exc:
+            self._is_serving = False
+            if was_serving:
+                log.error("storage_lost", extra={"error": str(exc)})
+        else:
+            if not was_serving:
+                log.info("storage_regained")
 
     async def _probe(self) -> None:
         sent_us = self._clock.uptime_us()
-        storage_us = await self._store.now_us()
+        storage_us = await self._storage.now_us()
         self._clock.observe(storage_us, sent_us=sent_us, received_us=self._clock.uptime_us())
         self._is_serving = True

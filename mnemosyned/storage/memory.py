@@ -1,8 +1,12 @@
-"""The memory engine: one node, for play and tests; forgets everything at exit."""
+"""The memory engine: one node, for trying out and for tests; it forgets everything at exit.
+
+It is also the example for a new engine: CONTRIBUTING.md walks through what it consists of.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -19,6 +23,7 @@ from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    Lookup,
     NewSession,
     Session,
     Touch,
@@ -29,36 +34,34 @@ from mnemosyned.sessions.store import Deletion, Renaming
 
 
 class MemoryStore:
-    """SessionStore in a dictionary; `wall_us` is its clock, microseconds since the epoch."""
+    """A store in a dictionary; `wall_us` is its clock, microseconds since the epoch."""
 
-    def __init__(self, *, ttl_us: int, touch_interval_us: int, wall_us: Callable[[], int]) -> None:
-        self._ttl_us = ttl_us
-        self._touch_interval_us = touch_interval_us
+    def __init__(self, *, wall_us: Callable[[], int] = lambda: time.time_ns() // 1000) -> None:
         self._wall_us = wall_us
         self._session_by_token: dict[str, Session] = {}
 
-    async def fingerprint(self) -> bytes:
-        """See SessionStore."""
+    async def identity(self) -> bytes:
+        """See Storage."""
         return hashlib.blake2b(str(id(self)).encode(), digest_size=16).digest()
 
     async def open(self) -> None:
-        """Do nothing: it is ready when it is made."""
+        """See Storage; there is nothing to open."""
 
     async def close(self) -> None:
         """Forget everything."""
         self._session_by_token.clear()
 
     async def now_us(self) -> int:
-        """See SessionStore."""
+        """See Storage."""
         return self._wall_us()
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore."""
         return [self._start(new) for new in sessions]
 
-    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
+    async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         """See SessionStore."""
-        return [self._load(token) for token in tokens]
+        return [self._load(lookup) for lookup in lookups]
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -89,7 +92,7 @@ class MemoryStore:
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore."""
         tokens = [session.access_token for session in self._matching(criteria)]
-        return Deletion(names=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
+        return Deletion(stored_keys=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore."""
@@ -98,12 +101,12 @@ class MemoryStore:
         return self._forget(expired[:limit])
 
     async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
-        """See SessionStore."""
+        """See RenamableStore."""
         return [self._rename(renaming.old, renaming.new) for renaming in renamings]
 
-    async def stored_keys_after(self, name: str, *, limit: int) -> list[str]:
-        """See SessionStore."""
-        greater = [token for token in self._session_by_token if token.encode() > name.encode()]
+    async def stored_keys_after(self, stored_key: str, *, limit: int) -> list[str]:
+        """See RenamableStore."""
+        greater = [token for token in self._session_by_token if token.encode() > stored_key.encode()]
         return sorted(greater, key=str.encode)[:limit]
 
     def _rename(self, old: str, new: str) -> bool:
@@ -129,20 +132,20 @@ class MemoryStore:
             subject_client=new.subject_client,
             refresh_token=new.refresh_token,
             bag=new.bag,
-            expires_at_us=self._wall_us() + self._ttl_us,
+            expires_at_us=self._wall_us() + new.ttl_us,
         )
         self._session_by_token[new.access_token] = session
         return session
 
-    def _load(self, token: str) -> Session | MnemosyneError:
-        session = self._live(token)
+    def _load(self, lookup: Lookup) -> Session | MnemosyneError:
+        session = self._live(lookup.access_token)
         if session is None:
             return SessionNotFound()
-        expires_at_us = self._wall_us() + self._ttl_us
-        if session.expires_at_us >= expires_at_us - self._touch_interval_us:
+        expires_at_us = self._wall_us() + lookup.ttl_us
+        if session.expires_at_us >= expires_at_us - lookup.touch_interval_us:
             return session
-        self._touch(token, expires_at_us)
-        return self._session_by_token[token]
+        self._touch(lookup.access_token, expires_at_us)
+        return self._session_by_token[lookup.access_token]
 
     def _set_value(self, change: ValueChange) -> dict[str, str] | MnemosyneError:
         if self._wall_us() >= change.not_after_us:

@@ -50,7 +50,7 @@ async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes
     method.stats.begin()
     started_s = time.perf_counter()
     try:
-        answer = method.answer(message, call)
+        answer = method.handle(message, call)
         if not isinstance(answer, bytes):
             answer = await answer_in_time(answer, call)
     except asyncio.CancelledError:
@@ -80,7 +80,7 @@ async def invoke_stream(
     started_s = time.perf_counter()
     try:
         async with in_time(call.deadline.left_s()):
-            async for answer in method.answer(messages, call):
+            async for answer in method.handle(messages, call):
                 await send(answer)
     except (asyncio.CancelledError, ClientGone):
         _count_cancelled(method, call, started_s)
@@ -162,7 +162,7 @@ def _count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: 
 def _log_within_budget(
     method: UnaryMethod | StreamMethod, call: Call, code: StatusCode, elapsed_s: float, **more: str
 ) -> None:
-    left_out = method.lines.take(time.perf_counter())
+    left_out = method.log_limiter.take(time.perf_counter())
     if left_out is not None:
         log.info("rpc_failed", extra=_fields(method, call, code, elapsed_s) | more | _left_out(left_out))
 

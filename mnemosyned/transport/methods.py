@@ -43,8 +43,8 @@ class ClientGone(Exception):
 
 
 # Returns the response at once where it can: that saves a task switch on the hot path.
-UnaryAnswer = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
-StreamAnswer = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
+UnaryHandler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
+StreamHandler = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,10 +52,10 @@ class UnaryMethod:
     """One message in, one message out; both serialized."""
 
     path: str
-    answer: UnaryAnswer
+    handle: UnaryHandler
     stats: MethodStats
     max_message_bytes: int | None = None  # of a request; None: as the engine's options say
-    lines: LogRateLimiter = field(default_factory=LogRateLimiter)
+    log_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,10 +63,10 @@ class StreamMethod:
     """Messages in, messages out."""
 
     path: str
-    answer: StreamAnswer
+    handle: StreamHandler
     stats: MethodStats
     max_message_bytes: int | None = None  # of each request; None: as the engine's options say
-    lines: LogRateLimiter = field(default_factory=LogRateLimiter)
+    log_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +77,20 @@ class MethodTable:
     streams: dict[str, StreamMethod] = field(default_factory=dict)
 
     def add_unary(
-        self, service: str, name: str, answer: UnaryAnswer, *, max_message_bytes: int | None = None
+        self, service: str, name: str, handle: UnaryHandler, *, max_message_bytes: int | None = None
     ) -> None:
         """Serve a unary method."""
         path = f"/{service}/{name}"
         stats = MethodStats(service, name, "unary")
-        self.unary[path] = UnaryMethod(path, answer, stats, max_message_bytes)
+        self.unary[path] = UnaryMethod(path, handle, stats, max_message_bytes)
 
     def add_stream(
-        self, service: str, name: str, answer: StreamAnswer, *, max_message_bytes: int | None = None
+        self, service: str, name: str, handle: StreamHandler, *, max_message_bytes: int | None = None
     ) -> None:
         """Serve a method that streams in either direction or both."""
         path = f"/{service}/{name}"
         stats = MethodStats(service, name, "stream")
-        self.streams[path] = StreamMethod(path, answer, stats, max_message_bytes)
+        self.streams[path] = StreamMethod(path, handle, stats, max_message_bytes)
 
     def stats(self) -> list[MethodStats]:
         """Return the stats of all methods."""

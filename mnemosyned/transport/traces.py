@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mnemosyned import __version__
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.transport.methods import Call, MethodTable, UnaryAnswer
+from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -39,12 +39,12 @@ class Tracing:
             service, name = path[1:].split("/")
             attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
             begin = _beginner(tracer, path[1:], attributes)
-            answer = _traced(method.answer, begin)
+            answer = _traced(method.handle, begin)
             table.add_unary(service, name, answer, max_message_bytes=method.max_message_bytes)
 
     def context(self, _: Call) -> dict[str, str]:
         """Return the headers by which another node's span continues the current one."""
-        from opentelemetry.propagate import inject  # noqa: PLC0415  # an extra
+        from opentelemetry.propagate import inject  # an extra
 
         headers: dict[str, str] = {}
         inject(headers)
@@ -58,12 +58,12 @@ class Tracing:
 
 def _new_provider(endpoint: str) -> TracerProvider:
     try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415  # an extra
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # an extra
             OTLPSpanExporter,
         )
-        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
-        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise TracingUnavailable("tracing needs packages: pip install 'mnemosyned[otel]'") from None
     resource = Resource.create({"service.name": "mnemosyned", "service.version": __version__})
@@ -74,8 +74,8 @@ def _new_provider(endpoint: str) -> TracerProvider:
 
 
 def _beginner(tracer: Tracer, name: str, attributes: dict[str, str]) -> Callable[[Call], Span]:
-    from opentelemetry.propagate import extract  # noqa: PLC0415  # an extra
-    from opentelemetry.trace import SpanKind  # noqa: PLC0415
+    from opentelemetry.propagate import extract  # an extra
+    from opentelemetry.trace import SpanKind
 
     def begin(call: Call) -> Span:
         carried = {key: value for key in _CARRIED if (value := call.metadata(key))}
@@ -84,14 +84,14 @@ def _beginner(tracer: Tracer, name: str, attributes: dict[str, str]) -> Callable
     return begin
 
 
-def _traced(answer: UnaryAnswer, begin: Callable[[Call], Span]) -> UnaryAnswer:
-    from opentelemetry.trace import use_span  # noqa: PLC0415  # an extra
+def _traced(answer: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler:
+    from opentelemetry.trace import use_span  # an extra
 
     def traced(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         span = begin(call)
         try:
             result = answer(message, call)
-        except Exception as exc:
+        except Exception as exc:  # the root of a call: becomes its status
             _end_failed(span, exc)
             raise
         if isinstance(result, bytes):
@@ -114,7 +114,7 @@ def _traced(answer: UnaryAnswer, begin: Callable[[Call], Span]) -> UnaryAnswer:
 
 
 def _end_failed(span: Span, exc: BaseException) -> None:
-    from opentelemetry.trace import Status, StatusCode  # noqa: PLC0415  # an extra
+    from opentelemetry.trace import Status, StatusCode  # an extra
 
     # Our own errors' texts are made to be shown; a bug's might hold anything.
     text = str(exc) if isinstance(exc, MnemosyneError) else type(exc).__name__

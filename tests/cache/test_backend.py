@@ -4,7 +4,7 @@ import pytest
 from aiocache.base import BaseCache
 
 from cache.backend import LruBackend
-from cache.lru import Lru
+from cache.lru import Lru, Slot
 
 
 class Clock:
@@ -22,11 +22,22 @@ def clock() -> Clock:
 
 @pytest.fixture
 def backend(clock: Clock) -> LruBackend:
-    return LruBackend(Lru(max_entries=3, max_bytes=10_000), clock.now_us)
+    return LruBackend(max_entries=3, max_bytes=10_000, now_us=clock.now_us)
 
 
 def test_it_is_an_aiocache_cache(backend: LruBackend) -> None:
     assert isinstance(backend, BaseCache)
+
+
+async def test_both_interfaces_see_the_same_entries(backend: LruBackend) -> None:
+    backend.put("k", Slot("v", 1, 1))
+    assert await backend.get("k") == "v"
+    await backend.set("l", "w")
+    await backend.delete("k")
+
+    assert backend.peek("k") is None
+    assert backend.peek("l").value == "w"
+    assert isinstance(backend, Lru)
 
 
 async def test_values_are_set_and_got_and_deleted(backend: LruBackend) -> None:

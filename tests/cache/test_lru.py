@@ -14,19 +14,19 @@ def test_a_kept_slot_is_found_again() -> None:
     lru: Lru[str] = Lru(max_entries=2, max_bytes=10)
     lru.put("a", slot("A", 3))
 
-    found = lru.get("a")
+    found = lru.peek("a")
 
     assert found is not None
     assert found.value == "A"
     assert lru.size_bytes == 3
-    assert lru.get("b") is None
+    assert lru.peek("b") is None
 
 
 def test_the_least_recently_read_goes_first() -> None:
     lru: Lru[str] = Lru(max_entries=2, max_bytes=10)
     lru.put("a", slot("A"))
     lru.put("b", slot("B"))
-    lru.get("a")
+    lru.peek("a")
     lru.put("c", slot("C"))
 
     assert "b" not in lru
@@ -79,5 +79,5 @@ def test_bounds_hold_after_every_step(steps: list[tuple[str, int, bool]]) -> Non
 
         assert len(lru) <= 4
         assert lru.size_bytes <= 20
-        kept = [lru.get(key) for key in lru.keys_with_prefix("")]
+        kept = [lru.peek(key) for key in lru.keys_with_prefix("")]
         assert lru.size_bytes == sum(one.size_bytes for one in kept if one)

@@ -33,7 +33,7 @@ def new_cache() -> ReadThrough[str]:
     return ReadThrough(Lru(max_entries=10, max_bytes=1000), Lru(max_entries=10, max_bytes=10))
 
 
-async def test_a_loaded_value_is_served_while_it_is_good() -> None:
+async def test_a_loaded_value_is_served_while_it_is_fresh() -> None:
     cache, storage = new_cache(), Storage()
 
     assert cache.peek("k", now_us=SOON_US) is None
@@ -122,18 +122,6 @@ async def test_a_failed_refresh_leaves_nothing_behind() -> None:
     assert not cache._fills
 
 
-async def test_what_one_of_two_caches_beside_each_other_drops_both_drop() -> None:
-    kept = new_cache()
-    beside: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=0), beside=kept)
-    for dropping in (kept, beside):
-        with kept.begin_fill("k") as late, beside.begin_fill("k"):
-            kept.lru.put("k", Slot("old", 1, 10))
-            dropping.drop("k")
-            late.put(Slot("older", 1, 10))
-
-        assert kept.peek("k", now_us=0) is None
-
-
 async def test_that_there_is_no_value_is_kept_until_one_is_made() -> None:
     cache, storage = new_cache(), Storage()
     storage.value = None
@@ -176,7 +164,7 @@ async def test_a_drop_ends_a_making_too() -> None:
     assert cache.peek("k", now_us=SOON_US) is None
 
 
-async def test_absences_push_out_no_value_and_are_bounded() -> None:
+async def test_negative_entries_evict_no_value_and_are_bounded() -> None:
     cache, storage = new_cache(), Storage()
     await cache.load("k", storage.fetch)
     storage.value = None
@@ -187,7 +175,7 @@ async def test_absences_push_out_no_value_and_are_bounded() -> None:
     assert len(cache.negative) == 10
 
 
-async def test_without_room_for_absences_none_is_kept() -> None:
+async def test_without_room_no_negative_entry_is_kept() -> None:
     cache: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=10))
     storage = Storage()
     storage.value = None
@@ -208,21 +196,20 @@ async def test_a_fetch_that_cannot_begin_leaves_nothing_behind() -> None:
     assert not cache.keys()
 
 
-class Upper:
-    """Aliases in capitals; those with a digit are somebody else's."""
+class Observed:
+    """The keys that a cache says it has something of."""
 
-    def alias(self, key: str) -> str:
-        return key.upper()
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
 
-    def is_stored_key(self, text: str) -> bool:
-        return text.isupper()
+    def added(self, key: str) -> None:
+        self.keys.add(key)
 
-    def knows(self, alias: str) -> bool:
-        return alias.isalpha()
+    def removed(self, key: str) -> None:
+        self.keys.discard(key)
 
-
-def aliased(beside: ReadThrough[str] | None = None) -> ReadThrough[str]:
-    return ReadThrough(Lru(max_entries=2, max_bytes=1000), beside=beside, aliases=Upper())
+    def cleared(self) -> None:
+        self.keys.clear()
 
 
 def keep(cache: ReadThrough[str], *keys: str) -> None:
@@ -231,44 +218,15 @@ def keep(cache: ReadThrough[str], *keys: str) -> None:
             fill.put(Slot(key, 1, NEVER_US))
 
 
-def test_a_value_is_dropped_by_the_alias_of_its_key() -> None:
-    cache = aliased()
-    keep(cache, "a", "b")
-    cache.drop("A")
-    cache.drop("UNKNOWN")
-
-    assert cache.keys() == ["b"]
-
-
-def test_a_fill_under_way_is_fenced_by_the_alias_too() -> None:
-    cache = aliased()
-    beside = aliased(beside=cache)
-    with cache.begin_fill("a") as fill:
-        beside.drop("A")
-        fill.put(Slot("old", 1, NEVER_US))
-
-    assert not cache.keys()
-
-
-def test_an_alias_that_is_not_known_may_be_any_keys_and_drops_all() -> None:
-    cache = aliased()
-    beside = aliased(beside=cache)
-    keep(cache, "a", "b")
-    with cache.begin_fill("c") as fill:
-        beside.drop("A1")
-        fill.put(Slot("old", 1, NEVER_US))
-
-    assert not cache.keys()
-    keep(cache, "a")
-    assert cache.keys() == ["a"]
-
-
-def test_only_what_is_kept_or_filled_has_an_alias() -> None:
-    cache = aliased()
+def test_an_observer_knows_the_keys_with_a_value_or_a_fill_and_no_others() -> None:
+    observed = Observed()
+    cache: ReadThrough[str] = ReadThrough(Lru(max_entries=2, max_bytes=1000), observer=observed)
     keep(cache, "a", "b", "c", "c")
     with cache.begin_fill("d"):
-        assert sorted(filter(None, map(cache.key_of, "ABCD"))) == ["b", "c", "d"]
+        assert observed.keys == {"b", "c", "d"}
+    assert observed.keys == {"b", "c"}
     cache.drop("b")
-    cache.drop("C")
 
-    assert not any(map(cache.key_of, "ABCD"))
+    assert observed.keys == {"c"}
+    cache.drop_everything()
+    assert not observed.keys

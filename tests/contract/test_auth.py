@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ async def guarded(store: MemoryStore, engine: str, *seeds: str) -> AsyncIterator
 
 @pytest.fixture
 def store() -> MemoryStore:
-    return MemoryStore(ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000)
+    return MemoryStore()
 
 
 @pytest.fixture(params=sorted(ENGINES))

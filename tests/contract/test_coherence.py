@@ -6,7 +6,6 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import grpc
 import pytest
@@ -20,23 +19,23 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from peering import Peer, peering
-from serving import LIFETIMES, serving
+from serving import serving
+from stores import new
 
 from cluster.ring import Ring
 from cluster.view import View
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions import model as session
-from mnemosyned.sessions.model import Abandonment, NewSession, ValueChange
+from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, ValueChange
 from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.transport.methods import Call, MethodTable
 
 
 class HeldStore(MemoryStore):
     """A memory store whose answers can be kept back, as by a lock or in a socket."""
 
     def __init__(self) -> None:
-        super().__init__(
-            ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000
-        )
+        super().__init__()
         self.may_abandon = asyncio.Event()
         self.may_abandon.set()
         self.may_answer = asyncio.Event()
@@ -66,8 +65,8 @@ class HeldStore(MemoryStore):
             self.loses_next_answer = False
             await asyncio.sleep(1.0)
 
-    async def load(self, tokens: Sequence[str]) -> list[session.Session | MnemosyneError]:
-        loaded = await super().load(tokens)
+    async def load(self, lookups: Sequence[Lookup]) -> list[session.Session | MnemosyneError]:
+        loaded = await super().load(lookups)
         self.loads += 1
         await self.may_answer.wait()
         return loaded
@@ -94,7 +93,7 @@ async def start(peer: Peer, count: int = 1) -> list[str]:
 async def stored(store: HeldStore, count: int) -> list[str]:
     """Start sessions of which no node here has heard."""
     tokens = [f"stored-{number}" for number in range(count)]
-    await store.start([session.NewSession(access_token=token, subject_id="s") for token in tokens])
+    await store.start([new(token, bag=b"") for token in tokens])
     return tokens
 
 
@@ -171,6 +170,48 @@ async def test_a_write_that_ends_under_another_view_is_told_to_every_node(store:
         await ending
 
         assert await served(other, tokens) == []
+
+
+@pytest.mark.parametrize("rpc", ["Abandon", "SetValue", "Start"])
+async def test_a_caller_that_leaves_while_other_nodes_are_told_leaves_no_old_copy(
+    store: HeldStore, rpc: str
+) -> None:
+    is_told, may_drop = asyncio.Event(), asyncio.Event()
+
+    def hold_invalidations(table: MethodTable) -> None:
+        method = table.unary["/mnemosynepeer.Peer/Invalidate"]
+
+        async def held(message: bytes, call: Call) -> bytes:
+            is_told.set()
+            await may_drop.wait()
+            return method.handle(message, call)  # type: ignore[return-value]  # it answers at once
+
+        table.add_unary("mnemosynepeer.Peer", "Invalidate", held)
+
+    async with peering(store) as one, peering(store, prepare=hold_invalidations) as other:
+        token = "early" if rpc == "Start" else (await start(one))[0]
+        # Whether a session or that there is none: the other node has a copy.
+        await served(other, [token])
+        look_as(one, one.address, others=[other.address], former=[one.address])
+        writing = {
+            "Abandon": lambda: one.stub.Abandon(AbandonRequest(access_token=token)),
+            "SetValue": lambda: one.stub.SetValue(SetValueRequest(access_token=token, key="k", value="v")),
+            "Start": lambda: one.stub.Start(
+                StartRequest(session=Session(access_token=token, subject_id="s", bag={"k": "v"}))
+            ),
+        }[rpc]()
+        async with asyncio.timeout(5):
+            await is_told.wait()
+        writing.cancel()
+        stats = one.table.unary[f"/mnemosynerpc.SessionManager/{rpc}"].stats
+        await until(lambda: not stats.in_flight)
+        may_drop.set()
+        await until(lambda: token not in other.cache.keys())  # noqa: SIM118  # no mapping
+
+        if rpc == "Abandon":
+            assert await served(other, [token]) == []
+        else:
+            assert (await other.stub.Get(GetRequest(access_token=token))).session.bag == {"k": "v"}
 
 
 async def test_a_write_is_repeated_only_when_the_owners_time_for_it_is_over(store: HeldStore) -> None:
@@ -250,7 +291,7 @@ async def test_a_write_succeeds_in_time_though_the_owner_stands_still(store: Hel
 
 async def test_a_copy_lives_from_when_it_was_asked_for(store: HeldStore) -> None:
     cache_s = 0.5
-    async with serving(store, lifetimes=replace(LIFETIMES, cache_us=int(cache_s * 1e6))) as node:
+    async with serving(store, flags=("-cache.ttl=500ms",)) as node:
         request = StartRequest(session=Session(subject_id="s"))
         token = (await node.stub.Start(request)).session.access_token
         node.cache.drop(token)

@@ -15,25 +15,24 @@ from mnemosynerpc.session_pb2 import AbandonRequest, DeleteRequest, GetRequest, 
 from mnemosynerpc.session_pb2 import Session as WireSession
 from peering import peering
 from serving import serving
-from stores import Engine, memory_engine, new, postgres_engine
+from stores import Engine, lookups, memory_engine, new, postgres_engine
 
-from mnemosyned.commands.migrate import protect_all
+from mnemosyned.commands.migrate import hash_all
 from mnemosyned.errors import InvalidArgument, SessionAlreadyExists, SessionNotFound, StorageUnavailable
-from mnemosyned.sessions import bag
-from mnemosyned.sessions import token_hash as names
+from mnemosyned.sessions import bag, token_hash
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
 from mnemosyned.sessions.store import Renaming, SessionStore
 from mnemosyned.sessions.token_hash import TokenHasher
-from mnemosyned.storage.engines import key_ids_in
+from mnemosyned.storage.hash_keys import key_ids_in
 from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.store import PostgresStore
 
 KEY, FORMER_KEY = b"the key that is in use, for tests", b"the key that was in use, for tests"
-KNOWN = TokenHasher([KEY, FORMER_KEY], are_protected=True)
-FORMER = TokenHasher([FORMER_KEY], are_protected=True)
-FORMER_FIRST = TokenHasher([FORMER_KEY, KEY], are_protected=True)
-READY = TokenHasher([KEY, FORMER_KEY], are_protected=False)
+KNOWN = TokenHasher([KEY, FORMER_KEY], is_hashing=True)
+FORMER = TokenHasher([FORMER_KEY], is_hashing=True)
+FORMER_FIRST = TokenHasher([FORMER_KEY, KEY], is_hashing=True)
+READY = TokenHasher([KEY, FORMER_KEY], is_hashing=False)
 Named = Callable[[str], str]
 
 
@@ -53,8 +52,8 @@ def named(request: pytest.FixtureRequest) -> Named:
     """The name that a session has when it is looked for."""
     by_param: dict[str, Named] = {
         "by its token": str,
-        "by the former key": FORMER.alias,
-        "by the key": KNOWN.alias,
+        "by the former key": FORMER.stored_key,
+        "by the key": KNOWN.stored_key,
     }
     return by_param[request.param]
 
@@ -71,12 +70,12 @@ async def stored(engine: Engine, *stored_names: str) -> None:
 async def test_a_load_finds_the_session_and_gives_it_its_name(engine: Engine, named: Named) -> None:
     await stored(engine, named("t"))
     store = HashedStore(engine.store, KNOWN)
-    found, unknown = await store.load(["t", "u"])
+    found, unknown = await store.load(lookups("t", "u"))
 
     assert isinstance(found, Session)
     assert found.access_token == "t"
     assert isinstance(unknown, SessionNotFound)
-    assert await all_names(engine) == [KNOWN.alias("t")]
+    assert await all_names(engine) == [KNOWN.stored_key("t")]
 
 
 async def test_the_other_operations_find_it_too(engine: Engine, named: Named) -> None:
@@ -90,9 +89,9 @@ async def test_the_other_operations_find_it_too(engine: Engine, named: Named) ->
     assert await store.touch([Touch(access_token="c", expires_at_us=later_us)]) == [True]
     assert await store.abandon([Abandonment(access_token=token) for token in "dud"]) == [True, False, False]
     deleted = await store.delete(Criteria(access_token="e"), limit=5)
-    assert (deleted.names, deleted.is_all) == ([KNOWN.alias("e")], True)
+    assert (deleted.stored_keys, deleted.is_all) == ([KNOWN.stored_key("e")], True)
     assert isinstance((await store.start([new("f")]))[0], SessionAlreadyExists)
-    assert sorted(await all_names(engine)) == sorted(map(KNOWN.alias, "abcf"))
+    assert sorted(await all_names(engine)) == sorted(map(KNOWN.stored_key, "abcf"))
 
 
 async def test_an_expired_session_does_not_exist_by_any_name(engine: Engine, named: Named) -> None:
@@ -107,7 +106,7 @@ async def test_an_expired_session_does_not_exist_by_any_name(engine: Engine, nam
 
 
 async def test_of_two_sessions_by_two_names_none_outlives_an_abandon(engine: Engine) -> None:
-    await stored(engine, "t", KNOWN.alias("t"), FORMER.alias("t"))
+    await stored(engine, "t", KNOWN.stored_key("t"), FORMER.stored_key("t"))
     store = HashedStore(engine.store, KNOWN)
 
     assert await store.abandon([Abandonment(access_token="t")]) == [True]
@@ -115,22 +114,22 @@ async def test_of_two_sessions_by_two_names_none_outlives_an_abandon(engine: Eng
 
 
 async def test_an_expired_session_gives_its_name_to_one_that_lives(engine: Engine) -> None:
-    await stored(engine, "t", KNOWN.alias("t"))
-    await engine.shift(KNOWN.alias("t"), -61)
+    await stored(engine, "t", KNOWN.stored_key("t"))
+    await engine.shift(KNOWN.stored_key("t"), -61)
     store = HashedStore(engine.store, KNOWN)
 
     assert await store.exist(["t"]) == [True]
     assert isinstance((await store.start([new("t")]))[0], SessionAlreadyExists)
-    assert await all_names(engine) == [KNOWN.alias("t")]
+    assert await all_names(engine) == [KNOWN.stored_key("t")]
 
 
 async def test_of_two_sessions_by_two_old_names_one_is_found(engine: Engine) -> None:
-    await stored(engine, "t", FORMER.alias("t"), "u")
+    await stored(engine, "t", FORMER.stored_key("t"), "u")
     store = HashedStore(engine.store, KNOWN)
 
     assert await store.exist(["t", "u"]) == [True, True]
     assert await store.abandon([Abandonment(access_token="t")]) == [True]
-    assert await all_names(engine) == [KNOWN.alias("u")]
+    assert await all_names(engine) == [KNOWN.stored_key("u")]
 
 
 async def test_what_list_shows_ends_the_session_and_opens_nothing(engine: Engine) -> None:
@@ -139,15 +138,15 @@ async def test_what_list_shows_ends_the_session_and_opens_nothing(engine: Engine
     (shown,) = await store.find(Criteria(), offset=0, limit=10)
     handle = shown.access_token
 
-    assert names.is_session_id(handle)
+    assert token_hash.is_session_id(handle)
     assert await store.exist([handle]) == [False]
     assert isinstance((await store.start([new(handle)]))[0], InvalidArgument)
-    assert (await store.delete(Criteria(access_token=handle), limit=5)).names == [KNOWN.alias("t")]
+    assert (await store.delete(Criteria(access_token=handle), limit=5)).stored_keys == [KNOWN.stored_key("t")]
     assert await store.exist(["t"]) == [False]
 
 
 async def test_protection_can_be_turned_off_while_the_key_is_known(engine: Engine) -> None:
-    await HashedStore(engine.store, TokenHasher([KEY], are_protected=True)).start([new("t")])
+    await HashedStore(engine.store, TokenHasher([KEY], is_hashing=True)).start([new("t")])
     store = HashedStore(engine.store, READY)
 
     assert await store.exist(["t"]) == [True]
@@ -155,7 +154,7 @@ async def test_protection_can_be_turned_off_while_the_key_is_known(engine: Engin
 
 
 async def test_nodes_that_name_sessions_differently_lose_none(engine: Engine) -> None:
-    ways = [HashedStore(engine.store, one) for one in (KNOWN, TokenHasher([KEY], are_protected=False))]
+    ways = [HashedStore(engine.store, one) for one in (KNOWN, TokenHasher([KEY], is_hashing=False))]
     tokens = [f"t{number}" for number in range(20)]
     await ways[0].start([new(token) for token in tokens])
 
@@ -189,19 +188,21 @@ async def test_names_come_in_the_order_of_their_bytes(engine: Engine) -> None:
 
 async def test_a_migration_protects_every_token_and_tells_how_many(engine: Engine) -> None:
     plain = [f"plain-{number}" for number in range(2500)]
-    await stored(engine, *plain, "expired", KNOWN.alias("already"), FORMER.alias("former"))
+    await stored(engine, *plain, "expired", KNOWN.stored_key("already"), FORMER.stored_key("former"))
     await engine.shift("expired", -61)
 
-    assert await protect_all(engine.store, KNOWN) == 2500
-    assert await protect_all(engine.store, KNOWN) == 0
+    assert await hash_all(engine.store, KNOWN) == 2500
+    assert await hash_all(engine.store, KNOWN) == 0
     assert not set(plain) & set(await engine.store.stored_keys_after("", limit=5000))
     assert await HashedStore(engine.store, KNOWN).exist([*plain, "former"]) == [True] * 2501
 
 
 async def test_the_keys_that_sessions_are_named_by_are_found(engine: Engine) -> None:
-    third = TokenHasher([b"a key that nobody here knows"], are_protected=True)
+    third = TokenHasher([b"a key that nobody here knows"], is_hashing=True)
     assert await key_ids_in(engine.store) == set()
-    await stored(engine, "plain", *(one.alias(token) for one in (KNOWN, FORMER, third) for token in "abc"))
+    await stored(
+        engine, "plain", *(one.stored_key(token) for one in (KNOWN, FORMER, third) for token in "abc")
+    )
 
     assert await key_ids_in(engine.store) == KNOWN.key_ids | third.key_ids
 
@@ -227,12 +228,12 @@ async def test_a_delete_by_subject_ends_cached_sessions_whatever_their_names(
         tokens = [(await node.stub.Start(login())).session.access_token for _ in range(3)]
         assert [await gets(node.stub, token) for token in tokens] == [True] * 3
         # As another node may have done meanwhile, while they are restarted one by one.
-        renaming = Renaming(old=known.alias(tokens[0]), new=FORMER.alias(tokens[0]))
+        renaming = Renaming(old=known.stored_key(tokens[0]), new=FORMER.stored_key(tokens[0]))
         assert await engine.store.rename([renaming]) == [True]
 
         assert (await node.stub.Delete(DeleteRequest(subject_id="s"))).value == 3
         assert [await gets(node.stub, token) for token in tokens] == [False] * 3
-        assert not node.cache._key_by_alias
+        assert not len(node.cache.lru)
 
 
 async def test_a_delete_reaches_the_copies_of_other_nodes(engine: Engine) -> None:
@@ -260,7 +261,7 @@ async def test_a_delete_fences_a_load_under_way(engine: Engine) -> None:
         await node.stub.Start(login("t"))
         node.cache.drop("t")
         with node.cache.begin_fill("t") as fill:
-            before = await store.load(["t"])
+            before = await store.load(lookups("t"))
             await node.stub.Delete(DeleteRequest(subject_id="s"))
             fill.put(node.service._slot(before[0], 0))  # type: ignore[arg-type]  # it is there
 
@@ -272,7 +273,7 @@ async def test_a_name_is_no_token(engine: Engine) -> None:
         await node.stub.Start(login("t"))
         for call in (node.stub.Get, node.stub.Abandon):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(AbandonRequest(access_token=KNOWN.alias("t")))
+                await call(AbandonRequest(access_token=KNOWN.stored_key("t")))
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -300,7 +301,7 @@ async def test_a_session_that_two_nodes_rename_against_each_other_is_never_missi
     ways = [HashedStore(Slow(engine.store), one) for one in (KNOWN, FORMER_FIRST, READY)]  # type: ignore[arg-type]  # it passes all on
 
     async def read(store: SessionStore) -> bool:
-        results = [(await store.load(["t", "u"])) for _ in range(60)]
+        results = [(await store.load(lookups("t", "u"))) for _ in range(60)]
         assert all(isinstance(unknown, SessionNotFound) for _, unknown in results)
         return not any(isinstance(found, SessionNotFound) for found, _ in results)
 
@@ -330,7 +331,7 @@ async def test_a_delete_by_subject_ends_what_is_renamed_meanwhile(
     await stored(postgres, "t")
     async with serving(HashedStore(postgres.store, KNOWN)) as node:
         assert isinstance(postgres.store, PostgresStore)
-        await held.fetch(postgres.store._queries.rename.sql, [b"t"], [KNOWN.alias("t").encode()])
+        await held.fetch(postgres.store._queries.rename.sql, [b"t"], [KNOWN.stored_key("t").encode()])
         delete = asyncio.ensure_future(node.stub.Delete(DeleteRequest(subject_id="s")))
         await until_one_waits(held)
         await held.execute("COMMIT")
@@ -353,7 +354,7 @@ async def test_a_session_that_a_writer_holds_harms_no_other(
     assert isinstance(postgres.store, PostgresStore)
     table = postgres.store._table.sql
     await held.execute(f"SELECT 1 FROM {table} WHERE access_token = 'held' FOR NO KEY UPDATE")  # noqa: S608  # a table of ours
-    locked, free, unknown = await HashedStore(postgres.store, KNOWN).load(["held", "free", "unknown"])
+    locked, free, unknown = await HashedStore(postgres.store, KNOWN).load(lookups("held", "free", "unknown"))
 
     assert isinstance(locked, StorageUnavailable)
     assert isinstance(free, Session)
@@ -377,13 +378,13 @@ async def test_nodes_with_one_key_and_a_migration_never_get_in_each_others_way(
         while not is_over:
             some = rng.sample(tokens, 200)
             touches = [Touch(access_token=token, expires_at_us=later_us) for token in some]
-            results = await asyncio.gather(store.load(some), store.touch(touches))
+            results = await asyncio.gather(store.load(lookups(*some)), store.touch(touches))
             odd += [one for one in results[0] if not isinstance(one, Session)]
             odd += [one for one in results[1] if one is not True]
         return odd
 
     users = [asyncio.create_task(use()) for _ in range(3)]
-    count = await protect_all(migrating.store, KNOWN)
+    count = await hash_all(migrating.store, KNOWN)
     is_over = True
 
     assert await asyncio.gather(*users) == [[]] * 3
@@ -395,14 +396,14 @@ async def test_nodes_with_one_key_and_a_migration_never_get_in_each_others_way(
 async def test_rows_that_are_not_ours_end_neither_a_migration_nor_the_look_for_keys(
     postgres: Engine, held: asyncpg.Connection[asyncpg.Record]
 ) -> None:
-    await stored(postgres, "a", "b", FORMER.alias("c"))
+    await stored(postgres, "a", "b", FORMER.stored_key("c"))
     assert isinstance(postgres.store, PostgresStore)
     table = postgres.store._table.sql
     for name in (b"\xff\xfe\x01", b"\0strange\xff", b"\0" + b"z" * 80):
         await held.execute(f"INSERT INTO {table} VALUES ($1, '', 's', '', '', now() + interval '1 h')", name)  # noqa: S608  # likewise
     await held.execute("COMMIT")
 
-    assert await protect_all(postgres.store, KNOWN) == 2
+    assert await hash_all(postgres.store, KNOWN) == 2
     assert await key_ids_in(postgres.store) == KNOWN.key_ids
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 
 import grpc
 import h2.config
 import h2.connection
 import pytest
 from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, SetValueRequest, StartRequest
-from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
+from serving import ENGINES, Node, serving
 
-from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.storage.memory import MemoryStore
 
 pytestmark = pytest.mark.parametrize("engine", sorted(ENGINES))
@@ -23,14 +20,10 @@ pytestmark = pytest.mark.parametrize("engine", sorted(ENGINES))
 
 @asynccontextmanager
 async def limited(engine: str) -> AsyncIterator[Node]:
-    store = MemoryStore(
-        ttl_us=LIFETIMES.session_us,
-        touch_interval_us=LIFETIMES.touch_interval_us,
-        wall_us=lambda: time.time_ns() // 1000,
-    )
-    options = replace(OPTIONS, max_streams=7, max_connections=2)
-    limits = BagLimits(entries=2, key_bytes=3, value_bytes=5)
-    async with serving(store, engine, options=options, bag_limits=limits) as node:
+    store = MemoryStore()
+    bag = ("-bag.max-entries=2", "-bag.max-key=3", "-bag.max-value=5")
+    flags = (*bag, "-grpc.max-streams=7", "-grpc.max-connections=2")
+    async with serving(store, engine, flags=flags) as node:
         yield node
 
 

@@ -38,7 +38,7 @@ UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 
 @pytest.fixture
 def store() -> MemoryStore:
-    return MemoryStore(ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000)
+    return MemoryStore()
 
 
 @pytest.fixture(params=sorted(ENGINES))
@@ -49,7 +49,7 @@ async def peer(request: pytest.FixtureRequest, store: MemoryStore) -> AsyncItera
 
 @pytest.fixture
 async def origin(store: MemoryStore, peer: Peer) -> pb.Origin:
-    return Identity(label="", storage_fingerprint=await store.fingerprint()).message(peer.address)
+    return Identity(label="", storage_fingerprint=await store.identity()).message(peer.address)
 
 
 def signed(trust: PeerAuth, method: str, body: bytes) -> str:
@@ -57,7 +57,7 @@ def signed(trust: PeerAuth, method: str, body: bytes) -> str:
 
 
 async def call(peer: Peer, method: str, body: bytes, *, signature: str | None = None) -> bytes:
-    value = signed(peer.trust, method, body) if signature is None else signature
+    value = signed(peer.peer_auth, method, body) if signature is None else signature
     metadata = ((METADATA_KEY, value),) if value else ()
     answer: bytes = await peer.channel.unary_unary(f"/{SERVICE}/{method}")(body, metadata=metadata, timeout=5)
     return answer
@@ -73,11 +73,11 @@ class Stream:
     """A peer's stream of forwarded calls."""
 
     def __init__(self, peer: Peer, origin: pb.Origin, *, signature: str | None = None) -> None:
-        value = signed(peer.trust, "Forward", b"") if signature is None else signature
+        value = signed(peer.peer_auth, "Forward", b"") if signature is None else signature
         metadata = ((METADATA_KEY, value),) if value else ()
         self.call = peer.channel.stream_stream(f"/{SERVICE}/Forward")(metadata=metadata, timeout=10)
         self.opening = value
-        self._seals = peer.trust.stream_mac(value)
+        self._seals = peer.peer_auth.stream_mac(value)
         self._origin = origin
 
     async def forward(self, *items: pb.Item, stream_mac: StreamMac | None = None) -> Sequence[pb.Answer]:
@@ -129,7 +129,7 @@ async def test_another_clusters_secret_is_refused(peer: Peer, method: str) -> No
 
 async def test_a_call_is_believed_once_and_for_its_own_method(peer: Peer) -> None:
     body = pb.LeaveRequest(node=peer.address).SerializeToString()
-    signature = signed(peer.trust, "Leave", body)
+    signature = signed(peer.peer_auth, "Leave", body)
     assert (await status_of(call(peer, "Invalidate", body, signature=signature)))[0] is UNAUTHENTICATED
     await call(peer, "Leave", body, signature=signature)
     assert peer.stopped.is_set()
@@ -155,8 +155,8 @@ async def test_each_batch_is_sealed_for_its_stream_and_its_place(
     assert [answer.code for answer in await stream.forward(get(token))] == [0]
     stream_mac = {
         "another secret": PeerAuth([b"hunter2-of-another-cluster"]).stream_mac(stream.opening),
-        "another stream": peer.trust.stream_mac(signed(peer.trust, "Forward", b"")),
-        "a batch sent again": peer.trust.stream_mac(stream.opening),
+        "another stream": peer.peer_auth.stream_mac(signed(peer.peer_auth, "Forward", b"")),
+        "a batch sent again": peer.peer_auth.stream_mac(stream.opening),
     }[forger]
     if forger == "another stream":
         stream_mac.seal(b"")

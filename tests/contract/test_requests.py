@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -13,21 +12,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 from mnemosynerpc import session_pb2 as pb
-from prometheus_client import CollectorRegistry
-from serving import LIFETIMES
+from serving import assembled
 
 from aio.deadline import NO_DEADLINE
-from cache.lru import Lru
-from cache.read_through import ReadThrough
-from mnemosyned.api import session_manager
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.observe.metrics import UpkeepMetrics
-from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.encoded import EncodedSession
-from mnemosyned.sessions.service import SessionService
-from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.transport.methods import MethodTable
 from mnemosyned.transport.status import GRPC_STATUS
 
 
@@ -50,19 +39,11 @@ class Server:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        store = MemoryStore(
-            ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000
-        )
-        cache: ReadThrough[EncodedSession] = ReadThrough(Lru(max_entries=100, max_bytes=1_000_000))
-        lost = UpkeepMetrics(CollectorRegistry()).touches_lost
-        touches = TouchWriter(store, max_waiting=100, lost=lost, on_gone=cache.drop)
-        service = SessionService(store, cache, touches, clock=StorageClock(), lifetimes=LIFETIMES)
-        self.table = MethodTable()
-        session_manager.add_to(self.table, session_manager.Here(service))
+        self.table = assembled(MemoryStore()).table
 
     def answer(self, path: str, message: bytes, call: AnyCall) -> bytes | MnemosyneError:
         async def answered() -> bytes:
-            answer: bytes | Coroutine[Any, Any, bytes] = self.table.unary[path].answer(message, call)
+            answer: bytes | Coroutine[Any, Any, bytes] = self.table.unary[path].handle(message, call)
             return answer if isinstance(answer, bytes) else await answer
 
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import grpc
 import pytest
@@ -26,7 +25,7 @@ from mnemosynerpc.session_pb2 import (
     StartResponse,
 )
 from secrecy import CANARY
-from serving import ENGINES, LIFETIMES, OPTIONS, Node, serving
+from serving import ENGINES, LIFETIME, Node, serving
 
 from mnemosyned.sessions.model import Criteria
 from mnemosyned.sessions.store import Deletion
@@ -53,11 +52,7 @@ def moment() -> Time:
 
 @pytest.fixture
 def store(moment: Time) -> MemoryStore:
-    return MemoryStore(
-        ttl_us=LIFETIMES.session_us,
-        touch_interval_us=LIFETIMES.touch_interval_us,
-        wall_us=moment.wall_us,
-    )
+    return MemoryStore(wall_us=moment.wall_us)
 
 
 @pytest.fixture(params=sorted(ENGINES))
@@ -97,7 +92,7 @@ async def test_start_returns_the_session_with_a_token_and_an_expiry(node: Node) 
     assert set(session.access_token) <= set("0123456789abcdef")
     assert (session.subject_id, session.subject_client, session.refresh_token) == ("s", "web", "r")
     assert dict(session.bag) == {"k": "v", "ż": "日本"}
-    assert before_us <= us(session.expire_at) - LIFETIMES.session_us <= after_us
+    assert before_us <= us(session.expire_at) - LIFETIME.idle_us <= after_us
 
 
 async def test_start_keeps_a_given_token_and_refuses_it_twice(node: Node) -> None:
@@ -487,7 +482,7 @@ async def test_a_drain_lets_calls_finish_and_refuses_new_ones(stuck: Stuck, node
 async def test_a_drain_ends_in_its_time_whatever_the_calls_do(
     stuck: Stuck, store: MemoryStore, engine: str
 ) -> None:
-    async with serving(store, engine, options=replace(OPTIONS, drain_timeout_s=0.3)) as node:
+    async with serving(store, engine, flags=("-drain.timeout=300ms",)) as node:
         in_flight = asyncio.ensure_future(_outcome(node.stub.Get(GetRequest(access_token="t"))))
         await asyncio.wait_for(stuck.begun.wait(), 5)
         begun_s = time.monotonic()

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from stores import TTL_US, Engine, memory_engine, new, postgres_engine
+from stores import TTL_US, Engine, lookups, memory_engine, new, postgres_engine
 
 from mnemosyned.errors import (
     DeadlineExceeded,
@@ -22,15 +22,15 @@ from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage.hashed import HashedStore
 
 
-@pytest.fixture(params=["memory", "postgres", "protected memory", "protected postgres"])
+@pytest.fixture(params=["memory", "postgres", "hashed memory", "hashed postgres"])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     if request.param.endswith("memory"):
         opened = memory_engine()
     else:
         opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
-    if request.param.startswith("protected"):
-        known = TokenHasher([b"a key that only these tests know"], are_protected=True)
-        opened = Engine(HashedStore(opened.store, known), opened.shift, known.alias)
+    if request.param.startswith("hashed"):
+        known = TokenHasher([b"a key that only these tests know"], is_hashing=True)
+        opened = Engine(HashedStore(opened.store, known), opened.shift, known.stored_key)
     await opened.store.open()
     yield opened
     await opened.store.close()
@@ -47,7 +47,7 @@ async def test_a_started_session_is_loaded_as_it_was(engine: Engine) -> None:
         engine, subject_client="web", refresh_token="r", bag=bag.encode({"k": "v", "ż": "日"})
     )
 
-    assert await engine.store.load([session.access_token]) == [session]
+    assert await engine.store.load(lookups(session.access_token)) == [session]
 
 
 def endings(*tokens: str) -> list[Abandonment]:
@@ -68,7 +68,7 @@ async def test_a_token_in_use_is_refused_and_its_session_unharmed(engine: Engine
 
     assert isinstance(results[0], SessionAlreadyExists)
     assert isinstance(results[1], Session)
-    assert await engine.store.load(["taken"]) == [session]
+    assert await engine.store.load(lookups("taken")) == [session]
 
 
 async def test_of_two_equal_tokens_in_a_batch_the_first_wins(engine: Engine) -> None:
@@ -76,7 +76,7 @@ async def test_of_two_equal_tokens_in_a_batch_the_first_wins(engine: Engine) -> 
 
     assert isinstance(first, Session)
     assert isinstance(second, SessionAlreadyExists)
-    (loaded,) = await engine.store.load(["t"])
+    (loaded,) = await engine.store.load(lookups("t"))
     assert isinstance(loaded, Session)
     assert loaded.subject_id == "one"
 
@@ -86,7 +86,7 @@ async def test_an_expired_session_does_not_exist(engine: Engine) -> None:
     await engine.shift_expiry(token, -61)
     store = engine.store
 
-    assert isinstance((await store.load([token]))[0], SessionNotFound)
+    assert isinstance((await store.load(lookups(token)))[0], SessionNotFound)
     assert await store.exist([token]) == [False]
     change = ValueChange(access_token=token, key="k", value="v")
     assert isinstance((await store.set_values([change]))[0], SessionNotFound)
@@ -105,8 +105,8 @@ async def test_the_token_of_an_expired_session_is_free(engine: Engine) -> None:
 async def test_a_load_moves_an_expiry_that_has_fallen_behind(engine: Engine) -> None:
     session = await started(engine)
     await engine.shift_expiry(session.access_token, -30)
-    (loaded,) = await engine.store.load([session.access_token])
-    (again,) = await engine.store.load([session.access_token])
+    (loaded,) = await engine.store.load(lookups(session.access_token))
+    (again,) = await engine.store.load(lookups(session.access_token))
 
     assert isinstance(loaded, Session)
     assert loaded.expires_at_us >= session.expires_at_us
@@ -116,7 +116,7 @@ async def test_a_load_moves_an_expiry_that_has_fallen_behind(engine: Engine) -> 
 async def test_a_load_leaves_an_expiry_that_is_fresh(engine: Engine) -> None:
     session = await started(engine)
     await engine.shift_expiry(session.access_token, -2)
-    (loaded,) = await engine.store.load([session.access_token])
+    (loaded,) = await engine.store.load(lookups(session.access_token))
 
     assert isinstance(loaded, Session)
     assert loaded.expires_at_us == session.expires_at_us - 2_000_000
@@ -125,7 +125,7 @@ async def test_a_load_leaves_an_expiry_that_is_fresh(engine: Engine) -> None:
 async def test_loads_answer_in_order_and_each_token_for_itself(engine: Engine) -> None:
     one, two = await started(engine), await started(engine)
     tokens = [two.access_token, "absent", one.access_token, two.access_token]
-    loaded = await engine.store.load(tokens)
+    loaded = await engine.store.load(lookups(*tokens))
 
     assert [loaded[0], loaded[2], loaded[3]] == [two, one, two]
     assert isinstance(loaded[1], SessionNotFound)
@@ -153,7 +153,7 @@ async def test_values_are_set_in_order_within_a_batch(engine: Engine) -> None:
     assert results[0] == {"a": "1", "b": "2"}
     assert isinstance(results[1], SessionNotFound)
     assert results[2] == {"a": "3", "b": "2"}
-    (loaded,) = await engine.store.load([token])
+    (loaded,) = await engine.store.load(lookups(token))
     assert isinstance(loaded, Session)
     assert bag.decode(loaded.bag) == {"a": "3", "b": "2"}
 
@@ -163,7 +163,7 @@ async def test_concurrent_writers_of_different_keys_lose_nothing(engine: Engine)
     changes = [ValueChange(access_token=token, key=str(n), value="v") for n in range(40)]
     await asyncio.gather(*(engine.store.set_values([change]) for change in changes))
 
-    (loaded,) = await engine.store.load([token])
+    (loaded,) = await engine.store.load(lookups(token))
     assert isinstance(loaded, Session)
     assert set(bag.decode(loaded.bag)) == {str(n) for n in range(40)}
 
@@ -266,8 +266,8 @@ async def test_deleting_returns_the_tokens_and_stops_at_the_limit(engine: Engine
     first = await engine.store.delete(Criteria(subject_id="a"), limit=2)
     second = await engine.store.delete(Criteria(subject_id="a"), limit=2)
 
-    assert len(first.names) == 2
-    assert sorted(first.names + second.names) == sorted(map(engine.named, "123"))
+    assert len(first.stored_keys) == 2
+    assert sorted(first.stored_keys + second.stored_keys) == sorted(map(engine.named, "123"))
     assert (first.is_all, second.is_all) == (False, True)
     assert await engine.store.exist(["1", "2", "3", "4"]) == [False, False, False, True]
 
@@ -279,7 +279,7 @@ async def test_deletes_at_the_same_time_share_the_work_and_none_claims_all_too_e
         tokens: list[str] = []
         while True:
             step = await engine.store.delete(Criteria(subject_id="a"), limit=5)
-            tokens += step.names
+            tokens += step.stored_keys
             if step.is_all:
                 # Whoever is told so may rely on it, though another does the rest of the work.
                 assert await engine.store.find(Criteria(subject_id="a"), offset=0, limit=1) == []
@@ -314,7 +314,7 @@ async def test_batches_of_any_order_do_not_deadlock(engine: Engine) -> None:
         order = tokens if n % 2 else tokens[::-1]
         await engine.store.set_values([ValueChange(access_token=t, key=str(n), value="v") for t in order])
         await engine.store.touch([Touch(access_token=t, expires_at_us=2**50) for t in order])
-        await engine.store.load(order)
+        await engine.store.load(lookups(*order))
 
     await asyncio.gather(*(write(n) for n in range(12)))
     await asyncio.gather(engine.store.abandon(endings(*tokens)), engine.store.abandon(endings(*tokens[::-1])))
@@ -340,7 +340,7 @@ async def test_a_write_past_its_time_is_not_done(engine: Engine) -> None:
 
     assert [type(result) for result in results] == [DeadlineExceeded] * 3
     assert await store.exist([token, "late"]) == [True, False]
-    (loaded,) = await store.load([token])
+    (loaded,) = await store.load(lookups(token))
     assert isinstance(loaded, Session)
     assert "k" not in bag.decode(loaded.bag)
 

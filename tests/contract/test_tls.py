@@ -13,10 +13,11 @@ from pathlib import Path
 import grpc
 import pytest
 from certificates import Authority
-from serving import ENGINES, OPTIONS
+from serving import ENGINES, configured
 
 from cluster.peer_auth import PeerAuth
 from cluster.peers import SERVICE_NAME, ChannelKind, Peers, TlsIdentity
+from mnemosyned.assembly import engine_options
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsFiles
 from mnemosyned.transport.engine import Engine, ListenFailed
@@ -47,7 +48,7 @@ class Server:
             table.add_unary(service, name, lambda _, call: "|".join(call.certificate_names).encode())
         table.add_unary("test.Test", "Slow", self._slow)
         self.stats = table.unary[SLOW].stats
-        self.engine: Engine = ENGINES[engine_name](table, replace(OPTIONS, tls=files))
+        self.engine: Engine = ENGINES[engine_name](table, replace(engine_options(configured()), tls=files))
         self.port = 0
 
     async def _slow(self, message: bytes, _: Call) -> bytes:

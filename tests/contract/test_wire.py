@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -100,7 +99,7 @@ class Client:
 
 
 def new_store() -> MemoryStore:
-    return MemoryStore(ttl_us=60_000_000, touch_interval_us=6_000_000, wall_us=lambda: time.time_ns() // 1000)
+    return MemoryStore()
 
 
 @pytest.fixture(params=sorted(ENGINES))

@@ -72,7 +72,7 @@ def test_check_fails_when_a_node_is_dead(cluster: Cluster) -> None:
 
     assert code == 1
     assert f"{second}: dead" in out
-    assert "not well" in out
+    assert "unhealthy" in out
 
 
 def test_check_fails_when_a_members_page_cannot_be_read(cluster: Cluster) -> None:
@@ -81,7 +81,7 @@ def test_check_fails_when_a_members_page_cannot_be_read(cluster: Cluster) -> Non
     code, out, _ = run("check", "-node", first)
 
     assert code == 1
-    assert f"{second}: operator's port" in out
+    assert f"{second}: admin port" in out
 
 
 def test_leave_needs_the_secret_and_ends_the_node_in_order(cluster: Cluster) -> None:

@@ -110,7 +110,7 @@ def test_it_starts_without_its_storage_and_serves_when_that_comes(tmp_path: Path
     server.stop()
     with Daemon(f"-postgres.address={dsn}") as daemon:
         line = daemon.wait_for("serving")
-        daemon.address, daemon.operator = line["grpc"], line["operator"]
+        daemon.address, daemon.admin = line["grpc"], line["admin"]
         daemon.wait_for("storage_not_ready")
         with daemon.stub() as stub:
             with pytest.raises(grpc.RpcError) as caught:
@@ -229,7 +229,7 @@ def test_memory_storage_warns_that_it_forgets() -> None:
         daemon.serving()
         daemon.stop()
 
-    assert "memory_storage_forgets_all_sessions_at_exit" in daemon.log
+    assert "storage_forgets_all_sessions_at_exit" in daemon.log
 
 
 METRICS = """

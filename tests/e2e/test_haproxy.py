@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,7 +16,7 @@ import pytest
 from clusters import CALL_TIMEOUT_S, Cluster, Load, free_ports, until
 from mnemosynerpc.session_pb2 import ExistsRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
-from serving import ENGINES, OPTIONS, Node, serving
+from serving import ENGINES, Node, serving
 
 from mnemosyned.storage.memory import MemoryStore
 
@@ -72,18 +71,17 @@ async def test_calls_are_balanced_and_none_fails_while_each_node_restarts(
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
-async def test_a_node_that_does_not_serve_gets_no_calls_and_its_operators_port_is_never_asked(
+async def test_a_node_that_does_not_serve_gets_no_calls_and_its_admin_port_is_never_asked(
     engine: str, tmp_path: Path
 ) -> None:
-    store = MemoryStore(ttl_us=1, touch_interval_us=1, wall_us=lambda: 0)
+    store = MemoryStore(wall_us=lambda: 0)
     # Nobody is at the third's address.
     ports = free_ports(3)
-    first_options, second_options = (replace(OPTIONS, port=port) for port in ports[:2])
     with ExitStack() as stack:
         operators = [stack.enter_context(socket.create_server(("127.0.0.1", port + 1))) for port in ports]
         async with (
-            serving(store, engine, options=first_options) as first,
-            serving(store, engine, options=second_options) as second,
+            serving(store, engine, flags=[f"-port={ports[0]}"]) as first,
+            serving(store, engine, flags=[f"-port={ports[1]}"]) as second,
         ):
             address = stack.enter_context(balancing([f"127.0.0.1:{port}" for port in ports], tmp_path))
             async with grpc.aio.insecure_channel(address) as channel:

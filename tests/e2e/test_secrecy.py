@@ -338,7 +338,7 @@ def look_at_pages(run: Run, token: str) -> None:
     for daemon in run.cluster.daemons.values():
         for path in paths:
             run.saw("page", daemon.http(path))
-        host, _, port = daemon.operator.removeprefix("https://").rpartition(":")
+        host, _, port = daemon.admin.removeprefix("https://").rpartition(":")
         assert daemon.context is not None
         for line in (f"GET /?token={CANARY} 2 HTTP/1.1", f"{CANARY} / HTTP/1.1", f"GET / HTTP/{CANARY}"):
             with (

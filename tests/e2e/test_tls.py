@@ -132,7 +132,7 @@ def test_certificates_replaced_on_disk_are_served_within_five_seconds_and_no_cal
     flags = authority.flags("127.0.0.1", "old.example")
     with Daemon("-storage=memory", f"-grpc.engine={engine}", *flags) as daemon:
         daemon.serving()
-        ports = [int(daemon.address.rpartition(":")[2]), int(daemon.operator.rpartition(":")[2])]
+        ports = [int(daemon.address.rpartition(":")[2]), int(daemon.admin.rpartition(":")[2])]
         assert all("old.example" in served(port) for port in ports)
         is_over = threading.Event()
         calls: dict[str, int] = {}
@@ -197,7 +197,7 @@ def test_the_operators_port_and_the_command_line_speak_tls(postgres_dsn: str, au
     with Cluster(postgres_dsn, 2, *node_flags(authority), secret="") as cluster:
         joined(cluster, authority)
         first = cluster.daemons[cluster.names[0]]
-        assert first.operator.startswith("https://")
+        assert first.admin.startswith("https://")
         assert first.http("/healthz")[0] == first.http("/healthr")[0] == 200
         node = ["-node", cluster.names[0]]
         well = run("check", *node, f"-tls.ca={authority.path}")

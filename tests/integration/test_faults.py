@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
@@ -24,7 +24,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from prometheus_client import CollectorRegistry
-from serving import LIFETIMES, Node, serving
+from serving import Node, serving
 
 from mnemosyned.embedded.server import EmbeddedPostgres
 from mnemosyned.observe.metrics import QueryMetrics
@@ -68,11 +68,9 @@ async def setup(server: EmbeddedPostgres) -> AsyncIterator[Setup]:
         dsn=server.dsn, pool_size=4, connect_timeout_s=1, statement_timeout_s=STATEMENT_TIMEOUT_S
     )
     pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
-    store = PostgresStore(
-        pool, TABLE, ttl_us=LIFETIMES.session_us, touch_interval_us=LIFETIMES.touch_interval_us
-    )
+    store = PostgresStore(pool, TABLE)
     await store.open()
-    async with serving(store, lifetimes=replace(LIFETIMES, cache_us=30_000_000)) as node:
+    async with serving(store, flags=("-cache.ttl=30s",)) as node:
         yield Setup(node, server)
     await store.close()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 import grpc
@@ -18,7 +18,7 @@ import pytest
 from mnemosynerpc.session_pb2 import AbandonRequest, GetRequest, Session, SetValueRequest, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from prometheus_client import CollectorRegistry
-from serving import LIFETIMES, serving
+from serving import serving
 
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
@@ -83,15 +83,13 @@ class History:
 @pytest.mark.parametrize("cache_ms", [0, 3, 5000])
 async def test_no_read_sees_what_an_acknowledged_write_replaced(postgres_dsn: str, cache_ms: int) -> None:
     options = PostgresOptions(dsn=postgres_dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
-    lifetimes = replace(LIFETIMES, cache_us=cache_ms * 1000, touch_interval_us=20_000)
     store = PostgresStore(
         PostgresPool(options, QueryMetrics(CollectorRegistry())),
         Table(schema="mnemosyne", name="session"),
-        ttl_us=lifetimes.session_us,
-        touch_interval_us=lifetimes.touch_interval_us,
     )
     await store.open()
-    async with serving(store, lifetimes=lifetimes) as node:
+    flags = (f"-cache.ttl={cache_ms}ms", "-touch.interval=20ms")
+    async with serving(store, flags=flags) as node:
         touching = asyncio.create_task(node.touches.run(0.02))
         history = History(node.stub, seed=cache_ms)
         history.subjects = [Subject("none", ENDED) for _ in range(8)]

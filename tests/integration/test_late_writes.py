@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
+from stores import TTL_US, lookups
 
 from mnemosyned.errors import DeadlineExceeded
 from mnemosyned.observe.metrics import QueryMetrics
@@ -28,9 +29,9 @@ async def store(postgres_dsn: str) -> AsyncIterator[PostgresStore]:
     options = PostgresOptions(dsn=postgres_dsn, pool_size=4, connect_timeout_s=5, statement_timeout_s=9)
     pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
     table = Table(schema="mnemosyne", name="session")
-    one = PostgresStore(pool, table, ttl_us=60_000_000, touch_interval_us=6_000_000)
+    one = PostgresStore(pool, table)
     await one.open()
-    await one.start([NewSession(access_token=token, subject_id="s") for token in TOKENS])
+    await one.start([NewSession(ttl_us=TTL_US, access_token=token, subject_id="s") for token in TOKENS])
     yield one
     await one.close()
 
@@ -81,7 +82,7 @@ async def test_a_change_that_gets_its_lock_too_late_is_not_made(
         # Behind the locked one: whoever repeats it now must not be overwritten later.
         (repeated,) = await store.set_values([ValueChange(access_token="other", key="k", value="2")])
     results = await late
-    loaded = [one for one in await store.load(TOKENS) if isinstance(one, Session)]
+    loaded = [one for one in await store.load(lookups(*TOKENS)) if isinstance(one, Session)]
 
     assert repeated == {"k": "2"}
     assert [type(one) for one in results] == [dict, DeadlineExceeded, DeadlineExceeded]
@@ -99,7 +100,7 @@ async def test_an_abandonment_that_gets_its_lock_too_late_is_not_done(
         await until_waiting(postgres_dsn)
         await until_late(store, not_after_us)
         assert await store.abandon([Abandonment(access_token="other")]) == [True]
-        (again,) = await store.start([NewSession(access_token="other", subject_id="again")])
+        (again,) = await store.start([NewSession(ttl_us=TTL_US, access_token="other", subject_id="again")])
     results = await late
 
     assert isinstance(again, Session)
@@ -116,14 +117,14 @@ async def test_a_start_that_waited_too_long_revives_no_session(
     )
     not_after_us = await store.now_us() + IN_TIME_US
     new = [
-        NewSession(access_token=token, subject_id="s", not_after_us=not_after_us)
+        NewSession(ttl_us=TTL_US, access_token=token, subject_id="s", not_after_us=not_after_us)
         for token in ("made 0", "made 1", "made 2")
     ]
     async with held(postgres_dsn, insert):
         late = asyncio.create_task(store.start(new))
         await until_waiting(postgres_dsn)
         await until_late(store, not_after_us)
-        (repeated,) = await store.start([NewSession(access_token="made 2", subject_id="s")])
+        (repeated,) = await store.start([NewSession(ttl_us=TTL_US, access_token="made 2", subject_id="s")])
         assert await store.abandon([Abandonment(access_token="made 2")]) == [True]
     results = await late
 
@@ -136,7 +137,7 @@ async def test_a_start_that_waited_too_long_revives_no_session(
 async def test_writers_of_one_bag_on_many_connections_lose_nothing(store: PostgresStore) -> None:
     changes = [ValueChange(access_token="first", key=str(number), value="v") for number in range(40)]
     results = await asyncio.gather(*(store.set_values([change]) for change in changes))
-    (loaded,) = await store.load(["first"])
+    (loaded,) = await store.load(lookups("first"))
 
     assert all(isinstance(result, dict) for (result,) in results)
     assert isinstance(loaded, Session)
@@ -144,9 +145,9 @@ async def test_writers_of_one_bag_on_many_connections_lose_nothing(store: Postgr
 
 
 async def test_of_two_equal_starts_the_one_with_time_left_is_done(store: PostgresStore) -> None:
-    late = NewSession(access_token="twice", subject_id="late", not_after_us=1)
-    results = await store.start([late, NewSession(access_token="twice", subject_id="in time")])
-    (loaded,) = await store.load(["twice"])
+    late = NewSession(ttl_us=TTL_US, access_token="twice", subject_id="late", not_after_us=1)
+    results = await store.start([late, NewSession(ttl_us=TTL_US, access_token="twice", subject_id="in time")])
+    (loaded,) = await store.load(lookups("twice"))
 
     assert isinstance(results[1], Session)
     assert isinstance(loaded, Session)
@@ -191,7 +192,7 @@ async def test_a_writer_far_from_the_database_gets_its_turn(store: PostgresStore
     is_over.set()
     counts = await asyncio.gather(*near)
     await far.close()
-    (loaded,) = await store.load(["first"])
+    (loaded,) = await store.load(lookups("first"))
 
     assert all(isinstance(result, dict) for result in results), results
     assert isinstance(loaded, Session)

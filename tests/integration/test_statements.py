@@ -20,7 +20,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from prometheus_client import CollectorRegistry
-from serving import LIFETIMES, Node, serving
+from serving import LIFETIME, Node, serving
 
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
@@ -37,8 +37,8 @@ def new_store(dsn: str, registry: CollectorRegistry) -> PostgresStore:
     return PostgresStore(
         PostgresPool(options, QueryMetrics(registry)),
         TABLE,
-        ttl_us=LIFETIMES.session_us,
-        touch_interval_us=LIFETIMES.touch_interval_us,
+        ttl_us=LIFETIME.idle_us,
+        touch_interval_us=LIFETIME.touch_interval_us,
     )
 
 
@@ -320,7 +320,7 @@ async def test_a_wrong_password_is_refused_without_showing_it(postgres_dsn: str)
 async def test_a_locked_row_delays_only_its_own_caller(postgres_dsn: str) -> None:
     options = PostgresOptions(dsn=postgres_dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=1)
     pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
-    store = PostgresStore(pool, TABLE, ttl_us=60_000_000, touch_interval_us=6_000_000)
+    store = PostgresStore(pool, TABLE)
     await store.open()
     async with serving(store) as node:
         locked, free = await started(node, 2)

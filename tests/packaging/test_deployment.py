@@ -23,9 +23,13 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, RequestReceived, StreamEnded
 from processes import Daemon
 
-from mnemosyned.config.config import Config, parse
-from mnemosyned.config.flags import FLAGS
+from mnemosyned.config.config import Config
+from mnemosyned.node_config import ClusterConfig
 from mnemosyned.security.api_keys import Role, line_of, new_key
+from mnemosyned.security.config import AuthConfig, TlsConfig
+from mnemosyned.settings import FLAGS, parse
+from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.frame import framed
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +39,7 @@ OVERLAYS = {
     path.name: path
     for path in [DEPLOY / "kubernetes" / "base", *(DEPLOY / "kubernetes" / "overlays").iterdir()]
 }
-VARIABLES = {flag.variable for flag in FLAGS}
+VARIABLES = {flag.variable for flag in FLAGS.values()}
 DASHBOARD = json.loads((COMPOSE / "grafana-dashboard.json").read_text())
 RULES = yaml.safe_load((COMPOSE / "alerts.yaml").read_text())["groups"][0]["rules"]
 SESSIONS = 'job="mnemosyned", instance="a", service="mnemosynerpc.SessionManager"'
@@ -145,21 +149,21 @@ def test_the_manifests_are_what_kubernetes_takes(overlay: str, tmp_path: Path) -
 def test_the_environment_of_a_pod_makes_a_node_of_the_cluster(secrets: Path) -> None:
     config = mounted("base", secrets)
 
-    assert config.cluster_listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8080"
-    assert config.cluster_seeds == ("mnemosyned-peers.ours.svc:8080",)
-    assert config.cluster_secret == ("hunter2-a-secret-for-these-tests-only",)
-    assert config.postgres_address == "postgres://u:p@h/d"
-    assert not config.tls
+    assert config[ClusterConfig].listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8080"
+    assert config[ClusterConfig].seeds == ("mnemosyned-peers.ours.svc:8080",)
+    assert config[ClusterConfig].secret == ("hunter2-a-secret-for-these-tests-only",)
+    assert config[PostgresConfig].address == "postgres://u:p@h/d"
+    assert not config[TlsConfig].is_on
 
 
 @needs_kubectl
 def test_in_production_nodes_and_callers_are_known_over_tls(secrets: Path) -> None:
     config = mounted("production", secrets)
 
-    assert config.tls
-    assert config.tls_client_auth == "optional"
-    assert config.tls_peer_names == ("*.mnemosyned-peers.ours.svc",)
-    assert config.auth_keys == str(secrets / "keys" / "keys")
+    assert config[TlsConfig].is_on
+    assert config[TlsConfig].client_auth == "optional"
+    assert config[TlsConfig].peer_names == ("*.mnemosyned-peers.ours.svc",)
+    assert config[AuthConfig].keys_file == str(secrets / "keys" / "keys")
     assert {
         container("production")[f"{kind}Probe"]["httpGet"]["scheme"]
         for kind in ("startup", "liveness", "readiness")
@@ -188,7 +192,8 @@ def test_a_pod_may_do_little_and_has_time_to_drain(overlay: str) -> None:
     assert security["allowPrivilegeEscalation"] is False
     assert security["capabilities"] == {"drop": ["ALL"]}
     # Then -drain.timeout, twice if calls ignore it, and the last writes.
-    assert spec["terminationGracePeriodSeconds"] >= int(pause_s) + 2 * parse([], {}).drain_timeout_s + 5
+    drain_s = parse([], {})[GrpcConfig].drain_timeout_s
+    assert spec["terminationGracePeriodSeconds"] >= int(pause_s) + 2 * drain_s + 5
 
 
 @needs_kubectl
@@ -237,8 +242,8 @@ def test_the_composed_nodes_are_one_cluster() -> None:
     prometheus = yaml.safe_load((COMPOSE / "prometheus.yaml").read_text())
     (targets,) = prometheus["scrape_configs"][0]["static_configs"]
 
-    assert {config.cluster_listen for config in configs} == set(configs[0].cluster_seeds)
-    assert len({config.cluster_secret for config in configs}) == 1
+    assert {config[ClusterConfig].listen for config in configs} == set(configs[0].cluster_seeds)
+    assert len({config[ClusterConfig].secret for config in configs}) == 1
     assert len(targets["targets"]) == 3
 
 

@@ -82,9 +82,9 @@ def _start(table: str) -> Query:
     return Query(
         "start",
         "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], "
-        f"$5::bytea[], $7::timestamptz[]) AS new ({_NEW_COLUMNS}, not_after)), "
+        f"$5::bytea[], $6::bigint[], $7::timestamptz[]) AS new ({_NEW_COLUMNS}, ttl_us, not_after)), "
         f"made AS (INSERT INTO {table} AS held ({_COLUMNS}) "
-        f"SELECT {_NEW_COLUMNS}, now() + $6::interval "
+        f"SELECT {_NEW_COLUMNS}, now() + ttl_us * interval '1 microsecond' "
         "FROM (SELECT * FROM asked ORDER BY access_token OFFSET 0) AS sorted "
         "WHERE clock_timestamp() < not_after "
         # A row that is past its expiry does not exist, though cleanup has not seen it yet.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import asyncpg
 
-from aio.deadline import NEVER_US
+from aio.units import NEVER_US
 from mnemosyned.errors import (
     CorruptBag,
     DeadlineExceeded,
@@ -26,11 +26,13 @@ from mnemosyned.errors import (
     SessionNotFound,
     StorageUnavailable,
 )
+from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    Lookup,
     NewSession,
     Session,
     Touch,
@@ -38,12 +40,15 @@ from mnemosyned.sessions.model import (
     page_too_large,
 )
 from mnemosyned.sessions.store import Deletion, Renaming, StorageRefused
-from mnemosyned.storage.postgres.pool import ITEM_FAULTS, REFUSALS, PostgresPool
+from mnemosyned.storage.postgres.pool import ITEM_FAULTS, REFUSALS, PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.queries import Queries, Query
 from mnemosyned.storage.postgres.schema import Table, set_up
 
 if TYPE_CHECKING:
     from asyncpg import Record
+    from prometheus_client import CollectorRegistry
+
+    from mnemosyned.storage.postgres.config import PostgresConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,18 +58,29 @@ _QUICK_ROUNDS: Final = 4
 _LOCKED_MS: Final = 500
 
 
-class PostgresStore:
-    """SessionStore on one table."""
+def build(config: PostgresConfig, *, dsn: str, registry: CollectorRegistry) -> PostgresStore:
+    """Return the store that the configuration describes, not yet opened."""
+    options = PostgresOptions(
+        dsn=dsn,
+        pool_size=config.pool_size,
+        connect_timeout_s=config.connect_timeout_s,
+        statement_timeout_s=config.statement_timeout_s,
+    )
+    return PostgresStore(
+        PostgresPool(options, QueryMetrics(registry)), Table(schema=config.schema, name=config.table)
+    )
 
-    def __init__(self, pool: PostgresPool, table: Table, *, ttl_us: int, touch_interval_us: int) -> None:
+
+class PostgresStore:
+    """Every part of the storage port, on one table."""
+
+    def __init__(self, pool: PostgresPool, table: Table) -> None:
         self._pool = pool
         self._table = table
-        self._ttl = timedelta(microseconds=ttl_us)
-        self._fresh = timedelta(microseconds=ttl_us - touch_interval_us)
         self._queries = Queries(table.sql)
 
     async def open(self) -> None:
-        """See SessionStore."""
+        """See Storage."""
         await self._pool.open()
         try:
             async with self._pool.connection(passing=REFUSALS) as connection:
@@ -76,16 +92,16 @@ class PostgresStore:
             raise
 
     async def close(self) -> None:
-        """See SessionStore."""
+        """See Storage."""
         await self._pool.close()
 
     async def now_us(self) -> int:
-        """See SessionStore."""
+        """See Storage."""
         rows = await self._pool.fetch(self._queries.now)
         return int(rows[0]["now"])
 
-    async def fingerprint(self) -> bytes:
-        """See SessionStore."""
+    async def identity(self) -> bytes:
+        """See Storage."""
         rows = await self._pool.fetch(self._queries.identity)
         return hashlib.blake2b(str(rows[0]["identity"]).encode(), digest_size=16).digest()
 
@@ -93,11 +109,19 @@ class PostgresStore:
         """See SessionStore."""
         return await _isolating(self._start, sessions)
 
-    async def load(self, tokens: Sequence[str]) -> list[Session | MnemosyneError]:
+    async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         """See SessionStore."""
-        rows = await self._pool.fetch(self._queries.load, _encoded(tokens), self._ttl, self._fresh)
-        loaded = {row["access_token"]: _session(row) for row in rows}
-        return [loaded.get(token.encode()) or SessionNotFound() for token in tokens]
+        # One statement for all sessions with the same times, which today are all of them.
+        tokens_by_times: dict[tuple[int, int], list[bytes]] = {}
+        for lookup in lookups:
+            times = (lookup.ttl_us, lookup.touch_interval_us)
+            tokens_by_times.setdefault(times, []).append(lookup.access_token.encode())
+        loaded: dict[bytes, Session] = {}
+        for (ttl_us, touch_interval_us), tokens in tokens_by_times.items():
+            ttl, fresh = timedelta(microseconds=ttl_us), timedelta(microseconds=ttl_us - touch_interval_us)
+            for row in await self._pool.fetch(self._queries.load, tokens, ttl, fresh):
+                loaded[row["access_token"]] = _session(row)
+        return [loaded.get(lookup.access_token.encode()) or SessionNotFound() for lookup in lookups]
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -132,7 +156,8 @@ class PostgresStore:
         query = self._queries.delete(where, limit_at=len(values) + 1)
         (row,) = await self._pool.fetch(query, *values, limit)
         return Deletion(
-            names=[_text(name) for name in row["tokens"]], is_all=len(row["tokens"]) == row["picked"] < limit
+            stored_keys=[_text(token) for token in row["tokens"]],
+            is_all=len(row["tokens"]) == row["picked"] < limit,
         )
 
     async def clean_up(self, *, limit: int) -> list[str]:
@@ -141,12 +166,12 @@ class PostgresStore:
         return [_text(row["access_token"]) for row in rows]
 
     async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
-        """See SessionStore."""
+        """See RenamableStore."""
         return await _isolating(self._rename, renamings)
 
-    async def stored_keys_after(self, name: str, *, limit: int) -> list[str]:
-        """See SessionStore."""
-        after = name.encode(errors="surrogateescape")
+    async def stored_keys_after(self, stored_key: str, *, limit: int) -> list[str]:
+        """See RenamableStore."""
+        after = stored_key.encode(errors="surrogateescape")
         rows = await self._pool.fetch(self._queries.stored_keys_after, after, limit)
         return [row["access_token"].decode(errors="surrogateescape") for row in rows]
 
@@ -172,7 +197,7 @@ class PostgresStore:
             [new.subject_id for new in firsts],
             [new.subject_client for new in firsts],
             [new.bag for new in firsts],
-            self._ttl,
+            [new.ttl_us for new in firsts],
             [new.not_after_us for new in firsts],
             passing=ITEM_FAULTS,
         )

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from mnemosyned import __version__
-from mnemosyned.config.config import Config, ConfigError, parse
-from mnemosyned.config.flags import FLAGS
-
-README = Path(__file__).parents[2] / "README.md"
+from mnemosyned.commands import help_text
+from mnemosyned.config.config import Config
+from mnemosyned.config.flags import ConfigError, flags_of
+from mnemosyned.config.help import actions_in
+from mnemosyned.node_config import ClusterConfig
+from mnemosyned.observe.config import ObserveConfig
+from mnemosyned.security.config import AuthConfig, TlsConfig
+from mnemosyned.sessions.config import CacheConfig, SessionsConfig
+from mnemosyned.settings import FLAGS, SECTIONS, parse
+from mnemosyned.storage.engines import StorageConfig
+from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.transport.config import GrpcConfig
 
 
 def complaint(*argv: str, **environ: str) -> str:
@@ -22,13 +31,17 @@ def complaint(*argv: str, **environ: str) -> str:
 def test_the_defaults_are_those_of_the_go_daemon() -> None:
     config = parse([], {})
 
-    assert (config.host, config.port) == ("127.0.0.1", 8080)
-    assert (config.ttl_s, config.ttc_s) == (24 * 60, 60)
-    assert config.postgres_address == "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
-    assert (config.postgres_schema, config.postgres_table) == ("mnemosyne", "session")
-    assert (config.log_environment, config.log_level, config.storage) == ("production", "info", "postgres")
-    assert not config.tls
-    assert config.cluster_seeds == ()
+    assert (config[GrpcConfig].host, config[GrpcConfig].port) == ("127.0.0.1", 8080)
+    assert (config[SessionsConfig].ttl_s, config[SessionsConfig].ttc_s) == (24 * 60, 60)
+    assert config[PostgresConfig].address == "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
+    assert (config[PostgresConfig].schema, config[PostgresConfig].table) == ("mnemosyne", "session")
+    assert (
+        config[ObserveConfig].log_environment,
+        config[ObserveConfig].log_level,
+        config[StorageConfig].name,
+    ) == ("production", "info", "postgres")
+    assert not config[TlsConfig].is_on
+    assert config[ClusterConfig].seeds == ()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +55,7 @@ def test_the_defaults_are_those_of_the_go_daemon() -> None:
     ],
 )
 def test_every_spelling_of_a_flag_is_understood(argv: list[str]) -> None:
-    assert parse(argv, {}).ttl_s == 5400
+    assert parse(argv, {})[SessionsConfig].ttl_s == 5400
 
 
 @pytest.mark.parametrize(
@@ -58,13 +71,13 @@ def test_every_spelling_of_a_flag_is_understood(argv: list[str]) -> None:
     ],
 )
 def test_a_boolean_stands_alone_or_has_its_value_attached(argv: list[str], is_on: bool) -> None:  # noqa: FBT001
-    assert parse(argv, {}).grpc_debug is is_on
+    assert parse(argv, {})[GrpcConfig].is_debug is is_on
 
 
 def test_seeds_add_up_over_commas_and_repetition() -> None:
     config = parse(["-cluster.listen=me:1", "-cluster.seeds=a:1, b:2", "-cluster.seeds", "[::1]:3,a:1"], {})
 
-    assert config.cluster_seeds == ("a:1", "b:2", "[::1]:3")
+    assert config[ClusterConfig].seeds == ("a:1", "b:2", "[::1]:3")
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -74,10 +87,14 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_p
     listen = "-cluster.listen=me:1"
     config = parse([f"-config={file}", "-port=3", listen], environ)
 
-    assert (config.ttl_s, config.ttc_s, config.port) == (60, 180, 3)
-    assert config.cluster_seeds == ("env:1", "env:2")
-    assert parse(["-cluster.seeds=flag:1", listen], environ).cluster_seeds == ("flag:1",)
-    assert parse(["-tls=false"], {"MNEMOSYNED_TLS": "true"}).tls is False
+    assert (config[SessionsConfig].ttl_s, config[SessionsConfig].ttc_s, config[GrpcConfig].port) == (
+        60,
+        180,
+        3,
+    )
+    assert config[ClusterConfig].seeds == ("env:1", "env:2")
+    assert parse(["-cluster.seeds=flag:1", listen], environ)[ClusterConfig].seeds == ("flag:1",)
+    assert parse(["-tls=false"], {"MNEMOSYNED_TLS": "true"})[TlsConfig].is_on is False
 
 
 @pytest.mark.parametrize(
@@ -95,10 +112,10 @@ def test_a_file_may_be_toml_or_yaml_nested_or_dotted(tmp_path: Path, name: str, 
     (tmp_path / name).write_text(text)
     config = parse([], {"MNEMOSYNED_CONFIG": str(tmp_path / name)})
 
-    assert config.cache_bytes == 1024**3
-    assert config.log_level == "warn"
-    assert config.grpc_max_message_bytes == 1024**2
-    assert config.grpc_debug is True
+    assert config[CacheConfig].max_bytes == 1024**3
+    assert config[ObserveConfig].log_level == "warn"
+    assert config[GrpcConfig].max_message_bytes == 1024**2
+    assert config[GrpcConfig].is_debug is True
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
@@ -108,13 +125,13 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_port_that_kubernetes_sets_for_a_service_is_ignored() -> None:
-    assert parse([], {"MNEMOSYNED_PORT": "tcp://10.0.0.1:8080"}).port == 8080
+    assert parse([], {"MNEMOSYNED_PORT": "tcp://10.0.0.1:8080"})[GrpcConfig].port == 8080
 
 
 def test_the_touch_interval_follows_the_ttl() -> None:
-    assert parse(["-ttl=24m"], {}).touch_interval_s == 10
-    assert parse(["-ttl=10s"], {}).touch_interval_s == 1
-    assert parse(["-ttl=24m", "-touch.interval=30s"], {}).touch_interval_s == 30
+    assert parse(["-ttl=24m"], {})[SessionsConfig].touch_interval_s == 10
+    assert parse(["-ttl=10s"], {})[SessionsConfig].touch_interval_s == 1
+    assert parse(["-ttl=24m", "-touch.interval=30s"], {})[SessionsConfig].touch_interval_s == 30
 
 
 @pytest.mark.parametrize(
@@ -204,7 +221,7 @@ def test_a_missing_or_binary_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_memory_storage_is_for_a_single_node() -> None:
     assert "-storage" in complaint("-storage=memory", "-cluster.seeds=a:1")
     own = ["-storage=memory", "-cluster.listen=a:1", "-cluster.seeds=a:1"]
-    assert parse(own, {}).cluster_seeds == ("a:1",)
+    assert parse(own, {})[ClusterConfig].seeds == ("a:1",)
 
 
 def test_tls_needs_files_that_can_be_read(tmp_path: Path) -> None:
@@ -216,10 +233,10 @@ def test_tls_needs_files_that_can_be_read(tmp_path: Path) -> None:
     assert "flag -tls.key" in missing
     assert "No such file" in missing
     given = ["-tls", f"-tls.crt={certificate}", f"-tls.key={key}"]
-    assert parse(given, {}).tls
+    assert parse(given, {})[TlsConfig].is_on
     assert "flag -tls.ca: /nowhere: No such file" in complaint(*given, "-tls.ca=/nowhere")
     mutual = [*given, f"-tls.ca={certificate}", "-tls.client-auth=optional", "-tls.peer-names=a.b,*.c"]
-    assert parse(mutual, {}).tls_peer_names == ("a.b", "*.c")
+    assert parse(mutual, {})[TlsConfig].peer_names == ("a.b", "*.c")
     assert "knows none and require only" in complaint(*mutual, "-grpc.engine=grpcio")
 
 
@@ -251,29 +268,48 @@ def test_a_password_in_a_broken_file_is_never_shown(tmp_path: Path) -> None:
         assert "hunter2" not in complaint(f"-config={tmp_path / name}")
 
 
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse(["-version"], {})
-
-    assert exit_.value.code == 0
-    assert capsys.readouterr().out == f"mnemosyned {__version__}\n"
+@pytest.mark.parametrize("argument", ["-version", "--version"])
+def test_version_is_asked_for(argument: str) -> None:
+    assert actions_in(["-ttl=5m", argument]) == {"version"}
 
 
 @pytest.mark.parametrize("argument", ["-h", "-help", "--help"])
-def test_help_names_every_flag_with_its_variable(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse([argument], {})
+def test_help_names_every_flag_with_its_variable_in_the_group_of_its_section(argument: str) -> None:
+    assert actions_in([argument]) == {"help"}
+    out = help_text()
 
-    out = capsys.readouterr().out
-    assert exit_.value.code == 0
-    for flag in FLAGS:
-        assert f"  -{flag.name}\n" in out
-        assert flag.variable in out
+    for section in SECTIONS:
+        group = out.partition(f"\n{section.TITLE}\n  example: {section.EXAMPLE}\n")[2]
+        for flag in flags_of(section).values():
+            assert f"  -{flag.name}\n" in group
+            assert flag.variable in group
 
 
-def test_every_field_has_a_flag_and_a_valid_default() -> None:
+def test_every_example_of_help_is_a_valid_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("node.pem", "node.key", "ca.pem", "callers.txt", "token.key", "secret"):
+        (tmp_path / name).write_text("x" * 32)
+    for section in SECTIONS:
+        program, *argv = shlex.split(section.EXAMPLE)
+        if "-config=/etc/mnemosyned.toml" in argv:
+            argv.remove("-config=/etc/mnemosyned.toml")
+
+        assert program == "mnemosyned"
+        assert isinstance(parse(argv, {}), Config)
+
+
+def test_every_flag_has_a_name_of_its_own_and_a_valid_default() -> None:
     assert isinstance(parse([], {}), Config)
-    assert len({flag.field for flag in FLAGS}) == len(FLAGS)
+    assert len(FLAGS) == sum(len(flags_of(section)) for section in SECTIONS)
+
+
+def test_no_secret_has_a_place_in_what_a_section_shows_of_itself() -> None:
+    for section in SECTIONS:
+        for field in fields(section):
+            flag = flags_of(section).get(field.name)
+            assert field.repr is (flag is not None and not flag.is_secret)
 
 
 def test_secrets_come_from_the_flag_and_the_file_together(tmp_path: Path) -> None:
@@ -281,7 +317,7 @@ def test_secrets_come_from_the_flag_and_the_file_together(tmp_path: Path) -> Non
     file.write_text("the second of the two\n".replace(" ", "-"))
     config = parse(["-cluster.secret=the-first-of-the-two", f"-cluster.secret.file={file}"], {})
 
-    assert config.cluster_secret == ("the-first-of-the-two", "the-second-of-the-two")
+    assert config[ClusterConfig].secret == ("the-first-of-the-two", "the-second-of-the-two")
     assert "the-first" not in repr(config)
 
 
@@ -312,7 +348,7 @@ def test_the_address_of_the_storage_may_come_from_a_file(tmp_path: Path) -> None
     file.write_text("postgres://u:hunter2@h/d\n")
     config = parse([], {"MNEMOSYNED_POSTGRES_ADDRESS_FILE": str(file)})
 
-    assert config.postgres_address == "postgres://u:hunter2@h/d"
+    assert config[PostgresConfig].address == "postgres://u:hunter2@h/d"
     assert "hunter2" not in repr(config)
     both = complaint(f"-postgres.address.file={file}", "-postgres.address=postgres://u:hunter2@h/d")
     assert "-postgres.address is given as well" in both
@@ -357,4 +393,4 @@ def test_the_keys_of_tokens_come_from_their_file_in_its_order(tmp_path: Path) ->
     path = tmp_path / "token.key"
     path.write_text(f"{'b' * 32}\n{'a' * 32}\n")
 
-    assert parse([f"-token.key.file={path}"], {}).token_keys == ("b" * 32, "a" * 32)
+    assert parse([f"-token.key.file={path}"], {})[AuthConfig].token_keys == ("b" * 32, "a" * 32)

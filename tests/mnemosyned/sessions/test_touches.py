@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
+from stores import TTL_US, lookups
 
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.encoded import EncodedSession
@@ -18,9 +18,7 @@ class Store(MemoryStore):
     """A memory store that counts batches of touches and can be away."""
 
     def __init__(self) -> None:
-        super().__init__(
-            ttl_us=10_000_000, touch_interval_us=1_000_000, wall_us=lambda: time.time_ns() // 1000
-        )
+        super().__init__()
         self.batches: list[int] = []
         self.is_away = False
         self.refused = 0
@@ -30,7 +28,7 @@ class Store(MemoryStore):
         self.during_touch()
         if self.is_away:
             self.refused += 1
-            raise StorageUnavailable("away")
+            raise StorageUnavailable("unavailable")
         self.batches.append(len(touches))
         return await super().touch(touches)
 
@@ -45,12 +43,12 @@ class Setup:
         )
 
     async def extended(self, token: str) -> EncodedSession:
-        (session,) = await self.store.start([NewSession(access_token=token, subject_id="s")])
+        (session,) = await self.store.start([NewSession(ttl_us=TTL_US, access_token=token, subject_id="s")])
         assert isinstance(session, Session)
-        ready = EncodedSession(session)
-        ready.expires_at_us += 1_000_000
-        self.touches.mark(token, ready)
-        return ready
+        encoded = EncodedSession(session)
+        encoded.expires_at_us += 1_000_000
+        self.touches.mark(token, encoded)
+        return encoded
 
     def stored_us(self, token: str) -> int:
         return self.store._session_by_token[token].expires_at_us
@@ -62,22 +60,22 @@ async def test_many_sessions_are_written_in_few_batches() -> None:
     await setup.touches.flush()
 
     assert setup.store.batches == [512, 88]
-    assert all(setup.stored_us(token) == ready.expires_at_us for token, ready in readies.items())
-    assert not any(ready.is_dirty for ready in readies.values())
+    assert all(setup.stored_us(token) == encoded.expires_at_us for token, encoded in readies.items())
+    assert not any(encoded.is_dirty for encoded in readies.values())
     assert len(setup.touches) == 0
 
 
 async def test_what_could_not_be_written_waits_for_the_next_flush() -> None:
     setup = Setup()
-    ready = await setup.extended("t")
+    encoded = await setup.extended("t")
     setup.store.is_away = True
     with pytest.raises(StorageUnavailable):
         await setup.touches.flush()
-    assert ready.is_dirty
+    assert encoded.is_dirty
     setup.store.is_away = False
     await setup.touches.flush()
 
-    assert setup.stored_us("t") == ready.expires_at_us
+    assert setup.stored_us("t") == encoded.expires_at_us
 
 
 async def test_a_session_that_the_storage_lost_is_reported() -> None:
@@ -94,31 +92,31 @@ async def test_no_more_wait_than_the_bound_and_the_loss_is_counted() -> None:
     readies = [await setup.extended(f"t{n}") for n in range(3)]
 
     assert len(setup.touches) == 2
-    assert [ready.is_dirty for ready in readies] == [False, True, True]
+    assert [encoded.is_dirty for encoded in readies] == [False, True, True]
     assert setup.lost._value.get() == 1
 
 
-async def test_flushing_goes_on_by_itself_and_survives_an_absent_storage() -> None:
+async def test_flushing_goes_on_by_itself_and_survives_an_unavailable_storage() -> None:
     setup = Setup()
     setup.store.is_away = True
     running = asyncio.create_task(setup.touches.run(0.02))
-    ready = await setup.extended("t")
+    encoded = await setup.extended("t")
     async with asyncio.timeout(5):
         while not setup.store.refused:
             await asyncio.sleep(0)
         setup.store.is_away = False
-        while ready.is_dirty:
+        while encoded.is_dirty:
             await asyncio.sleep(0)
     running.cancel()
 
-    assert setup.stored_us("t") == ready.expires_at_us
+    assert setup.stored_us("t") == encoded.expires_at_us
 
 
 async def test_a_second_copy_of_a_session_does_not_lose_what_the_first_promised() -> None:
     setup = Setup()
     first = await setup.extended("t")
     promised_us = first.expires_at_us
-    (session,) = await setup.store.load(["t"])
+    (session,) = await setup.store.load(lookups("t"))
     assert isinstance(session, Session)
     setup.touches.mark("t", EncodedSession(session))
     await setup.touches.flush()
@@ -130,7 +128,7 @@ async def test_what_comes_back_does_not_take_the_place_of_what_was_marked_meanwh
     setup = Setup()
     first = await setup.extended("t")
     promised_us = first.expires_at_us
-    (session,) = await setup.store.load(["t"])
+    (session,) = await setup.store.load(lookups("t"))
     assert isinstance(session, Session)
     second = EncodedSession(session)
     setup.store.during_touch = lambda: setup.touches.mark("t", second)

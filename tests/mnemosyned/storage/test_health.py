@@ -8,7 +8,7 @@ import pytest
 
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.storage import health as watch
+from mnemosyned.storage import health
 from mnemosyned.storage.health import StorageHealth
 from mnemosyned.storage.memory import MemoryStore
 
@@ -16,25 +16,25 @@ HOUR_US = 3_600_000_000
 
 
 class Store(MemoryStore):
-    """A memory store an hour ahead of us, that can be away."""
+    """A memory store an hour ahead of us, that can be unavailable."""
 
-    is_away = False
+    is_unavailable = False
     refused = 0
 
     def __init__(self) -> None:
-        super().__init__(ttl_us=1, touch_interval_us=0, wall_us=lambda: time.time_ns() // 1000 + HOUR_US)
+        super().__init__(wall_us=lambda: time.time_ns() // 1000 + HOUR_US)
 
     async def now_us(self) -> int:
-        if self.is_away:
+        if self.is_unavailable:
             self.refused += 1
-            raise StorageUnavailable("away")
+            raise StorageUnavailable("unavailable")
         return await super().now_us()
 
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_PROBE_PERIOD_S", 0.001)
-    monkeypatch.setattr(watch, "_OPEN_RETRY_S", (0.001, 0.002))
+    monkeypatch.setattr(health, "_PROBE_PERIOD_S", 0.001)
+    monkeypatch.setattr(health, "_OPEN_RETRY_S", (0.001, 0.002))
 
 
 async def until(condition: object) -> None:
@@ -45,29 +45,29 @@ async def until(condition: object) -> None:
 
 async def test_opening_is_tried_until_it_succeeds_and_sets_the_clock() -> None:
     store, clock = Store(), StorageClock()
-    store.is_away = True
-    watching = StorageHealth(store, clock)
-    opening = asyncio.create_task(watching.open())
+    store.is_unavailable = True
+    checking = StorageHealth(store, clock)
+    opening = asyncio.create_task(checking.open())
     await until(lambda: store.refused >= 3)
-    assert not watching.is_serving
-    store.is_away = False
+    assert not checking.is_serving
+    store.is_unavailable = False
     await opening
 
-    assert watching.is_serving
+    assert checking.is_serving
     assert abs(clock.now_us() - time.time_ns() // 1000 - HOUR_US) < 1_000_000
 
 
 async def test_loss_and_return_are_noticed_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     store = Store()
-    watching = StorageHealth(store, StorageClock())
-    await watching.open()
-    running = asyncio.create_task(watching.run())
-    store.is_away = True
+    checking = StorageHealth(store, StorageClock())
+    await checking.open()
+    running = asyncio.create_task(checking.run())
+    store.is_unavailable = True
     await until(lambda: store.refused >= 5)
-    assert not watching.is_serving
-    store.is_away = False
-    await until(lambda: watching.is_serving)
+    assert not checking.is_serving
+    store.is_unavailable = False
+    await until(lambda: checking.is_serving)
     running.cancel()
 
     assert [record.message for record in caplog.records] == [

@@ -1,0 +1,236 @@
+"""From a configuration to the parts of a node, connected with one another.
+
+The daemon uses it, and so do the tests that put a node together, so that no test checks a node that no user
+runs. Nothing here listens, runs or opens anything.
+
+    Config ──> store (storage/engines.py) ──> assemble ──> Parts: cache, coherence, service, node, method
+    table
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cache.backend import LruBackend
+from cache.lru import Lru
+from cache.read_through import ReadThrough
+from mnemosyned.admin.cluster import ClusterCollector
+from mnemosyned.api import reflection, session_manager
+from mnemosyned.api.auth import guard
+from mnemosyned.api.health import SERVICE_NAME as HEALTH
+from mnemosyned.api.health import Health
+from mnemosyned.api.router import carried
+from mnemosyned.api.session_manager import LocalRouter
+from mnemosyned.node import ClusterNode, NodeOptions, Sessions
+from mnemosyned.node_config import ClusterConfig
+from mnemosyned.observe.config import ObserveConfig
+from mnemosyned.observe.metrics import AuthMetrics, CacheCollector, RpcCollector, UpkeepMetrics
+from mnemosyned.security.config import TlsConfig
+from mnemosyned.security.tls import ClientAuth, TlsFiles
+from mnemosyned.sessions.bag import BagLimits
+from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.coherence import Coherence, TokenIndex
+from mnemosyned.sessions.config import CacheConfig, SessionsConfig, lifetime
+from mnemosyned.sessions.encoded import EncodedSession
+from mnemosyned.sessions.service import ServiceRules, SessionService
+from mnemosyned.sessions.touches import TouchWriter
+from mnemosyned.storage.engines import StorageConfig
+from mnemosyned.storage.hashed import HashedStore
+from mnemosyned.transport.config import GrpcConfig
+from mnemosyned.transport.engine import Engine, EngineOptions
+from mnemosyned.transport.grpcio_engine import GrpcioEngine
+from mnemosyned.transport.h2corn_engine import H2cornEngine
+from mnemosyned.transport.methods import Call, MethodTable
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from mnemosyned.config.config import Config
+    from mnemosyned.security.api_keys import Callers
+    from mnemosyned.sessions.store import EngineStore
+    from mnemosyned.transport.traces import Tracing
+
+GRPC_ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
+    "h2corn": H2cornEngine,
+    "grpcio": GrpcioEngine,
+}
+_PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What a node gets from the outside."""
+
+    registry: CollectorRegistry
+    stop: Callable[[], None]  # begins the end of the daemon; a peer may ask for it
+    callers: Callable[[], Callers] | None = None  # who may call; None: all may
+    tracing: Tracing | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of one node, connected and at rest."""
+
+    store: EngineStore
+    clock: StorageClock
+    cache: ReadThrough[EncodedSession]
+    coherence: Coherence
+    touches: TouchWriter
+    service: SessionService
+    node: ClusterNode | None  # None: this daemon has no peers
+    table: MethodTable  # what the gRPC port serves
+    forwarded: MethodTable  # what peers forward to this node
+    health: Health
+    upkeep: UpkeepMetrics
+
+
+def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
+    """Return the parts that the configuration asks for, on a store that need not be open yet."""
+    clock = StorageClock()
+    node = _new_node(config, clock)
+    cache, coherence = _new_cache(config, store, clock, node, hooks.registry)
+    upkeep = UpkeepMetrics(hooks.registry)
+    touches = TouchWriter(
+        store,
+        max_waiting=config[CacheConfig].max_sessions,
+        lost=upkeep.touches_lost,
+        on_gone=coherence.drop_copy,
+    )
+    service = SessionService(
+        store,
+        cache,
+        touches,
+        coherence=coherence,
+        clock=clock,
+        rules=ServiceRules(lifetime=lifetime(config), bag_limits=_bag_limits(config)),
+    )
+    if node is not None:
+        node.bind(Sessions(storage=store, cache=cache, coherence=coherence, touches=touches, service=service))
+    health = Health(_PUBLIC_SERVICES)
+    table, forwarded = _new_tables(service, node, health, hooks)
+    _register_calls(hooks.registry, table, node)
+    return Parts(
+        store=store,
+        clock=clock,
+        cache=cache,
+        coherence=coherence,
+        touches=touches,
+        service=service,
+        node=node,
+        table=table,
+        forwarded=forwarded,
+        health=health,
+        upkeep=upkeep,
+    )
+
+
+def engine_options(config: Config) -> EngineOptions:
+    """Return what both gRPC engines need."""
+    grpc = config[GrpcConfig]
+    return EngineOptions(
+        host=grpc.host,
+        port=grpc.port,
+        max_message_bytes=grpc.max_message_bytes,
+        max_streams=grpc.max_streams,
+        max_connections=grpc.max_connections,
+        drain_timeout_s=grpc.drain_timeout_s,
+        log_as_json=config[ObserveConfig].log_environment != "development",
+        tls=tls_files(config),
+    )
+
+
+def tls_files(config: Config) -> TlsFiles | None:
+    """Return the files of TLS; None without `-tls`."""
+    tls = config[TlsConfig]
+    if not tls.is_on:
+        return None
+    return TlsFiles(
+        certificate=tls.certificate,
+        private_key=tls.private_key,
+        authorities=tls.authorities,
+        client_auth=ClientAuth(tls.client_auth),
+    )
+
+
+def _new_node(config: Config, clock: StorageClock) -> ClusterNode | None:
+    cluster = config[ClusterConfig]
+    if not cluster.listen or not config[StorageConfig].engine.capabilities.is_shared:
+        return None
+    options = NodeOptions(
+        listen=cluster.listen,
+        seeds=cluster.foreign_seeds,
+        label=cluster.label,
+        secrets=cluster.secret,
+        peer_names=config[TlsConfig].peer_names,
+        max_message_bytes=config[GrpcConfig].max_message_bytes,
+        cache_ttl_s=config[CacheConfig].ttl_s,
+    )
+    return ClusterNode(options, clock)
+
+
+def _new_cache(
+    config: Config,
+    store: EngineStore,
+    clock: StorageClock,
+    node: ClusterNode | None,
+    registry: CollectorRegistry,
+) -> tuple[ReadThrough[EncodedSession], Coherence]:
+    limits = config[CacheConfig]
+    entries: LruBackend[EncodedSession] = LruBackend(
+        max_entries=limits.max_sessions, max_bytes=limits.max_bytes, now_us=clock.now_us
+    )
+    negative: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=limits.negative_bytes if limits.ttl_s else 0)
+    index = TokenIndex(store.token_hasher) if isinstance(store, HashedStore) else None
+    cache = ReadThrough(entries, negative, observer=index)
+    registry.register(
+        CacheCollector(
+            cache.counters,
+            entries=lambda: len(entries),
+            size_bytes=lambda: entries.size_bytes,
+            negative_entries=lambda: len(negative),
+        )
+    )
+    return cache, Coherence(cache, index=index, invalidator=None if node is None else node.invalidator)
+
+
+def _bag_limits(config: Config) -> BagLimits:
+    sessions = config[SessionsConfig]
+    return BagLimits(
+        entries=sessions.bag_max_entries,
+        key_bytes=sessions.bag_max_key_bytes,
+        value_bytes=sessions.bag_max_value_bytes,
+    )
+
+
+def _new_tables(
+    service: SessionService, node: ClusterNode | None, health: Health, hooks: Hooks
+) -> tuple[MethodTable, MethodTable]:
+    """Return what clients and peers may call on the port, and what a forwarded call may call."""
+    table, forwarded = MethodTable(), MethodTable()
+    trace_context: Callable[[Call], Mapping[str, str]] = carried
+    if hooks.tracing is not None:
+        trace_context = hooks.tracing.context
+    router = LocalRouter(service) if node is None else node.router(trace_context)
+    session_manager.add_to(table, router)
+    if node is not None:
+        session_manager.add_to(forwarded, node.owner_router())
+        node.serve_peers(table, forwarded, stop=hooks.stop)
+    if hooks.callers is not None:
+        # Before a call is forwarded: the owner trusts the entry node to have asked.
+        guard(table, hooks.callers, AuthMetrics(hooks.registry))
+    health.add_to(table)
+    reflection.add_to(table, _PUBLIC_SERVICES)
+    if hooks.tracing is not None:
+        hooks.tracing.trace(table)
+        hooks.tracing.trace(forwarded)
+    return table, forwarded
+
+
+def _register_calls(registry: CollectorRegistry, table: MethodTable, node: ClusterNode | None) -> None:
+    registry.register(RpcCollector(table.stats()))
+    if node is not None:
+        registry.register(RpcCollector(node.client_stats.values(), side="client"))
+        registry.register(ClusterCollector(node))

@@ -1,0 +1,161 @@
+"""How the texts of settings are read.
+
+Every parser raises ValueError, whose text tells the user what is wrong.
+
+A text that may hold a secret is never repeated in the error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from mnemosyned.config.duration import format_duration, parse_duration
+from mnemosyned.config.flags import ConfigError
+
+_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
+_FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
+_BYTES_BY_UNIT: Final = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_MIN_SECRET: Final = 16
+
+
+def boolean(text: str) -> bool:
+    """Read a Go boolean."""
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError(f"{text!r} is not true or false")
+
+
+boolean.is_boolean = True  # type: ignore[attr-defined]  # read by `setting`
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return the parser of a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def duration(low_s: float) -> Callable[[str], float]:
+    """Return the parser of a Go duration of at least so many seconds; values are in seconds."""
+
+    def parse(text: str) -> float:
+        seconds = parse_duration(text)
+        if seconds < low_s:
+            raise ValueError(f"{text!r} is less than {format_duration(low_s)}")
+        return seconds
+
+    return parse
+
+
+def size(low: int, high: int) -> Callable[[str], int]:
+    """Return the parser of a number of bytes within bounds, with KiB, MiB or GiB."""
+
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"(\d+)(KiB|MiB|GiB|)", text, re.ASCII)
+        if match is None:
+            raise ValueError(f"{text!r} is not a number of bytes such as 4194304, 4MiB or 1GiB")
+        size_bytes = int(match[1]) * _BYTES_BY_UNIT[match[2]]
+        if not low <= size_bytes <= high:
+            raise ValueError(f"{text!r} is not between {low} and {high} bytes")
+        return size_bytes
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return the parser of one word among these."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    parse.choices = choices  # type: ignore[attr-defined]  # read by `setting`
+    return parse
+
+
+def host(text: str) -> str:
+    """Read a host name or address to listen on."""
+    if not text or any(char.isspace() or char in "[]/" for char in text):
+        raise ValueError(f"{text!r} is not a host name or address")
+    return text
+
+
+def node_address(text: str) -> str:
+    """Read host:port."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", text, re.ASCII)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise ValueError(f"{text!r} is not an address of the form host:port")
+    return text
+
+
+def optional_node_address(text: str) -> str:
+    """Read host:port, or nothing."""
+    return node_address(text) if text else ""
+
+
+def node_addresses(text: str) -> tuple[str, ...]:
+    """Read addresses separated by commas."""
+    return tuple(dict.fromkeys(node_address(part) for part in _parts(text)))
+
+
+def secrets(text: str) -> tuple[str, ...]:
+    """Read secrets separated by commas; the error shows none of them."""
+    found = tuple(dict.fromkeys(_parts(text)))
+    if any(len(secret) < _MIN_SECRET for secret in found):
+        raise ValueError(f"a secret is shorter than {_MIN_SECRET} characters; try `openssl rand -hex 32`")
+    return found
+
+
+def host_names(text: str) -> tuple[str, ...]:
+    """Read names of hosts separated by commas, also *.domain."""
+    found = tuple(dict.fromkeys(_parts(text)))
+    for name in found:
+        if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_.:-]+", name):
+            raise ValueError(f"{name!r} is not a host name, or *. and a domain")
+    return found
+
+
+def label(text: str) -> str:
+    """Read a short name without spaces, or nothing."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text):
+        raise ValueError(f"{text!r} is not a label of at most 63 letters, digits, dots, dashes, underscores")
+    return text
+
+
+def file_name(text: str) -> str:
+    """Read the name of a file; the error shows nothing, since the text may be what the file should hold."""
+    if "://" in text or "\n" in text or text.startswith(("mnk_", "sha256:")):
+        raise ValueError("it is not the name of a file, but perhaps what should be in one")
+    return text
+
+
+def words_in(flag: str, path: str) -> list[str]:
+    """Return the words of the file that a flag names.
+
+    Raises:
+        ConfigError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        # A word alone may be the secret itself, given to the wrong flag.
+        shown = path if "/" in path else "its file"
+        raise ConfigError(f"flag -{flag}: {shown}: {reason}") from None
+    if not words:
+        raise ConfigError(f"flag -{flag}: {path}: it is empty")
+    return words
+
+
+def _parts(text: str) -> list[str]:
+    return [part for part in (part.strip() for part in text.split(",")) if part]

@@ -1,0 +1,91 @@
+"""The settings of a node of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Self
+
+from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.parsers import (
+    file_name,
+    label,
+    node_addresses,
+    optional_node_address,
+    secrets,
+    words_in,
+)
+from mnemosyned.storage.engines import StorageConfig
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
+
+_MAX_SECRETS: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig(Section):
+    """This node's address, how it finds the others, and how they know one another."""
+
+    TITLE = "Cluster"
+    EXAMPLE = (
+        "mnemosyned -cluster.listen=10.0.0.1:8080 -cluster.seeds=10.0.0.2:8080,10.0.0.3:8080 "
+        "-cluster.secret.file=secret"
+    )
+
+    listen: str = setting(
+        "cluster.listen",
+        "",
+        optional_node_address,
+        "this node's address as its peers dial it, host:port; it is also the node's name",
+    )
+    seeds: tuple[str, ...] = setting(
+        "cluster.seeds",
+        "",
+        node_addresses,
+        "addresses of other nodes, comma-separated; may be repeated; one name may have many addresses",
+        is_list=True,
+    )
+    secret: tuple[str, ...] = setting(
+        "cluster.secret",
+        "",
+        secrets,
+        "secret that all nodes share; two, comma-separated, in a rotation: the first signs",
+        is_secret=True,
+        is_list=True,
+    )
+    secret_file: str = setting(
+        "cluster.secret.file", "", file_name, "file with the secret, or with two in a rotation, one a line"
+    )
+    label: str = setting(
+        "cluster.label", "", label, "name of the cluster; nodes with another name are refused"
+    )
+
+    @property
+    def foreign_seeds(self) -> tuple[str, ...]:
+        """The seeds but for this node's own address."""
+        return tuple(seed for seed in self.seeds if seed != self.listen)
+
+    def resolved(self, _: Mapping[str, str]) -> Self:
+        """See Section: `secret` includes those of the file."""
+        if not self.secret_file:
+            return self
+        words = words_in("cluster.secret.file", self.secret_file)
+        try:
+            return replace(self, secret=self.secret + secrets(",".join(words)))
+        except ValueError as exc:
+            raise ConfigError(f"flag -cluster.secret.file: {self.secret_file}: {exc}") from None
+
+    def check(self, config: Config) -> None:
+        """See Section."""
+        storage = config[StorageConfig]
+        if self.foreign_seeds and not storage.engine.capabilities.is_shared:
+            raise ConfigError(
+                f"flag -storage: {storage.name} is for a single node, and -cluster.seeds names others"
+            )
+        if self.foreign_seeds and not self.listen:
+            raise ConfigError("flag -cluster.seeds names others, who need -cluster.listen to dial this node")
+        if len(self.secret) > _MAX_SECRETS:
+            raise ConfigError(
+                f"flag -cluster.secret: more than {_MAX_SECRETS} secrets; two are for a rotation"
+            )

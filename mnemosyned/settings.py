@@ -1,0 +1,58 @@
+"""All settings of the daemon: the sections that its parts declare, in the order of `-help`.
+
+A new section is named here, and nowhere else. A new setting goes into the section of its owner; an engine's
+section comes with its entry in `storage/engines.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mnemosyned.config.flags import Section, flags_by_name, setting
+from mnemosyned.config.parsers import boolean
+from mnemosyned.node_config import ClusterConfig
+from mnemosyned.observe.config import ObserveConfig
+from mnemosyned.security.config import AuthConfig, TlsConfig
+from mnemosyned.sessions.config import CacheConfig, SessionsConfig
+from mnemosyned.storage import engines
+from mnemosyned.transport.config import GrpcConfig
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig(Section):
+    """What is done with the configuration."""
+
+    TITLE = "Running"
+    EXAMPLE = "mnemosyned -config=/etc/mnemosyned.toml -check-config"
+
+    only_checks: bool = setting(
+        "check-config", "false", boolean, "check flags, environment and file, and exit"
+    )
+
+
+SECTIONS: Final[tuple[type[Section], ...]] = (
+    GrpcConfig,
+    SessionsConfig,
+    CacheConfig,
+    *engines.sections(),
+    ClusterConfig,
+    AuthConfig,
+    TlsConfig,
+    ObserveConfig,
+    RunConfig,
+)
+FLAGS: Final = flags_by_name(SECTIONS)
+SECRET_FLAGS: Final = frozenset(flag.name for flag in FLAGS.values() if flag.is_secret)
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Return the daemon's configuration. Raises ConfigError."""
+    # Its libraries take longer to import than all sections; not every command needs them.
+    from mnemosyned.config import config
+
+    return config.parse(argv, environ, SECTIONS)

@@ -1,0 +1,76 @@
+"""The settings of the PostgreSQL engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Self
+
+from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.parsers import duration, file_name, integer, words_in
+
+_MAX_IDENTIFIER_BYTES: Final = 63
+_DEFAULT_ADDRESS: Final = "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
+
+
+def address(text: str) -> str:
+    """Read the address of a PostgreSQL server. Raises ValueError, whose text does not show it."""
+    if not text.startswith(("postgres://", "postgresql://", "embedded:")):
+        raise ValueError("it does not start with postgres://, postgresql:// or embedded:")
+    return text
+
+
+def identifier(text: str) -> str:
+    """Read the name of a schema or table. Raises ValueError."""
+    if not text or "\0" in text or len(text.encode()) > _MAX_IDENTIFIER_BYTES:
+        raise ValueError(f"{text!r} is not a name of 1 to {_MAX_IDENTIFIER_BYTES} bytes")
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresConfig(Section):
+    """How PostgreSQL is reached."""
+
+    TITLE = "Storage: PostgreSQL (-storage=postgres)"
+    EXAMPLE = "mnemosyned -postgres.address='postgres://user@host/database' -postgres.pool.size=32"
+
+    address: str = setting(
+        "postgres.address",
+        _DEFAULT_ADDRESS,
+        address,
+        "postgres:// URL; embedded: for a private server, embedded:///dir with its data there",
+        is_secret=True,
+    )
+    address_file: str = setting(
+        "postgres.address.file", "", file_name, "file with the URL instead, such as a mounted secret"
+    )
+    schema: str = setting("postgres.schema", "mnemosyne", identifier, "schema of the table")
+    table: str = setting("postgres.table", "session", identifier, "table of the sessions")
+    pool_size: int = setting("postgres.pool.size", "16", integer(2, 1000), "most connections")
+    connect_timeout_s: float = setting(
+        "postgres.connect.timeout", "2s", duration(0.001), "how long opening a connection may take"
+    )
+    statement_timeout_s: float = setting(
+        "postgres.statement.timeout",
+        "3s",
+        duration(0.01),
+        "how long a statement may take, and how long a call waits for a free connection",
+    )
+    binaries: str = setting(
+        "postgres.bin",
+        "",
+        str,
+        "directory with initdb and postgres for an embedded server; empty: searched in the usual places",
+    )
+
+    def resolved(self, sources: Mapping[str, str]) -> Self:
+        """See Section."""
+        if not self.address_file:
+            return self
+        if "postgres.address" in sources:
+            raise ConfigError(f"{sources['postgres.address.file']}: -postgres.address is given as well")
+        words = words_in("postgres.address.file", self.address_file)
+        try:
+            return replace(self, address=address(" ".join(words)))
+        except ValueError as exc:
+            raise ConfigError(f"flag -postgres.address.file: {self.address_file}: {exc}") from None

@@ -1,0 +1,65 @@
+"""The settings of the gRPC port."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.parsers import boolean, duration, host, integer, one_of, size
+from mnemosyned.security.config import TlsConfig
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcConfig(Section):
+    """Where calls arrive, how many, and how the port closes."""
+
+    TITLE = "Ports and calls"
+    EXAMPLE = "mnemosyned -host=0.0.0.0 -port=8080"
+
+    host: str = setting("host", "127.0.0.1", host, "host name or address to listen on")
+    port: int = setting(
+        "port",
+        "8080",
+        integer(0, 65534),
+        "gRPC port; the admin port (HTTP) is the next one; 0: any two free ports",
+    )
+    engine: str = setting(
+        "grpc.engine",
+        "h2corn",
+        one_of("h2corn", "grpcio"),
+        "gRPC engine: h2corn (fast), or grpcio (runs where h2corn has no wheel)",
+    )
+    max_message_bytes: int = setting(
+        "grpc.max-message", "4MiB", size(1024, 64 * 1024**2), "largest request, in bytes, KiB or MiB"
+    )
+    max_streams: int = setting(
+        "grpc.max-streams",
+        "1024",
+        integer(1, 2**31 - 1),
+        "calls in flight on one connection; further calls wait at the client",
+    )
+    max_connections: int = setting(
+        "grpc.max-connections",
+        "10000",
+        integer(1, 2**31 - 1),
+        "connections of clients and peers; further ones wait (h2corn) or are closed (grpcio)",
+    )
+    is_debug: bool = setting("grpc.debug", "false", boolean, "log details of every gRPC call and connection")
+    drain_delay_s: float = setting(
+        "drain.delay",
+        "200ms",
+        duration(0),
+        "after SIGTERM, time in which new calls are still accepted, so that balancers see NOT_SERVING",
+    )
+    drain_timeout_s: float = setting(
+        "drain.timeout", "10s", duration(0), "after -drain.delay, time for calls in flight to finish"
+    )
+
+    def check(self, config: Config) -> None:
+        """See Section."""
+        if self.engine == "grpcio" and config[TlsConfig].client_auth == "optional":
+            raise ConfigError("flag -tls.client-auth: -grpc.engine=grpcio knows none and require only")
