@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md anew: `make docs`."""
+"""Rewrite the generated parts of README.md: `make docs`."""
 
 from __future__ import annotations
 

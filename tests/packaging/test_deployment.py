@@ -214,7 +214,7 @@ def test_each_selector_finds_the_pods(overlay: str) -> None:
 
     assert all(selector and selector.items() <= labels.items() for selector in selectors)
     assert found["StatefulSet"]["spec"]["serviceName"] == "mnemosyned-peers"
-    # Whoever is let in by a label of its own need not have ours.
+    # Clients have a label of their own.
     peers = found["NetworkPolicy"]["spec"]["ingress"][0]["from"]
     assert {"podSelector": {"matchLabels": {"mnemosyned-client": "true"}}} in peers
 
