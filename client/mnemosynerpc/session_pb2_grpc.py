@@ -7,7 +7,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 from mnemosynerpc import session_pb2 as mnemosynerpc_dot_session__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.71.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -20,14 +20,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in mnemosynerpc/session_pb2_grpc.py depends on'
+        + f' but the generated code in mnemosynerpc/session_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class SessionManagerStub:
+class SessionManagerStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -88,7 +88,7 @@ class SessionManagerStub:
                 _registered_method=True)
 
 
-class SessionManagerServicer:
+class SessionManagerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Start(self, request, context):
@@ -221,7 +221,7 @@ def add_SessionManagerServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class SessionManager:
+class SessionManager(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod

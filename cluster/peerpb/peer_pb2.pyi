@@ -1,8 +1,7 @@
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
-from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -44,7 +43,7 @@ class Update(_message.Message):
     member: Member
     accuser: str
     is_refused: bool
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., accuser: _Optional[str] = ..., is_refused: _Optional[bool] = ...) -> None: ...
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., accuser: _Optional[str] = ..., is_refused: bool = ...) -> None: ...
 
 class Packet(_message.Message):
     __slots__ = ("kind", "sender", "target", "sequence", "subject", "members_hash", "ring_hash", "updates", "table")
@@ -142,7 +141,7 @@ class InvalidateRequest(_message.Message):
     origin: Origin
     tokens: _containers.RepeatedScalarFieldContainer[str]
     everything: bool
-    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., everything: _Optional[bool] = ...) -> None: ...
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., everything: bool = ...) -> None: ...
 
 class InvalidateResponse(_message.Message):
     __slots__ = ()
