@@ -4,6 +4,7 @@ import sys
 
 import grpc
 
+from mnemosynerpc import command
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     DeleteRequest,
@@ -42,4 +43,4 @@ def main(address: str = "127.0.0.1:8080") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(command.run(main, "mnemosynerpc.example [HOST:PORT]", command.host_port, start="make run"))

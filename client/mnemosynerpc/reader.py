@@ -1,4 +1,4 @@
-"""Read one session through several nodes, again and again: `python -m mnemosynerpc.reader [host:port,…]`.
+"""Read one session through several nodes, again and again: `python -m mnemosynerpc.reader [IP:PORT,…]`.
 
 The channel balances between the nodes by itself and tries another one when a node is gone.
 """
@@ -9,6 +9,7 @@ import time
 
 import grpc
 
+from mnemosynerpc import command
 from mnemosynerpc.session_pb2 import AbandonRequest, GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 
@@ -54,7 +55,5 @@ def main(addresses: str = "127.0.0.1:8080,127.0.0.1:8082,127.0.0.1:8084", second
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        print()
+    usage = "mnemosynerpc.reader [IP:PORT,… [SECONDS]]"
+    sys.exit(command.run(main, usage, command.ip_ports, float, start="make cluster"))
