@@ -11,16 +11,19 @@ PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster test coverage check fmt lint type imports proto proto-check docs bench flood drill simulate fuzz wheel lock clean
+.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench flood drill simulate fuzz wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to try
-	$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: $(ARGS)
+	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
-	$(BIN)/python deploy/local_cluster.py
+	@$(BIN)/python deploy/local_cluster.py
+
+node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the second
+	@$(BIN)/python deploy/local_cluster.py node $(N)
 
 test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -104,16 +107,33 @@ clean: ## remove what the other targets made, but no data
 
 # The lock gives everybody the same versions; setup.cfg says which would do.
 $(VENV)/run.stamp: setup.cfg requirements.lock
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded]'
-	@touch $@
-
-$(PROTOC_VENV)/stamp:
-	$(PYTHON) -m venv --clear $(PROTOC_VENV)
-	$(PROTOC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==$(GRPC_TOOLS)
+	$(call install,embedded,40 MB and takes about one minute)
 	@touch $@
 
 $(VENV)/dev.stamp: setup.cfg requirements.lock
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[embedded,otel,dev]'
+	$(call install,embedded$(,)otel$(,)dev,130 MB and takes about two minutes)
 	@touch $(VENV)/run.stamp $@
+
+# $(1) are the extras, $(2) is what to expect.
+define install
+@echo 'Installing mnemosyned into $(VENV)$(with_python). This downloads up to $(2).'
+@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -e '.[$(1)]'
+endef
+
+# Python puts pip into a .venv at last: one without pip is missing or not whole, and PYTHON has to make it.
+with_python = $(if $(wildcard $(BIN)/pip),,$(require_python) with $(PYTHON) ($(PYTHON_VERSION)), once)
+# An error of make itself: one line, before anything is made.
+require_python = $(if $(PYTHON_VERSION),,$(error no Python runs as $(PYTHON): $(HOW_TO_CHOOSE)))$(if \
+	$(filter $(TOO_OLD),$(PYTHON_VERSION)),$(error mnemosyned needs Python 3.11 or newer$(,) \
+	but $(PYTHON) is $(PYTHON_VERSION): $(HOW_TO_CHOOSE)))
+PYTHON_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+TOO_OLD := 2.% $(foreach minor,0 1 2 3 4 5 6 7 8 9 10,3.$(minor).%)
+HOW_TO_CHOOSE := choose another one, as in: make run PYTHON=python3.12
+, := ,
+
+$(PROTOC_VENV)/stamp: | $(VENV)/dev.stamp
+	$(BIN)/python -m venv --clear $(PROTOC_VENV)
+	$(PROTOC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==$(GRPC_TOOLS)
+	@touch $@
+

@@ -1,0 +1,137 @@
+"""`make cluster` and `make node`: what they say when nodes die, and how they stop."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from clusters import free_ports
+from environments import ROOT
+from processes import mnemosyned, wait_until_gone
+from secrecy import search
+
+SCRIPT = str(ROOT / "deploy" / "local_cluster.py")
+
+
+class Program:
+    """The script as a process, with its output by lines."""
+
+    def __init__(self, environ: dict[str, str], *arguments: str) -> None:
+        self._seen: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | environ,
+        )
+
+    def wait_for(self, pattern: str) -> str:
+        """Return the next line that has this."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._seen.append(line)
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no {pattern!r} in:\n{''.join(self._seen)}")
+
+    def end(self, *numbers: int) -> tuple[int, str]:
+        """Send signals, if any; return the exit code and what was said since the last line waited for."""
+        for number in numbers:
+            self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=30)
+        search("".join(self._seen) + rest, "what make cluster prints")
+        return self.process.returncode, rest
+
+
+@contextmanager
+def running_cluster(tmp_path: Path) -> Iterator[tuple[Program, dict[str, str], list[int], list[int]]]:
+    """Run a cluster on ports of its own: the program, its environment, the ports, the nodes' processes."""
+    ports = free_ports(3)
+    environ = {"XDG_DATA_HOME": str(tmp_path), "CLUSTER_PORTS": ",".join(map(str, ports))}
+    program = Program(environ)
+    try:
+        pids = [int(program.wait_for(rf":{port}  pid ").split()[-1]) for port in ports]
+        program.wait_for("stop them all")
+        wait_for_nodes(ports[0], 3)
+        yield program, environ, ports, pids
+    finally:
+        if program.process.poll() is None:
+            program.end(signal.SIGINT, signal.SIGINT)
+        search((tmp_path / "mnemosyned/postgres/cluster.log").read_text(), "the log of make cluster")
+        wait_until_gone(tmp_path)
+
+
+def wait_for_nodes(port: int, count: int) -> None:
+    deadline_s = time.monotonic() + 20
+    while f"{count} nodes" not in mnemosyned("cluster", "check", "-node", f"127.0.0.1:{port}")[1]:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+def run(environ: dict[str, str], *arguments: str) -> tuple[int, str]:
+    return Program(environ, *arguments).end()
+
+
+def test_a_node_that_dies_is_named_and_can_be_started_again(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as (cluster, environ, ports, pids):
+        os.kill(pids[1], signal.SIGKILL)
+        told = cluster.wait_for("node 2")
+        node = Program(environ, "node", "2")
+        node.wait_for("stop it  Ctrl-C")
+        wait_for_nodes(ports[0], 3)
+        node_end = node.end(signal.SIGINT)
+        end = cluster.end(signal.SIGINT)
+
+    assert f"node 2 (127.0.0.1:{ports[1]}, pid {pids[1]}) was ended by signal SIGKILL" in told
+    assert "start it again: make node N=2" in told
+    assert node_end[0] == 0
+    assert end[0] == 0
+    assert "stopping 2 nodes: they finish the calls in flight, for at most 10 s" in end[1]
+
+
+def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as (cluster, _, _, pids):
+        os.kill(pids[0], signal.SIGSTOP)
+        cluster.process.send_signal(signal.SIGINT)
+        cluster.wait_for("Ctrl-C again kills them")
+        began_s = time.monotonic()
+        code, _ = cluster.end(signal.SIGINT)
+
+    assert code == 0
+    assert time.monotonic() - began_s < 9
+    assert not Path(f"/proc/{pids[0]}").exists()
+
+
+def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as (_, environ, _, _):
+        answers = [run(environ, *words.split()) for words in ("node 2", "node 4", "node", "")]
+
+    words = ("node 2 runs already", "with N from 1 to 3", "with N from 1 to 3", "a cluster runs already")
+    for (code, out), word in zip(answers, words, strict=True):
+        assert code == 1
+        assert word in out
+        assert len(out.splitlines()) == 1
+
+
+def test_a_node_without_its_cluster_says_what_to_start(tmp_path: Path) -> None:
+    code, out = run({"XDG_DATA_HOME": str(tmp_path)}, "node", "2")
+
+    assert (code, out) == (1, "no cluster runs here; start one with `make cluster`\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ports", ["8080", "8080,8082,http", "1,2,3,4"])
+def test_ports_that_are_not_three_are_one_line(tmp_path: Path, ports: str) -> None:
+    code, out = run({"XDG_DATA_HOME": str(tmp_path), "CLUSTER_PORTS": ports})
+
+    assert (code, len(out.splitlines())) == (1, 1)
+    assert "CLUSTER_PORTS" in out
