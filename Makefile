@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := mnemosyned cluster cache aio
 # An old compiler on purpose: generated code refuses a grpcio or protobuf older than its compiler, and an
-# application that takes the client has its own wishes about both. Its version is client/pyproject.toml's floor.
+# application that installs the client has its own versions of both. client/pyproject.toml has this floor too.
 GRPC_TOOLS := 1.71.0
 PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
@@ -74,7 +74,7 @@ $(PROTOC) -I mnemosynerpc=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_o
 $(PROTOC) -I cluster/peerpb=proto --python_out=$(2) --pyi_out=$(2) cluster/peerpb/peer.proto
 endef
 
-docs: $(VENV)/dev.stamp ## write the generated parts of the README anew
+docs: $(VENV)/dev.stamp ## write the generated parts of the README
 	$(BIN)/python docs/update.py
 
 bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratios
@@ -95,7 +95,7 @@ fuzz: $(VENV)/dev.stamp ## much random input: frames, bags, requests, packets; N
 wheel: $(VENV)/dev.stamp ## build the wheels of the daemon and of the client into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./client
 
-lock: ## write requirements.lock anew, from the newest versions that setup.cfg allows
+lock: ## write requirements.lock from the newest versions that setup.cfg allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet '.[embedded,otel,dev]'
 	echo "# The versions that everybody installs: \`make lock\` writes this; setup.cfg says which would do." \

@@ -80,7 +80,7 @@ class _Node:
 
 
 def _run_cluster(directory: Path) -> int:
-    """Run until Ctrl-C, or until no node is left. What a node leaves behind is the others' to cope with."""
+    """Run until Ctrl-C, or until no node is left. When a node dies, only the other nodes react."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     numbers = os.environ.get("CLUSTER_PORTS", _PORTS).split(",")
     if len(numbers) != _NODES or not all(number.isdecimal() for number in numbers):

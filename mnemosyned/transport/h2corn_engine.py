@@ -332,7 +332,7 @@ def _failure_start(failure: Failure) -> Event:
 async def _send_unsupported(send: Send) -> None:
     headers = [(b"content-type", b"text/plain"), (b"accept-post", _GRPC)]
     await send({"type": "http.response.start", "status": 415, "headers": headers})
-    text = b"mnemosyned speaks gRPC here; its operator's pages are on the next port\n"
+    text = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
     await send({"type": "http.response.body", "body": text, "more_body": False})
 
 
@@ -356,6 +356,9 @@ def _config(options: EngineOptions, listener_fd: int) -> h2corn.Config:
     return h2corn.Config(
         bind=(f"fd://{listener_fd}",),
         grpc=True,
+        # With HTTP/1, `curl` would get a readable answer. But h2corn's HTTP/1 takes `Upgrade: h2c`, which
+        # cannot be turned off: a way around a proxy that reads HTTP/1 only. And a client that sends the
+        # head of a request byte by byte holds a connection for longer than any HTTP/2 preface may take.
         http1=False,
         # A second one only contends for Python's lock: a cached Get cost 20 % more.
         runtime_threads=1,
