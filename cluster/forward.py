@@ -1,7 +1,55 @@
-"""Asking the owner of a token: in batches, for a short while, and not at all when it is known to be away.
+"""Calls to the owners of tokens, and word to peers of what they must drop from their caches.
 
-What fails here is no failure of a call: whoever asks then turns to the storage. A batch holds reads or
-writes, never both, lest reads wait for a row lock.
+A failure here never is the failure of a client's call: all nodes share one storage, so the caller then
+answers from there. This module decides how long a peer gets, and which peers are asked nothing for a while.
+
+A forwarded call
+----------------
+    entry node                              owner                               storage
+    (router.py)      forward.py             (api/peer.py)
+       |--- ask() ---->|                      |                                    |
+       |               |-- Batch of Items --->|                                    |
+       |               |   (timeout_ms,       |-- from its cache, or -- query ---->|
+       |               |    deadline_us)      |<---------------------- rows -------|
+       |               |<-- Answers ----------|                                    |
+       |<-- Answer ----|                      |                                    |
+       |                                                                           |
+       |   on PeerSkipped, at once; on PeerTimeout or PeerUnreachable, and         |
+       |   after `wait_until_expired` if it is a write                             |
+       |------------------------------------ query ------------------------------->|
+
+Each item carries two deadlines over the hop: `timeout_ms` on the owner's own clock, and `deadline_us` on the
+storage's clock, which all nodes share. The owner does no write after `deadline_us`. The entry node begins its
+own no earlier, so the two cannot come in the wrong sequence.
+
+An invalidation
+---------------
+    writer (service)     forward.py                  peer with a copy
+       |-- row written, not yet acknowledged
+       |-- invalidate() -->|                            |
+       |                   |-- Invalidate(tokens) ----->|  drops its copies
+       |                   |<-- InvalidateResponse -----|
+       |<------------------|                            |
+       |   the write is acknowledged
+
+If the peer does not answer within TELL_S, the tokens are pending for it, and the write is acknowledged. From
+then on this node asks the peer nothing until the pending tokens are delivered. `run` delivers them.
+
+Which invalidations are sent, and when:
+
+- `invalidate`: to the owners, by the present ring and by former rings, of a token that was written here.
+- `invalidate_everywhere`: to every peer, where nodes may not agree on the owner.
+- A new ring: to new owners, of all that changed here lately. A new owner may have read a session before this
+  node changed it.
+- A forwarded write that failed: to that owner, before it is asked again. This node has then written itself,
+  and the owner may hold a copy from before.
+
+Rules for editing:
+
+- A read and a write never share a batch (owner.py).
+- An item whose outcome is not known counts as done by the peer, and as not done for the caller.
+- What is pending for a peer is removed only after the peer has answered, or when no copy is that old.
+- Breakers and pending tokens change only between awaits.
 """
 
 from __future__ import annotations
@@ -11,56 +59,39 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol
 
-from google.protobuf.message import DecodeError
-
-from aio.batcher import Batcher, BatchLimits
 from aio.deadline import NO_DEADLINE, Deadline
-from cluster.breaker import Breaker, BreakerState
-from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
+from aio.periodic import run_periodically
+from aio.tasks import Tasks
+from cluster.breaker import BreakerState
+from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.owner import Owner
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, ForwardStream, Peers
+from cluster.peers import ChannelKind, Peers
 from cluster.pending_invalidations import PendingInvalidations
+from cluster.routing import peers_with_copies
+from cluster.timing import LEAST_TRY_S, TELL_S, TRIAL_PERIOD_S, TRY_S
 from cluster.view import View
+from cluster.wire import parse_answers
 
 log = logging.getLogger(__name__)
 
-# The try ends in time for the storage to answer within the caller's deadline.
-_TRY_S: Final = 0.25
-# Who writes waits this long for those that have copies: longer than it takes to stop asking them.
-_TELL_S: Final = 1.0
-# A time-out after less than this says more of the caller's deadline than of the peer.
-_LEAST_TRY_S: Final = 0.05
-# The stream gives up first, so that its connection comes under suspicion.
-_GRACE_S: Final = 0.02
-_TRIAL_PERIOD_S: Final = 0.25
-_MAX_PENDING: Final = 10_000
-# What a node can write in the time that a copy lives.
+# What a node can write in the time that a copy lives. Beyond it, new owners drop everything.
 _MAX_CHANGED: Final = 50_000
 _TOKENS_A_CALL: Final = 1000
-# Of what stands for a token that this node does not know: whoever has a copy finds it by that.
-_UNOWNED: Final = "\0"
-# The engines close a stream on which nothing came for a minute.
+# The engines close a stream on which nothing came for a minute. This side ends it first, between two batches.
 _IDLE_STREAM_S: Final = 20.0
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _US_PER_S: Final = 1_000_000
 _MS_PER_S: Final = 1000
 
-# A quarter of an h2corn flow-control window: such a batch is on the wire at once.
-_BATCHES: Final = BatchLimits(
-    max_items=128, max_bytes=256 * 1024, max_waiting=10_000, concurrency=2, is_eager=True
-)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class Suspicious(Protocol):
-    """Who is told of a peer that does not answer."""
+    """The part that finds out whether a peer that does not answer is dead: gossip.py."""
 
     def probe(self, name: str) -> None:
         """Find out soon whether the peer is alive."""
@@ -77,26 +108,8 @@ class ForwardCounters:
     batch_sizes: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BUCKETS) + 1))
 
 
-@dataclass(slots=True, eq=False)
-class _Owner:
-    reads: Batcher[pb.Item, pb.Answer]
-    writes: Batcher[pb.Item, pb.Answer]
-    notices: Batcher[str, None]  # tokens to drop
-    breaker: Breaker = field(default_factory=Breaker)
-    pending: PendingInvalidations = field(
-        default_factory=lambda: PendingInvalidations(max_tokens=_MAX_PENDING)
-    )
-    # (since when, stream), the latest used last; never more than batches may be under way.
-    idle: list[tuple[float, ForwardStream]] = field(default_factory=list)
-
-    @property
-    def may_be_asked(self) -> bool:
-        """Whether it answers, as far as is known, and has missed no change."""
-        return self.breaker.is_closed and not self.pending
-
-
 class Forwarder:
-    """Calls to the owners of tokens, through the current view."""
+    """Calls to the owners of tokens, and invalidations, through the current view."""
 
     def __init__(
         self,
@@ -105,10 +118,10 @@ class Forwarder:
         storage_now_us: Callable[[], int],
         remember_s: float,
     ) -> None:
-        """Ask nobody yet.
+        """Ask no peer yet.
 
-        `storage_now_us` is a clock that all nodes share; `remember_s` is how long an owner may serve
-        a copy that it could not be told to drop.
+        `storage_now_us` is a clock that all nodes share. `remember_s` is how long a peer may serve a copy
+        that it could not be told to drop.
         """
         self.counters = ForwardCounters()
         self._peers = peers
@@ -117,13 +130,13 @@ class Forwarder:
         self._remember_s = remember_s
         self._view: View | None = None
         self._suspicious: Suspicious | None = None
-        self._owners: dict[str, _Owner] = {}
-        self._is_needed = asyncio.Event()
-        self._changed = PendingInvalidations(max_tokens=_MAX_CHANGED)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._owners: dict[str, Owner] = {}  # by name: peers that were ever asked or told
+        self._has_peers = asyncio.Event()  # `run` has something to look after
+        self._changed = PendingInvalidations(max_tokens=_MAX_CHANGED)  # lately, here
+        self._tasks = Tasks("forwarder")
 
     def bind(self, origin_for: Callable[[str], pb.Origin], suspicious: Suspicious) -> None:
-        """Say who this node is to the node of a name, and whom to tell of peers that do not answer."""
+        """Say who this node is to the node of a name, and which part finds out about silent peers."""
         self._origin_for = origin_for
         self._suspicious = suspicious
 
@@ -131,9 +144,10 @@ class Forwarder:
         """Route by this view from now on."""
         old, self._view = self._view, view
         if view.address_by_name:
-            self._is_needed.set()
+            self._has_peers.set()
         if old is None or old.ring.nodes != view.ring.nodes:
-            # Their new owners may have read them before they changed here.
+            # A new owner may have read a session from the storage, by the new ring, before this node changed
+            # it by the old one. Its copy is then old, and no later write of this node would reach it.
             self._changed.forget(before=time.monotonic() - self._remember_s)
             if self._changed:
                 self._hand_over(view)
@@ -146,6 +160,7 @@ class Forwarder:
 
     def breaker_states(self) -> dict[str, BreakerState]:
         """Return the breaker of each peer that was ever asked and is still there."""
+        # A copy, made in one step: the admin port reads it from another thread.
         return {name: owner.breaker.state for name, owner in list(self._owners.items())}
 
     async def ask(self, name: str, item: pb.Item, *, written: str | None, deadline: Deadline) -> pb.Answer:
@@ -155,19 +170,21 @@ class Forwarder:
         item's `deadline_us` on.
 
         Raises:
-            PeerSkipped: it is known not to answer, has yet to hear of changes, or too many calls wait for
-                it; nothing was sent.
+            PeerSkipped: it is known not to answer, has pending invalidations, or too many calls wait for it;
+                nothing was sent.
             PeerUnreachable: there is no connection, or it broke.
             PeerTimeout: no answer within the short time it gets.
         """
         owner = self._owner(name)
         try:
-            result = await self._asked(owner, item, written=written, deadline=deadline)
+            result = await self._forward(owner, item, is_write=written is not None, deadline=deadline)
         except PeerSkipped:
             self.counters.by_outcome[name, "skipped"] += 1
             raise
         if isinstance(result, ClusterError):
             if written is not None:
+                # The caller now writes to the storage itself. Whether or not the peer did the write too, the
+                # peer's copy may be from before the caller's write.
                 owner.pending.add([written], now=time.monotonic())
             self._failed(name, owner, result, item.timeout_ms / _MS_PER_S)
             raise result
@@ -175,38 +192,49 @@ class Forwarder:
         self.counters.by_outcome[name, "ok"] += 1
         return result
 
-    async def _asked(
-        self, owner: _Owner, item: pb.Item, *, written: str | None, deadline: Deadline
+    async def _forward(
+        self, owner: Owner, item: pb.Item, *, is_write: bool, deadline: Deadline
     ) -> pb.Answer | ClusterError:
+        """Give the item its deadlines over the hop, and put it into a batch."""
         if not owner.may_be_asked:
             raise PeerSkipped("it does not answer, or has missed changes")
-        try_s = deadline.share_s(_TRY_S)
+        # At most half of what the caller has left: the storage must still answer in time if the peer does
+        # not.
+        try_s = deadline.share_s(TRY_S)
         item.timeout_ms = max(1, int(try_s * _MS_PER_S))
+        # On a clock that the owner shares. If the item waits here or at the owner, the owner sees how late it
+        # is.
         item.deadline_us = self._storage_now_us() + int(try_s * _US_PER_S)
-        return await _submitted(owner.reads if written is None else owner.writes, item, try_s + _GRACE_S)
+        return await owner.forward(item, is_write=is_write, try_s=try_s)
 
     async def wait_until_expired(self, item: pb.Item) -> None:
-        """Return when nobody does any more what `ask` was asked to."""
+        """Return when no node does any more what `ask` was asked to.
+
+        A write that began earlier here might be overtaken by the same write at the owner, which is late.
+        """
         left_us = item.deadline_us - self._storage_now_us()
         if left_us > 0:
             await asyncio.sleep(left_us / _US_PER_S)
 
     async def invalidate(self, tokens: Sequence[str]) -> None:
-        """Have the owners drop their copies, or everybody those of what begins with NUL.
+        """Have the owners of these tokens drop their copies; any peer may have one of a key that begins NUL.
 
-        One that cannot be told now is told before it is asked again. Owners by former rings are owners too,
-        while those may be routed by.
+        If an invalidation cannot be delivered to a peer, this node asks the peer nothing until it has been
+        delivered. Owners by former rings are owners too, while other nodes may route by those.
         """
         view = self._view
         if view is None or (view.is_alone and not view.former):
             return
-        by_owner = _by_owner(view, tokens)
-        await asyncio.gather(*(self._invalidate(name, part, _TELL_S) for name, part in by_owner.items()))
+        tokens_by_peer = peers_with_copies(view, tokens)
+        await asyncio.gather(*(self._invalidate(name, part, TELL_S) for name, part in tokens_by_peer.items()))
 
     async def invalidate_everywhere(self, tokens: Sequence[str], *, deadline: Deadline = NO_DEADLINE) -> None:
-        """Have every node drop its copies: for when nodes may not agree on the owner."""
+        """Have every peer drop its copies: for when nodes may not agree on the owner.
+
+        The caller's deadline bounds the wait. A peer that is cut off by it gets the tokens as pending.
+        """
         if self._view is not None:
-            tell_s = deadline.share_s(_TELL_S)
+            tell_s = deadline.share_s(TELL_S)
             names = self._view.address_by_name
             await asyncio.gather(*(self._invalidate(name, tokens, tell_s) for name in names))
 
@@ -217,82 +245,75 @@ class Forwarder:
             self._owner(name).pending.add(tokens, now=now)
 
     async def run(self) -> None:
-        """Try peers that do not answer, and tell them what they missed; for ever."""
-        while True:
-            # Alone, there is nobody to look after, and no timer.
-            await self._is_needed.wait()
-            await asyncio.sleep(_TRIAL_PERIOD_S)
-            try:
-                await self._look_after_owners()
-            except Exception as exc:  # the root of this work: the next round may succeed
-                log.error("forwarder_failed", exc_info=exc)
+        """Try peers that do not answer, and deliver what is pending, until cancelled."""
+        await self._has_peers.wait()
+        await run_periodically("forwarder", self._round, period_s=lambda: TRIAL_PERIOD_S)
+
+    async def _round(self) -> None:
+        await self._look_after_owners()
+        # Alone, this node has no peer to look after. The round then lasts until there is one, without a
+        # timer.
+        await self._has_peers.wait()
 
     async def _look_after_owners(self) -> None:
+        """Drop former peers, end streams that are not used, and try the peers that need it.
+
+        A former peer with pending tokens is kept: if it comes back with its process alive, it may have
+        copies.
+        """
         names = set(self._view.address_by_name) if self._view is not None else set()
         for name, owner in list(self._owners.items()):
+            # No copy is that old, so the peer cannot serve one any more.
             owner.pending.forget(before=time.monotonic() - self._remember_s)
             if name not in names and not owner.pending:
                 await self._drop_owner(name)
             else:
-                await _end_idle(owner, _IDLE_STREAM_S if self._is_owner(name) else 0.0)
-        await asyncio.gather(*(self._try_again(name) for name in list(self._owners) if name in names))
+                await owner.end_idle(_IDLE_STREAM_S if self._is_on_ring(name) else 0.0)
+        # The list is made after the awaits above, in which calls may have added peers.
+        await asyncio.gather(*(self._try(name) for name in list(self._owners) if name in names))
         if not names and not self._owners:
-            self._is_needed.clear()
+            self._has_peers.clear()
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         for name in list(self._owners):
             await self._drop_owner(name)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        # Owned by the set until it ends or `close`.
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _owner(self, name: str) -> _Owner:
+    def _owner(self, name: str) -> Owner:
         owner = self._owners.get(name)
         if owner is None:
-            run, tell = partial(self._run, name), partial(self._tell, name)
-            owner = self._owners[name] = _Owner(
-                reads=Batcher(run, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full),
-                writes=Batcher(run, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full),
-                notices=Batcher(tell, limits=_BATCHES, size_bytes=len, full=_queue_full),
-            )
-            self._is_needed.set()
+            owner = Owner(partial(self._send_items, name), partial(self._send_notices, name))
+            self._owners[name] = owner
+            self._has_peers.set()
         return owner
 
     async def _drop_owner(self, name: str) -> None:
-        owner = self._owners.pop(name)
-        for batches in (owner.reads, owner.writes, owner.notices):
-            await batches.close()
-        await _end_idle(owner, 0.0)
+        # Out of the dictionary before the await, so that a new call gets a new Owner and not a closed one.
+        await self._owners.pop(name).close()
 
-    def _is_owner(self, name: str) -> bool:
+    def _is_on_ring(self, name: str) -> bool:
         return self._view is not None and name in self._view.ring.nodes
 
-    async def _run(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
+    async def _send_items(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
+        """Send a batch of calls; a failure here fails each of them, and `ask` takes note."""
         batch = pb.Batch(origin=self._origin_for(name), items=items).SerializeToString()
+        # The last deadline of the batch. A caller with less time left stops waiting by itself.
         left_us = max(item.deadline_us for item in items) - self._storage_now_us()
-        body = await self._exchanged(name, batch, max(0.0, left_us / _US_PER_S))
-        answers = _answers(body, len(items))
+        body = await self._exchange(name, batch, max(0.0, left_us / _US_PER_S))
+        answers = parse_answers(body, len(items))
         self.counters.batch_sizes[bisect_left(BATCH_BUCKETS, len(items))] += 1
         self.counters.items += len(items)
         return answers
 
-    async def _exchanged(self, name: str, batch: bytes, timeout_s: float) -> bytes:
+    async def _exchange(self, name: str, batch: bytes, timeout_s: float) -> bytes:
         owner, address = self._owner(name), self._address(name)
-        exchange = None
-        while owner.idle and exchange is None:
-            _, exchange = owner.idle.pop()
-            if not exchange.is_open or exchange.address != address:
-                exchange = None
-        exchange = exchange or self._peers.exchange(address)
-        answer = await exchange.ask(batch, timeout_s=timeout_s)
-        owner.idle.append((time.monotonic(), exchange))
+        # A stream may break between the look and the batch. That is a failed batch: the callers turn to the
+        # storage, and a second try would take the time that they need for it.
+        stream = owner.take_stream(address) or self._peers.open_stream(address)
+        answer = await stream.ask(batch, timeout_s=timeout_s)
+        # Only after an answer: a stream with a late answer in it must not be used again.
+        owner.give_back(stream)
         return answer
 
     def _address(self, name: str) -> str:
@@ -301,29 +322,37 @@ class Forwarder:
             raise PeerUnreachable("it is no member any more")
         return address
 
-    def _failed(self, name: str, owner: _Owner, failure: ClusterError, try_s: float) -> None:
+    def _failed(self, name: str, owner: Owner, failure: ClusterError, try_s: float) -> None:
+        """Count a failure against the peer, and have membership find out whether the peer is alive.
+
+        - A broken connection opens the breaker at once: the next call would fail as well.
+        - Time-outs open it when there are several in a row. A try that was cut short by its caller's deadline
+          does not count.
+        """
         was_closed = owner.breaker.is_closed
         is_timeout = isinstance(failure, PeerTimeout)
         self.counters.by_outcome[name, "timeout" if is_timeout else "unreachable"] += 1
         if not is_timeout:
             owner.breaker.broke(now=time.monotonic())
-        elif try_s >= _LEAST_TRY_S:
+        elif try_s >= LEAST_TRY_S:
             owner.breaker.timed_out(now=time.monotonic())
         if was_closed and not owner.breaker.is_closed:
             log.warning("breaker_opened", extra={"peer_node": name, "error": str(failure)})
         if self._suspicious is not None:
             self._suspicious.probe(name)
 
-    async def _try_again(self, name: str) -> None:
+    async def _try(self, name: str) -> None:
+        """Deliver what is pending for a peer; with an open breaker that is the trial that may close it."""
         owner = self._owners[name]
         if owner.breaker.is_closed:
             if owner.pending:
-                await self._tell_again(name, owner)
+                # A failure leaves the tokens pending, and the next round tries again.
+                await self._deliver_pending(name, owner)
             return
         if not owner.breaker.may_try(now=time.monotonic()):
             return
-        # The trial is what it missed, if anything: that must be dropped before it is asked again.
-        failure = await self._tell_again(name, owner)
+        # With nothing pending the trial is an empty invalidation. No call of a client is risked for it.
+        failure = await self._deliver_pending(name, owner)
         if failure is None:
             owner.breaker.answered()
             log.info("breaker_closed", extra={"peer_node": name})
@@ -340,63 +369,72 @@ class Forwarder:
                 self._owner(name).pending.add_everything(now=now)
             names = list(view.address_by_name)
         else:
-            by_owner = _by_owner(view, self._changed.tokens())
-            for name, tokens in by_owner.items():
+            tokens_by_peer = peers_with_copies(view, self._changed.tokens())
+            for name, tokens in tokens_by_peer.items():
                 self._owner(name).pending.add(tokens, now=now)
-            names = list(by_owner)
+            names = list(tokens_by_peer)
         for name in names:
-            self._spawn(self._tell_now(name))
+            # At once. Until it is done, calls for the peer's tokens go to the storage.
+            self._tasks.spawn(self._deliver_now(name))
 
-    async def _tell_now(self, name: str) -> None:
+    async def _deliver_now(self, name: str) -> None:
         owner = self._owner(name)
         if owner.breaker.may_answer_yet(now=time.monotonic()):
-            failure = await self._tell_again(name, owner)
+            failure = await self._deliver_pending(name, owner)
             if failure is not None:
-                self._failed(name, owner, failure, _TRY_S)
+                self._failed(name, owner, failure, TRY_S)
 
     async def _invalidate(self, name: str, tokens: Sequence[str], tell_s: float) -> None:
+        """Have one peer drop its copies of these tokens, or make them pending for it. Never raises.
+
+        A peer that is slow, or that only this node cannot reach, still serves other nodes from its copies.
+        Therefore a breaker that has opened lately does not stop this.
+        """
         owner = self._owner(name)
-        # One that is slow, or that only this node has lost, still serves others, from copies.
         if owner.breaker.may_answer_yet(now=time.monotonic()):
-            failure = await self._told(name, owner, tokens, tell_s)
+            failure = await self._notify(name, owner, tokens, tell_s)
             if failure is None:
                 if owner.breaker.is_closed:
+                    # Ends a row of time-outs. It does not close an open breaker: that takes a trial, after
+                    # which nothing is pending.
                     owner.breaker.answered()
                 return
             if not isinstance(failure, PeerSkipped):
                 self._failed(name, owner, failure, tell_s)
         owner.pending.add(tokens, now=time.monotonic())
 
-    async def _told(
-        self, name: str, owner: _Owner, tokens: Sequence[str], tell_s: float
+    async def _notify(
+        self, name: str, owner: Owner, tokens: Sequence[str], tell_s: float
     ) -> ClusterError | None:
         try:
             if len(tokens) == 1:
-                return await _submitted(owner.notices, tokens[0], tell_s)
+                # The usual write changes one session: many of them share one call.
+                return await owner.notify(tokens[0], tell_s=tell_s)
             await self._send_tokens(name, tokens, tell_s)
         except ClusterError as exc:
             return exc
         return None
 
-    async def _tell(self, name: str, tokens: Sequence[str]) -> Sequence[None]:
-        await self._send_tokens(name, tokens, _TELL_S)
+    async def _send_notices(self, name: str, tokens: Sequence[str]) -> Sequence[None]:
+        await self._send_tokens(name, tokens, TELL_S)
         return [None] * len(tokens)
 
-    async def _tell_again(self, name: str, owner: _Owner) -> ClusterError | None:
+    async def _deliver_pending(self, name: str, owner: Owner) -> ClusterError | None:
+        """Send the pending tokens of a peer; return the failure, after which they are pending still."""
         since_s = time.monotonic()
+        is_everything = owner.pending.is_everything
         try:
-            await self._send_tokens(
-                name, owner.pending.tokens(), _TRY_S, is_everything=owner.pending.is_everything
-            )
+            await self._send_tokens(name, owner.pending.tokens(), TRY_S, is_everything=is_everything)
         except ClusterError as exc:
             return exc
-        # What has come to it meanwhile stays.
+        # Tokens that were added while the call was under way stay: the peer has not seen them.
         owner.pending.forget(before=since_s)
         return None
 
     async def _send_tokens(
         self, name: str, tokens: Sequence[str], try_s: float, *, is_everything: bool = False
     ) -> None:
+        # One call at least: an empty one shows that the peer answers.
         for start in range(0, len(tokens) or 1, _TOKENS_A_CALL):
             request = pb.InvalidateRequest(
                 origin=self._origin_for(name),
@@ -405,59 +443,5 @@ class Forwarder:
             )
             body = request.SerializeToString()
             await self._peers.call(
-                self._address(name), "Invalidate", body, timeout_s=try_s, lane=ChannelKind.CALLS
+                self._address(name), "Invalidate", body, timeout_s=try_s, channel_kind=ChannelKind.CALLS
             )
-
-
-async def _end_idle(owner: _Owner, after_s: float) -> None:
-    before_s = time.monotonic() - after_s
-    while owner.idle and owner.idle[0][0] <= before_s:
-        _, exchange = owner.idle.pop(0)
-        await exchange.end()
-
-
-def _queue_full() -> ClusterError:
-    return PeerSkipped("too many calls wait for it")
-
-
-async def _submitted(batcher: Batcher[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
-    try:
-        async with asyncio.timeout(try_s):
-            return await batcher.submit(item)
-    except TimeoutError:
-        return PeerTimeout("no answer in time")
-    except PeerSkipped:
-        raise
-    except ClusterError as exc:
-        return exc
-    except asyncio.CancelledError:
-        if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # this is a coroutine
-            raise
-        # Not the caller was cancelled but the batch: the peer has left the cluster.
-        return PeerUnreachable("it is no member any more")
-
-
-def _by_owner(view: View, tokens: Iterable[str]) -> dict[str, list[str]]:
-    """Sort tokens by the peers that own them, or have by a former ring."""
-    found: dict[str, list[str]] = {}
-    for token in tokens:
-        owners = {ring.owner(token): None for ring in (view.ring, *view.former)}
-        for name in view.address_by_name if token.startswith(_UNOWNED) else owners:
-            if name in view.address_by_name:
-                found.setdefault(name, []).append(token)
-    return found
-
-
-def _item_bytes(item: pb.Item) -> int:
-    return len(item.message)
-
-
-def _answers(body: bytes, count: int) -> Sequence[pb.Answer]:
-    response = pb.ForwardResponse()
-    try:
-        response.ParseFromString(body)
-    except DecodeError:
-        raise MalformedPacket("not a valid ForwardResponse") from None
-    if len(response.answers) != count:
-        raise MalformedPacket(f"{len(response.answers)} answers to {count} items")
-    return response.answers

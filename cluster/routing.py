@@ -1,10 +1,27 @@
-"""Where a call is answered: the one decision, on an immutable view."""
+"""Where a call is answered, and which peers may hold copies: decisions on an immutable view. Pure.
+
+    token owned by       | and the call came from a client | and was forwarded
+    ---------------------+---------------------------------+--------------------
+    this node, settled   | OWNED                           | OWNED
+    this node, not yet   | PASSING                         | PASSING
+    another node         | Forward(owner)                  | PASSING
+
+OWNED answers through the cache. PASSING answers from the storage and leaves nothing in the cache, because a
+write at the real owner would not reach that copy. Two nodes may disagree on the ring for a moment. A
+forwarded call is never forwarded again, so a disagreement costs one hop and cannot become a loop.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from cluster.view import View
+
+# A key that begins so stands for a session whose token this node does not know. Any node may hold a copy of
+# such a session, and finds it by that key.
+_UNOWNED: Final = "\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +40,6 @@ class Forward:
 
 Route = Local | Forward
 OWNED = Local(fill_cache=True)
-# Out of hops, or owner since a moment ago: answer from the storage, but leave the copy to who has it.
 PASSING = Local(fill_cache=False)
 
 
@@ -32,6 +48,18 @@ def route(view: View, token: str, *, hops_left: int) -> Route:
     if not view.is_alone and (owner := view.ring.owner(token)) != view.me:
         return Forward(owner) if hops_left > 0 else PASSING
     if not view.is_active:
-        # Joining, it does not know yet who holds copies.
+        # While it joins, this node does not know yet which nodes hold copies.
         return PASSING
     return OWNED if not view.former or view.has_settled(token) else PASSING
+
+
+def peers_with_copies(view: View, tokens: Iterable[str]) -> dict[str, list[str]]:
+    """Return, by peer, the tokens of which it may hold a copy: as owner by the ring, or by a former one."""
+    tokens_by_peer: dict[str, list[str]] = {}
+    for token in tokens:
+        # A dictionary for its order: the present owner is told first.
+        owners = {ring.owner(token): None for ring in (view.ring, *view.former)}
+        for name in view.address_by_name if token.startswith(_UNOWNED) else owners:
+            if name in view.address_by_name:
+                tokens_by_peer.setdefault(name, []).append(token)
+    return tokens_by_peer

@@ -1,7 +1,16 @@
-"""Packets as protobuf, and back: what comes in is checked here, once."""
+"""Packets as protobuf, and back: what comes in is checked here, once.
+
+Every value that the core of membership sees has passed `_member`, `_update` or `_packet`. Those refuse what
+would make the core raise, or keep numbers that protobuf cannot carry any more. Unknown fields are ignored, as
+protobuf does, so that a later release may add some.
+
+A rolling upgrade has nodes of two releases in one cluster. Therefore a field that is empty must mean what it
+meant before there was such a field: an empty address is the name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -23,7 +32,7 @@ def request(packet: Packet, origin: pb.Origin) -> bytes:
 
 
 def response(packet: Packet | None, refusal: str = "") -> bytes:
-    """Return an answer as a GossipResponse."""
+    """Return an answer as a GossipResponse; `None` where the packet asked for no answer."""
     message = pb.GossipResponse(refusal=refusal)
     if packet is not None:
         message.packet.CopyFrom(_message(packet))
@@ -45,10 +54,21 @@ def parse_response(body: bytes) -> tuple[Packet | None, str]:
     return packet, message.refusal
 
 
-def _parse(message: pb.GossipRequest | pb.GossipResponse, body: bytes) -> None:
+def parse_answers(body: bytes, count: int) -> Sequence[pb.Answer]:
+    """Return the answers of a ForwardResponse to that many items. Raises MalformedPacket."""
+    response = pb.ForwardResponse()
+    _parse(response, body)
+    if len(response.answers) != count:
+        # Answers belong to items by their place alone, so each of these might be for another call.
+        raise MalformedPacket(f"{len(response.answers)} answers to {count} items")
+    return response.answers
+
+
+def _parse(message: pb.GossipRequest | pb.GossipResponse | pb.ForwardResponse, body: bytes) -> None:
     try:
         message.ParseFromString(body)
     except DecodeError:
+        # Without protobuf's own text, which may quote the message.
         raise MalformedPacket(f"not a valid {message.DESCRIPTOR.full_name}") from None
 
 
@@ -73,6 +93,7 @@ def _update_message(update: Update) -> pb.Update:
 
 
 def _member_message(member: Member) -> pb.Member:
+    # Where names are addresses, which is usual, the address would be half of the message.
     return pb.Member(
         name=member.name,
         address="" if member.address == member.name else member.address,
@@ -85,11 +106,13 @@ def _member_message(member: Member) -> pb.Member:
 
 
 def _packet(message: pb.Packet) -> Packet:
+    # A table is the only part without a bound of its own: the core reads MAX_UPDATES updates and no more.
     if len(message.table) > MAX_MEMBERS:
         raise MalformedPacket(f"a table of more than {MAX_MEMBERS} members")
     try:
         kind = Kind(message.kind)
     except ValueError:
+        # Of a later release, perhaps. An answer would have to know what it asks.
         raise MalformedPacket(f"a packet of unknown kind {message.kind}") from None
     return Packet(
         kind=kind,
@@ -109,11 +132,13 @@ def _update(message: pb.Update) -> Update:
 
 
 def _member(message: pb.Member) -> Member:
+    """Return a member, if its name and address can be dialled and its numbers leave room to refute."""
     address = message.address or message.name
     if not 0 < len(message.name) <= _MAX_NAME or len(address) > _MAX_NAME:
         raise MalformedPacket("a member without a name, or with an endless one")
     if not _is_address(address):
         raise MalformedPacket("a member with an address that is not host:port")
+    # A refutation adds 1. Without a bound one packet could take the last number, and end all refutations.
     if max(message.generation, message.incarnation) >= _MAX_NUMBER:
         raise MalformedPacket("a member whose generation or incarnation is out of bounds")
     try:

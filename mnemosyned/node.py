@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cluster import discovery
 from cluster.forward import Forwarder
-from cluster.gossip import Gossip, Identity
+from cluster.gossip import Gossip
+from cluster.identity import Identity
 from cluster.member import Member, Phase, State
 from cluster.peer_auth import PeerAuth
 from cluster.peers import SERVICE_NAME, Peers, TlsIdentity

@@ -51,7 +51,7 @@ class Peer:
                 raise PeerTimeout("no answer in time") from None
 
 
-class FakeExchange:
+class FakeStream:
     def __init__(self, address: str, peer: Peer) -> None:
         self.address = address
         self.is_open = True
@@ -77,12 +77,14 @@ class FakePeers:
     def __init__(self, peers: dict[str, Peer]) -> None:
         self._peers = peers
 
-    def exchange(self, address: str) -> FakeExchange:
+    def open_stream(self, address: str) -> FakeStream:
         self._peers[address].streams += 1
-        return FakeExchange(address, self._peers[address])
+        return FakeStream(address, self._peers[address])
 
-    async def call(self, address: str, _method: str, body: bytes, *, timeout_s: float, lane: object) -> bytes:
-        assert lane
+    async def call(
+        self, address: str, _method: str, body: bytes, *, timeout_s: float, channel_kind: object
+    ) -> bytes:
+        assert channel_kind
         await self._peers[address].respond(timeout_s)
         request = pb.InvalidateRequest.FromString(body)
         self._peers[address].told += request.tokens
@@ -317,7 +319,7 @@ async def test_a_change_older_than_any_copy_is_not_told() -> None:
 
 
 async def test_a_peer_that_missed_too_much_drops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.forward._MAX_PENDING", 2)
+    monkeypatch.setattr("cluster.owner._MAX_PENDING", 2)
     async with forwarding() as setup:
         setup.peers[B].fails_with = PeerUnreachable
         await setup.forwarder.invalidate_everywhere(["a", "b", "c"])

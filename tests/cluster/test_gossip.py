@@ -12,7 +12,8 @@ import pytest
 from cluster import gossip as shell
 from cluster import wire
 from cluster.errors import MalformedPacket, PeerRefused, PeerTimeout, PeerUnreachable
-from cluster.gossip import Gossip, Identity
+from cluster.gossip import Gossip
+from cluster.identity import Identity
 from cluster.member import EventKind, Kind, Member, Packet, Phase, State
 from cluster.view import View
 
@@ -32,7 +33,7 @@ class FakePeers:
         self.called.append(address)
         raise self.fails_with
 
-    async def watch(self, _address: str, _lost: object) -> None:
+    async def keep_connected(self, _address: str, _lost: object) -> None:
         await asyncio.Event().wait()
 
     def forget(self, address: str) -> None:
@@ -115,7 +116,7 @@ async def test_a_stalled_loop_is_noticed_and_the_inbox_read_first() -> None:
 async def test_what_came_to_this_node_by_a_new_ring_has_not_settled_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shell, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(shell, "SETTLE_S", 0.2)
     async with gossiping() as one:
         await until(lambda: one.view.is_active)
         one.hear(Packet(Kind.SYNC, OTHER))
@@ -188,7 +189,7 @@ async def test_another_sign_while_a_member_is_looked_into_leads_to_another_look(
 
         assert dialled == [OTHER.address] * 2
         assert next(t.event for t in one.events if t.event.kind is EventKind.DEAD).evidence == "refused"
-        await until(lambda: not one._looks)
+        await until(lambda: not one._dials)
 
 
 async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
@@ -205,7 +206,7 @@ async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
         one.peers.fails_with = PeerTimeout("no answer in time")
         one.hear(Packet(Kind.SYNC, OTHER))
         one.probe(OTHER.name)
-        await until(lambda: not one._looks)
+        await until(lambda: not one._dials)
 
         assert dialled == [OTHER.address]
 
@@ -213,7 +214,7 @@ async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
 async def test_strangers_and_the_gone_are_not_looked_into() -> None:
     async with gossiping() as one:
         one.probe("127.0.0.1:99")
-        await until(lambda: not one._looks)
+        await until(lambda: not one._dials)
 
         assert not one.events
 

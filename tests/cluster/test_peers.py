@@ -66,7 +66,7 @@ class Setup:
 
     async def call(self, body: bytes, *, timeout_s: float = 5.0) -> bytes:
         return await self.peers.call(
-            self.address, "Gossip", body, timeout_s=timeout_s, lane=ChannelKind.GOSSIP
+            self.address, "Gossip", body, timeout_s=timeout_s, channel_kind=ChannelKind.GOSSIP
         )
 
 
@@ -129,13 +129,13 @@ async def test_a_call_whose_channel_is_closed_is_unreachable(setup: Setup) -> No
 
 
 async def test_a_stream_answers_one_batch_after_another(setup: Setup) -> None:
-    exchange = setup.peers.exchange(setup.address)
+    stream = setup.peers.open_stream(setup.address)
     for number in range(5):
-        assert await exchange.ask(str(number).encode(), timeout_s=5) == str(number).encode()
-    assert exchange.is_open
-    await exchange.end()
-    await until(lambda: not exchange.is_open)
-    await exchange.end()
+        assert await stream.ask(str(number).encode(), timeout_s=5) == str(number).encode()
+    assert stream.is_open
+    await stream.end()
+    await until(lambda: not stream.is_open)
+    await stream.end()
 
     assert setup.stats["Forward"].codes == {"OK": 5}
 
@@ -144,21 +144,21 @@ async def test_a_stream_answers_one_batch_after_another(setup: Setup) -> None:
     ("batch", "error"), [(b"refuse", PeerRefused), (b"late", PeerTimeout), (b"end", PeerUnreachable)]
 )
 async def test_a_stream_is_over_after_a_failure(setup: Setup, batch: bytes, error: type[Exception]) -> None:
-    exchange = setup.peers.exchange(setup.address)
-    await exchange.ask(b"hello", timeout_s=5)
+    stream = setup.peers.open_stream(setup.address)
+    await stream.ask(b"hello", timeout_s=5)
     with pytest.raises(error):
-        await exchange.ask(batch, timeout_s=0.2)
-    assert not exchange.is_open
+        await stream.ask(batch, timeout_s=0.2)
+    assert not stream.is_open
 
     with pytest.raises(PeerUnreachable):
-        await exchange.ask(b"hello", timeout_s=5)
+        await stream.ask(b"hello", timeout_s=5)
 
 
 async def test_a_stream_may_end_while_its_channel_is_closed(setup: Setup) -> None:
     for turns in range(40):
-        exchange = setup.peers.exchange(setup.address)
-        await exchange.ask(b"hello", timeout_s=5)
-        ending = asyncio.create_task(exchange.end())
+        stream = setup.peers.open_stream(setup.address)
+        await stream.ask(b"hello", timeout_s=5)
+        ending = asyncio.create_task(stream.end())
         for _ in range(turns % 4):
             await asyncio.sleep(0)
         setup.peers.forget(setup.address)
@@ -168,21 +168,21 @@ async def test_a_stream_may_end_while_its_channel_is_closed(setup: Setup) -> Non
 
 
 async def test_a_stream_is_not_used_again_when_its_channel_is_about_to_close(setup: Setup) -> None:
-    exchange = setup.peers.exchange(setup.address)
-    assert await exchange.ask(b"hello", timeout_s=5) == b"hello"
+    stream = setup.peers.open_stream(setup.address)
+    assert await stream.ask(b"hello", timeout_s=5) == b"hello"
     setup.peers._hang_up(setup.address, ChannelKind.CALLS, grace_s=5.0)
-    assert not exchange.is_open
-    fresh = setup.peers.exchange(setup.address)
+    assert not stream.is_open
+    fresh = setup.peers.open_stream(setup.address)
 
     assert await fresh.ask(b"hello", timeout_s=5) == b"hello"
     assert fresh.is_open
-    await exchange.end()
+    await stream.end()
     await fresh.end()
 
 
 async def test_each_loss_of_a_connection_is_told(setup: Setup) -> None:
     losses: list[None] = []
-    watching = asyncio.create_task(setup.peers.watch(setup.address, lambda: losses.append(None)))
+    watching = asyncio.create_task(setup.peers.keep_connected(setup.address, lambda: losses.append(None)))
     await setup.call(b"hello")
     await setup.server.stop(None)
     await until(lambda: len(losses) == 1)

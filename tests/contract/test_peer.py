@@ -23,7 +23,7 @@ from peering import Peer, peering
 from serving import ENGINES
 
 from cluster import wire
-from cluster.gossip import Identity
+from cluster.identity import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
 from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb

@@ -212,7 +212,7 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
             peers.identify(
                 TlsIdentity(certificate=pem["crt"], private_key=pem["key"], authorities=authorities)
             )
-            answer = await peers.call(address, "Gossip", b"", timeout_s=5, lane=ChannelKind.GOSSIP)
+            answer = await peers.call(address, "Gossip", b"", timeout_s=5, channel_kind=ChannelKind.GOSSIP)
             return answer.decode()
 
         assert await seen(old, old.pem) == "old.example"

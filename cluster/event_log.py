@@ -1,0 +1,59 @@
+"""What happens to members, as lines of the log.
+
+The names of events and fields are part of the daemon's interface: alerts are made of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from cluster.member import Event, EventKind
+
+log = logging.getLogger(__name__)
+
+_WARNINGS: Final = frozenset({EventKind.SUSPECT, EventKind.DEAD, EventKind.CONFLICT})
+_PAUSE_S: Final = 10.0
+_MAX_REMEMBERED: Final = 512
+_MAX_SHOWN: Final = 300  # characters of what a foreign node sent
+
+
+def log_event(event: Event) -> None:
+    """Write one line with what is known of the event: fields that say nothing are left out."""
+    member = event.member
+    fields: dict[str, object] = {
+        "node": member.name,
+        "address": member.address,
+        "generation": member.generation,
+        "incarnation": member.incarnation,
+    }
+    if event.evidence:
+        fields["evidence"] = event.evidence
+    if event.accuser:
+        fields["accuser"] = event.accuser
+    if event.confirmations:
+        fields["confirmations"] = event.confirmations
+    if event.seconds:
+        fields["seconds"] = round(event.seconds, 3)
+    level = logging.WARNING if event.kind in _WARNINGS else logging.INFO
+    log.log(level, event.kind.value, extra=fields)
+
+
+class RefusalLog:
+    """Logs that a peer and this node refuse one another: at most one line per event and peer in 10 s.
+
+    Such a mistake in the settings repeats with every packet until it is mended.
+    """
+
+    def __init__(self) -> None:
+        self._logged_s: dict[str, float] = {}  # by event and peer
+
+    def write(self, event: str, peer: str, text: str, *, now: float) -> None:
+        """Write the line unless one like it was written a short while ago."""
+        if now - self._logged_s.get(event + peer, -_PAUSE_S) < _PAUSE_S:
+            return
+        if len(self._logged_s) >= _MAX_REMEMBERED:
+            # A foreign node may send any name. A line too many is better than memory without a bound.
+            self._logged_s.clear()
+        self._logged_s[event + peer] = now
+        log.error(event, extra={"peer_node": peer[:_MAX_SHOWN], "error": text[:_MAX_SHOWN]})

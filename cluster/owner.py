@@ -1,0 +1,135 @@
+"""One peer as the owner of tokens: what waits for it, what it has missed, and whether it may be asked.
+
+    calls ------> reads  -+                       Batcher: what arrives while a batch is under way forms
+                  writes -+--> idle streams       the next batch
+    invalidations -> notices ----> peer
+
+- Reads and writes have separate batchers. A batch is answered as a whole, and a read must not wait for the
+  row lock of a write.
+- The breaker knows whether the peer answers.
+- Pending invalidations are tokens of which the peer may hold an old copy. While there is one, the peer is
+  asked nothing: its answer might be the session as it was before a write.
+- Idle streams are open and have no batch under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from aio.batcher import Batcher, BatchLimits
+from cluster.breaker import Breaker
+from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.peerpb import peer_pb2 as pb
+from cluster.peers import ForwardStream
+from cluster.pending_invalidations import PendingInvalidations
+from cluster.timing import STREAM_GRACE_S
+
+_MAX_PENDING: Final = 10_000
+
+# A quarter of an h2corn flow-control window: such a batch is on the wire at once.
+_BATCHES: Final = BatchLimits(
+    max_items=128, max_bytes=256 * 1024, max_waiting=10_000, concurrency=2, is_eager=True
+)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Owner:
+    """The state that this node keeps of one peer; it sends nothing itself."""
+
+    def __init__(
+        self,
+        forward: Callable[[Sequence[pb.Item]], Awaitable[Sequence[pb.Answer]]],
+        notify: Callable[[Sequence[str]], Awaitable[Sequence[None]]],
+    ) -> None:
+        """`forward` sends a batch of calls, `notify` sends tokens whose copies must be dropped."""
+        self.breaker = Breaker()
+        self.pending = PendingInvalidations(max_tokens=_MAX_PENDING)
+        self._reads = Batcher(forward, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full)
+        self._writes = Batcher(forward, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full)
+        self._notices = Batcher(notify, limits=_BATCHES, size_bytes=len, full=_queue_full)
+        # (since when, stream), the last one used at the end; at most one for each batch that may be under
+        # way.
+        self._idle: list[tuple[float, ForwardStream]] = []
+
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether the peer answers, as far as is known, and has missed no change."""
+        return self.breaker.is_closed and not self.pending
+
+    async def forward(self, item: pb.Item, *, is_write: bool, try_s: float) -> pb.Answer | ClusterError:
+        """Return the peer's answer to one call, or the failure of the batch that the call was in.
+
+        Raises:
+            PeerSkipped: too many calls wait for the peer.
+        """
+        # Longer than the stream, which runs until the item's own deadline: see STREAM_GRACE_S.
+        return await _submitted(self._writes if is_write else self._reads, item, try_s + STREAM_GRACE_S)
+
+    async def notify(self, token: str, *, tell_s: float) -> ClusterError | None:
+        """Have the peer drop its copy; return the failure if that is not known to have happened.
+
+        Raises:
+            PeerSkipped: too many tokens wait for the peer.
+        """
+        return await _submitted(self._notices, token, tell_s)
+
+    def take_stream(self, address: str) -> ForwardStream | None:
+        """Return an idle stream to this address, the last one used; None if there is none.
+
+        Streams that the peer has closed, and streams to an address that the peer no longer has, are dropped.
+        """
+        while self._idle:
+            _, stream = self._idle.pop()
+            if stream.is_open and stream.address == address:
+                return stream
+        return None
+
+    def give_back(self, stream: ForwardStream) -> None:
+        """Keep a stream whose batch was answered for the next batch."""
+        self._idle.append((time.monotonic(), stream))
+
+    async def end_idle(self, after_s: float) -> None:
+        """End the streams that have been idle for that long."""
+        before_s = time.monotonic() - after_s
+        while self._idle and self._idle[0][0] <= before_s:
+            # Taken out before the await, so that no batch uses a stream that is about to end.
+            _, stream = self._idle.pop(0)
+            await stream.end()
+
+    async def close(self) -> None:
+        """Cancel what waits and what is under way; `forward` and `notify` then return PeerUnreachable."""
+        for batches in (self._reads, self._writes, self._notices):
+            await batches.close()
+        await self.end_idle(0.0)
+
+
+def _item_bytes(item: pb.Item) -> int:
+    return len(item.message)
+
+
+def _queue_full() -> ClusterError:
+    return PeerSkipped("too many calls wait for it")
+
+
+async def _submitted(batcher: Batcher[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
+    """Return the item's result, or its failure as a value: a failed batch fails each of its items."""
+    try:
+        async with asyncio.timeout(try_s):
+            return await batcher.submit(item)
+    except TimeoutError:
+        return PeerTimeout("no answer in time")
+    except PeerSkipped:
+        # The peer has not seen the item, so this is no evidence against the peer.
+        raise
+    except ClusterError as exc:
+        return exc
+    except asyncio.CancelledError:
+        if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # this is a coroutine
+            raise
+        # Not the caller was cancelled but the batch, by `close`: the peer has left the cluster.
+        return PeerUnreachable("it is no member any more")
