@@ -1,4 +1,8 @@
-"""Seeds to addresses: a name may stand for many nodes, and for others tomorrow."""
+"""Seeds to addresses: one name may stand for many nodes, and for different ones tomorrow.
+
+In Kubernetes, the name of a headless service resolves to every pod behind it. Names are resolved before each
+round of asking (gossip.py), so that a node which starts before its peers finds them when they come.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,15 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 _RESOLVE_TIMEOUT_S: Final = 2.0
-# Any one that answers knows the others.
+# More need not be asked: any node that answers knows all members.
 _MAX_ADDRESSES: Final = 64
 
 
 async def addresses(seeds: Sequence[str]) -> dict[str, str]:
-    """Return each address that the seeds stand for, with its seed; a name that is not known yet has none."""
+    """Return each address that the seeds stand for, with its seed.
+
+    A name that does not resolve yet has no address, and is no error: its node may not have started.
+    """
     found: dict[str, str] = {}
     for seed, resolved in zip(seeds, await asyncio.gather(*map(_resolve, seeds)), strict=True):
         for address in resolved:
@@ -26,9 +33,11 @@ async def addresses(seeds: Sequence[str]) -> dict[str, str]:
 
 
 async def own_address(listen: str) -> str:
-    """Return where peers find this node: its name resolved, unless that helps nobody else.
+    """Return where peers find this node: its name resolved, unless only this host could use that.
 
-    Peers so need not wait for their resolver to forget where the name led before a restart.
+    After a restart at another address, the resolvers of the peers may give the former address for a while. An
+    address that this node announces itself is right at once. A loopback address is right on this host alone,
+    so the name is announced instead.
     """
     resolved = await _resolve(listen)
     if not resolved or ip_address(resolved[0].rpartition(":")[0].strip("[]")).is_loopback:

@@ -1,7 +1,12 @@
-"""What to tell the others next: the updates sent least often first, each a bounded number of times.
+"""Which updates go into the next packet: those that were sent least often. Pure.
 
-Source: Das, Gupta, Motivala, "SWIM" (2002), section 4.1: an update that is sent λ·log n times
-reaches all but n^-(2λ-2) of n members.
+Membership has no broadcast. An update rides along with probes and gossip packets ("piggybacked"), and each
+member that hears it for the first time passes it on. Source: Das, Gupta, Motivala, "SWIM" (2002), section
+4.1: an update that is sent λ·log n times reaches all but n^-(2λ-2) of n members.
+
+Each update is sent a bounded number of times. Updates stand in buckets by the number of their sends. `take`
+goes through the buckets from 0 on, so that fresh news is not delayed by old news, and each update that it
+takes moves into the next bucket.
 """
 
 from __future__ import annotations
@@ -11,18 +16,20 @@ from typing import Final
 
 from cluster.member import State, Update
 
-# A flood of updates beyond this loses those that were sent most often; the hash-checked sync mends it.
+# A flood of updates beyond this loses those that were sent most often. The sync of whole tables mends that.
 MAX_QUEUED: Final = 32_768
 
 
 class Dissemination:
     """Updates waiting to be piggybacked: at most one for each claim about a member.
 
-    `is_current` tells whether an update is still what this node holds; others are forgotten.
+    `is_current` tells whether an update is still what this node holds. One that is not is never sent: there
+    is a newer claim about that member, which has an update of its own.
     """
 
     def __init__(self, is_current: Callable[[Update], bool]) -> None:
         self._is_current = is_current
+        # The same updates twice: by how often each was sent, and how often each key was.
         self._by_sends: dict[int, dict[tuple[str, str], Update]] = {}
         self._sends: dict[tuple[str, str], int] = {}
 
@@ -30,7 +37,7 @@ class Dissemination:
         return len(self._sends)
 
     def put(self, update: Update) -> None:
-        """Tell the others, from the first send on."""
+        """Send this update from now on; it replaces an older one with the same key."""
         key = _key(update)
         self._remove(key)
         if len(self._sends) >= MAX_QUEUED:
@@ -48,6 +55,7 @@ class Dissemination:
                     taken.append((key, update, sends + 1))
                 else:
                     self._remove(key)
+        # Afterwards, so that no update is taken twice into one packet.
         for key, update, sends in taken:
             self._remove(key)
             if sends < max_sends:
@@ -69,5 +77,6 @@ class Dissemination:
 
 
 def _key(update: Update) -> tuple[str, str]:
-    # Accusations of one member by several are told apart, else confirmations could not be counted.
+    # Each accuser of a suspect has an update of its own. If they replaced one another, the members could not
+    # count independent accusers.
     return (update.member.name, update.accuser if update.member.state == State.SUSPECT else "")

@@ -1,10 +1,15 @@
-"""What may go wrong between nodes; the daemon translates it, no client sees it."""
+"""What may go wrong between nodes; the daemon translates it, no client sees it.
+
+After an error of a forwarded call the entry node asks the storage itself. For a write it matters whether the
+owner may have done the work, or may still be doing it. After PeerSkipped it is certain that the owner has not
+seen the call. After every other error that is unknown.
+"""
 
 from __future__ import annotations
 
 
 class ClusterError(Exception):
-    """Base of all errors between nodes; the text is for the operator."""
+    """Base of all errors between nodes; the text is for people who run the nodes."""
 
 
 class PeerUnreachable(ClusterError):
@@ -12,7 +17,7 @@ class PeerUnreachable(ClusterError):
 
 
 class PeerSkipped(ClusterError):
-    """A peer was not even asked: it is known to be away."""
+    """A peer was not even asked: it is known not to answer, has missed changes, or too many calls wait."""
 
 
 class PeerTimeout(ClusterError):
@@ -20,11 +25,11 @@ class PeerTimeout(ClusterError):
 
 
 class PeerRefused(ClusterError):
-    """A peer answered, and does not want us: another cluster, storage or secret."""
+    """A peer answered, and refuses this node: it has another cluster label, storage or secret."""
 
 
 class MalformedPacket(ClusterError):
-    """The bytes are no packet of this protocol."""
+    """The bytes are no valid message of this protocol."""
 
 
 class UnauthenticatedPeer(ClusterError):

@@ -1,10 +1,17 @@
-"""What nodes know of one another, and the packets in which they say so: values only.
+"""What nodes know of one another, and the packets in which they say so: values only. Pure.
 
-A member's version is `(generation, incarnation, state)`, compared in that order; of two claims about
-a member the greater version holds. Only the member itself raises its generation (its boot time in
-milliseconds) and its incarnation; the others can only claim a worse state for the same two. So
-claims form a join-semilattice: in whatever order they arrive, and however often, all nodes end
-with the same.
+A claim about a member has a version, `(generation, incarnation, state)`, compared from left to right. Of two
+claims about a member the greater version holds. Only the member itself raises its generation (its boot time
+in milliseconds) and its incarnation. Other nodes can only claim a worse state for the same two. Why this
+makes all nodes agree is in swim.py.
+
+Two hashes let nodes compare what they know in 16 bytes, without sending it:
+
+- `members_hash`, over every live member: if it is equal, a sync need not send a table.
+- `ring_hash`, over the names of the members that own tokens: if it is equal, two nodes route alike.
+
+Both are the XOR of one digest for each member. The XOR does not depend on the sequence of members, and one
+changed member costs two operations, however many members there are.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ DIGEST_BYTES: Final = 8
 
 
 class State(IntEnum):
-    """What others hold of a member; a later one beats an earlier one of the same incarnation."""
+    """What other nodes hold of a member; the greater state wins within one incarnation."""
 
     ALIVE = 0
     SUSPECT = 1
@@ -29,7 +36,7 @@ class State(IntEnum):
 
 
 class Phase(IntEnum):
-    """What a member says of itself; only ACTIVE ones own tokens."""
+    """What a member says of itself; only ACTIVE members own tokens."""
 
     JOINING = 0
     ACTIVE = 1
@@ -54,7 +61,11 @@ class Member(NamedTuple):
 
     @property
     def is_routable(self) -> bool:
-        """Whether it owns tokens: a suspect still does."""
+        """Whether it owns tokens: a suspect still does.
+
+        A suspicion is often wrong. If the ring changed with it, the caches of two nodes would be lost for one
+        slow answer. Meanwhile the breaker (breaker.py) keeps calls from waiting for the suspect.
+        """
         return self.phase == Phase.ACTIVE and self.state <= State.SUSPECT
 
     @property
@@ -69,11 +80,11 @@ class Member(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A claim under way, with who accuses."""
+    """A claim under way, with the member that accuses."""
 
     member: Member
     accuser: str = ""  # of a suspect: the first node that said so, never one that passed it on
-    is_refused: bool = False  # the accuser's dial was refused, which only a live host does
+    is_refused: bool = False  # the accuser's dial was refused: the host is up, and the process is not
 
 
 class Kind(IntEnum):
@@ -94,7 +105,7 @@ class Packet(NamedTuple):
 
     kind: Kind
     sender: Member
-    target: str = ""  # the member it is for; "" for whoever listens at the address
+    target: str = ""  # the member it is for; "" for any node that listens at the address
     sequence: int = 0
     subject: str = ""  # of a ping request: the member to ping
     members_hash: int = 0
@@ -125,7 +136,7 @@ class EventKind(Enum):
 
 
 class Event(NamedTuple):
-    """Something that happened to a member, and how we know."""
+    """Something that happened to a member, and how this node knows."""
 
     kind: EventKind
     member: Member
@@ -142,6 +153,7 @@ def name_digest(name: str) -> int:
 
 def claim_digest(member: Member) -> int:
     """Return 64 bits of what all nodes must agree on about a live member; a suspect counts as alive."""
+    # Without the state: while a suspicion spreads, all tables differ, and every sync would send them.
     text = f"{member.name}\n{member.address}\n{member.generation}\n{member.incarnation}\n{int(member.phase)}"
     return name_digest(text)
 

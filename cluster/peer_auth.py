@@ -1,11 +1,29 @@
-"""Whom to believe: calls between nodes are signed with the cluster's secret.
+"""Which calls come from a node of this cluster: signatures with the cluster's secret, or certificates. Pure.
 
-A signature covers the method, the time, a nonce and the body, so that it cannot be used again for
-anything else; time-stamps outside a window of 30 s are refused, and nonces inside it are remembered.
-That is each node's own memory: a body says for which node it is where it could do harm at another.
-Messages on a stream are sealed: with what opened it, which is believed once, and their number on it.
-Instead, a node may show a certificate with one of the names of nodes. Without a secret and without such
-names only the own host is believed.
+    call:    signature = HMAC(secret, "v1" method time nonce body)         in the metadata
+    stream:  opening   = signature of an empty body                        in the metadata
+             seal n    = HMAC(secret, "v1 seal" opening, n, batch)         with each message
+
+What the secret gives:
+
+- Only a node that knows the secret can call the Peer service.
+- A call cannot be changed: the signature covers the method and the body.
+- A call cannot be made twice at one node. Its time must be within 30 s, and its nonce is remembered for
+  longer than that.
+- On a stream, a message cannot be left out, repeated, reordered or moved to another stream: its seal covers
+  its number and the opening, which is accepted once.
+
+What the secret does not give:
+
+- Secrecy. Without TLS, tokens and sessions cross the network in the clear.
+- Signed answers. Without TLS, a machine on the path can change an answer.
+- A name. Every node that knows the secret can speak for every other node.
+- Protection against a replay at another node, because nonces are each node's own memory. Therefore a message
+  that could do harm elsewhere names its callee (identity.py). A packet of gossip that is repeated is a claim
+  that is not newer.
+
+With mutual TLS a certificate with one of the nodes' names (`-tls.peer-names`) takes the place of a signature.
+With neither a secret nor such names, only callers from this node's own host are accepted.
 """
 
 from __future__ import annotations
@@ -20,31 +38,32 @@ from cluster.errors import UnauthenticatedPeer
 
 METADATA_KEY: Final = "mnemosyned-peer"
 _VERSION: Final = "v1"
-_SEAL: Final = "v1 seal"  # no method's signature begins so
+_SEAL: Final = "v1 seal"  # no method's signature begins so, so a seal cannot be used as a signature
 _WINDOW_MS: Final = 30_000
 NONCE_BYTES: Final = 12
-# More calls, streams being one each, than a node can answer in that time.
+# More calls than a node can answer in a window; a stream is one call, however many batches it carries.
 _MAX_NONCES: Final = 2**19
 
 
 class PeerAuth:
-    """Signs with the first secret, believes them all: two during a rotation; and certificates by name.
+    """Signs with the first secret and accepts all of them: there are two while the secret is rotated.
 
-    A name such as `*.nodes.example` stands for one label more.
+    It accepts certificates by name. A name such as `*.nodes.example` stands for one label more.
     """
 
     def __init__(self, secrets: Sequence[bytes], certificate_names: Sequence[str] = ()) -> None:
         self._names = certificate_names
         # Keyed once: that is half of the work on a short message.
         self._keyed = [hmac.new(secret, digestmod="sha256") for secret in secrets]
-        # Two generations of a window each: a nonce is remembered for one to two windows.
+        # Two sets, each in use for two windows and kept for as long again. A nonce is thus remembered for
+        # longer than its time-stamp is valid, and a set is dropped as a whole.
         self._nonces: set[str] = set()
         self._older_nonces: set[str] = set()
         self._turned_ms = 0
 
     @property
     def reaches_elsewhere(self) -> bool:
-        """Whether peers may be elsewhere than on this host."""
+        """Whether this node accepts peers on other hosts."""
         return bool(self._keyed or self._names)
 
     def sign(self, method: str, body: bytes, *, now_ms: int, nonce: bytes) -> str:
@@ -63,7 +82,7 @@ class PeerAuth:
         """Return if a call without a node's certificate is a peer's.
 
         Raises:
-            UnauthenticatedPeer: it is not; the text tells the operator of the calling node what to look at.
+            UnauthenticatedPeer: it is not; the text says which setting of the calling node to look at.
         """
         if not self._keyed:
             if self._names:
@@ -83,6 +102,8 @@ class PeerAuth:
             hmac.compare_digest(mac, _mac(keyed, method, sent_ms, nonce, body)) for keyed in self._keyed
         ):
             raise UnauthenticatedPeer("the call is not signed with this cluster's -cluster.secret")
+        # The time and the nonce are looked at after the MAC. Before it they are anyone's, and a caller
+        # without the secret could fill the memory of nonces.
         if abs(now_ms - int(sent_ms)) > _WINDOW_MS:
             raise UnauthenticatedPeer(
                 "the call was signed more than 30 s ago, or the clocks are that far apart"
@@ -90,14 +111,14 @@ class PeerAuth:
         self._remember(nonce, now_ms)
 
     def stream_mac(self, opening: str) -> StreamMac:
-        """Return the stream_mac of a stream that this signature opened; both ends make their own.
+        """Return the seals of a stream that this signature opened; both ends make their own.
 
-        One that a certificate opened has none: `StreamMac([])`.
+        A stream that a certificate opened has none: `StreamMac([])`.
         """
         return StreamMac([_begun(keyed, _SEAL, opening) for keyed in self._keyed])
 
     def _remember(self, nonce: str, now_ms: int) -> None:
-        # A time-stamp may lie a window ahead and be good for two.
+        # A time-stamp may be a window ahead of this node's clock, and is then accepted for two windows.
         if abs(now_ms - self._turned_ms) > 2 * _WINDOW_MS:
             self._older_nonces, self._nonces = self._nonces, set()
             self._turned_ms = now_ms
@@ -109,7 +130,11 @@ class PeerAuth:
 
 
 class StreamMac:
-    """Shows of one message of a stream after another that it belongs there: whole, in place, and ours."""
+    """Proves of each message of a stream that it is whole, the next one, and from a node of this cluster.
+
+    Either end counts the messages. A message that fails `check` ends the stream, since the counts differ
+    then.
+    """
 
     def __init__(self, begun: Sequence[hmac.HMAC]) -> None:
         self._begun = begun
@@ -143,7 +168,7 @@ def _seal(begun: hmac.HMAC, number: bytes, body: bytes) -> bytes:
 
 
 def _parts(signature: str | None) -> tuple[str, str, str, str]:
-    # What is not ASCII has digits that are no digits, and cannot be compared in constant time.
+    # Text beyond ASCII has digits that `int` takes and that no node writes, and `compare_digest` refuses it.
     parts = signature.split(" ") if signature is not None and signature.isascii() else []
     if len(parts) != 4 or not parts[1].isdigit() or len(parts[1]) > 15:  # noqa: PLR2004  # ours
         raise UnauthenticatedPeer("the call is not signed; do both nodes have the same -cluster.secret?")
@@ -157,6 +182,7 @@ def _mac(keyed: hmac.HMAC, method: str, sent_ms: str, nonce: str, body: bytes) -
 
 
 def _begun(keyed: hmac.HMAC, *words: str) -> hmac.HMAC:
+    # A line for each word: with the words run together, two different calls could have one signature.
     mac = keyed.copy()
     mac.update("".join(f"{word}\n" for word in words).encode())
     return mac

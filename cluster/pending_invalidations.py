@@ -1,4 +1,12 @@
-"""What a peer must drop from its cache before it is asked for anything again. Pure."""
+"""What a peer must drop from its cache before it is asked for anything again. Pure.
+
+A write was acknowledged, and a peer with a copy of the old session could not be told. From then on the peer's
+answers may be wrong. The tokens stay here until the peer has dropped them, or until every copy from before
+the write has expired.
+
+The same class remembers what changed on this node lately (forward.py, `changed`): a node that becomes owner
+of such a token may hold a copy from before the change.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +17,8 @@ from collections.abc import Iterable
 class PendingInvalidations:
     """Tokens whose sessions were changed or ended while a peer could not be told.
 
-    Beyond `max_tokens` they are no longer told apart, and the peer drops all that it has. Times are
-    seconds on the caller's clock.
+    Beyond `max_tokens` single tokens are given up, and the peer drops all that it has. That costs the peer
+    some queries, and never a wrong answer. Times are seconds on the caller's clock.
     """
 
     def __init__(self, *, max_tokens: int) -> None:
@@ -27,7 +35,7 @@ class PendingInvalidations:
         return self._all_changed_s is not None
 
     def add(self, tokens: Iterable[str], *, now: float) -> None:
-        """Remember these."""
+        """Remember that these sessions changed now; a token that is known already counts from now on."""
         for token in tokens:
             self._changed_s[token] = now
             self._changed_s.move_to_end(token)
@@ -35,17 +43,21 @@ class PendingInvalidations:
             self.add_everything(now=now)
 
     def add_everything(self, *, now: float) -> None:
-        """Remember that any session may have changed."""
+        """Remember that any session may have changed; single tokens add nothing to that."""
         self._changed_s.clear()
         self._all_changed_s = now
 
     def forget(self, *, before: float) -> None:
-        """Forget what changed before this: it has been told, or no copy is that old."""
+        """Forget what changed before this: the peer has dropped it, or no copy is that old.
+
+        What changed at this instant or later stays. A token that is added while the peer is being told is
+        therefore delivered again.
+        """
         while self._changed_s and next(iter(self._changed_s.values())) < before:
             self._changed_s.popitem(last=False)
         if self._all_changed_s is not None and self._all_changed_s < before:
             self._all_changed_s = None
 
     def tokens(self) -> list[str]:
-        """Return the tokens that are known, the oldest first."""
+        """Return the single tokens that are known, the oldest first; not all, if `is_everything`."""
         return list(self._changed_s)

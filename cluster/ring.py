@@ -1,7 +1,12 @@
-"""Who owns a token: a consistent-hash ring that never changes.
+"""Which node owns a token: a consistent-hash ring that never changes. Pure.
 
-A change of members makes a new ring, which is swapped in one reference; uhashring's own mutation
-leaves points behind and is not safe while others read.
+Each node has many points on a circle of 64-bit numbers. A token belongs to the node whose point follows the
+token's own hash. If a node joins or leaves, only the tokens next to its points change their owner, about 1/n
+of all. Every node computes the ring from the names of the members alone, so equal tables give equal rings and
+no node has to ask another one.
+
+A change of members makes a new ring, which replaces the former one in one reference. uhashring's own mutation
+leaves points behind, and is not safe while another thread reads.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ class Ring:
         self.nodes = tuple(sorted(set(nodes)))
         if not self.nodes:
             raise ValueError("a ring needs a node")
-        # 64-bit points: ketama's 32 bits collide, and the order of insertion then decides.
+        # 64-bit points: with ketama's 32 bits two points may collide. The sequence of insertion would then
+        # decide, and nodes could compute different rings. Sorted names keep even that the same.
         self._ring = HashRing(nodes=list(self.nodes), vnodes=_POINTS_PER_NODE, hash_fn=_point)
         self.fingerprint = fingerprint_hex(names_digest(self.nodes))
 
@@ -41,6 +47,7 @@ class Ring:
 
     def shares(self) -> dict[str, float]:
         """Return which part of all tokens each node owns, from 0 to 1; they add up to 1."""
+        # The tokens between a point and the one before it belong to the point's node.
         points = sorted(self._ring.ring)
         owned = dict.fromkeys(self.nodes, 0)
         previous = points[-1] - 2 ** (8 * DIGEST_BYTES)

@@ -1,8 +1,16 @@
-"""How long a suspect has left: Lifeguard's suspicion, and a shorter one for refused connections.
+"""How long a suspect has left: Lifeguard's suspicion, and a shorter one for refused connections. Pure.
 
-Source: Dadgar, Phillips, Currey, "Lifeguard: Local Health Awareness for More Accurate Failure
-Detection" (2018), section IV-B. A suspicion begins with the longest time and each independent
-accuser shortens it, so that a node whose own network is bad cannot kill the others alone.
+Source: Dadgar, Phillips, Currey, "Lifeguard: Local Health Awareness for More Accurate Failure Detection"
+(2018), section IV-B. A suspicion begins with the longest time, and each independent accuser shortens it. A
+node whose own network is bad is alone with its accusation, so the suspect has the longest time to refute it:
+
+    time = max(min_s, max_s - (max_s - min_s) * log(c + 1) / log(k + 1))
+
+Here c is the number of accusers besides the first, at most k. With k of them the time is `min_s`. The
+logarithm makes the first confirmations count most.
+
+Beyond the paper: a refused dial shows that a process is gone, which no silence can show. If enough members
+were refused, the suspect has `refused_s` from the first of these dials.
 """
 
 from __future__ import annotations
@@ -10,12 +18,15 @@ from __future__ import annotations
 import math
 from typing import Final
 
-# More accusers change nothing; the sum of all is bounded by the members.
+# More accusers would change nothing, and a large cluster has many.
 _MAX_ACCUSERS: Final = 16
 
 
 class Suspicion:
-    """The case against one member at one incarnation. Times are seconds on the caller's clock."""
+    """The case against one member at one incarnation. Times are seconds on the caller's clock.
+
+    It ends when the member refutes, is declared dead or leaves: swim.py then drops it.
+    """
 
     __slots__ = (
         "_accusers",
@@ -46,7 +57,7 @@ class Suspicion:
         self._confirmations = confirmations
         self._refused_s = refused_s
         self._refusals_needed = refusals_needed
-        # Dictionaries for their order: a set's depends on the process.
+        # Dictionaries and not sets, so that every process iterates them in the same sequence.
         self._accusers: dict[str, None] = {}
         self._refusers: dict[str, None] = {}
         self._first_refused_s = math.inf
@@ -62,7 +73,10 @@ class Suspicion:
         return len(self._refusers) >= self._refusals_needed
 
     def accuse(self, accuser: str, *, is_refused: bool, now: float) -> bool:
-        """Take an accusation in; return whether it says something that others should hear."""
+        """Take an accusation in; return whether it says something that other members should hear.
+
+        Only accusations that shorten the time are passed on. Else n accusers would cause n times n packets.
+        """
         is_new = accuser not in self._accusers and len(self._accusers) <= self._confirmations
         if len(self._accusers) < _MAX_ACCUSERS:
             self._accusers[accuser] = None
@@ -87,6 +101,6 @@ class Suspicion:
         return slow_s
 
     def shift(self, seconds: float) -> None:
-        """Grant time that this node itself could not use."""
+        """Grant the time in which this node itself was stalled, and could read no refutation."""
         self.began_s += seconds
         self._first_refused_s += seconds

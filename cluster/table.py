@@ -1,7 +1,11 @@
-"""The members that a node knows, with what must be quick about them: counts, hashes, random picks.
+"""The members that a node knows, with what must be quick about them: counts, hashes, random picks. Pure.
 
-Thousands of nodes in one simulation would not fit in memory with a table each, so a table may stand
-on a base that many share and hold only what differs from it.
+Each packet carries two hashes over the table and the count of live members decides about many times. None of
+that may take a walk through all members, so `put` keeps it up to date: it takes the former claim out of the
+sums, and adds the new one.
+
+Thousands of nodes in one simulation would not fit into memory with a table each. Therefore a table may stand
+on a base that many tables share, and hold only what differs from it. In a daemon the base is empty.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 # Joins beyond this are not believed: more than any cluster, less than any memory.
 MAX_MEMBERS: Final = 65_536
+# Random indices that `pick` tries for each member that it wants, before it looks through the whole table.
 _TRIES: Final = 8
 
 
@@ -41,7 +46,7 @@ class Table:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._overlay: dict[str, Member] = {}
-        # In the order of arrival: what a random index falls on must not depend on the process.
+        # In the sequence of arrival, because the member at a random index must not depend on the process.
         self._added: list[str] = []
         self._gone = dict.fromkeys(base.gone)
         self.live = base.live  # neither dead nor left, this node among them
@@ -71,11 +76,14 @@ class Table:
 
     @property
     def gone(self) -> list[str]:
-        """Names of the dead and the left, in the order in which they went."""
+        """Names of the members that are dead or left, those that went first at the beginning."""
         return list(self._gone)
 
     def put(self, member: Member) -> bool:
-        """Hold this of a member from now on; False when there is no room for one more."""
+        """Hold this of a member from now on; False when there is no room for one more.
+
+        The caller has compared versions: whatever is put replaces what was held.
+        """
         held = self.get(member.name)
         if held is None:
             if len(self) >= MAX_MEMBERS:
@@ -92,7 +100,7 @@ class Table:
         return True
 
     def forget(self, name: str) -> None:
-        """Know a gone member no more. One of the shared base stays."""
+        """Know a gone member no more. A member of the shared base stays, since other tables stand on it."""
         member = self._overlay.get(name)
         if member is None or not member.is_gone or name in self._base.member_by_name:
             return
@@ -101,7 +109,11 @@ class Table:
         self._gone.pop(name)
 
     def pick(self, count: int, rng: Random, *, excluding: Sequence[str]) -> list[Member]:
-        """Return up to `count` different live members at random."""
+        """Return up to `count` different live members at random.
+
+        Random indices cost the same in a table of any size. A walk through the table is needed only where few
+        members live among many that went.
+        """
         picked: dict[str, Member] = {}
         for _ in range(count * _TRIES):
             if len(picked) == count or not len(self):
@@ -110,7 +122,7 @@ class Table:
             if not member.is_gone and member.name not in excluding:
                 picked[member.name] = member
         if len(picked) < count and self.live <= count * _TRIES:
-            # Few live among many gone: chance alone may miss them.
+            # Chance alone has missed some of them.
             rest = [
                 member
                 for member in self
@@ -121,11 +133,16 @@ class Table:
         return list(picked.values())
 
     def _take_out(self, held: Member) -> None:
+        """Subtract a claim that is about to be replaced; `ring_hash` is left to `_count_change`."""
         self.live -= not held.is_gone
         self.members_hash ^= _live_digest(held)
         self._gone.pop(held.name, None)
 
     def _count_change(self, member: Member, held: Member | None) -> None:
+        """Keep `ring_hash` and `changes` right, which depend on both claims.
+
+        A suspicion, or a new incarnation alone, is no change: no new view is made for it.
+        """
         was_routable = held is not None and held.is_routable
         if was_routable != member.is_routable:
             self.ring_hash ^= name_digest(member.name)
@@ -134,11 +151,11 @@ class Table:
 
 
 class ProbeOrder:
-    """Every index below n once a round, each round in another order, in constant memory.
+    """Every index below n once a round, each round in another sequence, in constant memory.
 
-    An affine map modulo a prime visits each residue once; the shuffled list that SWIM asks for
-    would take n numbers a node. Source of the bound: SWIM, section 4.3: a member is probed
-    within 2n - 1 periods.
+    SWIM (section 4.3) asks for a shuffled list, so that a member is probed within 2n - 1 periods and not only
+    on average. A list would take n numbers in each node. Instead, `next = (next + step) mod p` with a prime p
+    >= n visits each number below p once, whatever the step. Numbers from n on are passed over; there are few.
     """
 
     def __init__(self, rng: Random) -> None:
@@ -155,6 +172,7 @@ class ProbeOrder:
             self._left -= 1
             index = self._next
             self._next = (self._next + self._step) % self._prime
+            # The table may have grown or shrunk since the round began.
             if index < min(size, self._size):
                 return index
 
@@ -175,6 +193,7 @@ def _prime_from(number: int) -> int:
 
 
 def _visible(member: Member) -> tuple[bool, bool, str, int]:
+    # What a view is made of, and the process to which connections lead.
     return (member.is_gone, member.is_routable, member.address, member.instance)
 
 

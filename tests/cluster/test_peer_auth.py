@@ -208,3 +208,13 @@ def test_any_other_is_not(names: tuple[str, ...]) -> None:
 def test_with_names_and_without_a_secret_nobody_else_is_believed() -> None:
     with pytest.raises(UnauthenticatedPeer, match="peer-names"):
         PeerAuth([], ["*.nodes.example"]).check(None, "Forward", b"", peer="127.0.0.1:1", now_ms=NOW_MS)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+def test_a_loopback_address_is_this_host(host: str) -> None:
+    assert peer_auths.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "::ffff:192.0.2.1", "localhost.example", ""])
+def test_any_other_host_may_be_another_one(host: str) -> None:
+    assert not peer_auths.is_loopback(host)

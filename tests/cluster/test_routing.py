@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from cluster.ring import Ring
-from cluster.routing import OWNED, PASSING, Forward, route
+from cluster.routing import OWNED, PASSING, Forward, peers_with_copies, route
 from cluster.view import View, alone
 
 NODES = ("a:1", "b:1", "c:1")
@@ -69,3 +71,46 @@ def test_a_token_that_stays_is_kept_while_others_come() -> None:
 
         assert (route(young, token, hops_left=1) is OWNED) == (is_mine and was_mine)
         assert (route(last, token, hops_left=1) is OWNED) == was_mine
+
+
+def dialled(me: str, *, former: tuple[Ring, ...] = (), nodes: tuple[str, ...] = NODES) -> View:
+    return View(
+        me=me, ring=Ring(nodes), address_by_name={name: name for name in NODES if name != me}, former=former
+    )
+
+
+def test_the_owner_of_a_token_may_have_a_copy_and_no_other_peer() -> None:
+    now = dialled("a:1")
+    for token in (f"token-{number}" for number in range(100)):
+        owner = now.ring.owner(token)
+
+        assert peers_with_copies(now, [token]) == ({} if owner == "a:1" else {owner: [token]})
+
+
+def test_the_owner_by_a_former_ring_may_have_a_copy_too() -> None:
+    former = Ring(("c:1",))
+    now = dialled("a:1", former=(former,), nodes=("a:1", "b:1"))
+    token = next(token for token in map(str, range(100)) if now.ring.owner(token) == "b:1")
+
+    assert list(peers_with_copies(now, [token])) == ["b:1", "c:1"]
+
+
+def test_a_former_owner_that_is_gone_is_no_peer() -> None:
+    now = dialled("a:1", former=(Ring(("gone:1",)),), nodes=("a:1",))
+
+    assert peers_with_copies(now, ["token"]) == {}
+
+
+def test_any_peer_may_have_a_copy_of_what_has_no_token() -> None:
+    assert peers_with_copies(dialled("a:1"), ["\0id"]) == {"b:1": ["\0id"], "c:1": ["\0id"]}
+
+
+def test_tokens_of_one_peer_are_grouped() -> None:
+    now = dialled("a:1")
+    tokens = [f"token-{number}" for number in range(100)]
+    tokens_by_peer = peers_with_copies(now, tokens)
+
+    assert tokens_by_peer.keys() == {"b:1", "c:1"}
+    assert sorted(itertools.chain.from_iterable(tokens_by_peer.values())) == sorted(
+        token for token in tokens if now.ring.owner(token) != "a:1"
+    )

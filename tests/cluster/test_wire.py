@@ -107,3 +107,13 @@ def test_a_table_beyond_all_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(MalformedPacket, match="more than 1 members"):
         wire.parse_request(pb.GossipRequest(packet=packet).SerializeToString())
+
+
+def test_answers_are_as_many_as_the_items() -> None:
+    body = pb.ForwardResponse(answers=[pb.Answer(text="a"), pb.Answer(text="b")]).SerializeToString()
+
+    assert [answer.text for answer in wire.parse_answers(body, 2)] == ["a", "b"]
+    with pytest.raises(MalformedPacket, match="2 answers to 3 items"):
+        wire.parse_answers(body, 3)
+    with pytest.raises(MalformedPacket, match="ForwardResponse"):
+        wire.parse_answers(b"\xff\xff", 1)

@@ -1,0 +1,197 @@
+"""One peer's record, without a peer: `forward` and `notify` do as a test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from cluster import owner as owners
+from cluster.errors import PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.owner import Owner
+from cluster.peerpb import peer_pb2 as pb
+
+ADDRESS = "10.0.0.1:1"
+
+
+class FakeStream:
+    def __init__(self, address: str = ADDRESS) -> None:
+        self.address = address
+        self.is_open = True
+        self.is_ended = False
+
+    async def end(self) -> None:
+        self.is_ended = True
+
+
+class Sender:
+    """What an Owner sends with."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.notices: list[str] = []
+        self.fails_with: Exception | None = None
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def forward(self, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
+        self.batches.append([item.method for item in items])
+        await self.may_answer.wait()
+        if self.fails_with is not None:
+            raise self.fails_with
+        return [pb.Answer(text=item.method) for item in items]
+
+    async def notify(self, tokens: Sequence[str]) -> Sequence[None]:
+        self.notices += tokens
+        if self.fails_with is not None:
+            raise self.fails_with
+        return [None] * len(tokens)
+
+
+@pytest.fixture
+def sender() -> Sender:
+    return Sender()
+
+
+@pytest.fixture
+def owner(sender: Sender) -> Owner:
+    return Owner(sender.forward, sender.notify)
+
+
+async def ask(owner: Owner, method: str = "Get", *, is_write: bool = False, try_s: float = 5.0) -> object:
+    return await owner.forward(pb.Item(method=method), is_write=is_write, try_s=try_s)
+
+
+async def test_a_peer_may_be_asked_while_it_answers_and_has_missed_nothing(owner: Owner) -> None:
+    assert owner.may_be_asked
+    owner.pending.add(["t"], now=1.0)
+    assert not owner.may_be_asked
+    owner.pending.forget(before=2.0)
+    owner.breaker.broke(now=1.0)
+
+    assert not owner.may_be_asked
+
+
+async def test_a_read_and_a_write_never_share_a_batch(owner: Owner, sender: Sender) -> None:
+    sender.may_answer.clear()
+    calls = [
+        asyncio.create_task(ask(owner, kind, is_write=kind == "write")) for kind in ("read", "write") * 4
+    ]
+    await asyncio.sleep(0.01)
+    sender.may_answer.set()
+    answers = await asyncio.gather(*calls)
+
+    assert all(len(set(batch)) == 1 for batch in sender.batches)
+    assert len(sender.batches) < 8
+    assert [answer.text for answer in answers] == ["read", "write"] * 4  # type: ignore[attr-defined]
+
+
+async def test_a_batch_that_fails_is_each_items_failure(owner: Owner, sender: Sender) -> None:
+    sender.fails_with = PeerUnreachable("broke")
+
+    assert isinstance(await ask(owner), PeerUnreachable)
+    assert isinstance(await owner.notify("t", tell_s=5.0), PeerUnreachable)
+
+
+async def test_a_peer_that_is_slow_times_out(owner: Owner, sender: Sender) -> None:
+    sender.may_answer.clear()
+
+    assert isinstance(await ask(owner, try_s=0.01), PeerTimeout)
+
+
+async def test_a_bug_is_no_failure_of_the_peer(owner: Owner, sender: Sender) -> None:
+    sender.fails_with = ZeroDivisionError()
+
+    with pytest.raises(ZeroDivisionError):
+        await ask(owner)
+
+
+async def test_a_call_that_finds_too_many_waiting_is_skipped(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = owners.BatchLimits(max_waiting=1, concurrency=1, is_eager=True)
+    monkeypatch.setattr(owners, "_BATCHES", limits)
+    owner = Owner(sender.forward, sender.notify)
+    sender.may_answer.clear()
+    calls = [asyncio.create_task(ask(owner)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+
+    with pytest.raises(PeerSkipped):
+        await ask(owner)
+    await owner.close()
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_calls_that_wait_for_a_peer_that_has_left_are_unreachable(owner: Owner, sender: Sender) -> None:
+    sender.may_answer.clear()
+    # One in each of the two batches that may be under way, run by its own caller, and one that waits.
+    first = [asyncio.create_task(ask(owner)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    waiting = [asyncio.create_task(ask(owner)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    await owner.close()
+
+    assert all(isinstance(failure, PeerUnreachable) for failure in await asyncio.gather(*waiting))
+    sender.may_answer.set()
+    await asyncio.gather(*first)
+
+
+async def test_a_caller_that_is_cancelled_is_cancelled(owner: Owner, sender: Sender) -> None:
+    sender.may_answer.clear()
+    call = asyncio.create_task(ask(owner))
+    await asyncio.sleep(0.01)
+    call.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+async def test_tokens_to_drop_are_sent(owner: Owner, sender: Sender) -> None:
+    assert await owner.notify("t", tell_s=5.0) is None
+    assert sender.notices == ["t"]
+
+
+def give_back(owner: Owner, *streams: FakeStream) -> None:
+    for stream in streams:
+        # The fake does what an Owner asks of a stream.
+        one: Any = stream
+        owner.give_back(one)
+
+
+async def test_the_stream_that_was_used_last_is_used_next(owner: Owner) -> None:
+    streams = [FakeStream(), FakeStream()]
+    give_back(owner, *streams)
+
+    assert [owner.take_stream(ADDRESS) for _ in range(3)] == [streams[1], streams[0], None]
+
+
+async def test_a_stream_that_was_closed_or_leads_elsewhere_is_not_used(owner: Owner) -> None:
+    good, closed, moved = FakeStream(), FakeStream(), FakeStream("10.0.0.2:1")
+    closed.is_open = False
+    give_back(owner, good, closed, moved)
+
+    assert owner.take_stream(ADDRESS) is good
+
+
+async def test_only_streams_that_were_idle_for_long_are_ended(owner: Owner) -> None:
+    old, young = FakeStream(), FakeStream()
+    give_back(owner, old, young)
+    # As if it had been given back half a minute earlier.
+    since_s, stream = owner._idle[0]
+    owner._idle[0] = (since_s - 30.0, stream)
+    await owner.end_idle(20.0)
+
+    assert (old.is_ended, young.is_ended) == (True, False)
+    assert owner.take_stream(ADDRESS) is young
+
+
+async def test_a_record_that_is_closed_ends_its_streams(owner: Owner) -> None:
+    stream = FakeStream()
+    give_back(owner, stream)
+    await owner.close()
+
+    assert stream.is_ended
