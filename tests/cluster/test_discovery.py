@@ -22,7 +22,7 @@ async def test_there_are_only_so_many_addresses() -> None:
 
 
 @pytest.mark.parametrize("listen", ["localhost:80", "no-such-host.invalid:80", "a..b:80"])
-async def test_a_name_that_helps_nobody_else_is_kept(listen: str) -> None:
+async def test_a_name_that_leads_to_this_host_alone_is_kept(listen: str) -> None:
     assert await own_address(listen) == listen
 
 

@@ -195,7 +195,7 @@ async def test_callers_in_a_hurry_do_not_open_a_breaker() -> None:
         assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
 
 
-async def test_a_peer_whose_write_failed_is_asked_nothing_before_it_was_told() -> None:
+async def test_a_peer_whose_write_failed_is_asked_nothing_before_the_token_is_delivered() -> None:
     async with forwarding() as setup:
         peer = setup.peers[B]
         peer.is_slow = True
@@ -211,7 +211,7 @@ async def test_a_peer_whose_write_failed_is_asked_nothing_before_it_was_told() -
         assert (await setup.ask()).code == 0
 
 
-async def test_a_peer_that_missed_a_change_is_asked_nothing_before_it_was_told() -> None:
+async def test_a_peer_that_missed_a_change_is_asked_nothing_before_the_token_is_delivered() -> None:
     async with forwarding() as setup:
         setup.peers[B].is_slow = True
         await setup.forwarder.invalidate_everywhere(["t"], deadline=Deadline.in_s(0.1))
@@ -222,7 +222,7 @@ async def test_a_peer_that_missed_a_change_is_asked_nothing_before_it_was_told()
         await until(lambda: setup.peers[B].told == ["t"])
 
 
-async def test_what_changes_while_a_peer_is_told_of_the_rest_is_told_as_well() -> None:
+async def test_what_changes_while_pending_tokens_are_delivered_is_delivered_too() -> None:
     async with forwarding() as setup:
         peer = setup.peers[B]
         peer.fails_with = PeerUnreachable
@@ -236,7 +236,7 @@ async def test_what_changes_while_a_peer_is_told_of_the_rest_is_told_as_well() -
         assert set(peer.told) == {"one", "two"}
 
 
-async def test_a_peer_that_is_slow_is_told_and_waited_for_though_it_is_not_asked() -> None:
+async def test_a_slow_peer_gets_invalidations_and_is_waited_for_though_it_is_not_asked() -> None:
     async with forwarding() as setup:
         peer = setup.peers[B]
         peer.is_slow = True
@@ -253,7 +253,7 @@ async def test_a_peer_that_is_slow_is_told_and_waited_for_though_it_is_not_asked
         assert peer.told == ["t"]
 
 
-async def test_a_peer_whose_connection_broke_is_told_all_the_same() -> None:
+async def test_a_peer_whose_connection_broke_gets_invalidations_all_the_same() -> None:
     async with forwarding() as setup:
         peer = setup.peers[B]
         peer.fails_with = PeerUnreachable
@@ -278,7 +278,7 @@ async def test_time_outs_are_counted_in_a_row() -> None:
         assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
 
 
-async def test_owners_by_former_rings_are_told_too() -> None:
+async def test_owners_by_former_rings_get_invalidations_too() -> None:
     async with forwarding() as setup:
         former, token = Ring([ME, C]), owned_by(C, Ring([ME, C]))
         for nodes in ((ME, B), (ME,)):
@@ -291,7 +291,7 @@ async def test_owners_by_former_rings_are_told_too() -> None:
             assert setup.peers[C].told == [token]
 
 
-async def test_a_new_owner_that_cannot_be_told_is_asked_nothing_before_it_was(
+async def test_a_new_owner_that_cannot_be_reached_is_asked_nothing_before_it_has_dropped_its_copies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cluster.forward._MAX_CHANGED", 1)
@@ -307,7 +307,7 @@ async def test_a_new_owner_that_cannot_be_told_is_asked_nothing_before_it_was(
         await until(lambda: setup.peers[B].drops_everything >= 1)
 
 
-async def test_a_change_older_than_any_copy_is_not_told() -> None:
+async def test_a_change_older_than_any_copy_is_not_delivered() -> None:
     async with forwarding(remember_s=0.3) as setup:
         setup.peers[B].fails_with = PeerUnreachable
         await setup.forwarder.invalidate_everywhere(["old"])
@@ -329,7 +329,7 @@ async def test_a_peer_that_missed_too_much_drops_everything(monkeypatch: pytest.
         assert (await setup.ask()).code == 0
 
 
-async def test_owners_are_told_of_their_tokens_alone() -> None:
+async def test_owners_get_invalidations_of_their_own_tokens_only() -> None:
     async with forwarding() as setup:
         tokens = [owned_by(name) for name in (ME, B, C)]
         await setup.forwarder.invalidate(tokens)
@@ -337,7 +337,7 @@ async def test_owners_are_told_of_their_tokens_alone() -> None:
         assert (setup.peers[B].told, setup.peers[C].told) == ([tokens[1]], [tokens[2]])
 
 
-async def test_new_owners_hear_of_what_changed_lately() -> None:
+async def test_new_owners_drop_what_changed_lately() -> None:
     async with forwarding() as setup:
         setup.forwarder.follow(view(ME, B))
         token = owned_by(C)
@@ -403,7 +403,7 @@ async def test_a_stream_is_used_again_unless_the_peer_has_moved() -> None:
 async def test_a_peer_that_is_no_member_is_unreachable() -> None:
     async with forwarding() as setup:
         with pytest.raises(PeerUnreachable, match="no member"):
-            await setup.ask("stranger:1")
+            await setup.ask("unknown:1")
 
 
 @pytest.mark.parametrize("answers", [[], [pb.Answer(), pb.Answer()]])

@@ -150,7 +150,7 @@ async def test_former_rings_are_kept_within_a_bound() -> None:
         assert len(one.view.former) == 4
 
 
-async def test_all_seeds_away_a_node_serves_alone_and_goes_on_asking() -> None:
+async def test_when_no_seed_answers_a_node_serves_alone_and_goes_on_asking() -> None:
     async with gossiping("127.0.0.1:2", "127.0.0.1:3") as one:
         await until(lambda: one.view.is_active)
 
@@ -159,14 +159,14 @@ async def test_all_seeds_away_a_node_serves_alone_and_goes_on_asking() -> None:
 
 
 @pytest.mark.parametrize("seed", ["a..b:80", f"{'x' * 70}.local:80"])
-async def test_a_seed_that_is_no_name_keeps_nobody_from_joining(seed: str) -> None:
+async def test_a_seed_that_is_no_name_does_not_keep_a_node_from_joining(seed: str) -> None:
     async with gossiping(seed, "127.0.0.1:2") as one:
         await until(lambda: one.peers.called != [])
         assert set(one.peers.called) == {"127.0.0.1:2"}
         await until(lambda: one.view.is_active)
 
 
-async def test_another_sign_while_a_member_is_looked_into_leads_to_another_look(
+async def test_another_sign_while_a_member_is_dialled_leads_to_another_dial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dialled: list[str] = []
@@ -192,7 +192,7 @@ async def test_another_sign_while_a_member_is_looked_into_leads_to_another_look(
         await until(lambda: not one._dials)
 
 
-async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
+async def test_a_member_of_which_there_was_one_sign_is_dialled_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dialled: list[str] = []
@@ -211,7 +211,7 @@ async def test_a_member_of_which_there_was_one_sign_is_looked_into_once(
         assert dialled == [OTHER.address]
 
 
-async def test_strangers_and_the_gone_are_not_looked_into() -> None:
+async def test_unknown_nodes_and_those_that_are_gone_are_not_dialled() -> None:
     async with gossiping() as one:
         one.probe("127.0.0.1:99")
         await until(lambda: not one._dials)
@@ -255,7 +255,7 @@ async def test_nothing_is_sent_after_the_end() -> None:
         assert timers() == []
 
 
-async def test_the_name_at_an_address_is_that_of_whoever_lives_there() -> None:
+async def test_the_name_at_an_address_is_that_of_the_live_member_there() -> None:
     gone = OTHER._replace(name="former.example:1", address="10.0.0.5:1")
     there = OTHER._replace(name="present.example:1", address="10.0.0.5:1")
     async with gossiping("127.0.0.1:3") as one:

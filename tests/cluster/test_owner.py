@@ -169,7 +169,7 @@ async def test_the_stream_that_was_used_last_is_used_next(owner: Owner) -> None:
     assert [owner.take_stream(ADDRESS) for _ in range(3)] == [streams[1], streams[0], None]
 
 
-async def test_a_stream_that_was_closed_or_leads_elsewhere_is_not_used(owner: Owner) -> None:
+async def test_a_stream_that_was_closed_or_leads_to_another_address_is_not_used(owner: Owner) -> None:
     good, closed, moved = FakeStream(), FakeStream(), FakeStream("10.0.0.2:1")
     closed.is_open = False
     give_back(owner, good, closed, moved)

@@ -115,7 +115,7 @@ def test_without_a_secret_the_own_host_is_believed(peer: str) -> None:
     "peer",
     ["192.0.2.1:4000", "[2001:db8::1]:4000", "[::ffff:192.0.2.1]:1", "unix:/run/x", "", "a.localhost:1"],
 )
-def test_without_a_secret_nobody_else_is(peer: str) -> None:
+def test_without_a_secret_no_other_host_is(peer: str) -> None:
     with pytest.raises(UnauthenticatedPeer, match="its own host only"):
         PeerAuth([]).check(None, "Forward", b"", peer=peer, now_ms=NOW_MS)
 
@@ -135,7 +135,7 @@ def test_a_signature_of_another_release_is_refused() -> None:
 
 @pytest.mark.fuzz
 @given(st.text() | st.builds(" ".join, st.lists(st.text() | st.just("v1"), min_size=4, max_size=4)))
-def test_no_text_is_more_than_a_stranger_s(signature: str) -> None:
+def test_no_text_passes_for_a_signature(signature: str) -> None:
     with pytest.raises(UnauthenticatedPeer):
         check(PeerAuth([SECRET]), signature)
 
@@ -205,7 +205,7 @@ def test_any_other_is_not(names: tuple[str, ...]) -> None:
     assert not NODES.knows(names)
 
 
-def test_with_names_and_without_a_secret_nobody_else_is_believed() -> None:
+def test_with_names_and_without_a_secret_only_certificates_are_believed() -> None:
     with pytest.raises(UnauthenticatedPeer, match="peer-names"):
         PeerAuth([], ["*.nodes.example"]).check(None, "Forward", b"", peer="127.0.0.1:1", now_ms=NOW_MS)
 

@@ -44,7 +44,7 @@ def test_a_new_node_takes_little_more_than_its_share_and_nothing_else_moves(coun
     assert {after.owner(token) for token in moved} == {newcomer}
 
 
-def test_a_ring_of_nobody_is_refused() -> None:
+def test_a_ring_without_nodes_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a node"):
         Ring([])
 

@@ -60,7 +60,7 @@ def test_accusers_are_remembered_within_a_bound() -> None:
     assert len(one._refusers) == 2
 
 
-def test_where_there_is_nobody_to_confirm_it_takes_the_least_time() -> None:
+def test_where_no_member_can_confirm_it_takes_the_least_time() -> None:
     assert suspicion(confirmations=0).deadline_s == 104.0
 
 

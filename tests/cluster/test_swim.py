@@ -104,7 +104,7 @@ def test_a_restarted_node_replaces_its_former_self_wherever_it_is(state: State) 
     one = swim(A, B._replace(incarnation=99))
     one.receive(gossip(A, Update(B._replace(incarnation=99, state=state))), now=NOW_S)
     one.take()
-    reborn = B._replace(generation=8, address="elsewhere:1", phase=Phase.JOINING, instance=1)
+    reborn = B._replace(generation=8, address="moved:1", phase=Phase.JOINING, instance=1)
     one.receive(gossip(reborn), now=NOW_S)
 
     assert one.table.get("b") == reborn
@@ -114,7 +114,7 @@ def test_a_restarted_node_replaces_its_former_self_wherever_it_is(state: State) 
     assert emitted(one) == [(EventKind.ACTIVE, "b")]
 
 
-def test_the_dead_whom_nobody_knew_are_remembered_in_silence() -> None:
+def test_a_dead_member_that_was_not_known_is_remembered_without_an_event() -> None:
     one = swim(A)
     one.receive(gossip(A, Update(B._replace(state=State.DEAD))), now=NOW_S)
     assert (emitted(one), told(one)) == ([], [])
@@ -260,7 +260,7 @@ def test_others_are_asked_when_an_answer_is_late_and_the_member_suspected_when_n
 
     assert state_of(one, ping.packet.target) is State.SUSPECT
     assert one.counters.probes_failed == 1
-    # Nobody said anything, so the fault may be this node's own.
+    # No helper sent a NACK, so the fault may be this node's own.
     assert one.health_score == 3
 
 
@@ -320,11 +320,11 @@ def test_plain_swim_knows_no_nacks() -> None:
     assert sent(one, Kind.NACK) == []
 
 
-def test_a_ping_request_for_a_stranger_and_one_too_many_are_ignored() -> None:
+def test_a_ping_request_for_an_unknown_node_and_one_too_many_are_ignored() -> None:
     one = swim(A, B)
     for sequence in range(300):
         one.receive(Packet(Kind.PING_REQUEST, A, target="me", sequence=sequence, subject="b"), now=NOW_S)
-    one.receive(Packet(Kind.PING_REQUEST, A, target="me", sequence=1, subject="nobody"), now=NOW_S)
+    one.receive(Packet(Kind.PING_REQUEST, A, target="me", sequence=1, subject="unknown"), now=NOW_S)
 
     assert len(one._relays) == len(sent(one, Kind.PING)) == 256
 
@@ -339,7 +339,7 @@ def test_a_member_is_probed_once_at_a_time_and_so_many_members_at_most() -> None
     assert len(one._probes) == len(sent(one, Kind.PING)) == 64
 
 
-def test_a_lost_connection_is_looked_into_at_once_and_not_too_often() -> None:
+def test_a_member_whose_connection_was_lost_is_probed_at_once_and_not_too_often() -> None:
     one = swim(A)
     one.dropped("a", now=NOW_S)
     one.dropped("a", now=NOW_S + 0.01)
@@ -357,9 +357,9 @@ def test_lost_connections_are_remembered_within_a_bound() -> None:
     assert len(one._drops_s) <= 256
 
 
-def test_nothing_is_known_of_the_connections_of_strangers_and_the_dead() -> None:
+def test_lost_connections_of_unknown_and_dead_nodes_are_ignored() -> None:
     one = swim(A, B._replace(state=State.DEAD))
-    for name in ("nobody", "b"):
+    for name in ("unknown", "b"):
         one.dropped(name, now=NOW_S)
         one.refused(name, now=NOW_S)
     one.refused("me", now=NOW_S)
@@ -371,14 +371,14 @@ def test_nothing_is_known_of_the_connections_of_strangers_and_the_dead() -> None
 def test_a_member_that_died_before_its_early_probe_is_not_probed() -> None:
     one = swim(A, B)
     one.dropped("b", now=NOW_S)
-    one._early_s["nobody"] = NOW_S
+    one._early_s["unknown"] = NOW_S
     one.receive(gossip(A, Update(B._replace(state=State.DEAD))), now=NOW_S)
     one.tick(now=NOW_S + 0.1)
 
     assert sent(one, Kind.PING) == []
 
 
-def test_a_probe_of_one_that_left_meanwhile_accuses_nobody() -> None:
+def test_a_probe_of_a_member_that_left_meanwhile_accuses_no_member() -> None:
     one = probing(A, B)
     (ping,) = sent(one, Kind.PING)
     gone = one.table.get(ping.packet.target)
@@ -389,7 +389,7 @@ def test_a_probe_of_one_that_left_meanwhile_accuses_nobody() -> None:
     assert state_of(one, gone.name) is State.LEFT
 
 
-def test_nobody_is_probed_where_all_others_are_gone() -> None:
+def test_no_member_is_probed_when_all_others_are_gone() -> None:
     one = swim(A._replace(state=State.DEAD), settings=Settings(sync_interval_s=1e6, heal_interval_s=1e6))
     one.tick(now=NOW_S + 1.0)
 
@@ -655,7 +655,7 @@ def joining(*others: Member) -> Swim:
     return swim(*others, me=ME._replace(phase=Phase.JOINING))
 
 
-def test_whoever_joins_asks_for_the_whole_table() -> None:
+def test_a_node_that_joins_asks_for_the_whole_table() -> None:
     one = joining()
     one.join(["x:1", "y:1"])
 
@@ -679,7 +679,7 @@ def test_a_sync_is_answered_with_the_table_where_hashes_differ() -> None:
     assert {update.member.name for update in other.table} == {"me", "a", "b"}
 
 
-def test_whoever_knows_more_than_the_answer_says_so() -> None:
+def test_a_node_that_knows_more_than_the_reply_pushes_its_table() -> None:
     one = swim(A, B)
     one.receive(Packet(Kind.SYNC_REPLY, A, target="me", members_hash=1, updates=(Update(C),)), now=NOW_S)
     (push,) = sent(one)
@@ -714,7 +714,7 @@ def test_a_node_owns_tokens_when_it_is_told_to_and_only_once() -> None:
     assert one.me == first
 
 
-def test_a_leaver_tells_everybody_and_owns_nothing() -> None:
+def test_a_node_that_leaves_tells_every_member_and_owns_nothing() -> None:
     one = swim(A, B, C)
     one.leave(now=NOW_S)
     one.leave(now=NOW_S)
@@ -733,7 +733,7 @@ def test_in_a_large_cluster_a_leaver_tells_some() -> None:
     assert len(sent(one)) == 3
 
 
-def test_after_its_farewell_a_node_says_no_more_of_itself() -> None:
+def test_after_it_has_left_a_node_says_no_more_of_itself() -> None:
     one = swim(A, B)
     one.leave(now=NOW_S)
     one.left(now=NOW_S)
@@ -785,7 +785,7 @@ def test_one_that_left_or_died_long_ago_is_told_nothing() -> None:
     assert {send.address for send in sent(one, Kind.GOSSIP)} <= {"a:1", "d:1"}
 
 
-def test_news_for_nobody_wait_for_somebody() -> None:
+def test_updates_wait_until_there_is_a_member_to_send_them_to() -> None:
     one = swim()
     one.activate(now=NOW_S)
     one.leave(now=NOW_S)
@@ -812,7 +812,7 @@ def test_rings_may_differ_while_news_are_under_way() -> None:
     assert sent(one, Kind.SYNC) == []
 
 
-def test_hashes_are_compared_with_somebody_now_and_then() -> None:
+def test_hashes_are_compared_with_some_member_now_and_then() -> None:
     one = swim(A, settings=Settings(probe_interval_s=1000.0, heal_interval_s=1e6))
     one.tick(now=NOW_S + 10.0)
     assert len(sent(one, Kind.SYNC)) == 1

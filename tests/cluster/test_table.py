@@ -68,9 +68,9 @@ CLAIMS = st.lists(
 def test_its_sums_are_those_of_its_members_however_it_came_to_them(claims: list[Member]) -> None:
     one = table(*claims)
     last = {claim.name: claim for claim in claims}
-    anew = Base(list(last.values()))
+    fresh = Base(list(last.values()))
 
-    assert (one.live, one.members_hash, one.ring_hash) == (anew.live, anew.members_hash, anew.ring_hash)
+    assert (one.live, one.members_hash, one.ring_hash) == (fresh.live, fresh.members_hash, fresh.ring_hash)
     assert set(one.gone) == {claim.name for claim in last.values() if claim.is_gone}
 
 
@@ -81,7 +81,7 @@ def test_what_a_view_is_made_of_is_counted_when_it_changes() -> None:
     one.put(member("a", inc=1, state=State.SUSPECT))
     assert one.changes == before
     one.put(member("a", inc=1, state=State.DEAD))
-    one.put(member("a", inc=2)._replace(address="elsewhere"))
+    one.put(member("a", inc=2)._replace(address="moved"))
 
     assert one.changes == before + 2
 
@@ -124,7 +124,7 @@ def test_the_few_that_live_are_found_among_many_gone(seed: int) -> None:
     assert table(*gone).pick(3, Random(seed), excluding=()) == []
 
 
-def test_a_pick_from_nobody_is_empty() -> None:
+def test_a_pick_from_no_members_is_empty() -> None:
     assert table().pick(3, Random(1), excluding=()) == []
 
 
@@ -157,6 +157,6 @@ def test_an_index_is_below_a_size_that_changes(sizes: list[int], seed: int) -> N
         assert 0 <= order.advance(size) < size
 
 
-def test_nobody_cannot_be_probed() -> None:
+def test_an_empty_table_cannot_be_probed() -> None:
     with pytest.raises(ValueError, match="nothing to probe"):
         ProbeOrder(Random(1)).advance(0)

@@ -30,12 +30,12 @@ def change_some(world: World, *, nodes: int, seconds: float) -> dict[str, float]
         if event.kind is not kind:
             return
         heard[change] += 1
-        if heard[change] == everybody[change]:
+        if heard[change] == expected[change]:
             known_s[change] = world.now_s - began_s
 
-    # The leaver hears of its own end from nobody, the newcomer of its own coming neither.
+    # The node that leaves does not hear of its own end, nor the newcomer of its own coming.
     remaining = nodes + 1 - 3
-    everybody = dict.fromkeys(CHANGES, remaining) | {"joined": remaining - 1}
+    expected = dict.fromkeys(CHANGES, remaining) | {"joined": remaining - 1}
     world.add_settled(nodes)
     world.watchers.append(listen)
     world.run(QUIET_S)

@@ -84,23 +84,23 @@ def test_a_node_back_under_its_name_at_another_address_is_found_within_two_secon
     world = cluster(seed, 5)
     world.crash("n2")
     world.run(0.2)
-    world.add("n2", address="elsewhere", seeds=["n0", "n1"])
+    world.add("n2", address="moved", seeds=["n0", "n1"])
 
     assert world.seconds_to_converge(20.0) < 2.0
-    assert {node.swim.table.get("n2").address for node in world.running} == {"elsewhere"}  # type: ignore[union-attr]
+    assert {node.swim.table.get("n2").address for node in world.running} == {"moved"}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_node_whose_clock_went_back_takes_its_name_again(seed: int) -> None:
     world = cluster(seed, 5)
     world.crash("n2")
-    world.add("n2", address="elsewhere", seeds=["n0"], offset_s=-900.0)
+    world.add("n2", address="moved", seeds=["n0"], offset_s=-900.0)
 
     assert world.seconds_to_converge(30.0) < 10.0
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_pause_ends_with_everybody_alive_again(seed: int) -> None:
+def test_a_pause_ends_with_every_node_alive_again(seed: int) -> None:
     world = cluster(seed, 5)
     world.pause("n2", 12.0)
     others_forget(world, "n2", 11.0)
@@ -110,7 +110,7 @@ def test_a_pause_ends_with_everybody_alive_again(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_stalls_kill_nobody(seed: int) -> None:
+def test_stalls_kill_no_node(seed: int) -> None:
     world = cluster(seed, 5)
     deaths = false_deaths(world, lambda _: True)
     for number in range(60):
@@ -121,7 +121,7 @@ def test_stalls_kill_nobody(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_rough_network_kills_nobody(seed: int) -> None:
+def test_a_rough_network_kills_no_node(seed: int) -> None:
     world = cluster(seed, 9, link=ROUGH)
     deaths = false_deaths(world, lambda _: True)
     world.run(120.0)
@@ -130,7 +130,7 @@ def test_a_rough_network_kills_nobody(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_link_cut_in_one_direction_kills_nobody(seed: int) -> None:
+def test_a_link_cut_in_one_direction_kills_no_node(seed: int) -> None:
     world = cluster(seed, 9)
     deaths = false_deaths(world, lambda _: True)
     world.cut("n3", "n4")
@@ -140,7 +140,7 @@ def test_a_link_cut_in_one_direction_kills_nobody(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_node_that_leaves_is_out_at_once_and_nobody_suspects_it(seed: int) -> None:
+def test_a_node_that_leaves_is_out_at_once_and_no_node_suspects_it(seed: int) -> None:
     world = cluster(seed, 7)
     before = len(world.log)
     world.leave("n2")

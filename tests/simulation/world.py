@@ -24,7 +24,7 @@ LAG_NOTICED_S = 0.1
 JOIN_TIMEOUT_S = 1.0
 JOIN_RETRY_S = (0.3, 15.0)
 LAST_WORDS_S = 0.05
-# A timer is late rather than early: one that rounding made early would find nothing due, for ever.
+# A timer is late rather than early: one that rounding made early would find nothing due, without end.
 TIMER_LATENESS_S = 1e-6
 
 
@@ -133,16 +133,16 @@ class World:
         if not node.is_running:
             return
         node.is_joining = True
-        node.swim.join(self._strangers(node))
+        node.swim.join(self._unknown(node))
         self._settle(node)
         self.at(self.now_s + JOIN_TIMEOUT_S, self._judge_join, node, wait_s)
 
     def _judge_join(self, node: Node, wait_s: float) -> None:
-        """Serve alone when nobody answered, and go on trying."""
+        """Serve alone when no seed answered, and go on trying."""
         if node.paused_until_s > self.now_s:
             self.at(node.paused_until_s, self._judge_join, node, wait_s)
             return
-        node.is_joining = bool(self._strangers(node))
+        node.is_joining = bool(self._unknown(node))
         if not node.is_running or not node.is_joining:
             return
         if node.swim.table.live == 1:
@@ -151,7 +151,7 @@ class World:
         pause_s = wait_s * (0.5 + self.rng.random())
         self.at(self.now_s + pause_s, self._join, node, min(2 * wait_s, JOIN_RETRY_S[1]))
 
-    def _strangers(self, node: Node) -> list[str]:
+    def _unknown(self, node: Node) -> list[str]:
         members = {member.address for member in node.swim.table if not member.is_gone}
         return [seed for seed in node.seeds if seed not in members]
 
@@ -189,7 +189,7 @@ class World:
             self.crash(node.name)
 
     def pause(self, name: str, seconds: float) -> None:
-        """The process stands still, timers and all, as after SIGSTOP or in a stalled loop."""
+        """The process does nothing, timers and all, as after SIGSTOP or in a stalled loop."""
         node = self.nodes[name]
         node.paused_until_s = self.now_s + seconds
         self.at(node.paused_until_s, self._resume, node)
@@ -279,7 +279,7 @@ class World:
         return hashlib.blake2b(repr(self.log).encode(), digest_size=16).hexdigest()
 
     def story(self, length: int = 60) -> str:
-        """Return the seed, the last events and what each running node holds, for whoever must find a bug."""
+        """Return the seed, the last events and what each running node holds, to find a bug by."""
         lines = [f"seed {self.seed}, {self.now_s:.3f} s"]
         lines += [
             f"{at_s:.3f} {who}: {what} {whom} {inc}" for at_s, who, what, whom, inc in self.log[-length:]
@@ -299,7 +299,7 @@ class World:
         if node.swim.wants_seeds:
             node.swim.wants_seeds = False
             if node.seeds and not node.is_joining:
-                node.swim.join(self._strangers(node))
+                node.swim.join(self._unknown(node))
         if self.checks_invariants:
             self._check(node)
         sends, events = node.swim.take()
