@@ -5,8 +5,8 @@ member that hears it for the first time passes it on. Source: Das, Gupta, Motiva
 4.1: an update that is sent λ·log n times reaches all but n^-(2λ-2) of n members.
 
 Each update is sent a bounded number of times. Updates stand in buckets by the number of their sends. `take`
-goes through the buckets from 0 on, so that fresh news is not delayed by old news, and each update that it
-takes moves into the next bucket.
+goes through the buckets from 0 on, so that old updates do not delay new ones. Each update that it takes moves
+into the next bucket.
 """
 
 from __future__ import annotations

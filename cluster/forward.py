@@ -1,6 +1,6 @@
-"""Calls to the owners of tokens, and word to peers of what they must drop from their caches.
+"""Calls to the owners of tokens, and invalidations: what peers must drop from their caches.
 
-A failure here never is the failure of a client's call: all nodes share one storage, so the caller then
+A failure here is never the failure of a client's call. All nodes share one storage, and the entry node
 answers from there. This module decides how long a peer gets, and which peers are asked nothing for a while.
 
 A forwarded call
@@ -14,13 +14,13 @@ A forwarded call
        |               |<-- Answers ----------|                                    |
        |<-- Answer ----|                      |                                    |
        |                                                                           |
-       |   on PeerSkipped, at once; on PeerTimeout or PeerUnreachable, and         |
-       |   after `wait_until_expired` if it is a write                             |
+       |   after PeerSkipped: at once; after any other error: at once for a read,  |
+       |   and after `wait_until_expired` for a write                              |
        |------------------------------------ query ------------------------------->|
 
 Each item carries two deadlines over the hop: `timeout_ms` on the owner's own clock, and `deadline_us` on the
-storage's clock, which all nodes share. The owner does no write after `deadline_us`. The entry node begins its
-own no earlier, so the two cannot come in the wrong sequence.
+storage's clock, which all nodes share. The owner does no write after `deadline_us`, and the entry
+node begins its own no earlier. Therefore a write of the owner cannot follow the repeated one.
 
 An invalidation
 ---------------
@@ -49,7 +49,6 @@ Rules for editing:
 - A read and a write never share a batch (owner.py).
 - An item whose outcome is not known counts as done by the peer, and as not done for the caller.
 - What is pending for a peer is removed only after the peer has answered, or when no copy is that old.
-- Breakers and pending tokens change only between awaits.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ class Forwarder:
         self._remember_s = remember_s
         self._view: View | None = None
         self._suspicious: Suspicious | None = None
-        self._owners: dict[str, Owner] = {}  # by name: peers that were ever asked or told
+        self._owners: dict[str, Owner] = {}  # by name: every peer to which something was sent
         self._has_peers = asyncio.Event()  # `run` has something to look after
         self._changed = PendingInvalidations(max_tokens=_MAX_CHANGED)  # lately, here
         self._tasks = Tasks("forwarder")

@@ -19,8 +19,9 @@ From `start` to `leave` and `announce_left`, or to `close`:
 Rules for editing:
 
 - Touch the core only between awaits, with the current time, and call `_perform` after each touch.
-- Nothing that the network does raises into the daemon. It becomes a line in the log, an event or a new view.
-- Each task belongs to `_tasks` or `_connections`, so that `close` ends it.
+- Nothing that the network does raises into the daemon. It becomes a log record, an event or a new view. Only
+  `answer` raises, for bytes that are no packet, because its caller has a status for that.
+- Each task belongs to `_tasks`, so that `close` ends it and a bug in it is logged.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Final
+from typing import Final
 
 from aio.tasks import Tasks
 from cluster import discovery, wire
@@ -127,7 +128,7 @@ class Gossip:
     def start(self) -> None:
         """Join: without seeds as a cluster of its own at once, else as soon as a seed answers."""
         if self._foreign_seeds():
-            self._spawn(self._join())
+            self._tasks.spawn(self._join())
         else:
             self.swim.activate(now=time.monotonic())
             self._perform()
@@ -137,6 +138,7 @@ class Gossip:
         origin, packet = wire.parse_request(body)
         self.counters.packets["in", packet.kind.name.lower()] += 1
         self.counters.payload_bytes["in"] += len(body)
+        # Before the core sees it: a claim from another cluster would add that cluster's members.
         objection = self._identity.objection(origin)
         if objection:
             self._log_refusal("peer_refused", packet.sender.name, objection)
@@ -165,7 +167,7 @@ class Gossip:
         if name in self._dials:
             # The port may have been open at the dial under way and be closed now.
             self._dials[name] = True
-        elif self._spawn(self._dial(name)):
+        elif self._tasks.spawn(self._dial(name)):
             self._dials[name] = False
 
     async def leave(self) -> None:
@@ -205,15 +207,17 @@ class Gossip:
         for event in events:
             self._record(event)
         for send in sends:
-            self._spawn(self._deliver(send))
+            self._tasks.spawn(self._deliver(send))
         changes = self.swim.table.changes
         if changes != self._seen_changes and self._ring_timer is None and not self._is_closed:
+            # A node that joins brings a table of many members: one ring for all of them, not one for each.
             self._seen_changes = changes
             self._ring_timer = asyncio.get_running_loop().call_later(RING_DEBOUNCE_S, self._swap_view)
         if self.swim.wants_seeds:
+            # After a partition all members of the other half may be forgotten. A seed's name may lead to one.
             self.swim.wants_seeds = False
             if self._foreign_seeds() and not self._is_joining:
-                self._spawn(self._rejoin())
+                self._tasks.spawn(self._rejoin())
         self._set_timer()
 
     def _record(self, event: Event) -> None:
@@ -224,6 +228,7 @@ class Gossip:
         log_event(event)
 
     def _live_peers(self) -> list[Member]:
+        """Return the other members that are neither dead nor left."""
         me = self.swim.me.name
         return [member for member in self.swim.table if not member.is_gone and member.name != me]
 
@@ -284,6 +289,7 @@ class Gossip:
         self._on_view(self.view)
 
     def _settle_later(self) -> None:
+        # Each change starts the time again: until changes have stopped, other nodes may be behind by several.
         if self._settle_timer is not None:
             self._settle_timer.cancel()
         self._settle_timer = asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
@@ -359,6 +365,12 @@ class Gossip:
             self._own_addresses.add(send.address)
 
     async def _exchange(self, send: Send) -> Packet | None:
+        """Return the answer to a packet; a node that doubts its own health waits longer for it.
+
+        Raises:
+            PeerRefused: the receiver takes this node for one of another cluster.
+            ClusterError: the packet or its answer was lost.
+        """
         body = wire.request(send.packet, self._origin)
         self.counters.packets["out", send.packet.kind.name.lower()] += 1
         self.counters.payload_bytes["out"] += len(body)
@@ -413,10 +425,8 @@ class Gossip:
         return [address for address in addresses if address not in known]
 
     def _foreign_seeds(self) -> list[str]:
+        # The seeds may name this node too, so that all nodes can have the same settings.
         return [seed for seed in self._seeds if seed not in self._own_addresses]
 
     def _log_refusal(self, event: str, peer: str, text: str) -> None:
         self._refusals.write(event, peer, text, now=time.monotonic())
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> bool:
-        return self._tasks.spawn(work)

@@ -46,8 +46,8 @@ class Identity:
     def objection_to_call(self, origin: pb.Origin, me: str) -> str:
         """Return why a call with this origin must not be answered by the node `me`; empty if it may be.
 
-        A call names the node that it is for. Another node may have taken over an address, and a call for the
-        owner of a token must not be answered by a node that is not the owner.
+        A call names the node that it is for, because another node may have taken over an address. Only the
+        owner of a token may answer a call for it.
         """
         if origin.callee != me:
             return f"this node is {me}, and the call is for {origin.callee[:_MAX_SHOWN] or 'no node'}"

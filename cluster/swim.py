@@ -85,15 +85,15 @@ Beyond the papers, and why
   stronger evidence than silence, so refused_suspicion_s (0.5 s) replaces a suspicion of many seconds.
 - Deadlines shifted by this node's own stall. A loop that did not run for two seconds has not read the answers
   that arrived meanwhile. Without the shift a stalled node would suspect every member that it had probed.
-- Quick recovery of the health score. Lifeguard takes eight probes, each at a longer interval, from 8 to 0.
+- Quick recovery of the health score. Lifeguard takes 45 s from 8 to 0, after a cause that is over.
 - A death learned by sync becomes a suspicion first, so that members of a healed partition can refute it.
 
 Invariants
 ----------
 - The version that is held of a member never gets smaller until the member is forgotten.
 - `me` is in the table, and what the table holds of this node is `me`.
-- A member has a Suspicion if and only if its state in the table is SUSPECT and the shared base (table.py) did
-  not bring that state along.
+- A member has a Suspicion if and only if its state in the table is SUSPECT. A state that came with the shared
+  base of the table (table.py) is the exception.
 - Every member that went DEAD or LEFT has an entry in `_gone_since_s` until it is forgotten.
 - Every collection has a bound: a `_MAX_*` below, `max_gone`, or the bounds of Table and Dissemination.
 

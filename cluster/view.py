@@ -1,7 +1,7 @@
 """What one node routes by: an immutable picture of the members.
 
 A view never changes. When the members change, gossip.py makes another view (view_change.py) and replaces one
-reference, so a call that holds a view sees one consistent ring from its first step to its last.
+reference. A call that holds a view therefore sees one ring from its first step to its last.
 """
 
 from __future__ import annotations

@@ -235,6 +235,20 @@ async def test_a_packet_of_another_cluster_is_refused_and_a_refusal_logged_now_a
         assert [record.message for record in caplog.records].count("peer_refused") == 1
 
 
+async def test_a_bug_in_holding_a_connection_is_logged_and_the_node_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(FakePeers, "keep_connected", fail)
+    async with gossiping() as one:
+        one.hear(Packet(Kind.SYNC, OTHER))
+        await until(lambda: "gossip_failed" in [record.message for record in caplog.records])
+
+        assert one.hear(Packet(Kind.PING, OTHER, target=ME.name, sequence=1)) is not None
+
+
 async def test_garbage_is_malformed() -> None:
     async with gossiping() as one:
         with pytest.raises(MalformedPacket):
