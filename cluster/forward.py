@@ -238,7 +238,10 @@ class Forwarder:
             await asyncio.gather(*(self._invalidate(name, tokens, tell_s) for name in names))
 
     def ask_nothing_before(self, tokens: Sequence[str]) -> None:
-        """Ask no peer anything before it has been told of these tokens; for a write that was not waited for."""
+        """Ask no peer anything before it has been told of these tokens.
+
+        For a write whose caller was answered before every peer had confirmed.
+        """
         now = time.monotonic()
         for name in () if self._view is None else self._view.address_by_name:
             self._owner(name).pending.add(tokens, now=now)

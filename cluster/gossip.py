@@ -32,6 +32,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -311,13 +312,11 @@ class Gossip:
                 self._peers.forget(former.address)
         for name, member in wanted.items():
             if name not in self._connections:
-                self._connections[name] = (member, self._tasks.start(self._connect(member)))
-
-    async def _connect(self, member: Member) -> None:
-        try:
-            await self._peers.keep_connected(member.address, lambda: self.probe(member.name))
-        except Exception as exc:  # the root of the task: without it only probes find a dead member out
-            log.error("gossip_failed", exc_info=exc)
+                connecting = self._peers.keep_connected(member.address, partial(self.probe, name))
+                # Without a task, beyond the bound, only probes find out that the member has died.
+                started = self._tasks.spawn(connecting)
+                if started is not None:
+                    self._connections[name] = (member, started)
 
     async def _dial(self, name: str) -> None:
         """Dial a member, and once more after a pause if there was another sign meanwhile.

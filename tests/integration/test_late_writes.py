@@ -170,8 +170,6 @@ async def test_a_writer_far_from_the_database_gets_its_turn(store: PostgresStore
             QueryMetrics(CollectorRegistry()),
         ),
         Table(schema="mnemosyne", name="session"),
-        ttl_us=60_000_000,
-        touch_interval_us=6_000_000,
     )
     await far.open()
     is_over = asyncio.Event()

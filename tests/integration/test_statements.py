@@ -20,7 +20,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from prometheus_client import CollectorRegistry
-from serving import LIFETIME, Node, serving
+from serving import Node, serving
 
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
@@ -34,12 +34,7 @@ TABLE = Table(schema="mnemosyne", name="session")
 
 def new_store(dsn: str, registry: CollectorRegistry) -> PostgresStore:
     options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
-    return PostgresStore(
-        PostgresPool(options, QueryMetrics(registry)),
-        TABLE,
-        ttl_us=LIFETIME.idle_us,
-        touch_interval_us=LIFETIME.touch_interval_us,
-    )
+    return PostgresStore(PostgresPool(options, QueryMetrics(registry)), TABLE)
 
 
 @dataclass
@@ -269,12 +264,7 @@ async def test_a_table_of_a_newer_daemon_is_refused(postgres_dsn: str) -> None:
 
 async def test_set_up_waits_longer_than_a_statement_may_take(postgres_dsn: str) -> None:
     options = PostgresOptions(dsn=postgres_dsn, pool_size=2, connect_timeout_s=5, statement_timeout_s=0.05)
-    store = PostgresStore(
-        PostgresPool(options, QueryMetrics(CollectorRegistry())),
-        TABLE,
-        ttl_us=60_000_000,
-        touch_interval_us=1,
-    )
+    store = PostgresStore(PostgresPool(options, QueryMetrics(CollectorRegistry())), TABLE)
     other = await asyncpg.connect(postgres_dsn)
     await other.execute("SELECT pg_advisory_lock($1)", TABLE.advisory_key)
     opening = asyncio.create_task(store.open())
