@@ -29,7 +29,7 @@ from mnemosyned.assembly import GRPC_ENGINES, Hooks
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.config import ObserveConfig
-from mnemosyned.observe.metrics import new_registry
+from mnemosyned.observe.metrics import new_registry, show_certificates_end
 from mnemosyned.security import api_keys
 from mnemosyned.security.api_keys import Callers
 from mnemosyned.security.config import AuthConfig, TlsConfig
@@ -123,6 +123,9 @@ class _Daemon:
                 tracing=self._tracing,
             ),
         )
+        tls = self._tls
+        if tls is not None:
+            show_certificates_end(self._registry, lambda: tls.content.expires_at_s)
         self._storage_health = StorageHealth(store, self._parts.clock)
         self._is_in_service = False
         self._refusal = ""

@@ -140,7 +140,7 @@ def test_a_node_of_no_cluster_says_so() -> None:
         code, _, err = run("members", "-node", daemon.serving().address)
 
     assert code == 1
-    assert "no node of a cluster" in err
+    assert "not a node of a cluster" in err
 
 
 # The ports are fixed, as in the README: another user of them fails this test.

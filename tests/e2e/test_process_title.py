@@ -94,5 +94,5 @@ def test_where_they_cannot_be_hidden_the_operator_is_told() -> None:
         check=True,
     )
 
-    assert "everybody here can read the command line" in done.stderr
+    assert "every user here can read the command line" in done.stderr
     assert SECRET not in done.stderr

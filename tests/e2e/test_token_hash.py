@@ -64,7 +64,7 @@ async def test_sessions_from_before_live_on_and_no_token_stays_in_the_table(
 
         code, out, err = await asyncio.to_thread(mnemosyned, "migrate", *flags)
         assert (code, err) == (0, "")
-        assert out == "3 sessions were named by their tokens, and are protected now\n"
+        assert out == "3 sessions were stored under their tokens, and are hashed now\n"
         kept = b"".join(await table(postgres_dsn))
         assert not any(token.encode() in kept for token in before + after)
         assert all_are_there(stub, before + after)
@@ -89,7 +89,7 @@ def test_a_node_that_does_not_know_the_key_says_so(postgres_dsn: str, key_file: 
         key_file.write_text(f"{NEXT_KEY}\n{KEY}\n")
         code, out, _ = mnemosyned("migrate", address, "-token.protection=hmac", f"-token.key.file={key_file}")
         assert code == 0
-        assert "some are named by another key" in out
+        assert "some sessions are hashed with another key" in out
     key_file.write_text(f"{NEXT_KEY}\n")
     for flags in (["-token.protection=hmac", f"-token.key.file={key_file}"], []):
         with Daemon(address, *flags) as daemon, daemon.serving().stub() as stub:
@@ -103,7 +103,7 @@ def test_a_node_that_does_not_know_the_key_says_so(postgres_dsn: str, key_file: 
     [
         (["-token.protection=hmac"], "flag -token.protection: hmac needs -token.key.file"),
         (["-token.key.file=/nowhere"], "flag -token.key.file: /nowhere: No such file or directory"),
-        ([], "migrate needs -token.protection=hmac, and -storage=postgres"),
+        ([], "migrate needs -token.protection=hmac"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(flags: list[str], complaint: str) -> None:

@@ -28,6 +28,7 @@ from mnemosyned.node_config import ClusterConfig
 from mnemosyned.security.api_keys import Role, line_of, new_key
 from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.settings import FLAGS, parse
+from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.frame import framed
@@ -174,7 +175,7 @@ def test_in_production_nodes_and_callers_are_known_over_tls(secrets: Path) -> No
 def test_in_development_one_node_needs_nothing(secrets: Path) -> None:
     found = resources("development")
 
-    assert mounted("development", secrets).storage == "memory"
+    assert mounted("development", secrets)[StorageConfig].name == "memory"
     assert found["StatefulSet"]["spec"]["replicas"] == 1
     assert not found["StatefulSet"]["spec"]["template"]["spec"].get("volumes")
     assert "PodDisruptionBudget" not in found
@@ -242,7 +243,7 @@ def test_the_composed_nodes_are_one_cluster() -> None:
     prometheus = yaml.safe_load((COMPOSE / "prometheus.yaml").read_text())
     (targets,) = prometheus["scrape_configs"][0]["static_configs"]
 
-    assert {config[ClusterConfig].listen for config in configs} == set(configs[0].cluster_seeds)
+    assert {config[ClusterConfig].listen for config in configs} == set(configs[0][ClusterConfig].seeds)
     assert len({config[ClusterConfig].secret for config in configs}) == 1
     assert len(targets["targets"]) == 3
 
