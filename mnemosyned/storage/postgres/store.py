@@ -111,17 +111,17 @@ class PostgresStore:
 
     async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         """See SessionStore."""
+        keys = [lookup.access_token.encode() for lookup in lookups]
         # One statement for all sessions with the same times, which today are all of them.
         tokens_by_times: dict[tuple[int, int], list[bytes]] = {}
-        for lookup in lookups:
-            times = (lookup.ttl_us, lookup.touch_interval_us)
-            tokens_by_times.setdefault(times, []).append(lookup.access_token.encode())
+        for lookup, key in zip(lookups, keys, strict=True):
+            tokens_by_times.setdefault((lookup.ttl_us, lookup.touch_interval_us), []).append(key)
         loaded: dict[bytes, Session] = {}
         for (ttl_us, touch_interval_us), tokens in tokens_by_times.items():
             ttl, fresh = timedelta(microseconds=ttl_us), timedelta(microseconds=ttl_us - touch_interval_us)
             for row in await self._pool.fetch(self._queries.load, tokens, ttl, fresh):
                 loaded[row["access_token"]] = _session(row)
-        return [loaded.get(lookup.access_token.encode()) or SessionNotFound() for lookup in lookups]
+        return [loaded.get(key) or SessionNotFound() for key in keys]
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
