@@ -11,7 +11,7 @@ PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench flood drill simulate fuzz wheel lock clean
+.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench hops flood drill simulate fuzz wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ docs: $(VENV)/dev.stamp ## write the generated parts of the README
 
 bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratios
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+hops: $(VENV)/dev.stamp ## count the functions and files that a call enters; ARGS=-v names them
+	$(BIN)/python tests/bench/hops.py $(ARGS)
 
 flood: $(VENV)/dev.stamp ## read cached sessions while 10,000 unknown tokens a second are asked for; see --help
 	$(BIN)/python tests/bench/flood.py $(ARGS)

@@ -62,7 +62,7 @@ class Batcher(Generic[Item, Result]):
         run: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]],
         *,
         limits: BatchLimits,
-        size_bytes: Callable[[Item], int] = lambda _: 0,
+        size_bytes: Callable[[Item], int] | None = None,
         full: Callable[[], Exception] = QueueFull,
     ) -> None:
         self._run = run
@@ -97,7 +97,8 @@ class Batcher(Generic[Item, Result]):
             # Once: before Python 3.12 it is a system call.
             self._loop = asyncio.get_running_loop()
         answer: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.append(_Waiting(item, self._size_bytes(item), answer))
+        size_bytes = 0 if self._size_bytes is None else self._size_bytes(item)
+        self._waiting.append(_Waiting(item, size_bytes, answer))
         if self._running < self._limits.concurrency:
             self._start_worker()
         return answer
@@ -156,7 +157,7 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     async def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
-        work = asyncio.ensure_future(self._results([waiting.item for waiting in batch]))
+        work = asyncio.ensure_future(self._run([waiting.item for waiting in batch]))
         callers = len(batch)
 
         def leave(answer: asyncio.Future[Result]) -> None:
@@ -176,9 +177,6 @@ class Batcher(Generic[Item, Result]):
                 raise
         except Exception as exc:  # noqa: BLE001  # the root of the work: every caller gets it
             _fail(batch, exc)
-
-    async def _results(self, items: list[Item]) -> Sequence[Result | Exception]:
-        return await self._run(items)
 
 
 def _settle(batch: list[_Waiting[Item, Result]], results: Sequence[Result | Exception]) -> None:

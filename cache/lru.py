@@ -28,7 +28,8 @@ class Lru(Generic[Value]):
     def __init__(self, *, max_entries: int, max_bytes: int) -> None:
         self._max_entries = max_entries
         self._max_bytes = max_bytes
-        self.on_removed: Callable[[str], None] = lambda _: None  # told the key, also of what is replaced
+        # Called with the key of each entry that goes, also of one that is replaced.
+        self.on_removed: Callable[[str], None] | None = None
         self._slots: OrderedDict[str, Slot[Value]] = OrderedDict()
         self._size_bytes = 0
 
@@ -58,14 +59,16 @@ class Lru(Generic[Value]):
         while len(self._slots) > self._max_entries or self._size_bytes > self._max_bytes:
             evicted_key, evicted = self._slots.popitem(last=False)
             self._size_bytes -= evicted.size_bytes
-            self.on_removed(evicted_key)
+            if self.on_removed is not None:
+                self.on_removed(evicted_key)
 
     def pop(self, key: str) -> Slot[Value] | None:
         """Remove and return the slot, if there is one."""
         slot = self._slots.pop(key, None)
         if slot is not None:
             self._size_bytes -= slot.size_bytes
-            self.on_removed(key)
+            if self.on_removed is not None:
+                self.on_removed(key)
         return slot
 
     def drop_all(self) -> None:

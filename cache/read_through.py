@@ -48,14 +48,6 @@ class KeyObserver(Protocol):
         ...
 
 
-class _NoObserver:
-    def added(self, key: str) -> None: ...
-
-    def removed(self, key: str) -> None: ...
-
-    def cleared(self) -> None: ...
-
-
 @dataclass(slots=True)
 class CacheCounters:
     """Lookups by outcome: lookups = hits + misses."""
@@ -123,8 +115,9 @@ class ReadThrough(Generic[Value]):
         self.counters = CacheCounters()
         self._flights: SingleFlight[Slot[Value] | Slot[None]] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
-        self._observer: KeyObserver = _NoObserver() if observer is None else observer
-        lru.on_removed = self._forget_if_unused
+        self._observer = observer
+        if observer is not None:
+            lru.on_removed = self._report_if_unused
 
     def peek(self, key: str, *, now_us: int) -> Value | None:
         """Return the value if it may be served now; counts one lookup."""
@@ -172,7 +165,8 @@ class ReadThrough(Generic[Value]):
         """Open a fill before the value is read or made; use it as a context manager."""
         fill = Fill(self, key, is_making=is_making)
         self._fills.setdefault(key, set()).add(fill)
-        self._observer.added(key)
+        if self._observer is not None:
+            self._observer.added(key)
         return fill
 
     def keys(self) -> list[str]:
@@ -185,7 +179,7 @@ class ReadThrough(Generic[Value]):
         fills.discard(fill)
         if not fills:
             del self._fills[key]
-            self._forget_if_unused(key)
+            self._report_if_unused(key)
 
     def drop(self, key: str) -> None:
         """Forget the key, and keep fills under way from bringing its value back."""
@@ -208,13 +202,14 @@ class ReadThrough(Generic[Value]):
         self._flights.forget_all()
         self.lru.drop_all()
         self.negative.drop_all()
-        self._observer.cleared()
+        if self._observer is not None:
+            self._observer.cleared()
 
     def _forget(self, key: str) -> None:
         self._flights.forget(key)
         self.lru.pop(key)
         self.negative.pop(key)
 
-    def _forget_if_unused(self, key: str) -> None:
-        if key not in self.lru and key not in self._fills:
+    def _report_if_unused(self, key: str) -> None:
+        if self._observer is not None and key not in self.lru and key not in self._fills:
             self._observer.removed(key)

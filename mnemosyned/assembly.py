@@ -39,11 +39,12 @@ from mnemosyned.sessions.service import ServiceRules, SessionService
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.storage.hashed import HashedStore
+from mnemosyned.transport.call import Call
 from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.engine import Engine, EngineOptions
 from mnemosyned.transport.grpcio_engine import GrpcioEngine
 from mnemosyned.transport.h2corn_engine import H2cornEngine
-from mnemosyned.transport.methods import Call, MethodTable
+from mnemosyned.transport.methods import MethodTable
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

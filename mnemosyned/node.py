@@ -25,7 +25,7 @@ from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService
 from mnemosyned.api.router import ClusterRouter, OwnerRouter
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
-from mnemosyned.observe.metrics import MethodStats
+from mnemosyned.transport.call import MethodStats
 
 if TYPE_CHECKING:
     from cache.read_through import ReadThrough
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from mnemosyned.sessions.service import SessionService
     from mnemosyned.sessions.store import Storage
     from mnemosyned.sessions.touches import TouchWriter
-    from mnemosyned.transport.methods import Call, MethodTable
+    from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable
 
 log = logging.getLogger(__name__)
 

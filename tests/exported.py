@@ -11,7 +11,6 @@ from mnemosyned.admin.cluster import ClusterCollector
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,
-    MethodStats,
     QueryMetrics,
     RpcCollector,
     UpkeepMetrics,
@@ -19,6 +18,7 @@ from mnemosyned.observe.metrics import (
     show_certificates_end,
 )
 from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.transport.call import MethodStats
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mnemosyned.api.session_manager import SERVICE_NAME
 from mnemosyned.errors import PermissionDenied, Unauthenticated
 from mnemosyned.security.api_keys import Callers, Role
-from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
+from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 if TYPE_CHECKING:
     from mnemosyned.observe.metrics import AuthMetrics

@@ -15,7 +15,8 @@ from grpc_health.v1.health_pb2 import (  # type: ignore[attr-defined]  # newer t
 
 from mnemosyned.api.session_manager import parsed
 from mnemosyned.errors import Unimplemented, UnknownService
-from mnemosyned.transport.methods import Call, MethodTable
+from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable
 
 SERVICE_NAME: Final = "grpc.health.v1.Health"
 

@@ -26,8 +26,8 @@ from mnemosyned.errors import (
     Unauthenticated,
     Unimplemented,
 )
-from mnemosyned.transport.call import answer_in_time, failure_of
-from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
+from mnemosyned.transport.call import Call, answer_in_time, failure_of
+from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio
 
 from mnemosyned.api.session_manager import parsed
-from mnemosyned.transport.methods import Call, MethodTable
+from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable
 
 _V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 _V1: Final = "grpc.reflection.v1.ServerReflection"

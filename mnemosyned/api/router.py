@@ -25,7 +25,7 @@ from cluster.peerpb import peer_pb2 as pb
 from cluster.routing import Forward, Local, route
 from cluster.view import View
 from mnemosyned.api.session_manager import Answer, Rpc
-from mnemosyned.transport.methods import Call
+from mnemosyned.transport.call import Call
 from mnemosyned.transport.status import error_of
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Criteria, NewSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.token import TOKEN_ENTROPY_BYTES, generate_token
-from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
+from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 SERVICE_NAME: Final = "mnemosynerpc.SessionManager"
 

@@ -6,8 +6,6 @@ method names from the table, status codes, names of our own statements.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter as CountByLabel
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -28,10 +26,8 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from cache.read_through import CacheCounters
+    from mnemosyned.transport.call import MethodStats
 
-_RPC_BUCKETS_S: Final = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-)  # fmt: skip
 _QUERY_BUCKETS_S: Final = (
     0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
@@ -46,52 +42,6 @@ def new_registry() -> CollectorRegistry:
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
     return registry
-
-
-class MethodStats:
-    """What one gRPC method has done."""
-
-    __slots__ = ("_buckets", "by_code", "duration_s", "in_flight", "labels", "ok")
-
-    def __init__(self, service: str, handler: str, kind: str) -> None:
-        self.labels = (service, handler, kind)
-        self.in_flight = 0
-        self.ok = 0  # apart from `by_code`: an attribute costs a third of a dictionary's update
-        self.by_code: CountByLabel[str] = CountByLabel()
-        self.duration_s = 0.0
-        self._buckets = [0] * (len(_RPC_BUCKETS_S) + 1)
-
-    def begin(self) -> None:
-        """Count a call in."""
-        self.in_flight += 1
-
-    def end_ok(self, elapsed_s: float) -> None:
-        """Count a call out that succeeded."""
-        self.in_flight -= 1
-        self.ok += 1
-        self.duration_s += elapsed_s
-        self._buckets[bisect_left(_RPC_BUCKETS_S, elapsed_s)] += 1
-
-    def end(self, code: str, elapsed_s: float) -> None:
-        """Count a call out with its gRPC status name, as `NOT_FOUND`."""
-        self.end_ok(elapsed_s)
-        if code != "OK":
-            self.ok -= 1
-            self.by_code[code] += 1
-
-    def requests_by_code(self) -> dict[str, int]:
-        """Return how many calls ended with which status."""
-        return {"OK": self.ok, **self.by_code} if self.ok else dict(self.by_code)
-
-    def cumulative_buckets(self) -> list[tuple[str, float]]:
-        """Return (upper bound, calls at most that long), as Prometheus wants them."""
-        total = 0
-        rows: list[tuple[str, float]] = []
-        bounds = [*map(str, _RPC_BUCKETS_S), "+Inf"]
-        for bound, count in zip(bounds, self._buckets, strict=True):
-            total += count
-            rows.append((bound, total))
-        return rows
 
 
 class RpcCollector(Collector):

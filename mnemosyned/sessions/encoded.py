@@ -34,36 +34,34 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def expiry_field(expires_at_us: int) -> bytes:
-    """Encode `expire_at` as a field of a Session."""
-    seconds, us = divmod(expires_at_us, US_PER_S)
-    timestamp = _SECONDS_TAG + varint(seconds)
-    if us:
-        timestamp += _NANOS_TAG + varint(us * NS_PER_US)
-    return _EXPIRE_AT_TAG + varint(len(timestamp)) + timestamp
-
-
 class ExpiryField:
-    """`expiry_field` with the last result at hand: at speed, many answers share an expiry."""
+    """Encodes `expire_at` as a field of a Session, with the last result at hand.
+
+    Expiries are whole milliseconds, so at speed many answers share one.
+    """
 
     __slots__ = ("_expires_at_us", "_field")
 
     def __init__(self) -> None:
-        self._expires_at_us = 0
-        self._field = expiry_field(0)
+        self._expires_at_us = -1
+        self._field = b""
 
     def encode(self, expires_at_us: int) -> bytes:
-        """See `expiry_field`."""
+        """Return the field for an expiry, microseconds since the epoch."""
         if expires_at_us != self._expires_at_us:
             self._expires_at_us = expires_at_us
-            self._field = expiry_field(expires_at_us)
+            seconds, us = divmod(expires_at_us, US_PER_S)
+            timestamp = _SECONDS_TAG + varint(seconds)
+            if us:
+                timestamp += _NANOS_TAG + varint(us * NS_PER_US)
+            self._field = _EXPIRE_AT_TAG + varint(len(timestamp)) + timestamp
         return self._field
 
 
 class EncodedSession:
-    """What the cache holds for a token."""
+    """What the cache holds for a token: the session as a response, but for its expiry."""
 
-    __slots__ = ("_expiry_size", "_fields", "_head", "expires_at_us", "is_dirty")
+    __slots__ = ("_expiry_size", "_fields", "_head", "expires_at_us", "is_dirty", "size_bytes")
 
     def __init__(self, session: StoredSession) -> None:
         self.expires_at_us = session.expires_at_us  # the latest promised to a caller
@@ -71,11 +69,8 @@ class EncodedSession:
         self._fields = encoded_fields(session)
         self._expiry_size = -1
         self._head = b""
-
-    @property
-    def size_bytes(self) -> int:
-        """Estimate the memory that a cached entry takes."""
-        return 2 * len(self._fields) + _OVERHEAD_BYTES
+        # An estimate of the memory that the cached entry takes: `_fields`, and `_head` with a copy of them.
+        self.size_bytes = 2 * len(self._fields) + _OVERHEAD_BYTES
 
     def response(self, expiry: bytes) -> bytes:
         """Return the whole response message with this `expire_at` field."""
@@ -99,6 +94,7 @@ def encoded_fields(session: StoredSession) -> bytes:
 
 def list_response(sessions: list[StoredSession]) -> bytes:
     """Encode a ListResponse; its field 1 is repeated, so it is one response after the other."""
+    expiry_field = ExpiryField()
     return b"".join(
-        EncodedSession(session).response(expiry_field(session.expires_at_us)) for session in sessions
+        EncodedSession(session).response(expiry_field.encode(session.expires_at_us)) for session in sessions
     )

@@ -24,14 +24,14 @@ from mnemosyned.security.certificates import names_of
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsFiles, TlsMaterial
 from mnemosyned.transport import frame
-from mnemosyned.transport.call import Failure, fail, invoke_stream, invoke_unary, refuse
+from mnemosyned.transport.call import ClientGone, Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.transport.engine import (
     MAX_METADATA_BYTES,
     EngineOptions,
     ListenFailed,
     host_port,
 )
-from mnemosyned.transport.methods import ClientGone, MethodTable, StreamMethod, UnaryMethod
+from mnemosyned.transport.methods import MethodTable, StreamMethod, UnaryMethod
 
 log = logging.getLogger(__name__)
 

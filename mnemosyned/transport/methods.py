@@ -4,43 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from aio.deadline import Deadline
 from aio.rate_limit import LogRateLimiter
-from mnemosyned.observe.metrics import MethodStats
-
-
-class Call(Protocol):
-    """What a method may know of its call besides the message."""
-
-    @property
-    def peer(self) -> str:
-        """The caller's address."""
-        ...
-
-    @property
-    def deadline(self) -> Deadline:
-        """Until when the caller waits.
-
-        Raises:
-            MalformedMessage: the caller's deadline cannot be read.
-        """
-        ...
-
-    @property
-    def certificate_names(self) -> tuple[str, ...]:
-        """The names in the caller's certificate, where it has shown one that an authority of ours signed."""
-        ...
-
-    def metadata(self, key: str) -> str | None:
-        """Return the value of a metadata key, if the caller sent one."""
-        ...
-
-
-class ClientGone(Exception):
-    """The client went away before its request was whole; nobody waits for an answer."""
-
+from mnemosyned.transport.call import Call, MethodStats
 
 # Returns the response at once where it can: that saves a task switch on the hot path.
 UnaryHandler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mnemosyned import __version__
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.transport.methods import Call, MethodTable, UnaryHandler
+from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

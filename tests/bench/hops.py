@@ -1,7 +1,7 @@
 """How many of our own functions a call enters, and in how many files: `make hops`.
 
-A reader of the code follows a call through these functions. The server runs in this process, on the h2corn engine and a
-real PostgreSQL; the client's own functions are not ours.
+A reader of the code follows a call through these functions. The server runs in this process, on the h2corn
+engine and a real PostgreSQL; the client's own functions are not ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from mnemosynerpc.session_pb2 import AbandonRequest, GetRequest, Session, StartRequest
 from prometheus_client import CollectorRegistry
@@ -31,7 +30,15 @@ from mnemosyned.storage.engines import StorageConfig, Surroundings
 ROOT = str(Path(__file__).parents[2])
 OWN = tuple(f"{ROOT}/{package}/" for package in ("aio", "cache", "cluster", "mnemosyned"))
 # What goes on besides the call.
-BACKGROUND = ("periodic.py", "gossip.py", "swim.py", "touches.py", "health.py", "table.py", "dissemination.py")
+BACKGROUND = (
+    "periodic.py",
+    "gossip.py",
+    "swim.py",
+    "touches.py",
+    "health.py",
+    "table.py",
+    "dissemination.py",
+)
 
 
 class Hops:
@@ -40,7 +47,7 @@ class Hops:
     def __init__(self) -> None:
         self.entered: Counter[tuple[str, str]] = Counter()
 
-    def _see(self, frame: FrameType, event: str, _: Any) -> None:
+    def _see(self, frame: FrameType, event: str, _: object) -> None:
         path = frame.f_code.co_filename
         if event == "call" and path.startswith(OWN) and not path.endswith(BACKGROUND):
             self.entered[path.removeprefix(ROOT + "/"), frame.f_code.co_qualname] += 1

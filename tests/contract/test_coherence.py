@@ -28,7 +28,8 @@ from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions import model as session
 from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, ValueChange
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.transport.methods import Call, MethodTable
+from mnemosyned.transport.call import Call
+from mnemosyned.transport.methods import MethodTable
 
 
 class HeldStore(MemoryStore):

@@ -28,7 +28,7 @@ from cluster.member import Kind, Member, Packet, Phase, State
 from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.transport.methods import Call
+from mnemosyned.transport.call import Call
 
 SERVICE = "mnemosynepeer.Peer"
 METHODS = ["Gossip", "Invalidate", "Leave"]

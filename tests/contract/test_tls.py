@@ -20,8 +20,9 @@ from cluster.peers import SERVICE_NAME, ChannelKind, Peers, TlsIdentity
 from mnemosyned.assembly import engine_options
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsFiles
+from mnemosyned.transport.call import Call
 from mnemosyned.transport.engine import Engine, ListenFailed
-from mnemosyned.transport.methods import Call, MethodTable
+from mnemosyned.transport.methods import MethodTable
 
 NAMES = "/test.Test/Names"
 SLOW = "/test.Test/Slow"

@@ -6,7 +6,7 @@ from mnemosynerpc.session_pb2 import GetResponse, ListResponse
 from mnemosynerpc.session_pb2 import Session as Wire
 
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, expiry_field, list_response, varint
+from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, list_response, varint
 from mnemosyned.sessions.model import Session
 
 YEAR_9999_US = 253_402_300_799_999_999
@@ -27,10 +27,10 @@ def stored(expires_at_us: int, values: dict[str, str]) -> Session:
 def test_a_response_is_what_protobuf_would_make_whatever_the_expiry(
     first_us: int, second_us: int, values: dict[str, str]
 ) -> None:
-    ready = EncodedSession(stored(first_us, values))
+    encoded = EncodedSession(stored(first_us, values))
 
     for expires_at_us in (first_us, second_us):
-        session = GetResponse.FromString(ready.response(expiry_field(expires_at_us))).session
+        session = GetResponse.FromString(encoded.response(ExpiryField().encode(expires_at_us))).session
         assert session.expire_at.ToMicroseconds() == expires_at_us
         session.ClearField("expire_at")
         assert session == Wire(
@@ -46,7 +46,7 @@ def test_the_last_expiry_is_encoded_once() -> None:
     field = ExpiryField()
 
     assert field.encode(5_000) is field.encode(5_000)
-    assert field.encode(6_000) == expiry_field(6_000)
+    assert field.encode(6_000) == ExpiryField().encode(6_000)
 
 
 def test_a_list_is_one_session_after_the_other() -> None:
