@@ -1,9 +1,14 @@
-"""Until when a caller waits, and until when its work may still be done: one value, carried with the call.
+"""Until when a caller waits, and until when its work may be done: one value, carried with the call.
 
-Two clocks are involved, because two things must end in time. The caller stops waiting at an instant that
-only its own node can measure, so that is on this process's monotonic clock. A write must not be done after
-somebody else may have begun to repeat it, and the nodes share no clock but the storage's, so that instant
-is on the storage's.
+Two clocks are involved, because two things must end in time:
+
+- The caller stops waiting at an instant that only its own node can measure. `at_s` is on this process's
+  monotonic clock.
+- A write must not be done after another node may have begun to repeat it. The nodes share no clock but the
+  storage's, so `not_after_us` is on the storage's clock.
+
+Over a hop, the entry node sends the time that is left and the instant on the storage's clock
+(`cluster/forward.py`). The owner makes a Deadline of its own from both (`mnemosyned/api/peer.py`).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Fill(Generic[Value]):
             self.put(cast("Slot[Value]", slot))
 
     def put_negative(self, slot: Slot[None]) -> None:
-        """Keep that there is no value, likewise."""
+        """Keep that there is no value, unless a write to the key has ended since the fill began."""
         if self._is_open:
             self._cache.negative.put(self._key, slot)
 

@@ -1,4 +1,14 @@
-"""Callers that want the same thing at the same time share one piece of work."""
+"""Callers that want the same key at the same time share one piece of work, called a flight.
+
+Without it, the end of a popular session's cache entry would send one load for each waiting caller to the
+storage. The idea and the name are those of groupcache's `singleflight`.
+
+    caller 1:  run(k) ── begins the work ─────────────────┬── result
+    caller 2:         run(k) ── joins the flight ─────────┤── result
+    write:                          forget(k)             |
+    caller 3:                            run(k) ── begins new work, since the first may have read before the
+    write
+"""
 
 from __future__ import annotations
 
@@ -10,36 +20,37 @@ T = TypeVar("T")
 
 
 class _Flight(Generic[T]):
-    """Work under way, and a future for each who waits for it.
+    """Work under way, and a future for each caller that waits for it.
 
-    A seat is half of what `asyncio.shield` costs, and most flights have one passenger.
+    A future of its own costs a caller half of what `asyncio.shield` costs, and most flights have one caller.
     """
 
-    __slots__ = ("seats", "work")
+    __slots__ = ("waiting", "work")
 
     def __init__(self, work: asyncio.Future[T]) -> None:
         self.work = work
-        self.seats: list[asyncio.Future[T]] = []
+        self.waiting: list[asyncio.Future[T]] = []
 
     def land(self, work: asyncio.Future[T]) -> None:
-        """Give every passenger the outcome."""
+        """Give every caller the outcome."""
         exc = None if work.cancelled() else work.exception()
-        for seat in self.seats:
-            if seat.done():
+        for answer in self.waiting:
+            # A caller that was cancelled has taken its own future away, or its future is done.
+            if answer.done():
                 continue
             if work.cancelled():
-                seat.cancel()
+                answer.cancel()
             elif exc is not None:
-                seat.set_exception(exc)
+                answer.set_exception(exc)
             else:
-                seat.set_result(work.result())
+                answer.set_result(work.result())
 
 
 class SingleFlight(Generic[T]):
     """One flight per key at a time.
 
-    A flight outlives a cancelled caller while another waits; when the last one leaves, it is
-    cancelled, so that no work goes on which nobody wants.
+    A flight outlives a cancelled caller while another caller waits. When the last caller leaves, the
+    flight's work is cancelled, so that no work goes on without a caller.
     """
 
     def __init__(self) -> None:
@@ -49,32 +60,35 @@ class SingleFlight(Generic[T]):
         return len(self._flights)
 
     async def run(self, key: str, begin: Callable[[], asyncio.Future[T]]) -> T:
-        """Return the result of the key's flight, begun by `begin` if there is none."""
+        """Return the result of the key's flight, begun by `begin` if there is none.
+
+        Raises what the work raises.
+        """
         flight = self._flights.get(key)
         if flight is None:
             flight = self._take_off(key, begin())
-        # Not the running loop's: before Python 3.12, asking for that is a system call.
-        seat: asyncio.Future[T] = flight.work.get_loop().create_future()
-        flight.seats.append(seat)
+        # Not through `asyncio.get_running_loop`: before Python 3.12, that is a system call.
+        answer: asyncio.Future[T] = flight.work.get_loop().create_future()
+        flight.waiting.append(answer)
         try:
-            return await seat
+            return await answer
         except asyncio.CancelledError:
-            flight.seats.remove(seat)
-            if not flight.seats and not flight.work.done():
+            flight.waiting.remove(answer)
+            if not flight.waiting and not flight.work.done():
                 self._end(key, flight)
                 flight.work.cancel()
             raise
 
     def forget(self, key: str) -> None:
-        """Let later callers begin anew; those already aboard get the old result."""
+        """Let later callers begin new work; callers that have joined get the result of the old work."""
         self._flights.pop(key, None)
 
     def forget_all(self) -> None:
-        """The same for every key."""
+        """Do what `forget` does for every key."""
         self._flights.clear()
 
     def _take_off(self, key: str, work: asyncio.Future[T]) -> _Flight[T]:
-        # The dictionary and then the passengers own the work.
+        # The dictionary owns the work, and after `forget` its callers do.
         flight = _Flight(work)
         self._flights[key] = flight
 
@@ -86,5 +100,6 @@ class SingleFlight(Generic[T]):
         return flight
 
     def _end(self, key: str, flight: _Flight[T]) -> None:
+        # The key may have another flight already, begun after `forget`.
         if self._flights.get(key) is flight:
             del self._flights[key]

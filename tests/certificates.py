@@ -1,4 +1,4 @@
-"""Authorities and certificates for tests, made anew for each."""
+"""Authorities and certificates for tests, made for each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Authority:
         directory = self.directory / at
         directory.mkdir(exist_ok=True)
         identity = self._authority.issue_cert(*names)
-        # As whoever renews them does it: never a half of one, but one before the other.
+        # As a program that renews them does it: never half of one, but one before the other.
         for name, pem in (
             ("crt.pem", b"".join(one.bytes() for one in identity.cert_chain_pems)),
             ("key.pem", identity.private_key_pem.bytes()),

@@ -90,7 +90,7 @@ class Cluster:
         return daemon
 
     def page(self, name: str, query: str = "") -> dict[str, Any]:
-        """What the node's operator sees."""
+        """What the admin port shows of the cluster."""
         status, text = self.daemons[name].http(f"/debug/cluster{query}")
         assert status == 200
         page: dict[str, Any] = json.loads(text)
@@ -310,7 +310,7 @@ async def until(is_met: Callable[[], bool], within_s: float = 15.0) -> float:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of which each next one, the operator's, is free too; each process of tests has its own."""
+    """Return ports of which each next one, the admin port, is free too; each process of tests has its own."""
     found: list[int] = []
     while len(found) < count:
         port = next(_ports)

@@ -56,7 +56,7 @@ class Network:
                     run("nft", "add", "rule", "bridge", self._id, "wall", *addresses, "drop")
 
     def join(self) -> None:
-        """Take all walls away."""
+        """Remove all walls."""
         run("nft", "flush", "chain", "bridge", self._id, "wall")
 
     def __enter__(self) -> Self:

@@ -20,7 +20,7 @@ def main(address: str = "127.0.0.1:8080") -> None:
     with grpc.insecure_channel(address) as channel:
         sessions = SessionManagerStub(channel)
 
-        # Somebody logs in; the service makes the token.
+        # A user logs in; the service makes the token.
         new = Session(subject_id="user:17", subject_client="web", bag={"name": "Ada"})
         token = sessions.Start(StartRequest(session=new), timeout=3).session.access_token
 

@@ -24,7 +24,7 @@ remaining time
    peer nothing.
 4. Telling does not end with its caller. A caller that is cancelled, or whose connection breaks, leaves the
 invalidation
-   running: the session has changed, whoever still waits for the answer.
+   running, because the session has changed, whether or not a caller still waits.
 5. "A write" is every call after which its caller may believe something new: Start, SetValue, Abandon, also an
    Abandon that finds nothing, and Delete.
 

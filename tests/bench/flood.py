@@ -1,6 +1,6 @@
 """Ask for unknown tokens, fast, while known sessions are read: `make flood`.
 
-Three times in turn, several rounds: cached Gets alone; with as many Gets a second of tokens that nobody has,
+Three times in turn, several rounds: cached Gets alone; with as many Gets a second of unknown tokens,
 each once; and of a thousand such tokens, again and again. Ratios are those of the cached Gets to the ones
 alone of the same round. The server is pinned to one core, and all else to the other.
 """
