@@ -11,10 +11,11 @@ _USAGE: Final = """usage: mnemosyned [flags]
        mnemosyned <command> [-help]
 
 commands:
-{commands} A flag takes one dash or two, and its value behind = or a space: -ttl 24m, --ttl=24m. A flag may
-also come from its environment variable or from a file (-config). The command line wins over the
-environment, the environment over the file, the file over the default. Durations are Go's (24m, 1h30m,
-500ms); sizes take KiB, MiB, GiB.
+{commands}
+A flag takes one dash or two, and its value behind = or a space: -ttl 24m, --ttl=24m.
+A flag may also come from its environment variable or from a file (-config). The command line wins
+over the environment, the environment over the file, the file over the default.
+Durations are Go's (24m, 1h30m, 500ms); sizes take KiB, MiB, GiB.
 """
 
 
