@@ -1,8 +1,8 @@
 """Natural batching: what arrives while a batch is under way forms the next one.
 
 There is no timer. An item that finds no batch under way is sent at once, so batching adds no latency to
-an idle daemon. Under load, batches grow by themselves until they reach their bounds. Databases call the same
-idea group commit.
+an idle daemon. Under load, batches grow by themselves until they reach their bounds. Databases call the
+same idea group commit.
 
 Rules for editing:
 - Items leave `_waiting` in order and exactly once.

@@ -10,8 +10,8 @@ LINES_PER_SECOND: Final = 100
 class LogRateLimiter:
     """Lets LINES_PER_SECOND lines through in each second, and counts the rest.
 
-    A second begins with a line, not with the clock. Failures that callers cause are logged within this limit:
-    ten thousand bad calls a second must not cost more in log lines than in calls.
+    A second begins with a line, not with the clock. Failures that callers cause are logged within this
+    limit: ten thousand bad calls a second must not cost more in log lines than in calls.
     """
 
     __slots__ = ("_left", "_left_out", "_until_s")

@@ -1,8 +1,8 @@
 """An owner for background tasks, so that none is lost, leaks or fails unseen.
 
-asyncio keeps only a weak reference to a task, and reports the failure of a task without an awaiter when the
-task is collected, if ever. `asyncio.TaskGroup` solves that for work that ends with a block. `Tasks` solves it
-for work that begins at any time and ends with its owner.
+asyncio keeps only a weak reference to a task, and reports the failure of a task without an awaiter when
+the task is collected, if ever. `asyncio.TaskGroup` solves that for work that ends with a block. `Tasks`
+solves it for work that begins at any time and ends with its owner.
 """
 
 from __future__ import annotations

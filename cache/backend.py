@@ -4,9 +4,8 @@ aiocache has no in-memory backend with a bound. `LruBackend` is one: it inherits
 bounds from `Lru`, and implements aiocache's operations on them. The daemon keeps its sessions in it.
 
 - The hot path calls the synchronous methods of `Lru`: `peek` costs 0.2 us.
-- Code off the hot path, an aiocache plugin or a second level uses `await get()`, `exists()`, `delete()` …,
-which cost
-  about 3 us each. It sees the same entries at once.
+- Code off the hot path, an aiocache plugin or a second level uses `await get()`, `exists()`, `delete()`
+  …, which cost about 3 us each. It sees the same entries at once.
 
 Sessions enter through the fence of `read_through` only. `set` puts a value past the fence, so use it for
 values that have no other writer.

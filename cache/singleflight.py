@@ -22,7 +22,8 @@ T = TypeVar("T")
 class _Flight(Generic[T]):
     """Work under way, and a future for each caller that waits for it.
 
-    A future of its own costs a caller half of what `asyncio.shield` costs, and most flights have one caller.
+    A future of its own costs a caller half of what `asyncio.shield` costs, and most flights have one
+    caller.
     """
 
     __slots__ = ("waiting", "work")

@@ -92,7 +92,7 @@ class Section:
     TITLE: ClassVar[str]  # its heading in -help
     EXAMPLE: ClassVar[str]  # a command line for -help
 
-    def resolved(self, sources: Mapping[str, str]) -> Self:  # noqa: ARG002  # for those that override it  # for those that override it
+    def resolved(self, sources: Mapping[str, str]) -> Self:  # noqa: ARG002  # for those that override it
         """Return the section with what the files that it names hold. Raises ConfigError.
 
         `sources` has each flag that was given, with words for where: flag, environment variable or file.

@@ -12,21 +12,19 @@ caches of other nodes. Every write goes through this module, around its call of 
       |                |<--------------- confirmed, or given up after the time of forwarding
       |<-- answer -----|                                                               |
 
-The rules: 1. This node's copies are dropped as soon as the store has answered, before any caller gets the
-answer. They are
-   dropped also when the store failed: the write may have been done.
-2. Other nodes are told when they may have a copy. The `Invalidator` decides that from what this node routed
-by before
-   and after the store's call (`cluster/`, `node.py`).
+The rules:
+
+1. This node's copies are dropped as soon as the store has answered, before any caller gets the answer. They
+   are dropped also when the store failed, because the write may have been done.
+2. Other nodes are told when they may have a copy. The `Invalidator` decides that from what this node
+   routed by before and after the store's call (`cluster/`, `node.py`).
 3. A write is acknowledged when the nodes that must be told have confirmed, or when half of the caller's
-remaining time
-   has passed. What could not be told by then is remembered and told later; until then this node asks that
-   peer nothing.
-4. Telling does not end with its caller. A caller that is cancelled, or whose connection breaks, leaves the
-invalidation
-   running, because the session has changed, whether or not a caller still waits.
-5. "A write" is every call after which its caller may believe something new: Start, SetValue, Abandon, also an
-   Abandon that finds nothing, and Delete.
+   remaining time has passed. What could not be told by then is remembered and told later; until then this
+   node asks that peer nothing.
+4. Telling does not end with its caller. A caller that is cancelled, or whose connection breaks, leaves
+   the invalidation running, because the session has changed, whether or not a caller still waits.
+5. "A write" is every call after which its caller may believe something new: Start, SetValue, Abandon,
+   also an Abandon that finds nothing, and Delete.
 
 The unit of invalidation is the batch: one round of messages for all sessions that one batch of the store
 has changed.
@@ -194,19 +192,28 @@ class Coherence:
         telling = self._invalidate(tokens, routed_by, drop or self.drop_copy)
         return [Written(result, telling) for result in results]
 
-    async def around_delete(self, store_call: Coroutine[Any, Any, Deletion]) -> Deletion:
-        """Await one step of a Delete, invalidate what it ended, and return it; runs on without its caller."""
-        return await self._tasks.run_shielded(self._delete(store_call))
+    async def around_delete(
+        self, store_call: Coroutine[Any, Any, Deletion], *, token: str | None = None
+    ) -> Deletion:
+        """Await one step of a Delete, invalidate what it ended, and return it; runs on without its caller.
+
+        `token` is the criterion, if there is one: then its copies are dropped also when the store failed.
+        Which sessions a failed Delete by other criteria has ended, nothing here knows.
+        """
+        return await self._tasks.run_shielded(self._delete(store_call, token))
 
     def drop_made(self, token: str) -> None:
         """Drop what this node read before a session with this token was started."""
         self._cache.made(token)
 
     def drop_copy(self, key: str) -> None:
-        """Drop this node's copies of one session, named by its token or its stored key."""
-        if self._index is None or not token_hash.is_hashed(key):
+        """Drop this node's copies of one session, named by its token or its stored key.
+
+        A hash that this node cannot find the token of may be of any token, so it drops everything.
+        """
+        if not token_hash.is_hashed(key):
             self._cache.drop(key)
-        elif not self._index.knows(key):
+        elif self._index is None or not self._index.knows(key):
             self._cache.drop_everything()
         elif (token := self._index.find(key)) is not None:
             self._cache.drop(token)
@@ -231,11 +238,18 @@ class Coherence:
         task = None if work is None else self._tasks.spawn(work)
         return None if task is None else Telling(task, partial(self._invalidator.give_up, tokens))
 
-    async def _delete(self, store_call: Coroutine[Any, Any, Deletion]) -> Deletion:
-        deletion = await store_call
-        self.drop_copies(deletion.stored_keys)
-        if self._invalidator is not None:
-            work = self._invalidator.after_delete(deletion.stored_keys)
+    async def _delete(self, store_call: Coroutine[Any, Any, Deletion], token: str | None) -> Deletion:
+        try:
+            deletion = await store_call
+        except Exception:
+            await self._drop_ended([] if token is None else [token])
+            raise
+        await self._drop_ended(deletion.stored_keys)
+        return deletion
+
+    async def _drop_ended(self, stored_keys: Sequence[str]) -> None:
+        self.drop_copies(stored_keys)
+        if self._invalidator is not None and stored_keys:
+            work = self._invalidator.after_delete(stored_keys)
             if work is not None:
                 await work
-        return deletion

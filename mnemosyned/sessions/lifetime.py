@@ -6,11 +6,10 @@
 
 - A Get extends a session to now + `idle_us`. The new expiry is promised at once and kept in memory.
 - The row in the storage follows within one touch interval (`touches.py`). A crash therefore shortens a
-session by at
-  most that interval, and never loses one.
+  session by at most that interval, and never loses one.
 - A copy is not served in the last two touch intervals before its row expires. Otherwise a session that is
-read
-  from this copy could expire in the storage, and cleanup could remove it, before its next touch is written.
+  read from this copy could expire in the storage, and cleanup could remove it, before its next touch is
+  written.
 - A copy is served for `cache_us` from the moment its load was asked for, not from its arrival: the answer
   may have waited while this process was stalled.
 

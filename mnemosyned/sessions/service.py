@@ -242,7 +242,8 @@ class SessionService:
             await self._touches.flush()
         deleted = 0
         while True:
-            step = await self._coherence.around_delete(self._store.delete(criteria, limit=_DELETE_BATCH))
+            deleting = self._store.delete(criteria, limit=_DELETE_BATCH)
+            step = await self._coherence.around_delete(deleting, token=criteria.access_token)
             deleted += len(step.stored_keys)
             if step.is_all:
                 return deleted

@@ -2,9 +2,8 @@
 
 - `SessionStore`: the sessions themselves. Every engine has it.
 - `Storage`: opening, closing, the clock and the identity. Every engine has it.
-- `RenamableStore`: renaming and walking through stored keys, which hashing tokens at rest needs. An engine
-without it
-  says so in its capabilities (`storage/engines.py`).
+- `RenamableStore`: renaming and walking through stored keys, which hashing tokens at rest needs. An
+  engine without it says so in its capabilities (`storage/engines.py`).
 
 The port speaks of sessions, not of rows, statements or commands: an adapter translates into its engine's
 dialect, and the engine's errors into those of `mnemosyned/errors.py`.

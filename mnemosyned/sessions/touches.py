@@ -1,7 +1,7 @@
 """Write-behind of expiries: in memory a session is extended at once, in the storage within a touch interval.
 
-Each extended session is written within the interval, also when its cache entry is dropped or evicted. A crash
-therefore shortens a session by at most the interval. `lifetime.py` has the rules of time.
+Each extended session is written within the interval, also when its cache entry is dropped or evicted. A
+crash therefore shortens a session by at most the interval. `lifetime.py` has the rules of time.
 """
 
 from __future__ import annotations

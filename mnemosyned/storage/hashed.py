@@ -3,12 +3,10 @@
 A session that is not found under its token's stored key may still have a former one, from before hashing
 was turned on or its HMAC key was changed. The session is then renamed and looked for once more.
 
-- Two nodes whose stored keys differ, as during a rolling restart, may rename a session against each other.
-The
-  renaming is therefore tried a few times.
-- Meanwhile a token that a caller chose may start two sessions, one under each stored key, which the table's
-primary key
-  cannot prevent. The next operation on the token ends one of them.
+- Two nodes whose stored keys differ, as during a rolling restart, may rename a session against each
+  other. The renaming is therefore tried a few times.
+- Meanwhile a token that a caller chose may start two sessions, one under each stored key, which the
+  table's primary key cannot prevent. The next operation on the token ends one of them.
 
 Sessions that a Delete or a cleanup has ended are reported by stored key, since this node cannot know their
 tokens.

@@ -179,6 +179,20 @@ async def test_a_delete_is_told_and_runs_on_without_its_caller() -> None:
     await coherence.close()
 
 
+async def test_a_delete_of_a_token_that_failed_drops_its_copies_too() -> None:
+    cache, remote = new_cache(None, "t", "u"), Remote()
+    remote.may_confirm.set()
+
+    async def fail() -> Deletion:
+        raise StorageUnavailable("no answer: the session may have ended")
+
+    with pytest.raises(StorageUnavailable):
+        await Coherence(cache, invalidator=remote).around_delete(fail(), token="t")
+
+    assert cache.keys() == ["u"]
+    assert remote.confirmed == [("t",)]
+
+
 def test_a_copy_is_dropped_by_the_hash_of_its_token() -> None:
     index = TokenIndex(HASHER)
     cache = new_cache(index, "a", "b")
@@ -208,6 +222,13 @@ def test_a_hash_by_another_key_may_be_of_any_token_and_drops_all() -> None:
 
     assert not cache.keys()
     assert index.find(HASHER.stored_key("a")) is None
+
+
+def test_a_hash_may_be_of_any_token_where_no_key_is_known() -> None:
+    cache = new_cache(None, "a", "b")
+    Coherence(cache).drop_copy(HASHER.stored_key("a"))
+
+    assert not cache.keys()
 
 
 def test_without_keys_given_every_copy_is_dropped() -> None:
