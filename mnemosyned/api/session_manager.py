@@ -22,6 +22,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 
+from aio.deadline import Deadline
 from aio.units import NS_PER_US, US_PER_S
 from mnemosyned.errors import InvalidArgument, MalformedMessage, SessionNotFound
 from mnemosyned.sessions import bag
@@ -144,18 +145,21 @@ async def _exists_uncached(service: SessionService, request: ExistsRequest, _: C
 
 
 async def _start(service: SessionService, request: StartRequest, call: Call) -> bytes:
-    return await service.start(_new_session(service, request, call), call.deadline)
+    deadline = call.deadline
+    return await service.start(_new_session(service, request, deadline), deadline)
 
 
 async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> bytes:
-    return await service.start_uncached(_new_session(service, request, call), call.deadline)
+    deadline = call.deadline
+    return await service.start_uncached(_new_session(service, request, deadline), deadline)
 
 
 async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> bytes:
-    return await service.retry_start(_new_session(service, request, call), call.deadline)
+    deadline = call.deadline
+    return await service.retry_start(_new_session(service, request, deadline), deadline)
 
 
-def _new_session(service: SessionService, request: StartRequest, call: Call) -> NewSession:
+def _new_session(service: SessionService, request: StartRequest, deadline: Deadline) -> NewSession:
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
     session = request.session
@@ -168,7 +172,7 @@ def _new_session(service: SessionService, request: StartRequest, call: Call) -> 
         refresh_token=session.refresh_token,
         bag=bag.encode(service.bag_limits.checked(session.bag)),
         ttl_us=service.lifetime.idle_us,
-        not_after_us=call.deadline.not_after_us,
+        not_after_us=deadline.not_after_us,
     )
 
 

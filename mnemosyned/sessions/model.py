@@ -169,5 +169,6 @@ def _check_text(name: str, text: str, max_bytes: int) -> None:
 
 
 def _check_size(name: str, text: str, max_bytes: int) -> None:
-    if len(text.encode()) > max_bytes:
+    # A character takes four bytes at most, so short texts need no encoding.
+    if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
         raise InvalidArgument(f"mnemosyned: {name} is longer than {max_bytes} bytes")
