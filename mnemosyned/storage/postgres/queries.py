@@ -1,4 +1,45 @@
-"""The statements for one table; see SessionStore for what each must do."""
+"""The SQL of the PostgreSQL engine: one statement per method of the storage port (`sessions/store.py`).
+
+The table (`schema.py` creates it; a table of the Go daemon has the same columns):
+
+    access_token    bytea  primary key   the session's stored key: its token, or the token's hash
+    refresh_token   bytea  null          index (refresh_token)           Delete and List
+    subject_id      text                 index (subject_id)              Delete and List
+    subject_client  text   null
+    bag             bytea                the stored form, see sessions/bag.py
+    expire_at       timestamptz          index (expire_at, access_token) cleanup and List
+
+A change of `bag` alone touches no index, so PostgreSQL can make it in place (a heap-only tuple). A change of
+`expire_at` writes a new entry into every index. That is the cost of a touch, and why touches are batched.
+
+Rules that all statements keep:
+
+- Shape. A batch arrives as one array per column (`unnest`), so the text of a statement does not depend on
+  the size of the batch. asyncpg prepares each text once per connection. No statement may need a sequential
+  scan: the pool turns these scans off.
+- Expired rows do not exist. Each statement compares `expire_at` with the clock itself, because cleanup runs
+  late. A start replaces an expired row; cleanup only frees the space.
+- Lock order. A statement that changes rows first locks them in the order of `access_token`, in a
+  common table expression (CTE) or subquery with ORDER BY and FOR UPDATE. A plain UPDATE would lock rows in
+  the order of its plan, and batches of two nodes could deadlock. Statements that skip locked rows (`load`,
+  `clean_up`, `rename`) cannot deadlock by row locks in any order, since they wait for none.
+- Lock strength. FOR NO KEY UPDATE is what an UPDATE of other columns than the key takes itself; FOR UPDATE
+  is what a DELETE and a change of the key take. Locking more would be wider than needed. Locking less would
+  upgrade the lock later, and two statements that upgrade deadlock.
+- Recheck. A statement that has waited for a row lock sees the newest version of that row, and PostgreSQL
+  checks its conditions again on that version (READ COMMITTED). A row that no longer meets them drops out.
+- Late writes. A write with a `not_after` compares it with `clock_timestamp()` after its row is locked.
+  Suppose that its caller gives up and another node repeats the write after `not_after`. Either this write
+  holds the lock, and the repeated one waits for it, or this write gets the lock later and finds itself late.
+  A start has no row to lock; see `_start`.
+- Two clocks. `now()` is the start of the transaction: one instant for all rows and parts of a statement.
+  `clock_timestamp()` is the time of its evaluation: the only one that moves while a statement waits.
+- Snapshot. All parts of a statement see the table as it was at the start of the statement. One part learns
+  what another part changed only from its RETURNING.
+
+Every statement is a transaction of its own, except `lock_bags` and the `write_bags` after it. If a
+connection breaks during a write, the outcome is unknown: the server may still commit.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +52,26 @@ _COLUMNS: Final = f"{_NEW_COLUMNS}, expire_at"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A statement and the name it is counted under."""
+    """A statement, and the value of the label `query` under which metrics count it."""
 
     name: str
     sql: str
 
 
 class Queries:
-    """All statements; `table` is the quoted name, the only thing ever spliced into SQL."""
+    """All statements for one table.
+
+    `table` is the qualified, quoted name. It is the only thing that is ever spliced into SQL besides the
+    conditions that `find` and `delete` get from the store, which are constant texts. Values are parameters.
+    """
 
     def __init__(self, table: str) -> None:
         self._table = table
+        # Storage.now_us: the health check, so it must not touch the table, which may be locked.
         self.now = Query("now", "SELECT clock_timestamp() AS now")
-        # The cluster of databases, the database, the table: together there is only one of it.
+        # Storage.identity: the cluster of databases, the database and the table by their numbers. Two nodes
+        # may reach one table by different addresses, and two tables may have one name; numbers tell them
+        # apart. A table that is dropped and created again gets another identity.
         self.identity = Query(
             "identity",
             "SELECT concat_ws('/', system_identifier, (SELECT oid FROM pg_database "
@@ -34,6 +82,8 @@ class Queries:
         self.load = _load(table)
         self.exist = _exist(table)
         self.read_bags = _read_bags(table)
+        # The last round of SessionStore.set_values: the rows stay locked until the same transaction has
+        # written them.
         self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE")
         self.write_bags = _write_bags(table)
         self.abandon = _abandon(table)
@@ -41,17 +91,28 @@ class Queries:
         self.clean_up = _clean_up(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
+        # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
+        # of by OFFSET, so each page costs the same, and renamings meanwhile neither repeat nor hide others.
         self.stored_keys_after = Query(
-            "names",
+            "stored_keys",
             f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
         )
 
     def find(self, where: str, *, offset_at: int) -> Query:
-        """Page through live sessions; parameters from `offset_at` on: offset, limit, bytes of bags."""
+        """Page through live sessions; parameters from `offset_at` on: offset, limit, bytes of bags.
+
+        SessionStore.find. Locks nothing. The inner query walks the index (expire_at, access_token), or the
+        index of a criterion and sorts. A page costs as much as all pages before it, which OFFSET skips.
+        Pages are separate snapshots: a session that is extended between them moves to a later page.
+
+        A row whose bag would exceed the page's bytes comes without its bag. The store then fails the call,
+        and neither the server nor this process has held more than a page. `octet_length` reads the size
+        from the row's header: a bag that is left out is not even fetched from its side table (TOAST).
+        """
         return Query(
             "list",
-            # Bags beyond what a page may hold stay in the database: a row without one tells so.
             "SELECT access_token, refresh_token, subject_id, subject_client, expire_at, CASE WHEN "
+            # ROWS, as the default (RANGE) would add up rows of equal order in one step.
             "sum(octet_length(bag)) OVER (ORDER BY expire_at, access_token ROWS UNBOUNDED PRECEDING) "
             f"<= ${offset_at + 2} THEN bag END AS bag FROM (SELECT {_COLUMNS} FROM {self._table} "
             f"WHERE expire_at > now() AND {where} ORDER BY expire_at, access_token "
@@ -61,7 +122,18 @@ class Queries:
     def delete(self, where: str, *, limit_at: int) -> Query:
         """Delete what meets a condition; parameter `limit_at`: how many at most.
 
-        One row: the tokens, and how many were picked, of which others may have ended or renamed some.
+        SessionStore.delete. One row comes back: the stored keys of the deleted rows, and how many rows were
+        picked. Index: that of a criterion, then the primary key.
+
+        - `picked` chooses the rows without a lock. Choosing and locking at once would need ORDER BY
+          access_token before LIMIT, and so a sort of everything that meets the condition. MATERIALIZED: a
+          second evaluation could choose other rows.
+        - `ended` locks them in order, and checks the condition again on the locked rows.
+
+        When two nodes delete the same rows at once, the second waits for the first and finds the rows gone.
+        It must not report the end, since the first may have more batches to do. Fewer deleted than picked
+        tells the store that the batch was shared, and the store does not call it the last. The same holds
+        for a row that was renamed after `picked` saw it under its old key.
         """
         return Query(
             "delete",
@@ -75,19 +147,34 @@ class Queries:
         )
 
 
-# A write that must not be done late looks at the clock when its row is locked: whoever does it instead
-# then waits for the lock, or comes first. A start has no row to lock and looks when it is its turn, row by
-# row, the fence (OFFSET 0) in front; who does it instead then meets its token.
 def _start(table: str) -> Query:
+    """SessionStore.start: insert sessions; replace rows that have expired.
+
+    Parameters: one array per column of `asked`; no token twice, which ON CONFLICT could not handle.
+    Index: the primary key, which finds the conflict. Locks: the new rows, in token order, so that two
+    batches with tokens in common wait for each other in one direction only.
+
+    One row per item comes back: its expiry, or NULL and whether the item is late. An item that was not
+    made because it is late is late at the end as well, since the clock only moves forward. A duplicate may
+    pass its limit before the end and be called late: the caller then does not know, which is safe.
+
+    If two nodes start one token at once, the second insertion waits for the first transaction. It then
+    meets a live row and makes nothing. A start that is repeated after its `not_after` is safe the same way:
+    the repeated one waits for this one and meets its token, or comes first and is met by this one.
+    """
     return Query(
         "start",
         "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], "
         f"$5::bytea[], $6::bigint[], $7::timestamptz[]) AS new ({_NEW_COLUMNS}, ttl_us, not_after)), "
         f"made AS (INSERT INTO {table} AS held ({_COLUMNS}) "
         f"SELECT {_NEW_COLUMNS}, now() + ttl_us * interval '1 microsecond' "
+        # OFFSET 0 is a fence: PostgreSQL moves no condition into a subquery that has one. Below the sort,
+        # the clock would be compared for all rows before the first is inserted. Above it, each row is
+        # compared when it is inserted, after the wait for the rows before it.
         "FROM (SELECT * FROM asked ORDER BY access_token OFFSET 0) AS sorted "
         "WHERE clock_timestamp() < not_after "
-        # A row that is past its expiry does not exist, though cleanup has not seen it yet.
+        # EXCLUDED is the row that could not be inserted. The WHERE spares a live row: it is locked, but
+        # neither changed nor returned. An expired row does not exist, though cleanup has not seen it yet.
         "ON CONFLICT (access_token) DO UPDATE SET refresh_token = EXCLUDED.refresh_token, "
         "subject_id = EXCLUDED.subject_id, subject_client = EXCLUDED.subject_client, "
         "bag = EXCLUDED.bag, expire_at = EXCLUDED.expire_at WHERE held.expire_at <= now() "
@@ -98,8 +185,18 @@ def _start(table: str) -> Query:
 
 
 def _load(table: str) -> Query:
+    """SessionStore.load: read sessions, and extend those whose stored expiry lags.
+
+    Parameters: tokens, ttl, and ttl minus the touch interval. A row is extended only if its expiry lies
+    before now + $3, so most loads write nothing. Index: the primary key.
+
+    Locks: only the rows to extend. SKIP LOCKED, because a Get must not wait for a writer: a row that
+    another transaction holds is returned with the expiry it has, and a later load or touch extends it.
+    If two nodes load one lagging session at once, one extends it and the other skips it.
+    """
     return Query(
         "load",
+        # MATERIALIZED: the rows are read once, by the snapshot of the statement, whatever the join's plan.
         f"WITH found AS MATERIALIZED (SELECT {_COLUMNS} FROM {table} "
         "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()), "
         f"moved AS (UPDATE {table} AS held SET expire_at = now() + $2::interval FROM "
@@ -114,6 +211,7 @@ def _load(table: str) -> Query:
 
 
 def _exist(table: str) -> Query:
+    """SessionStore.exist. Locks nothing and extends nothing. Index: the primary key."""
     return Query(
         "exists",
         f"SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) AND expire_at > now()",
@@ -121,15 +219,28 @@ def _exist(table: str) -> Query:
 
 
 def _read_bags(table: str, locking: str = "") -> Query:
+    """The first half of SessionStore.set_values: bags, and the version that each row has.
+
+    `xmin` is the number of the transaction that wrote the row: it changes with every UPDATE and costs no
+    column. A touch or a load that extends the row changes it too, and the round is lost though the bag is
+    the same; the store then tries again. Numbers repeat after 2^32 transactions, far beyond any time-out.
+    """
     return Query(
         "set_value_select",
-        # The transaction that wrote a row tells its versions apart.
         f"SELECT access_token, bag, xmin AS version, clock_timestamp() AS now FROM {table} "
         f"WHERE access_token = ANY($1::bytea[]) AND expire_at > now() {locking}",
     )
 
 
 def _write_bags(table: str) -> Query:
+    """The second half of SessionStore.set_values: write each bag whose row has the version that was read.
+
+    Parameters: tokens, versions, bags, limits in time. Index: the primary key. Locks: the rows whose
+    version still fits, in token order. Returned are the tokens of the rows that were written.
+
+    If two nodes have read one version, the second waits for the lock of the first. The recheck then finds
+    another `xmin`, and the row drops out: no change is lost, and the second node reads again.
+    """
     return Query(
         "set_value_update",
         "WITH unchanged AS MATERIALIZED (SELECT held.access_token, new.bag, not_after "
@@ -137,6 +248,7 @@ def _write_bags(table: str) -> Query:
         "AS new (access_token, version, bag, not_after) "
         "ON held.access_token = new.access_token AND held.xmin = new.version "
         "ORDER BY held.access_token FOR NO KEY UPDATE OF held) "
+        # The clock is compared here and not in `unchanged`, whose conditions are checked before the lock.
         f"UPDATE {table} AS held SET bag = unchanged.bag FROM unchanged "
         "WHERE held.access_token = unchanged.access_token AND clock_timestamp() < not_after "
         "RETURNING held.access_token",
@@ -144,6 +256,15 @@ def _write_bags(table: str) -> Query:
 
 
 def _abandon(table: str) -> Query:
+    """SessionStore.abandon: delete rows by stored key.
+
+    Parameters: tokens, limits in time. Index: the primary key. Locks: the rows, in token order, expired
+    ones included: they are deleted as well, and only `was_live` tells the difference.
+
+    No row comes back for a token that is not stored. A row that was locked (`ended`) and not deleted
+    (`gone`) is late. If two nodes abandon one session at once, the second waits, finds no row, and its
+    caller gets NOT_FOUND.
+    """
     return Query(
         "abandon",
         "WITH ended AS MATERIALIZED (SELECT held.access_token, not_after "
@@ -158,6 +279,12 @@ def _abandon(table: str) -> Query:
 
 
 def _touch(table: str) -> Query:
+    """SessionStore.touch: move expiries forward to what nodes hold in memory.
+
+    Parameters: tokens, expiries. Index: the primary key. Locks: the live rows, in token order. A touch has
+    no limit in time: GREATEST makes it harmless however late it comes, and in which order two nodes write.
+    A session that has expired stays expired, though a touch for it may still be under way.
+    """
     return Query(
         "touch",
         f"UPDATE {table} AS held SET expire_at = GREATEST(held.expire_at, new.expire_at) "
@@ -170,18 +297,41 @@ def _touch(table: str) -> Query:
 
 
 def _clean_up(table: str) -> Query:
+    """SessionStore.clean_up: delete at most $1 expired rows, the oldest first.
+
+    Index: (expire_at, access_token), from its lower end. Locks: the rows, and the table's advisory lock $2
+    until the statement ends. One node at a time cleans up: on the other nodes the attempt at the lock
+    fails, and they delete nothing instead of reading the same rows. Set-up takes the same lock, so no
+    cleanup runs while an index is built.
+
+    SKIP LOCKED: a row that is locked is being replaced by a start or ended by a caller. If cleanup locks
+    the row first, a start of the same token waits and then inserts.
+    """
     return Query(
         "clean_up",
-        # One node at a time: the others' try at the lock fails and they find nothing.
         f"DELETE FROM {table} WHERE access_token IN (SELECT access_token FROM {table} "
+        # In a subquery that depends on no row, the attempt is made once per statement, not once per row.
         "WHERE expire_at <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
         "ORDER BY expire_at LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING access_token",
     )
 
 
-# A renaming moves a row in the order of names, so that locks taken in that order do not keep it from meeting
-# others crosswise: of many it waits for none.
 def _rename(table: str, locking: str = "") -> Query:
+    """RenamableStore.rename: give live sessions new stored keys; no key comes twice.
+
+    Parameters: old keys, new keys. Index: the primary key. Locks: the rows under the old keys; whatever a
+    DELETE or UPDATE then changes. The result is in the order of the parameters.
+
+    A renaming moves a row within the order of keys, so the common lock order does not help: a batch that
+    holds one row and waits for another can meet a touch that holds them the other way round. Therefore:
+
+    - `rename`, for many: SKIP LOCKED. Rows that others hold are passed over, and the caller tries again.
+    - `rename_one`, for one: waits, for at most lock_timeout, and holds nothing else meanwhile.
+
+    If two nodes rename one session to the same key, the second skips it, or waits and finds no row. If a
+    start or another renaming takes the new key after the snapshot, the primary key refuses the UPDATE
+    (UniqueViolationError), which the store treats as the fault of one item.
+    """
     return Query(
         "rename",
         "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY "
@@ -191,17 +341,22 @@ def _rename(table: str, locking: str = "") -> Query:
         f"AND taken.expire_at > now()) AS is_taken FROM {table} AS there "
         "JOIN asked ON there.access_token = asked.old "
         f"WHERE there.expire_at > now() ORDER BY asked.old FOR UPDATE OF there {locking}), "
+        # Of two live sessions of one token, the one under the current key stays.
         f"ended AS (DELETE FROM {table} AS there USING held "
         "WHERE is_taken AND there.access_token = held.old), "
-        # Which does not exist, though cleanup has not seen it yet, and is in the way.
+        # An expired row does not exist, but cleanup has not seen it yet, and it occupies the key.
         f"expired AS (DELETE FROM {table} AS there USING held WHERE NOT is_taken "
         "AND there.access_token = held.new AND there.expire_at <= now() RETURNING 1), "
+        # PostgreSQL runs the parts of a statement in any order. Counting `expired` (always >= 0) makes the
+        # UPDATE wait until those rows are deleted, or the primary key would refuse it.
         f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held WHERE NOT is_taken "
         "AND there.access_token = held.old AND (SELECT count(*) FROM expired) >= 0) "
+        # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         "AND there.expire_at > now()) AS is_there FROM asked ORDER BY number",
     )
 
 
 def _literal(text: str) -> str:
+    """Escape the table's name for a string literal, from which `regclass` reads it."""
     return text.replace("'", "''")
