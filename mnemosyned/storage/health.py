@@ -1,4 +1,17 @@
-"""Opening the storage, and from then on knowing whether it answers."""
+"""Opening the storage, and knowing from then on whether it answers.
+
+    opening ── answer ──> serving ── no answer ──> lost ── answer ──> serving …
+       │
+       └── StorageRefused: the daemon ends
+
+The question is the storage's clock, once a second. One statement therefore serves two purposes: the health
+check, and the synchronisation of `sessions/clock.py`. A storage that is lost is not opened again. The
+engine connects on its own, and sessions in caches remain usable meanwhile.
+
+The answer takes as long as the engine's time-outs permit, so `is_serving` may be some seconds old. Nothing
+is decided by it for a single call: calls go to the storage anyway and fail by themselves. It is for the
+health service, readiness and operators.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +27,7 @@ from mnemosyned.sessions.store import Storage
 log = logging.getLogger(__name__)
 
 _PROBE_PERIOD_S: Final = 1.0
+# Short at first, since database and daemon are often started together; the last one repeats.
 _OPEN_RETRY_S: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -31,10 +45,10 @@ class StorageHealth:
         return self._is_serving
 
     async def open(self) -> None:
-        """Open the storage, however long that takes.
+        """Open the storage, and synchronise the clock; retry as long as that takes.
 
         Raises:
-            StorageRefused: it will never work like this.
+            StorageRefused: a retry cannot succeed with this configuration.
         """
         tries = 0
         while True:
@@ -51,7 +65,7 @@ class StorageHealth:
                 return
 
     async def run(self) -> None:
-        """Ask once a second, until cancelled."""
+        """Ask once a second, until cancelled. Logs only changes, so an outage is two lines."""
         await run_periodically("storage_health", self._look, period_s=lambda: _PROBE_PERIOD_S)
 
     async def _look(self) -> None:
@@ -67,6 +81,7 @@ class StorageHealth:
                 log.info("storage_regained")
 
     async def _probe(self) -> None:
+        # The clock needs both instants: the storage looked at its own clock somewhere between them.
         sent_us = self._clock.uptime_us()
         storage_us = await self._storage.now_us()
         self._clock.observe(storage_us, sent_us=sent_us, received_us=self._clock.uptime_us())

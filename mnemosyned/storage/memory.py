@@ -1,6 +1,18 @@
 """The memory engine: one node, for trying out and for tests; it forgets everything at exit.
 
-It is also the example for a new engine: CONTRIBUTING.md walks through what it consists of.
+It is also the example for a new engine: CONTRIBUTING.md walks through its parts. What makes it correct is
+easy to overlook:
+
+- Atomicity. No method has an `await` inside, so each batch is applied as a whole before the event loop runs
+  another call. An engine on a network gets this from transactions or scripts instead.
+- Time. Every item reads the clock itself, as a statement of PostgreSQL does. `wall_us` is this engine's
+  clock, and the only one that `not_after_us` and expiries are compared with.
+- Expired sessions stay in the dictionary until cleanup. `_live` hides them, and every method but `delete`,
+  `clean_up` and `stored_keys_after` looks through it.
+- Isolation. An item fails alone by having an exception for its result, and leaves the dictionary as it was.
+
+Costs: `find`, `delete`, `clean_up` and `stored_keys_after` go through all sessions. Memory has no bound but
+that of expiry and cleanup.
 """
 
 from __future__ import annotations
@@ -34,14 +46,17 @@ from mnemosyned.sessions.store import Deletion, Renaming
 
 
 class MemoryStore:
-    """A store in a dictionary; `wall_us` is its clock, microseconds since the epoch."""
+    """A store in a dictionary; `wall_us` is its clock, microseconds since the epoch.
+
+    It has every part of the port (FullStore), so that tokens can be hashed in it too.
+    """
 
     def __init__(self, *, wall_us: Callable[[], int] = lambda: time.time_ns() // 1000) -> None:
         self._wall_us = wall_us
         self._session_by_token: dict[str, Session] = {}
 
     async def identity(self) -> bytes:
-        """See Storage."""
+        """See Storage; no other process has this dictionary, so the object's own number will do."""
         return hashlib.blake2b(str(id(self)).encode(), digest_size=16).digest()
 
     async def open(self) -> None:
@@ -56,7 +71,7 @@ class MemoryStore:
         return self._wall_us()
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
-        """See SessionStore."""
+        """See SessionStore; the second start of a token in a batch meets the first."""
         return [self._start(new) for new in sessions]
 
     async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
@@ -68,7 +83,7 @@ class MemoryStore:
         return [self._live(token) is not None for token in tokens]
 
     async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
-        """See SessionStore."""
+        """See SessionStore; one after the other, so no change can lose another."""
         return [self._set_value(change) for change in changes]
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
@@ -83,6 +98,7 @@ class MemoryStore:
         """See SessionStore."""
         now_us = self._wall_us()
         found = [session for session in self._matching(criteria) if session.expires_at_us > now_us]
+        # By the bytes of the key, in the order of an index of bytes: pages of both engines are the same.
         found.sort(key=lambda session: (session.expires_at_us, session.access_token.encode()))
         page = found[offset : offset + limit]
         if sum(len(session.bag) for session in page) > MAX_PAGE_BYTES:
@@ -90,7 +106,8 @@ class MemoryStore:
         return page
 
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
-        """See SessionStore."""
+        """See SessionStore. Expired sessions count, as they would be removed by cleanup anyway."""
+        # Exactly `limit` found: more may be left, so the caller runs another step.
         tokens = [session.access_token for session in self._matching(criteria)]
         return Deletion(stored_keys=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
 
@@ -110,6 +127,7 @@ class MemoryStore:
         return sorted(greater, key=str.encode)[:limit]
 
     def _rename(self, old: str, new: str) -> bool:
+        # Of two live sessions of one token, the one under the new key stays. An expired one gives way.
         session = self._live(old)
         if session is not None:
             del self._session_by_token[old]
@@ -122,6 +140,7 @@ class MemoryStore:
         return session if session is not None and session.expires_at_us > self._wall_us() else None
 
     def _start(self, new: NewSession) -> Session | MnemosyneError:
+        # Late before duplicate: a late start must not be reported as done by another.
         if self._wall_us() >= new.not_after_us:
             return DeadlineExceeded()
         if self._live(new.access_token) is not None:
@@ -142,6 +161,7 @@ class MemoryStore:
         if session is None:
             return SessionNotFound()
         expires_at_us = self._wall_us() + lookup.ttl_us
+        # The touch interval means nothing for a dictionary. It is kept so that both engines show the same.
         if session.expires_at_us >= expires_at_us - lookup.touch_interval_us:
             return session
         self._touch(lookup.access_token, expires_at_us)
@@ -174,6 +194,7 @@ class MemoryStore:
         session = self._live(token)
         if session is None:
             return False
+        # Never back: touches of several copies arrive in any order.
         latest_us = max(session.expires_at_us, expires_at_us)
         self._session_by_token[token] = replace(session, expires_at_us=latest_us)
         return True

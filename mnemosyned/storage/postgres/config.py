@@ -1,4 +1,9 @@
-"""The settings of the PostgreSQL engine."""
+"""The settings of the PostgreSQL engine.
+
+The address is a secret, since it holds a password: no error, log line or process title shows it. It may come
+from a file (`-postgres.address.file`), which an orchestrator mounts. `-postgres.address=embedded:` is no
+address of a server, but asks for a private one (`private_server.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Final, Self
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import duration, file_name, integer, words_in
 
+# PostgreSQL cuts longer names off without an error, and two long names could then mean one table.
 _MAX_IDENTIFIER_BYTES: Final = 63
 _DEFAULT_ADDRESS: Final = "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
 
@@ -21,7 +27,7 @@ def address(text: str) -> str:
 
 
 def identifier(text: str) -> str:
-    """Read the name of a schema or table. Raises ValueError."""
+    """Read the name of a schema or table: any text of 1 to 63 bytes, as SQL quotes it. Raises ValueError."""
     if not text or "\0" in text or len(text.encode()) > _MAX_IDENTIFIER_BYTES:
         raise ValueError(f"{text!r} is not a name of 1 to {_MAX_IDENTIFIER_BYTES} bytes")
     return text
@@ -29,7 +35,7 @@ def identifier(text: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PostgresConfig(Section):
-    """How PostgreSQL is reached."""
+    """How PostgreSQL is reached. Durations are seconds; `pool.py` says which time-out fires first."""
 
     TITLE = "Storage: PostgreSQL (-storage=postgres)"
     EXAMPLE = "mnemosyned -postgres.address='postgres://user@host/database' -postgres.pool.size=32"
@@ -64,11 +70,16 @@ class PostgresConfig(Section):
     )
 
     def resolved(self, sources: Mapping[str, str]) -> Self:
-        """See Section."""
+        """See Section: read the address from its file, if one is named.
+
+        Raises:
+            ConfigError: both are given, or the file cannot be read or holds no address.
+        """
         if not self.address_file:
             return self
         if "postgres.address" in sources:
             raise ConfigError(f"{sources['postgres.address.file']}: -postgres.address is given as well")
+        # All words: a second line by mistake makes the address wrong instead of being ignored.
         words = words_in("postgres.address.file", self.address_file)
         try:
             return replace(self, address=address(" ".join(words)))

@@ -1,4 +1,8 @@
-"""A private PostgreSQL, for `-postgres.address=embedded:`."""
+"""The PostgreSQL engine's private server, for `-postgres.address=embedded:`.
+
+A module of its own, because the registry calls it before the store is built, and a daemon with a server of
+its own elsewhere need not import `embedded/`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,13 @@ from mnemosyned.storage.postgres.config import PostgresConfig
 
 
 def start(config: PostgresConfig) -> EmbeddedPostgres | None:
-    """Start the private server if the address asks for one. Raises StorageRefused."""
+    """Start the private server, or share the one that another process runs; None: another address.
+
+    It blocks until the server accepts connections, at most for some minutes if initdb must run first.
+
+    Raises:
+        StorageRefused: the server cannot be run; the text says why in one line.
+    """
     if not config.address.startswith("embedded:"):
         return None
     try:
