@@ -1,7 +1,17 @@
-"""PostgreSQL's own programs: where they are, and as whom they can be run.
+"""PostgreSQL's own programs: where they are, and as which user they can run.
 
-PostgreSQL refuses to run as root. As root we run it in a user namespace of its own, where root's
-files belong to nobody; where that is forbidden, as nobody itself, who then gets the files.
+PostgreSQL refuses to run as root, and a daemon in a container often is root. Three ways, tried in turn:
+
+1. Not root: the programs run as this user. Nothing is changed.
+2. Root: in a user namespace of its own (`unshare`). The kernel shows the programs another user id, 65534
+   (`nobody`), in place of root's. The files still belong to root outside, so nothing is changed here either.
+3. Root, but the container forbids user namespaces: as the user `nobody` itself. The data directory and all
+   in it are given to `nobody`, and given back when a later start finds namespaces permitted.
+
+`find_run_as` tries each way with a real program on the real directory, because many things can forbid it:
+seccomp, a sysctl, a parent directory that only root may enter.
+
+Every program starts through a launcher, which asks the kernel for SIGINT at the death of its parent thread.
 """
 
 from __future__ import annotations
@@ -25,13 +35,17 @@ _SYSTEM_DIRECTORIES: Final = (
     "/opt/homebrew/opt/postgresql*/bin",
 )
 _NEEDED: Final = ("initdb", "postgres")
-# uid and gid of `nobody` on every Linux.
+# User and group id of `nobody` on every Linux.
 _NOBODY: Final = 65534
 _NAMESPACE: Final = ("unshare", f"--map-user={_NOBODY}", f"--map-group={_NOBODY}")
 _PROBE_TIMEOUT_S: Final = 10
-# Runs a program that gets SIGINT when our thread dies: argv is our pid, a user or "", and the command.
-# Not a preexec_fn, which may deadlock where threads run, and the daemon restarts a server among its own.
-# The order is given after the change of user, which clears it; unshare and exec do not.
+# Runs a program that gets SIGINT when the parent's thread dies. Arguments: the parent's pid, a user id or
+# "", the command. Not a `preexec_fn`, which may deadlock in a process with threads, as the daemon is at a
+# restart.
+#
+# The sequence matters:
+# - setuid before prctl, because a change of user clears the request; unshare and exec keep it.
+# - getppid after prctl: a parent that died before the request would never cause the signal.
 _LAUNCHER: Final = """
 import ctypes, os, signal, sys
 parent, uid, *command = sys.argv[1:]
@@ -51,7 +65,7 @@ except OSError as exc:
 
 
 class EmbeddedError(StorageRefused):
-    """The embedded server cannot be run; the text is one line for the user."""
+    """The embedded server cannot be run; the text is one line that says why, without a password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +79,11 @@ class Programs:
 def find_programs(given: str, major: int | None) -> Programs:
     """Return the programs to use, of this major version if one is given.
 
-    `given` is a directory that the user named, or "".
+    `given` is the directory of `-postgres.bin`, or "". `major` is the version of existing data: PostgreSQL
+    opens no data of another major version. Without data, the first programs found are used.
 
     Raises:
-        EmbeddedError: there are none.
+        EmbeddedError: there are no such programs; the text names the versions that were found.
     """
     usable: list[Programs] = []
     for directory in _candidates(given):
@@ -92,6 +107,8 @@ def find_programs(given: str, major: int | None) -> Programs:
 
 
 def _candidates(given: str) -> Iterator[Path]:
+    # The system's PostgreSQL first: it gets security updates. Debian keeps initdb out of PATH. The Python
+    # package comes last, since it is there as soon as the extra is installed.
     if given:
         yield Path(given)
         return
@@ -106,6 +123,7 @@ def _candidates(given: str) -> Iterator[Path]:
 
 
 def _version_in_path(path: Path) -> float:
+    # As numbers, since "9.6" sorts after "15" as text.
     digits = "".join(char for char in str(path) if char.isdigit() or char == ".")
     return float(digits) if digits.replace(".", "", 1).isdigit() else 0.0
 
@@ -114,6 +132,7 @@ def _examined(directory: Path) -> Programs | None:
     if not all(os.access(directory / name, os.X_OK) for name in _NEEDED):
         return None
     try:
+        # Runs as this user, root included: `--version` is the one call that PostgreSQL permits to root.
         output = subprocess.run(  # noqa: S603  # a program that the user or a package installed
             [directory / "postgres", "--version"],
             capture_output=True,
@@ -132,17 +151,18 @@ class RunAs:
     """How to start a program so that it does not run as root."""
 
     prefix: tuple[str, ...] = ()
-    uid: int | None = None  # None: ours
+    uid: int | None = None  # None: the user of this process
 
     @property
     def owner(self) -> int:
-        """The user whom the files must belong to, as seen from here."""
+        """The user that the files must belong to, as seen by this process, outside any namespace."""
         return os.geteuid() if self.uid is None else self.uid
 
     def popen(self, command: list[str], *, log: int, **environ: str) -> subprocess.Popen[bytes]:
-        """Start a program with its output in `log`, away from our terminal's signals.
+        """Start a program with its output in the descriptor `log`, in a session of its own.
 
-        It gets SIGINT when the thread that calls this dies.
+        The terminal's Ctrl-C does not reach it. It gets SIGINT when the thread that calls this dies. Its
+        working directory is `/`, so it keeps no directory in use.
         """
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
         return subprocess.Popen(  # noqa: S603  # programs of PostgreSQL's own
@@ -156,7 +176,7 @@ class RunAs:
         )
 
     def can(self, *command: str) -> bool:
-        """Whether this command succeeds when it is run this way."""
+        """Tell whether this command succeeds when it is run this way, within 10 s."""
         try:
             return not subprocess.run(  # noqa: S603  # ours
                 [*self.prefix, *command],
@@ -175,18 +195,19 @@ class RunAs:
 
 
 def _environment() -> dict[str, str]:
-    # PG* would steer the programs; MNEMOSYNED_* may hold a password, and nobody's processes could read it.
+    # PG* would change what the programs do. MNEMOSYNED_* may hold a password, and any process of the same
+    # user can read a program's environment.
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "MNEMOSYNED_"))}
     return ours | {"LC_ALL": "C"}
 
 
 def find_run_as(programs: Programs, directory: Path) -> RunAs:
-    """Return a way that was just tried to run these programs on this directory.
+    """Return a way to run these programs on this directory, which has just been tried.
 
-    As root it makes the directory and all that is in it belong to whom that way demands.
+    As root it also gives the directory and all in it to the user that this way needs.
 
     Raises:
-        EmbeddedError: we are root, and neither way works.
+        EmbeddedError: this process is root, and neither way works. The directory is root's again.
     """
     if os.geteuid() != 0:
         return RunAs()
@@ -198,17 +219,18 @@ def find_run_as(programs: Programs, directory: Path) -> RunAs:
             return way
     _give(directory, os.geteuid())
     raise EmbeddedError(
-        f"PostgreSQL does not run as root, and nobody can reach {directory} or {programs.directory}: "
-        "run mnemosyned as another user, or keep both where every user can read"
+        f"PostgreSQL does not run as root, and the user nobody cannot reach {directory} or "
+        f"{programs.directory}: run mnemosyned as another user, or keep both where every user can read"
     )
 
 
 def _give(directory: Path, uid: int) -> None:
     if directory.stat().st_uid == uid:
         return
-    # By descriptor and not through links: nobody may have put links there, and we are root.
+    # By descriptor and not through links: the user `nobody` can have put links to other files there, and
+    # root would change their owner too. The cost is a walk through the whole data, once per change of way.
     for _, directories, files, descriptor in os.fwalk(directory):
         for name in (*directories, *files):
             os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
-    # Last, as it tells that all is done.
+    # Last, because the test above reads it: after a crash half-way, the next start walks again.
     os.chown(directory, uid, uid)

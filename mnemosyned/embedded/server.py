@@ -1,10 +1,36 @@
-"""A private PostgreSQL server as our child, for `-postgres.address=embedded:`.
+"""A private PostgreSQL server as a child of this process, for `-postgres.address=embedded:`.
 
-    DIR/data        the cluster            DIR/password    mode 0600
-    DIR/port        the last port used     DIR/server.log
-    DIR/lock        held by the process that owns the server; others share it
+    DIR/lock        locked (flock) by the owner: the process whose child the server is
+    DIR/password    of the only user; mode 0600; written before the data
+    DIR/data        the database cluster; exists only when it is complete
+    DIR/data.new-*  an initdb under way, or one that did not finish
+    DIR/port        the last port used, so that a restart keeps the address
+    DIR/server.log  output of the programs, at most 10 MB and what one run adds
 
-The server gets SIGINT, its fast shutdown, when the thread that started it dies, however it dies.
+Owner and guests. The first process to lock DIR/lock owns the server: it runs initdb if there is no data, and
+starts, restarts and stops the server. Every other process is a guest: it waits until the owner's server
+accepts connections, and shares it. A guest does not take over when the owner ends: its storage is unavailable
+until an owner runs again. The kernel releases the lock when the owner dies, however it dies.
+
+Who ends whom:
+
+- The owner stops its child: SIGINT (fast shutdown), SIGQUIT (immediate), SIGKILL.
+- If the owner dies by SIGKILL, the kernel sends the child SIGINT (PR_SET_PDEATHSIG, see `programs.py`).
+  The signal is bound to the thread that started the child, so that must be the main thread.
+- A new owner may start while the former server still shuts down. It waits 5 s for it, and then sends it the
+  same three signals (`_end_old_server`). It never signals a process that does not work in DIR/data.
+- The terminal's Ctrl-C does not reach the server, which is in a session of its own.
+
+A crash at any point leaves a state that the next start can use:
+
+- before the password is renamed: `password.new`, which is made again;
+- after the password: no data yet, so the next start makes a new password and new data;
+- during initdb: `data.new-*`, which is removed. The rename to `data` is the moment at which data exists;
+- while the server runs: PostgreSQL recovers from its log, and an acknowledged session is kept;
+- with a stale `postmaster.pid`: see `_attach` for guests and `_stale_pid` for the owner.
+
+All of it blocks, and is done before the event loop runs, or during a restart, when no call could be
+answered by the storage anyway.
 """
 
 from __future__ import annotations
@@ -19,11 +45,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
+from mnemosyned.embedded.probes import (
+    PID_FILE_PORT,
+    accepts_connections,
+    is_ready,
+    is_taken,
+    pid_file,
+    servers_on,
+)
 from mnemosyned.embedded.programs import (
     EmbeddedError,
     Programs,
@@ -32,25 +66,26 @@ from mnemosyned.embedded.programs import (
     find_run_as,
 )
 
-__all__ = ["EmbeddedError", "EmbeddedPostgres", "data_directory"]
+__all__ = ["EmbeddedError", "EmbeddedPostgres"]
 
 _USER: Final = "mnemosyne"
 _DATABASE: Final = "postgres"
+# For initdb, for the server's recovery, and for a guest's wait for both.
 _READY_TIMEOUT_S: Final = 60.0
 _OLD_SERVER_TIMEOUT_S: Final = 5.0  # for each signal
 _IMMEDIATE_STOP_TIMEOUT_S: Final = 3.0
 _LOOK_AGAIN_S: Final = 0.02
 _MAX_LOG_BYTES: Final = 10 * 1024 * 1024
+# A free port may be taken between the look and the server's start.
 _BIND_TRIES: Final = 3
 _PORTS: Final = 2**16
-# Why, and after it what PostgreSQL says on its way out.
+# Of the log, in an error: the reason, and the lines that PostgreSQL writes after it while it ends.
 _QUOTED_LINES: Final = 4
 _QUOTED_CHARACTERS: Final = 600
-# postmaster.pid, line by line: pid, data directory, start time, port, …, and at last the state.
-_PID_FILE_PORT: Final = 3
-_PID_FILE_STATE: Final = 7
-
+# On the command line and not in postgresql.conf, so that they win over what is in the file, and a user's
+# other changes there remain.
 _SETTINGS: Final = {
+    # Not a Unix socket: its path is limited to about 100 bytes, and a directory may be deeper.
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "max_connections": "100",
@@ -62,43 +97,26 @@ _SETTINGS: Final = {
 }
 
 
-def data_directory(address: str, environ: Mapping[str, str]) -> Path:
-    """Return the directory that an `embedded:` address names.
-
-    `embedded:` alone is `mnemosyned/postgres` under `$XDG_DATA_HOME` or `~/.local/share`;
-    `embedded:///abs/dir` and `embedded:rel/dir` are what they say.
-
-    Raises:
-        EmbeddedError: there is no home directory.
-    """
-    path = address.removeprefix("embedded:").removeprefix("//")
-    if path:
-        return Path(path).absolute()
-    base = Path(environ.get("XDG_DATA_HOME", ""))
-    if not base.is_absolute():  # the XDG specification: ignore a relative one
-        try:
-            base = Path.home() / ".local" / "share"
-        except RuntimeError:
-            raise EmbeddedError("no home directory: set XDG_DATA_HOME or use embedded:///dir") from None
-    return base / "mnemosyned" / "postgres"
-
-
 class EmbeddedPostgres:
-    """A running server; `is_owner` tells whether it is our child or somebody else's."""
+    """A running server; `is_owner` tells whether it is the child of this process or of another.
+
+    Not safe for several threads: one thread calls `start`, `restart` and `stop`.
+    """
 
     @classmethod
     def start(cls, directory: Path, *, binaries: str = "") -> EmbeddedPostgres:
         """Start the server of this directory, or share the one that another process runs.
 
-        Call it from the main thread, before other threads exist.
+        Call it from the main thread, before other threads exist. It blocks until the server accepts
+        connections: about 1 s, 3 s with initdb, at most some minutes.
 
         Raises:
-            EmbeddedError: it cannot be started.
+            EmbeddedError: the server cannot be started; the text is one line that says why.
         """
         server = cls(directory.absolute(), binaries)
         try:
             with _translated(directory):
-                server._prepare_directory()  # our own
+                server._prepare_directory()  # a private method of this very class
                 server._attach_or_own()
         except BaseException:
             server.stop()
@@ -129,17 +147,18 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The server's process, if it is ours."""
+        """The server's process; None for a guest."""
         return None if self._child is None else self._child.pid
 
     def exited(self) -> bool:
-        """Tell whether our server has ended, though nobody stopped it."""
+        """Tell whether this process's server has ended without `stop`; a guest cannot tell: False."""
         return self._child is not None and self._child.poll() is not None
 
     def restart(self) -> None:
-        """Start our server again after it ended, on the same port; it recovers by itself.
+        """Start this process's server again after its end, on the same port; it recovers by itself.
 
-        Call it from the thread that called `start`, and only as the owner.
+        Guests and the own connection pool know the address only, so the port must not change. Call it from
+        the thread that called `start`, and only as the owner. It blocks like `start`.
 
         Raises:
             EmbeddedError: it cannot be started; a later try may succeed.
@@ -151,7 +170,13 @@ class EmbeddedPostgres:
             self._start_child()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Stop the server if it is ours: in order, then at once, then by force."""
+        """Stop the server if this process owns it, then release the lock.
+
+        - SIGINT: the server ends its connections and writes a checkpoint; `timeout_s` to do so.
+        - SIGQUIT: it ends without a checkpoint and recovers at its next start; 3 s.
+        - SIGKILL, which only a process in uninterruptible sleep survives.
+        """
+        # The lock last: a new owner must not meet a server that is still shutting down.
         self._end_child(timeout_s)
         self._child = None
         if self._lock >= 0:
@@ -167,13 +192,15 @@ class EmbeddedPostgres:
     def _prepare_directory(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in self.directory.iterdir()} - {"lost+found"}
-        # All in it may change its owner, so it must not be a directory of something else.
+        # As root, everything in it is given to another user (`programs.find_run_as`). A directory of another
+        # application must not be: it is accepted only if it is empty, or has the lock or data of this one.
         if names and "lock" not in names and self._major() is None:
             raise EmbeddedError(f"{self.directory} holds other files: name an empty or new directory")
         if self.directory.stat().st_uid == os.geteuid():
             self.directory.chmod(0o700)
 
     def _attach_or_own(self) -> None:
+        # The lock again in each round: the former owner may end while this process waits for its server.
         def is_settled() -> bool:
             return self._take_lock() or self._attach()
 
@@ -203,6 +230,7 @@ class EmbeddedPostgres:
         return int(match[0])
 
     def _take_lock(self) -> bool:
+        # O_CLOEXEC: a child that inherited the descriptor would hold the lock after the owner's death.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(self.directory / "lock", flags, 0o600)
         try:
@@ -214,18 +242,18 @@ class EmbeddedPostgres:
         return True
 
     def _attach(self) -> bool:
-        lines = self._pid_file()
-        if not _is_ready(lines):
+        lines = pid_file(self._data)
+        if not is_ready(lines):
             return False
-        # The file of a server that was killed says "ready" too.
-        if sys.platform == "linux" and int(lines[0]) not in _servers(self._data):
+        # The file of a server that was killed says "ready" as well. Without /proc, the connection decides.
+        if sys.platform == "linux" and int(lines[0]) not in servers_on(self._data):
             return False
-        self.port = int(lines[_PID_FILE_PORT])
-        return _accepts_connections(self.port)
+        self.port = int(lines[PID_FILE_PORT])
+        return accepts_connections(self.port)
 
     def _initialise(self) -> None:
-        # Made aside and renamed when whole: a crash half-way must not leave what looks like data.
-        # Each try has its own name, since an initdb that was left alone may still clean up after itself.
+        # Made beside `data` and renamed when complete: a crash half-way must not leave what looks like data.
+        # Each attempt has its own name. An initdb whose daemon was killed may still be removing its files.
         for leftover in self.directory.glob("data.new*"):
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished = self.directory / f"data.new-{secrets.token_hex(4)}"
@@ -246,7 +274,7 @@ class EmbeddedPostgres:
             os.fsync(file.fileno())
         password = unfinished.with_name("password")
         unfinished.replace(password)
-        # Before the data, so that a power failure cannot leave data without it.
+        # Before the data: after a power failure, data without its password could not be used.
         _sync(self.directory)
         return password
 
@@ -259,27 +287,31 @@ class EmbeddedPostgres:
             raise EmbeddedError(f"{name} took more than {_READY_TIMEOUT_S:.0f} s") from None
         finally:
             if child.poll() is None:
-                # With what it started: initdb runs servers of its own.
+                # The whole process group: initdb runs servers of its own.
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         if code:
             raise EmbeddedError(f"{name} failed: {self._log_tail(log_start)}")
 
     def _end_old_server(self) -> None:
-        """Wait for what a killed daemon or server left; it has its own order to stop already."""
+        """Wait for the server of a killed daemon, or for backends of a killed server, to end.
+
+        They usually end by themselves: the kernel has sent the server SIGINT, and a backend notices the end
+        of its server. A new server cannot use their shared memory before. Each signal has 5 s.
+        """
 
         def is_gone() -> bool:
-            return not _servers(self._data)
+            return not servers_on(self._data)
 
         no_signal = 0
         for number in (no_signal, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
-            for pid in _servers(self._data):
+            for pid in servers_on(self._data):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             with suppress(EmbeddedError):
                 _wait_until(is_gone, _OLD_SERVER_TIMEOUT_S, "")
                 return
-        raise EmbeddedError(f"the old server, processes {_servers(self._data)}, does not end")
+        raise EmbeddedError(f"the old server, processes {servers_on(self._data)}, does not end")
 
     def _run_server(self) -> None:
         for is_last in (*[False] * (_BIND_TRIES - 1), True):
@@ -287,8 +319,9 @@ class EmbeddedPostgres:
             try:
                 self._start_child()
             except EmbeddedError:
-                # Somebody may have taken the port meanwhile; anything else fails again.
-                if is_last or not _is_taken(self.port):
+                # If another process has taken the port meanwhile, the next port may do. Any other error
+                # would be the same again.
+                if is_last or not is_taken(self.port):
                     raise
             else:
                 break
@@ -303,9 +336,9 @@ class EmbeddedPostgres:
         self._child = child
 
         def is_ready_or_ended() -> bool:
-            lines = self._pid_file()
-            is_its_own = _is_ready(lines) and int(lines[0]) == child.pid
-            return self.exited() or (is_its_own and _accepts_connections(self.port))
+            lines = pid_file(self._data)
+            is_its_own = is_ready(lines) and int(lines[0]) == child.pid
+            return self.exited() or (is_its_own and accepts_connections(self.port))
 
         complaint = f"the server is not ready after {_READY_TIMEOUT_S:.0f} s"
         try:
@@ -317,12 +350,14 @@ class EmbeddedPostgres:
             raise EmbeddedError(f"the server ended at its start: {self._log_tail(log_start)}")
 
     def _stale_pid(self) -> dict[str, str]:
-        """Return what makes PostgreSQL ignore a process that got the number of a dead server.
+        """Return the environment that makes PostgreSQL ignore the process in a stale `postmaster.pid`.
 
-        It would take that process for the server and refuse to start; pg_ctl names its own parent so.
-        Where there is no /proc to see that no server is left, PostgreSQL's caution stays.
+        Another process may have got the number of the dead server, as in a container, where numbers repeat
+        at each start. PostgreSQL would take it for the server and refuse to start. It ignores its
+        grandparent, which pg_ctl names by this variable. This is safe on Linux only, where `/proc` has shown
+        that no server is left (`_end_old_server`). Elsewhere PostgreSQL decides by itself.
         """
-        lines = self._pid_file()
+        lines = pid_file(self._data)
         if sys.platform != "linux" or not lines or not lines[0].strip().isdecimal():
             return {}
         return {"PG_GRANDPARENT_PID": lines[0].strip()}
@@ -344,20 +379,15 @@ class EmbeddedPostgres:
     def _free_port(self) -> int:
         with suppress(OSError, ValueError):
             last = int((self.directory / "port").read_text())
-            if 0 < last < _PORTS and not _is_taken(last):
+            if 0 < last < _PORTS and not is_taken(last):
                 return last
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return int(probe.getsockname()[1])
 
-    def _pid_file(self) -> list[str]:
-        try:
-            return (self._data / "postmaster.pid").read_text().splitlines()
-        except OSError:
-            return []
-
     def _spawn(self, command: list[str], **environ: str) -> tuple[subprocess.Popen[bytes], int]:
-        """Start a program; return it, and where in the log its output begins."""
+        """Start a program; return it, and the position in the log at which its output begins."""
+        # Only between two programs: a running server keeps its descriptor, and would write on unseen.
         with suppress(FileNotFoundError):
             if self._log.stat().st_size > _MAX_LOG_BYTES:
                 self._log.unlink()
@@ -379,7 +409,7 @@ class EmbeddedPostgres:
         return f"see {self._log}"
 
     def _open(self, path: Path, flags: int) -> int:
-        # Not through a link: as root we write here, and nobody may have put links there.
+        # O_NOFOLLOW: root writes here, and the user `nobody` can have put a link to another file there.
         flags |= os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o600)
         if os.geteuid() == 0:
@@ -396,49 +426,12 @@ def _translated(directory: Path) -> Iterator[None]:
 
 
 def _sync(directory: Path) -> None:
+    # A rename survives a power failure only after its directory has been synced.
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_ready(pid_file: list[str]) -> bool:
-    return len(pid_file) > _PID_FILE_STATE and pid_file[_PID_FILE_STATE].strip() == "ready"
-
-
-def _servers(data: Path) -> list[int]:
-    """Return PostgreSQL's processes on this data: a server, or what a killed one left behind.
-
-    They work in their data directory and a zombie in none, so this cannot name a stranger
-    that got a dead server's number. Where there is no /proc it finds none.
-    """
-    home = str(data.resolve())
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        # Gone meanwhile, or somebody else's.
-        with suppress(OSError):
-            if str((process / "cwd").readlink()) == home and (process / "comm").read_text() == "postgres\n":
-                found.append(int(process.name))
-    return found
-
-
-def _accepts_connections(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
 
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float, complaint: str) -> None:

@@ -22,8 +22,10 @@ import pytest
 
 from mnemosyned.embedded import programs as postgres_programs
 from mnemosyned.embedded import server as embedded
+from mnemosyned.embedded.probes import servers_on
 from mnemosyned.embedded.programs import RunAs, find_programs
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres
+from mnemosyned.storage.postgres.private_server import data_directory
 
 ROOT = Path(__file__).parents[2]
 NO_NAMESPACES = ("/bin/false",)
@@ -172,7 +174,7 @@ def test_kill_minus_nine_of_the_daemon_leaves_no_process(open_directory: Path, w
     holder.kill()
     until_gone(pid)
 
-    assert embedded._servers(open_directory / "data") == []
+    assert servers_on(open_directory / "data") == []
 
 
 def test_a_start_at_once_after_kill_minus_nine_of_the_daemon_recovers(directory: Path) -> None:
@@ -249,7 +251,7 @@ def test_a_busy_backend_of_a_killed_server_does_not_prevent_its_restart(
             assert server.pid is not None
             os.kill(server.pid, signal.SIGKILL)
             until_gone(server.pid)
-            assert backend in embedded._servers(directory / "data")
+            assert backend in servers_on(directory / "data")
             server.restart()
             with pytest.raises((asyncpg.PostgresError, OSError, asyncpg.InterfaceError)):
                 await busy
@@ -470,7 +472,7 @@ def test_an_ordinary_user_runs_it_and_kill_minus_nine_leaves_no_server(open_dire
         assert Path(f"/proc/{pid}").stat().st_uid == 65534
         holder.kill()
         until_gone(pid)
-        assert embedded._servers(open_directory / "data") == []
+        assert servers_on(open_directory / "data") == []
 
 
 def _python_for_all() -> str | None:
