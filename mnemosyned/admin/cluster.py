@@ -1,6 +1,19 @@
-"""What the cluster looks like from here: metrics, and the page behind `/debug/cluster`.
+"""How one node sees its cluster: metrics, and the page `/debug/cluster`.
 
-Both are made on the operator's threads: they read counters and copies, and change nothing.
+Both are made on the threads of the admin server, while the event loop changes what they read. The rules:
+
+- Read only. Membership, ring and breakers belong to the event loop, and there are no locks.
+- Iterate over copies that are made in one step: `list(counter.items())`, `breaker_states()`, the table's own
+  iterator. A dictionary that changes during an iteration raises RuntimeError.
+- A ring never changes; a new one replaces it. Read it once per page, so that the page is of one ring.
+- Two numbers on one page may be of slightly different instants. Nothing may depend on their sum.
+
+A node's view is its own. In a partition both halves show pages that are right for them, and `mnemosyned
+cluster check` compares them. The fingerprint of the ring is what to compare: nodes with equal fingerprints
+route every token alike.
+
+`commands/cluster.py` reads the page, also that of other versions during a rolling update. Add fields; do not
+rename or remove them.
 """
 
 from __future__ import annotations
@@ -30,17 +43,23 @@ if TYPE_CHECKING:
 
 _PREFIX: Final = "mnemosyned_cluster"
 _STATUSES: Final = ("joining", "active", "leaving", "suspect", "dead", "left")
+# The last changes of membership; the gossip keeps more of them.
 _EVENTS_SHOWN: Final = 100
 
 
 class ClusterCollector(Collector):
-    """Shows a node's cluster as `mnemosyned_cluster_*`."""
+    """Shows a node's cluster as `mnemosyned_cluster_*`.
+
+    A collector and not counters that are incremented: the cluster's packages know nothing of Prometheus, and
+    a scrape every 15 s costs less than an increment per packet. Labels are names of peers, directions and
+    kinds, so the series are bounded by the size of the cluster.
+    """
 
     def __init__(self, node: ClusterNode) -> None:
         self._node = node
 
     def collect(self) -> Iterator[Metric]:
-        """Yield one family for each name; a node that has not joined yet shows its calls alone."""
+        """Yield one family for each name; a node that has not joined yet shows only its forwarded calls."""
         yield from self._calls()
         gossip = self._node.gossip
         if gossip is not None:
@@ -52,7 +71,7 @@ class ClusterCollector(Collector):
         counters = forwarder.counters
         forwards = CounterMetricFamily(
             f"{_PREFIX}_forwards",
-            "Calls for tokens that a peer owns; all but the ok were answered from the storage.",
+            "Calls for tokens of a peer; with any outcome but ok, this node answered from the storage.",
             labels=("peer", "outcome"),
         )
         for labels, count in list(counters.by_outcome.items()):
@@ -72,7 +91,12 @@ class ClusterCollector(Collector):
 
 
 def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]:
-    """Return what `/debug/cluster` shows; `token` in the query asks for its owner."""
+    """Return what `/debug/cluster` shows, as JSON.
+
+    With `token` in the query: the owner of that token by this node's ring. The token itself is not sent
+    back, only its fingerprint. Without it: this node, its ring, its members and the last changes of
+    membership. Before the node has joined, `status` is "starting" and there are no members.
+    """
     ring = node.view.ring
     if "token" in query:
         token = query["token"][-1]
@@ -94,7 +118,9 @@ def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]
                 "status": member.status,
                 "generation": member.generation,
                 "incarnation": member.incarnation,
+                # 0 for a member that is not in the ring: still joining, leaving, or dead.
                 "ring_share": round(shares.get(member.name, 0.0), 4),
+                # No breaker yet: this node has never forwarded a call there.
                 "breaker": breakers[member.name].name.lower() if member.name in breakers else "closed",
             }
             for member in members
@@ -104,6 +130,7 @@ def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]
 
 
 def _event(timed: TimedEvent) -> dict[str, object]:
+    # Evidence, accuser and confirmations answer the question of an incident: who suspected whom, and why.
     event = timed.event
     return {
         "at": round(timed.at_s, 3),
@@ -118,10 +145,16 @@ def _event(timed: TimedEvent) -> dict[str, object]:
 
 
 def _membership(gossip: Gossip) -> Iterator[Metric]:
+    """Yield what this node holds of the members, and how well it can judge them.
+
+    `health_score`, `loop_lag_seconds` and `stalls` are about this node. If they rise, its suspicions of
+    other nodes say more about itself.
+    """
     swim = gossip.swim
     members = GaugeMetricFamily(
-        f"{_PREFIX}_members", "Members by what this node holds of them.", labels=("state",)
+        f"{_PREFIX}_members", "Members by their state in this node's view.", labels=("state",)
     )
+    # Every status, also with 0: a series that appears only in an incident breaks alerts on its change.
     count_by_status = Counter(member.status for member in swim.table)
     for status in _STATUSES:
         members.add_metric((status,), count_by_status[status])
@@ -129,34 +162,39 @@ def _membership(gossip: Gossip) -> Iterator[Metric]:
     ring = gossip.view.ring
     yield InfoMetricFamily(
         f"{_PREFIX}_ring",
+        # A changed fingerprint begins a new series, at most one per change of the ring.
         "The ring's fingerprint: equal on all nodes that route alike.",
         value={"fingerprint": ring.fingerprint},
     )
     yield _counter("ring_changes", "New rings.", gossip.counters.ring_changes)
-    yield _gauge("health_score", "Lifeguard's local health: 0 is well, 8 is worst.", swim.health_score)
+    yield _gauge("health_score", "Lifeguard's local health: 0 is healthy, 8 is worst.", swim.health_score)
     yield _gauge("loop_lag_seconds", "How late the last membership timer fired.", gossip.counters.loop_lag_s)
-    yield _counter("stalls", "Times that the event loop stood still for over 100 ms.", swim.counters.stalls)
+    yield _counter("stalls", "Times that the event loop was stalled for over 100 ms.", swim.counters.stalls)
     probes = CounterMetricFamily(f"{_PREFIX}_probes", "Probes that ended.", labels=("result",))
     probes.add_metric(("acked",), swim.counters.probes_acked)
     probes.add_metric(("failed",), swim.counters.probes_failed)
     yield probes
+    # Many false suspicions and few deaths: the network loses packets, or nodes are stalled.
     yield _counter("suspicions", "Members that came under suspicion.", swim.counters.suspicions)
     yield _counter("false_suspicions", "Suspicions that the suspect refuted.", swim.counters.false_suspicions)
     yield SummaryMetricFamily(
         f"{_PREFIX}_detection_seconds",
-        "From suspecting a member to declaring it dead, here.",
+        "Time from suspecting a member to declaring it dead, on this node.",
         count_value=gossip.counters.detections,
         sum_value=gossip.counters.detection_s_sum,
     )
 
 
 def _traffic(gossip: Gossip) -> Iterator[Metric]:
+    """Yield packets, bytes and syncs: per node constant in a large cluster, by the design of SWIM."""
     messages = CounterMetricFamily(
         f"{_PREFIX}_gossip_messages", "Packets of the membership protocol.", labels=("direction", "kind")
     )
     for labels, count in list(gossip.counters.packets.items()):
         messages.add_metric(labels, count)
-    payload = CounterMetricFamily(f"{_PREFIX}_gossip_bytes", "Their payload.", labels=("direction",))
+    payload = CounterMetricFamily(
+        f"{_PREFIX}_gossip_bytes", "Payload of these packets.", labels=("direction",)
+    )
     for direction, size in list(gossip.counters.payload_bytes.items()):
         payload.add_metric((direction,), size)
     yield from (messages, payload)
@@ -172,6 +210,7 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 def _cumulative(counts: list[int]) -> list[tuple[str, float]]:
+    # Prometheus counts a value in every bucket whose bound it does not exceed; the forwarder in one.
     total = 0
     rows: list[tuple[str, float]] = []
     for bound, count in zip([*map(str, BATCH_BUCKETS), "+Inf"], counts, strict=True):
