@@ -1,4 +1,12 @@
-"""The commands of `mnemosyned <command>`, each in a module of its own that is imported when it is called."""
+"""The commands of `mnemosyned <command>`: a table, and one module for each.
+
+A command's module has `main(argv)`, which gets the arguments after the command's name and returns the exit
+code: 0 done, 1 failed, 2 wrong usage. It is imported when it is called, since `mnemosyned cluster` needs no
+storage, and `mnemosyned migrate` no gRPC; `mnemosyned -version` needs neither. To add a command, write the
+module and add an entry to COMMANDS: help and completion follow from it.
+
+`healthcheck.py` is not a command, but a program for a container's HEALTHCHECK.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +21,13 @@ from mnemosyned.settings import SECTIONS
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: its module has `main(argv)`, which returns the exit code."""
+    """One command, not yet imported."""
 
-    module: str
-    meaning: str
+    module: str  # in this package
+    meaning: str  # one line for -help and completion
 
     def run(self, argv: Sequence[str]) -> int:
-        """Run it; return the exit code."""
+        """Import the module and run the command; return the exit code."""
         main: Callable[[Sequence[str]], int] = import_module(f"mnemosyned.commands.{self.module}").main
         return main(argv)
 

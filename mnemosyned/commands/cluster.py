@@ -1,8 +1,21 @@
 """`mnemosyned cluster …`: what the cluster looks like, from any machine that reaches a node.
 
-Reads go to the node's admin port, the one after its gRPC port. `leave` asks there for the node's name, and
-then makes a signed call of the node's Peer service. Exit codes: 0 healthy or done, 1 unhealthy or failed, 2
-wrong usage.
+    members, ring, whois   GET /debug/cluster on the admin port of one node: that node's view
+    check                  the same of one node, then of every member it names, at once; compares the views
+    leave                  GET for the node's name, then a signed call of Leave in the node's Peer service
+
+The admin port is the gRPC port + 1 (`daemon.py`), so one address names both. Reads need no secret but reach
+to that port. `leave` changes the cluster, so it is signed like a call between nodes, with the cluster's
+secret. The signature covers the node's name, so it cannot be replayed to another node.
+
+- Exit codes: 0 healthy or done, 1 unhealthy or failed, 2 wrong usage.
+- Standard output has the result only, as text or as JSON (`-o json`). Errors go to standard error, one line.
+- No command repeats a token, a secret or a password, since shells and terminals keep what is printed.
+- Proxies in the environment (`http_proxy`, …) are ignored: nodes are addresses inside the cluster's network.
+- No retries. A person or a script sees at once what a node answers now; each request ends after 5 s.
+
+The page may come from a node of another version, so the commands use only fields that `admin/cluster.py`
+promises to keep.
 """
 
 from __future__ import annotations
@@ -35,6 +48,7 @@ from mnemosyned.node_config import ClusterConfig
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import client_context
 
+# For one request. `check` asks 16 nodes at once, so 100 unreachable members take 35 s.
 _TIMEOUT_S: Final = 5.0
 _SECRET_VARIABLES: Final = ("MNEMOSYNED_CLUSTER_SECRET", "MNEMOSYNED_CLUSTER_SECRET_FILE")
 _TLS_FLAGS: Final = {
@@ -47,11 +61,14 @@ Page = dict[str, Any]
 
 
 class Unanswered(Exception):
-    """A node did not answer as it should; the text says which, and why."""
+    """A node gave no usable answer; the text says which node, and why."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; return the exit code."""
+    """Run one command; return the exit code.
+
+    argparse ends the process itself for wrong usage (2) and for help (0).
+    """
     arguments = _parser().parse_args(argv)
     try:
         content, text, exit_code = arguments.run(arguments)
@@ -70,6 +87,8 @@ Outcome = tuple[object, str, int]
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Flags have one hyphen like the daemon's, or two. Defaults come from the daemon's variables, so that
+    # `kubectl exec POD mnemosyned cluster check` needs no flags. argparse's own -h would not know -help.
     help_flag = CommandParser(add_help=False)
     help_flag.add_argument("-h", "-help", "--help", action="help", help="show this text")
     common = CommandParser(parents=[help_flag], add_help=False)
@@ -123,7 +142,11 @@ def _environ(name: str) -> str:
 
 
 def _context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
-    """Return how to reach nodes; None: without TLS."""
+    """Return how to reach nodes; None: without TLS.
+
+    Raises:
+        ConfigError: MNEMOSYNED_TLS is not a boolean, or the file of authorities is unusable.
+    """
     authorities = getattr(arguments, "tls.ca")
     try:
         if not (arguments.tls or authorities or boolean(_environ("tls") or "false")):
@@ -144,6 +167,7 @@ def _node(text: str) -> str:
 
 
 def _members(arguments: argparse.Namespace) -> Outcome:
+    # Each state is what this node holds; another node may hold another for some seconds.
     page = _page(arguments.node, _context(arguments))
     rows = [
         (
@@ -169,7 +193,8 @@ def _ring(arguments: argparse.Namespace) -> Outcome:
 
 
 def _whois(arguments: argparse.Namespace) -> Outcome:
-    is_piped = arguments.token == "-"  # noqa: S105  # the usual sign for it
+    # An argument is visible to other users of the machine (`ps`); standard input is not.
+    is_piped = arguments.token == "-"  # noqa: S105  # the usual sign for standard input
     token = sys.stdin.readline().strip() if is_piped else arguments.token
     if not token:
         raise ConfigError("the token is empty")
@@ -178,11 +203,20 @@ def _whois(arguments: argparse.Namespace) -> Outcome:
 
 
 def _check(arguments: argparse.Namespace) -> Outcome:
+    """Compare all views of the cluster.
+
+    Unhealthy is: a member that is not active (one that has left on purpose is fine), gives no page, has
+    another ring, or has an open breaker for a peer. During a change of the ring, views differ for a moment;
+    a script should check again before it acts.
+
+    The list of members is that of the node that was asked. In a partition it names the nodes of the other
+    half as dead, and those are not asked.
+    """
     context = _context(arguments)
     asked = _page(arguments.node, context)
     there = [one for one in asked["members"] if one["status"] not in {"dead", "left"}]
     with ThreadPoolExecutor(max_workers=16) as pool:
-        # A certificate is for a name.
+        # A certificate is valid for a name, so with TLS nodes are reached by name.
         where = "address" if context is None else "name"
         pages = list(pool.map(lambda one: _page_or_trouble(one[where], context), there))
     troubles = [
@@ -201,6 +235,7 @@ _HEALTHY: Final = frozenset({"active", "left"})
 
 
 def _troubles(page: Page | Unanswered, asked: Page) -> list[str]:
+    # "Half-open" counts too: that breaker was open, and its trial has not succeeded yet.
     if isinstance(page, Unanswered):
         return [str(page)]
     found = []
@@ -211,6 +246,8 @@ def _troubles(page: Page | Unanswered, asked: Page) -> list[str]:
 
 
 def _leave(arguments: argparse.Namespace) -> Outcome:
+    # The daemon's own parser reads the secret, so that flags, variables and files mean the same here. Without
+    # a secret the call is unsigned: a node accepts it with a node's certificate, or from its own host.
     flags = [f"-cluster.secret={arguments.secret}"] if arguments.secret else []
     flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
@@ -222,6 +259,13 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
 
 
 def _call_leave(arguments: argparse.Namespace, name: str, peer_auth: PeerAuth) -> None:
+    """Ask the node to leave; it answers before it drains.
+
+    The signature contains the time. The clocks of this machine and of the node may differ by 30 s.
+
+    Raises:
+        Unanswered: the node is unreachable, or refuses the signature, the name or the certificate.
+    """
     address = arguments.node
     body = pb.LeaveRequest(node=name).SerializeToString()
     nonce = os.urandom(NONCE_BYTES)
@@ -238,6 +282,7 @@ def _call_leave(arguments: argparse.Namespace, name: str, peer_auth: PeerAuth) -
 
 
 def _channel(arguments: argparse.Namespace) -> grpc.Channel:
+    # grpcio reads `http_proxy` by itself unless it is told otherwise.
     options = (("grpc.enable_http_proxy", 0),)
     if _context(arguments) is None:
         return grpc.insecure_channel(arguments.node, options=options)
@@ -257,12 +302,18 @@ def _page_or_trouble(address: str, context: ssl.SSLContext | None) -> Page | Una
 
 
 def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
-    """Return what the admin port of a node says of the cluster. Raises Unanswered."""
+    """Return what the admin port of a node says of the cluster.
+
+    `address` is the gRPC address. The text of an error names the admin port, which a firewall may block
+    while calls get through.
+
+    Raises:
+        Unanswered: no connection, no answer within 5 s, no cluster there, or no JSON.
+    """
     host, _, port = address.rpartition(":")
     where = f"{host}:{int(port) + 1}"
     scheme = "http" if context is None else "https"
     url = f"{scheme}://{where}/debug/cluster?{urllib.parse.urlencode(query)}"
-    # No proxy: it is a node that is asked.
     direct = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
     )

@@ -1,4 +1,9 @@
-"""`mnemosyned completion bash|zsh`: print a script that completes flags and commands in that shell."""
+"""`mnemosyned completion bash|zsh`: print a script that completes flags and commands in that shell.
+
+The script is made from the same tables as `-help`, so it cannot miss a flag. It contains the words
+themselves and does not run mnemosyned at each Tab, which would take 0.15 s. After an upgrade it must be
+loaded again.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,21 @@
 """`mnemosyned migrate`: hash the tokens of all stored sessions now, instead of when each is next read.
 
-It may run while daemons do, all with `-token.protection=hmac`. Run again, it does what is left.
+Daemons with `-token.protection=hmac` rename a session when it is next used (`storage/hashed.py`). A session
+that is rarely used keeps its token in the table until then. This command renames all of them.
+
+It walks through the stored keys in the order of bytes. Hashes begin with NUL and come first, so it starts
+behind them. Each page is renamed as one batch:
+
+    page of stored keys ──> tokens among them ──> rename as a batch, which skips sessions that others hold
+                      └──> the same page again ──> rename what is left one by one, which waits
+
+- It may run while daemons do, if all of them hash. Two renamings of one session are harmless: the second
+  finds the session under its new key. A daemon that does not hash would rename sessions back.
+- It may be ended and run again: each batch is committed, and a second run does what is left.
+- A renamed session moves out of the walk's way, since its new key lies before the start. New sessions get
+  hashes and never enter the walk. The walk therefore ends.
+- Sessions that another HMAC key has hashed are not touched: their tokens are unknown. A daemon renames them
+  when a caller next sends the token, so the former key must be kept until then.
 """
 
 from __future__ import annotations
@@ -29,6 +44,7 @@ if TYPE_CHECKING:
     from mnemosyned.sessions.token_hash import TokenHasher
     from mnemosyned.storage.engines import PrivateServer
 
+# Stored keys per statement: their rows stay locked until it ends, some tens of milliseconds.
 _PAGE: Final = 1000
 
 _HELP: Final = """usage: mnemosyned migrate [flags]
@@ -57,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     observe = config[ObserveConfig]
     logs.configure(observe.log_environment, observe.log_level, secret_flags=settings.SECRET_FLAGS)
     try:
+        # If a daemon runs the private server already, this process only shares it.
         server = config[StorageConfig].engine.start_server(config)
         try:
             text = asyncio.run(_migrated(config, server))
@@ -103,11 +120,16 @@ async def _migrated(config: Config, server: PrivateServer | None) -> str:
 
 
 async def hash_all(store: RenamableStore, hasher: TokenHasher) -> int:
-    """Rename the live sessions that are stored under their tokens; return how many. Raises MnemosyneError."""
+    """Rename the live sessions that are stored under their tokens; return how many were there.
+
+    Raises:
+        StorageUnavailable: no answer, or a session that another writer held for too long.
+    """
     count, after = 0, AFTER_HASHES
     while page := await store.stored_keys_after(after, limit=_PAGE):
         count += await _renamed(store, hasher, [stored_key for stored_key in page if _is_token(stored_key)])
-        # A session that another writer held: renamed alone, it is waited for.
+        # What is still there was held by another writer, or has expired. A session that is renamed alone is
+        # waited for. Not counted: the batch has counted it as there.
         for stored_key in await store.stored_keys_after(after, limit=len(page)):
             if stored_key in page and _is_token(stored_key):
                 await _renamed(store, hasher, [stored_key])
@@ -116,7 +138,7 @@ async def hash_all(store: RenamableStore, hasher: TokenHasher) -> int:
 
 
 async def _renamed(store: RenamableStore, hasher: TokenHasher, tokens: Sequence[str]) -> int:
-    """Return how many of these tokens have sessions."""
+    """Rename these sessions in one batch; return how many of these tokens have a session."""
     if not tokens:
         return 0
     outcomes = await store.rename([Renaming(old=token, new=hasher.stored_key(token)) for token in tokens])
@@ -127,7 +149,8 @@ async def _renamed(store: RenamableStore, hasher: TokenHasher, tokens: Sequence[
 
 
 def _is_token(stored_key: str) -> bool:
-    # The Go daemon checks neither; no caller of ours can stored_key such a session.
+    # Rows of the Go daemon may begin with NUL or be no UTF-8, since it checks neither. No call can name such
+    # a session, so it has no token to hash.
     if is_hashed(stored_key):
         return False
     try:
