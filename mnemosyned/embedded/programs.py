@@ -178,7 +178,7 @@ class RunAs:
     def can(self, *command: str) -> bool:
         """Tell whether this command succeeds when it is run this way, within 10 s."""
         try:
-            return not subprocess.run(  # noqa: S603  # ours
+            return not subprocess.run(  # noqa: S603  # constant commands on PostgreSQL's own programs
                 [*self.prefix, *command],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -197,8 +197,8 @@ class RunAs:
 def _environment() -> dict[str, str]:
     # PG* would change what the programs do. MNEMOSYNED_* may hold a password, and any process of the same
     # user can read a program's environment.
-    ours = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "MNEMOSYNED_"))}
-    return ours | {"LC_ALL": "C"}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PG", "MNEMOSYNED_"))}
+    return kept | {"LC_ALL": "C"}
 
 
 def find_run_as(programs: Programs, directory: Path) -> RunAs:

@@ -24,8 +24,7 @@ from mnemosyned.embedded import programs as postgres_programs
 from mnemosyned.embedded import server as embedded
 from mnemosyned.embedded.probes import servers_on
 from mnemosyned.embedded.programs import RunAs, find_programs
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres
-from mnemosyned.storage.postgres.private_server import data_directory
+from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
 
 ROOT = Path(__file__).parents[2]
 NO_NAMESPACES = ("/bin/false",)

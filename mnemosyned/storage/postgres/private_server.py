@@ -1,16 +1,14 @@
 """The PostgreSQL engine's private server, for `-postgres.address=embedded:`.
 
-A module of its own, because the registry calls it before the store is built, and a daemon with a server of
-its own elsewhere need not import `embedded/`.
+Apart from the store, because the registry starts the server first: it must be a child of the main thread,
+which exists before the event loop, and the store needs its address.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
 
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres
+from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.postgres.config import PostgresConfig
 
@@ -30,24 +28,3 @@ def start(config: PostgresConfig) -> EmbeddedPostgres | None:
         return EmbeddedPostgres.start(directory, binaries=config.binaries)
     except EmbeddedError as exc:
         raise StorageRefused(f"embedded PostgreSQL: {exc}") from exc
-
-
-def data_directory(address: str, environ: Mapping[str, str]) -> Path:
-    """Return the directory that an `embedded:` address names.
-
-    `embedded:` alone is `mnemosyned/postgres` under `$XDG_DATA_HOME` or `~/.local/share`;
-    `embedded:///abs/dir` and `embedded:rel/dir` are what they say.
-
-    Raises:
-        EmbeddedError: there is no home directory.
-    """
-    path = address.removeprefix("embedded:").removeprefix("//")
-    if path:
-        return Path(path).absolute()
-    base = Path(environ.get("XDG_DATA_HOME", ""))
-    if not base.is_absolute():  # the XDG specification: ignore a relative one
-        try:
-            base = Path.home() / ".local" / "share"
-        except RuntimeError:
-            raise EmbeddedError("no home directory: set XDG_DATA_HOME or use embedded:///dir") from None
-    return base / "mnemosyned" / "postgres"

@@ -128,7 +128,7 @@ class Queries:
         - `picked` chooses the rows without a lock. Choosing and locking at once would need ORDER BY
           access_token before LIMIT, and so a sort of everything that meets the condition. MATERIALIZED: a
           second evaluation could choose other rows.
-        - `ended` locks them in order, and checks the condition again on the locked rows.
+        - `ended` locks them in token order, and checks the condition again on the locked rows.
 
         When two nodes delete the same rows at once, the second waits for the first and finds the rows gone.
         It must not report the end, since the first may have more batches to do. Fewer deleted than picked

@@ -1,7 +1,7 @@
 """SetValue between its two statements: changes applied to the bags that were read. Pure.
 
 `store.py` reads rows, calls `with_values`, and writes each row that is unchanged since. A change is applied
-here and not in SQL because only this process can parse a bag, and only it knows the limits of one.
+here and not in SQL, because PostgreSQL can neither parse a bag nor tell whether it would be too large.
 
 Several changes of one batch may be for one token. They form a chain: each is applied to the bag that the one
 before it left, its result shows the bag after itself, and one UPDATE writes the bag after the last. A change
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def with_values(changes: Sequence[ValueChange], before: Mapping[bytes, Record]) -> list[Outcome]:
-    """Apply the changes one after the other; return one outcome per change, in order.
+    """Apply the changes one after the other; return one outcome per change.
 
     `before` has the rows that were read, by token: `bag`, `version`, and `now`, the storage's clock. The
     clock saves the write of a change that is late already. The statement that writes checks it again.
