@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn, TextIO
 
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.embedded.address import data_directory
+from mnemosyned.embedded.programs import EmbeddedError
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 _PORTS: Final = "8080,8082,8084"
 _NODES: Final = 3

@@ -50,7 +50,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
-from mnemosyned.embedded.address import data_directory
 from mnemosyned.embedded.probes import (
     PID_FILE_PORT,
     accepts_connections,
@@ -66,8 +65,6 @@ from mnemosyned.embedded.programs import (
     find_programs,
     find_run_as,
 )
-
-__all__ = ["EmbeddedError", "EmbeddedPostgres", "data_directory"]
 
 _USER: Final = "mnemosyne"
 _DATABASE: Final = "postgres"

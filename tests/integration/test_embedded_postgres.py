@@ -22,9 +22,10 @@ import pytest
 
 from mnemosyned.embedded import programs as postgres_programs
 from mnemosyned.embedded import server as embedded
+from mnemosyned.embedded.address import data_directory
 from mnemosyned.embedded.probes import servers_on
-from mnemosyned.embedded.programs import RunAs, find_programs
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.embedded.programs import EmbeddedError, RunAs, find_programs
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[2]
 NO_NAMESPACES = ("/bin/false",)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
-from mnemosyned.embedded.server import EmbeddedError, EmbeddedPostgres, data_directory
+from mnemosyned.embedded.address import data_directory
+from mnemosyned.embedded.programs import EmbeddedError
+from mnemosyned.embedded.server import EmbeddedPostgres
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.postgres.config import PostgresConfig
 
