@@ -1,12 +1,18 @@
-"""Storage engines, opened for a test, and what to put into them."""
+"""Storage engines, opened for a test, and what to put into them.
+
+An engine is an entry in `ENGINES`: the contract suites then run on it.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import asyncpg
+import pytest
 from prometheus_client import CollectorRegistry
 from secrecy import CANARY
 
@@ -14,6 +20,7 @@ from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag, token_hash
 from mnemosyned.sessions.model import Lookup, NewSession, Session
 from mnemosyned.sessions.store import FullStore
+from mnemosyned.storage import engines
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
@@ -25,7 +32,7 @@ TOUCH_INTERVAL_US = 6_000_000
 
 @dataclass
 class Engine:
-    store: FullStore
+    store: FullStore  # if the engine cannot rename, the suites call no more than an EngineStore has
     # Moves a session's expiry by seconds, as time would; by its stored key.
     shift: Callable[[str, float], Awaitable[None]]
     named: Callable[[str], str] = str
@@ -38,7 +45,7 @@ class Engine:
         return [token_hash.session_id(self.named(token)) for token in tokens]
 
 
-def memory_engine() -> Engine:
+async def memory_engine(_: pytest.FixtureRequest) -> Engine:
     store = MemoryStore()
 
     async def shift(token: str, seconds: float) -> None:
@@ -71,6 +78,28 @@ async def postgres_engine(dsn: str) -> Engine:
         await connection.close()
 
     return Engine(store, shift)
+
+
+async def _postgres(request: pytest.FixtureRequest) -> Engine:
+    return await postgres_engine(request.getfixturevalue("postgres_dsn"))
+
+
+# How each engine of the registry is made for one test: not yet opened, without any session.
+ENGINES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {
+    "memory": memory_engine,
+    "postgres": _postgres,
+}
+# Those of them whose tokens can be hashed.
+RENAMABLE: Final = [name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename]
+
+
+@asynccontextmanager
+async def opened(name: str, request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """Lend the engine of this name, open and without any session."""
+    engine = await ENGINES[name](request)
+    await engine.store.open()
+    yield engine
+    await engine.store.close()
 
 
 BAG = bag.encode({CANARY: CANARY})

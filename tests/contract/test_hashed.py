@@ -10,12 +10,13 @@ from random import Random
 import asyncpg
 import grpc
 import pytest
+import stores
 from clusters import until
 from mnemosynerpc.session_pb2 import AbandonRequest, DeleteRequest, GetRequest, ListRequest, StartRequest
 from mnemosynerpc.session_pb2 import Session as WireSession
 from peering import peering
 from serving import serving
-from stores import Engine, lookups, memory_engine, new, postgres_engine
+from stores import Engine, lookups, new, postgres_engine
 
 from mnemosyned.commands.migrate import hash_all
 from mnemosyned.errors import InvalidArgument, SessionAlreadyExists, SessionNotFound, StorageUnavailable
@@ -36,15 +37,10 @@ READY = TokenHasher([KEY, FORMER_KEY], is_hashing=False)
 Named = Callable[[str], str]
 
 
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture(params=stores.RENAMABLE)
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    if request.param == "memory":
-        opened = memory_engine()
-    else:
-        opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
-    await opened.store.open()
-    yield opened
-    await opened.store.close()
+    async with stores.opened(request.param, request) as plain:
+        yield plain
 
 
 @pytest.fixture(params=["by its token", "by the former key", "by the key"])
@@ -318,11 +314,9 @@ async def held(postgres_dsn: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Re
 
 
 @pytest.fixture
-async def postgres(postgres_dsn: str) -> AsyncIterator[Engine]:
-    opened = await postgres_engine(postgres_dsn)
-    await opened.store.open()
-    yield opened
-    await opened.store.close()
+async def postgres(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    async with stores.opened("postgres", request) as plain:
+        yield plain
 
 
 async def test_a_delete_by_subject_ends_what_is_renamed_meanwhile(

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from stores import TTL_US, Engine, lookups, memory_engine, new, postgres_engine
+import stores
+from stores import TTL_US, Engine, lookups, new
 
 from mnemosyned.errors import (
     DeadlineExceeded,
@@ -19,21 +20,22 @@ from mnemosyned.errors import (
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
 from mnemosyned.sessions.token_hash import TokenHasher
+from mnemosyned.storage import engines
 from mnemosyned.storage.hashed import HashedStore
 
 
-@pytest.fixture(params=["memory", "postgres", "hashed memory", "hashed postgres"])
+@pytest.fixture(params=[*stores.ENGINES, *(f"hashed {name}" for name in stores.RENAMABLE)])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    if request.param.endswith("memory"):
-        opened = memory_engine()
-    else:
-        opened = await postgres_engine(request.getfixturevalue("postgres_dsn"))
-    if request.param.startswith("hashed"):
-        known = TokenHasher([b"a key that only these tests know"], is_hashing=True)
-        opened = Engine(HashedStore(opened.store, known), opened.shift, known.stored_key)
-    await opened.store.open()
-    yield opened
-    await opened.store.close()
+    async with stores.opened(request.param.removeprefix("hashed "), request) as plain:
+        if request.param.startswith("hashed"):
+            known = TokenHasher([b"a key that only these tests know"], is_hashing=True)
+            yield Engine(HashedStore(plain.store, known), plain.shift, known.stored_key)
+        else:
+            yield plain
+
+
+def test_the_suite_runs_on_every_engine_that_storage_offers() -> None:
+    assert set(stores.ENGINES) == set(engines.ENGINES)
 
 
 async def started(engine: Engine, token: str = "", **fields: object) -> Session:
