@@ -23,6 +23,8 @@ from mnemosynerpc.session_pb2 import AbandonRequest, GetRequest, Session, StartR
 from processes import Daemon, mnemosyned
 from secrecy import CANARY
 
+from mnemosyned.storage.engines import ENGINES
+
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENT: Final = (ROOT / "CONTRIBUTING.md").read_text()
 # For make: the environment is there already, and none may be made for the copy.
@@ -150,7 +152,7 @@ def test_its_flags_are_in_help_and_in_the_readme(sources: Path) -> None:
     [
         (["-toy.timeout=soon"], "flag -toy.timeout: "),
         (["-toy.file=postgres://host/"], "flag -toy.file: "),
-        (["-storage=redis"], "flag -storage: 'redis' is not one of postgres, memory, toy"),
+        (["-storage=redis"], f"flag -storage: 'redis' is not one of {', '.join(ENGINES)}, toy"),
         (["-cluster.seeds=10.0.0.1:8080"], "flag -storage: toy is for a single node"),
         (["-token.key.file=toy.key"], "flag -token.key.file: -storage=toy cannot hash tokens at rest"),
     ],
