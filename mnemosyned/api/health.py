@@ -1,4 +1,29 @@
-"""The standard grpc.health.v1.Health service."""
+"""The standard service `grpc.health.v1.Health`, by which balancers decide whether to send calls here.
+
+https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+
+    NOT_SERVING ──── the storage is open, and the cluster is joined ────> SERVING
+         ^                                                                   |
+         └──────────── `close`, the first step of a drain <──────────────────┘   final
+
+All services share one state, because one storage and one cluster are behind all of them. It stays SERVING
+while the storage is down, because no other node could serve either: a balancer that takes every node out
+leaves its clients without even an error. The admin port's `/healthr` reports the storage (daemon.py).
+
+    asked for        | Check               | Watch
+    -----------------+---------------------+------------------------------------------------
+    "" or a service  | its state           | its state, then each change
+    another name     | NOT_FOUND           | SERVICE_UNKNOWN, on a stream that stays open
+
+Watchers
+--------
+A watcher waits for an event that the next change sets. Each change makes a fresh event, so that a watcher
+that waits later waits for the change after it. A watcher that is slow to read may miss a change that was
+taken back meanwhile; it never misses the last one, because it takes the event before it reads the state.
+
+`close` ends the streams of watchers after a last NOT_SERVING. A drain waits for calls in flight, and a stream
+that never ends would hold it for the whole of `-drain.timeout`.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +47,9 @@ SERVICE_NAME: Final = "grpc.health.v1.Health"
 
 
 class Health:
-    """One state for the server as a whole ("") and for each service named.
+    """One state for the server as a whole ("") and for each of the named services; at first NOT_SERVING.
 
-    Starts NOT_SERVING. Watchers are told each change; `close` tells them NOT_SERVING and ends their
-    streams, so that a drain need not wait for them.
+    On the event loop alone: it has no lock.
     """
 
     def __init__(self, services: frozenset[str]) -> None:
@@ -41,18 +65,23 @@ class Health:
         table.add_stream(SERVICE_NAME, "Watch", self._watch)
 
     def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001  # the state itself
-        """Change the state, unless closed."""
+        """Change the state and wake the watchers; nothing happens once closed.
+
+        A drain may overtake the start: a SIGTERM comes while the node still joins its cluster. The late
+        `set_serving(True)` must not undo the drain.
+        """
         if not self._is_closed and is_serving != self._is_serving:
             self._is_serving = is_serving
             self._announce()
 
     def close(self) -> None:
-        """NOT_SERVING from now on."""
+        """Be NOT_SERVING from now on, and end the streams of watchers."""
         self._is_serving = False
         self._is_closed = True
         self._announce()
 
     def _announce(self) -> None:
+        # Set and replaced, not set and cleared: the watchers of the old event all wake, in their own time.
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -72,10 +101,12 @@ class Health:
         request = parsed(HealthCheckRequest, await only(messages))
         last = b""
         while True:
-            # All three before the yield: the state may change while the client takes its time.
+            # All three before the yield, at which the client may take its time. A change during that sets
+            # the event that this watcher already holds, so that the wait below returns at once.
             changed, is_closed = self._changed, self._is_closed
             response = self._response(request.service)
             if response != last:
+                # Only what differs: a state that was changed and changed back needs no message.
                 yield response
                 last = response
             if is_closed:
@@ -93,7 +124,8 @@ async def only(messages: AsyncIterator[bytes]) -> bytes:
     """Return the one message of a stream.
 
     Raises:
-        Unimplemented: there is none, or another, which is how gRPC calls a wrong cardinality.
+        Unimplemented: the stream has no message, or more than one. That is gRPC's status for a wrong
+            cardinality.
     """
     first: bytes | None = None
     async for message in messages:

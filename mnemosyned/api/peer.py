@@ -1,4 +1,63 @@
-"""The Peer service: what other nodes of the cluster may ask. Nobody else gets past `_Guard`."""
+"""The Peer service: what other nodes of the cluster may ask of this node.
+
+    method      | asked by                        | effect here
+    ------------+---------------------------------+--------------------------------------------------
+    Gossip      | cluster/gossip.py of a peer     | the membership protocol takes one packet
+    Forward     | cluster/forward.py of a peer    | calls of clients, for tokens that this node owns
+    Invalidate  | cluster/forward.py of a peer    | the copies of the named tokens are dropped
+    Leave       | `mnemosyned cluster leave`      | this node drains and ends, as on SIGTERM
+
+The service is on the same port as the SessionManager, so every client can reach it. Two checks stand before
+each method:
+
+- The guard: the caller is a node of this cluster (cluster/peer_auth.py). It has signed the call with the
+  cluster's secret, or has shown a node's certificate.
+- The origin: the caller's cluster and storage are those of this node, and the message is for this node.
+  A signature does not show that, because a repeated message keeps its signature. Gossip checks the origin
+  itself, so that a refusal reaches the other node as an answer.
+
+A forwarded call
+----------------
+Peers send calls in batches over a stream. A stream costs half of what one call for each batch costs.
+
+    entry node                           this node (the owner)
+       |-- metadata: opening signature ----->|  _check, once for the stream
+       |-- batch 1, seal 1 ----------------->|  the seal covers the number and the opening
+       |                                     |    _begin: an item that the cache has is answered at once
+       |                                     |    _gathered: the other items wait for the storage together
+       |<-- answers 1, one for each item ----|
+       |-- batch 2, seal 2 ----------------->|
+       |                    ...              |
+       |<-- trailers: OK --------------------|  between two batches: `close` or `end_streams`
+
+One batch is under way on a stream at a time. An item fails alone: its error becomes the status of its answer.
+An error of the batch (a wrong seal, a wrong origin, bytes that are no message) ends the stream.
+
+What the entry node has already done for an item, and this node therefore does not do:
+
+- It has asked for the API key or the certificate of the client (api/auth.py).
+- It has chosen the token of a Start, so that a repeated Start is the same call.
+
+How a stream ends
+-----------------
+A batch under way is never cut off, because the entry node would then not know whether its writes were done.
+A stream is therefore in one of two states:
+
+- Waiting for a batch: its task is in `_waiting`, and is cancelled at once.
+- Working on a batch: its task is not in `_waiting`. It compares `_rounds` before it waits for the next batch.
+
+`close` ends all streams and lets no other begin to wait. `end_streams` ends those that are open now; peers
+dial again, and see the new certificate.
+
+Late items
+----------
+An item carries `deadline_us`, an instant on the storage's clock: from then on the entry node may do the work
+itself. Two nodes' estimates of that clock differ by less than `_CLOCK_ERROR_US`, hence two rules:
+
+- An item that arrives after `deadline_us` plus that error is not begun. It was held up by a stalled process
+  or network, and the entry node has already asked the storage.
+- A write of an item is not done after `deadline_us` minus that error. The statement itself checks it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +77,7 @@ from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
 from mnemosyned.api import session_manager
-from mnemosyned.api.session_manager import Answer, parsed
+from mnemosyned.api.session_manager import Response, parsed
 from mnemosyned.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -26,24 +85,27 @@ from mnemosyned.errors import (
     Unauthenticated,
     Unimplemented,
 )
-from mnemosyned.transport.call import Call, answer_in_time, failure_of
+from mnemosyned.transport.call import Call, await_in_time, failure_of
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 log = logging.getLogger(__name__)
 
 METHODS: Final = ("Gossip", "Forward", "Invalidate", "Leave")
-# A table of many thousand members; a forwarded request is the client's own and some bytes.
+# A table of many thousand members fits. A batch may also be one request of the largest size that a client may
+# send, plus the fields of its item; `add_to` takes the larger of the two.
 _MAX_MESSAGE_BYTES: Final = 8 * 1024**2
 _ITEM_OVERHEAD_BYTES: Final = 64 * 1024
-# More than what two estimates of the storage's clock differ by.
+# More than two nodes' estimates of the storage's clock differ by (sessions/clock.py). A larger value would be
+# safe too, but it is taken from the time that a forwarded write has.
 _CLOCK_ERROR_US: Final = 50_000
-# Well below what a caller takes: it gets the rest from the storage.
+# Below the largest message that the entry node accepts, or the whole batch would fail. The entry node gets
+# the answers beyond this limit from the storage.
 _MAX_RESPONSE_BYTES: Final = 32 * 1024**2
 _MS_PER_S: Final = 1000
 
 
 class PeerService:
-    """Gossip, forwarded calls and invalidations."""
+    """Gossip, forwarded calls, invalidations and the order to leave; one for each node, on its event loop."""
 
     def __init__(
         self,
@@ -54,66 +116,85 @@ class PeerService:
         drop: Callable[[Sequence[str] | None], None],
         stop: Callable[[], None],
     ) -> None:
-        """Ask `gossip` for the membership with each call, since it begins later than the listening.
+        """Wire the service to the parts of this node.
 
-        `calls` answers forwarded calls; `drop` takes tokens, or None for all; `stop` begins this node's end.
+        - `gossip` returns the membership. It is asked with each call, because the port listens before the
+          membership begins; until then it raises StorageUnavailable.
+        - `calls` handles forwarded calls. It is not the table of clients: nothing in it forwards again, and
+          nothing in it asks for an API key.
+        - `storage_now_us` is the storage's clock, in microseconds since the epoch.
+        - `drop` drops the copies of these tokens, or of all tokens if it gets None. It returns when they are
+          dropped, so that the answer confirms it.
+        - `stop` begins the drain of this node, and returns at once.
         """
         self._gossip = gossip
         self._calls = calls
         self._storage_now_us = storage_now_us
         self._drop = drop
         self._stop = stop
-        self._waiting: set[asyncio.Task[Any]] = set()  # streams without a batch under way
+        self._waiting: set[asyncio.Task[Any]] = set()  # tasks of the streams without a batch under way
         self._is_closed = False
-        self._rounds = 0  # of streams that were begun between two ends
+        self._rounds = 0  # how often `end_streams` was called: a stream of an earlier round ends
 
-    def add_to(self, table: MethodTable, trust: PeerAuth, *, max_message_bytes: int) -> None:
-        """Serve it to peers; `max_message_bytes` is a client's limit."""
-        answers: dict[str, UnaryHandler] = {
-            "Gossip": self._answer_gossip,
+    def add_to(self, table: MethodTable, peer_auth: PeerAuth, *, max_message_bytes: int) -> None:
+        """Add the methods to a table, behind the guard; `max_message_bytes` is the limit for clients."""
+        handlers: dict[str, UnaryHandler] = {
+            "Gossip": self._receive_packet,
             "Invalidate": self._invalidate,
             "Leave": self._leave,
         }
         limit = max(_MAX_MESSAGE_BYTES, max_message_bytes + _ITEM_OVERHEAD_BYTES)
-        for name, answer in answers.items():
-            table.add_unary(SERVICE_NAME, name, _guarded(name, answer, trust), max_message_bytes=limit)
+        for name, handle in handlers.items():
+            table.add_unary(SERVICE_NAME, name, _guarded(name, handle, peer_auth), max_message_bytes=limit)
 
         def forward(messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
-            return self._forward(messages, call, trust)
+            return self._forward(messages, call, peer_auth)
 
         table.add_stream(SERVICE_NAME, "Forward", forward, max_message_bytes=limit)
 
     def close(self) -> None:
-        """End the streams of forwarded calls, each when its batch is answered."""
+        """End the streams of forwarded calls, now and from now on, each when its batch is answered.
+
+        A node that leaves calls it once the peers route by a ring without this node.
+        """
         self._is_closed = True
         self.end_streams()
 
     def end_streams(self) -> None:
-        """Have peers open new streams; those that are there end as by `close`."""
+        """End the streams that are open now, each when its batch is answered; peers may open new ones.
+
+        For a new certificate: a stream lives as long as its connection, and h2corn closes the connections
+        of a certificate that is replaced. A stream that ended cleanly before loses no call.
+        """
         self._rounds += 1
         for task in self._waiting:
             task.cancel()
 
-    def _answer_gossip(self, message: bytes, _: Call) -> bytes:
+    def _receive_packet(self, message: bytes, _: Call) -> bytes:
         try:
             return self._gossip().answer(message)
         except MalformedPacket as exc:
             raise MalformedMessage(f"mnemosyned: {exc}") from None
 
     async def _forward(
-        self, messages: AsyncIterator[bytes], call: Call, trust: PeerAuth
+        self, messages: AsyncIterator[bytes], call: Call, peer_auth: PeerAuth
     ) -> AsyncIterator[bytes]:
+        # The opening signs an empty body, since no batch is there yet. It is accepted once, and each seal
+        # covers it: without it a batch of another stream could be played back here.
         opening = call.metadata(METADATA_KEY)
-        _check(trust, opening, "Forward", b"", call)
-        stream_mac = StreamMac([]) if trust.knows(call.certificate_names) else trust.stream_mac(opening or "")
+        _check(peer_auth, opening, "Forward", b"", call)
+        is_by_certificate = peer_auth.knows(call.certificate_names)
+        stream_mac = StreamMac([]) if is_by_certificate else peer_auth.stream_mac(opening or "")
         async for message in self._until_closed(messages):
             request = parsed(pb.ForwardRequest, message)
-            with _refusing_strangers():
+            # Before the batch is parsed: bytes of an unauthenticated peer should reach little code.
+            with _unauthenticated_as_status():
                 stream_mac.check(request.seal, request.batch)
-            answer = self._answer_batch(parsed(pb.Batch, request.batch), call)
-            yield answer if isinstance(answer, bytes) else await answer
+            response = self._handle_batch(parsed(pb.Batch, request.batch), call)
+            yield response if isinstance(response, bytes) else await response
 
     async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield the messages of a stream until the peer, `close` or `end_streams` ends it."""
         task, mine = asyncio.current_task(), self._rounds
         assert task is not None
         while not self._is_closed and self._rounds == mine:
@@ -123,7 +204,9 @@ class PeerService:
             except StopAsyncIteration:
                 return
             except asyncio.CancelledError:
-                # By `end_streams`, unless the caller has gone as well.
+                # By `end_streams`, unless the engine has cancelled the task too, because the peer's
+                # connection broke. `uncancel` takes one request back and returns how many are left. With
+                # none left the stream ends cleanly; otherwise the cancellation must go on.
                 if self._rounds != mine and not task.uncancel():
                     return
                 raise
@@ -131,38 +214,43 @@ class PeerService:
                 self._waiting.discard(task)
             yield message
 
-    def _answer_batch(self, batch: pb.Batch, call: Call) -> Answer:
+    def _handle_batch(self, batch: pb.Batch, call: Call) -> Response:
+        """Return the answers at once if the cache has all of them: that saves a task switch."""
         self._check_origin(batch.origin)
-        answers = [self._begin(item, call) for item in batch.items]
-        ready = [answer for answer in answers if isinstance(answer, pb.Answer)]
-        if len(ready) < len(answers):
-            return _gathered(answers)
+        begun = [self._begin(item, call) for item in batch.items]
+        ready = [answer for answer in begun if isinstance(answer, pb.Answer)]
+        if len(ready) < len(begun):
+            return _gathered(begun)
         return _response(ready)
 
     def _begin(self, item: pb.Item, call: Call) -> pb.Answer | Coroutine[Any, Any, pb.Answer]:
-        """Return an item's answer at once where the cache has it."""
+        """Return an item's answer if the cache has it, otherwise a coroutine that returns the answer."""
         method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{item.method}")
         if method is None:
             return _failed(item, Unimplemented(f"mnemosyned: unknown method {item.method[:100]}"))
         if self._storage_now_us() > item.deadline_us + _CLOCK_ERROR_US:
-            # This process stood still; the caller has long turned to the storage.
+            # Begun now, a write could follow the one that the entry node has done itself.
             return _failed(item, DeadlineExceeded())
         forwarded = _ForwardedCall(item, call.peer)
         try:
-            answer = method.handle(item.message, forwarded)
+            response = method.handle(item.message, forwarded)
         except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
             return _failed(item, exc)
-        if isinstance(answer, bytes):
-            return pb.Answer(message=answer)
-        return _finish(item, answer, forwarded)
+        if isinstance(response, bytes):
+            return pb.Answer(message=response)
+        return _finish(item, response, forwarded)
 
     def _invalidate(self, message: bytes, _: Call) -> bytes:
+        # Nothing is awaited between the parsing and the answer. When the answer is on the wire the copies are
+        # gone and the gates of fills under way are closed: the writer may then acknowledge its write.
         request = parsed(pb.InvalidateRequest, message)
         self._check_origin(request.origin)
         self._drop(None if request.everything else request.tokens)
         return pb.InvalidateResponse().SerializeToString()
 
     def _leave(self, message: bytes, call: Call) -> bytes:
+        # The command names its node, and not an origin: it knows no storage. The name also keeps a recorded
+        # call from ending another node, where the nonce of its signature was never seen.
         request, name = parsed(pb.LeaveRequest, message), self._gossip().swim.me.name
         if request.node != name:
             raise NotOurCluster(f"mnemosyned: this node is {name}, and the call is for another one")
@@ -177,11 +265,14 @@ class PeerService:
 
 
 class _ForwardedCall:
-    """Call of a client that came in elsewhere."""
+    """A client's call that another node has forwarded; `peer` is that node, for the log.
+
+    `certificate_names` is empty: if the client has a certificate, it has shown it to the entry node.
+    """
 
     __slots__ = ("_item", "certificate_names", "deadline", "peer")
 
-    certificate_names: tuple[str, ...]  # the client showed one to the node that forwards, if at all
+    certificate_names: tuple[str, ...]
 
     def __init__(self, item: pb.Item, peer: str) -> None:
         self._item = item
@@ -192,62 +283,74 @@ class _ForwardedCall:
         self.certificate_names = ()
 
     def metadata(self, key: str) -> str | None:
+        # Those that the item has fields for. Others, such as a token or an API key, do not travel further
+        # than they must.
         if key not in {"request_id", "traceparent", "tracestate"}:
             return None
         return getattr(self._item, key) or None
 
 
-def _guarded(name: str, answer: UnaryHandler, trust: PeerAuth) -> UnaryHandler:
-    def guarded(message: bytes, call: Call) -> Answer:
-        _check(trust, call.metadata(METADATA_KEY), name, message, call)
-        return answer(message, call)
+def _guarded(name: str, handle: UnaryHandler, peer_auth: PeerAuth) -> UnaryHandler:
+    def guarded(message: bytes, call: Call) -> Response:
+        _check(peer_auth, call.metadata(METADATA_KEY), name, message, call)
+        return handle(message, call)
 
     return guarded
 
 
-def _check(trust: PeerAuth, signature: str | None, method: str, body: bytes, call: Call) -> None:
-    if not trust.knows(call.certificate_names):
-        with _refusing_strangers():
-            trust.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
+def _check(peer_auth: PeerAuth, signature: str | None, method: str, body: bytes, call: Call) -> None:
+    """Return if the call is from a node of this cluster. Raises Unauthenticated."""
+    if not peer_auth.knows(call.certificate_names):
+        with _unauthenticated_as_status():
+            peer_auth.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
 
 
 @contextmanager
-def _refusing_strangers() -> Iterator[None]:
+def _unauthenticated_as_status() -> Iterator[None]:
+    # `cluster` has errors of its own, since it may not import the daemon's. The text helps the people who run
+    # the calling node; it says which setting to look at, and nothing of the secret.
     try:
         yield
     except UnauthenticatedPeer as exc:
         raise Unauthenticated(f"mnemosyned: {exc}") from None
 
 
-async def _gathered(answers: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -> bytes:
-    waiting = [answer for answer in answers if isinstance(answer, Coroutine)]
+async def _gathered(begun: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -> bytes:
+    # Together, so that the items share one batch of the storage. None of them raises (`_finish`), so that
+    # `gather` never leaves one behind. If the stream is cancelled, `gather` cancels all of them.
+    waiting = [answer for answer in begun if isinstance(answer, Coroutine)]
     finished = iter(await asyncio.gather(*waiting))
-    whole = [next(finished) if isinstance(answer, Coroutine) else answer for answer in answers]
-    return _response(whole)
+    answers = [next(finished) if isinstance(answer, Coroutine) else answer for answer in begun]
+    return _response(answers)
 
 
 def _response(answers: list[pb.Answer]) -> bytes:
+    """Return the answers in the sequence of their items, which is how the entry node tells them apart."""
     size_bytes = 0
     for answer in answers:
         size_bytes += len(answer.message)
         if size_bytes > _MAX_RESPONSE_BYTES:
-            answer.CopyFrom(_TOO_MUCH)
+            # UNAVAILABLE sends the entry node to the storage (router.py). If the item was a write that is
+            # done, the entry node's retry accepts that, as after a lost connection.
+            answer.CopyFrom(_TOO_LARGE)
     return pb.ForwardResponse(answers=answers).SerializeToString()
 
 
-_TOO_MUCH: Final = pb.Answer(
+_TOO_LARGE: Final = pb.Answer(
     code=StatusCode.UNAVAILABLE.value[0], text="mnemosyned: the batch's answers are too large together"
 )
 
 
-async def _finish(item: pb.Item, answer: Coroutine[Any, Any, bytes], call: _ForwardedCall) -> pb.Answer:
+async def _finish(item: pb.Item, response: Coroutine[Any, Any, bytes], call: _ForwardedCall) -> pb.Answer:
     try:
-        return pb.Answer(message=await answer_in_time(answer, call))
+        return pb.Answer(message=await await_in_time(response, call))
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return _failed(item, exc)
 
 
 def _failed(item: pb.Item, exc: Exception) -> pb.Answer:
+    # Only a bug is logged above DEBUG. What the client gets in the end is logged at the entry node, with the
+    # client's address.
     failure = failure_of(exc)
     fields = {"method": item.method[:100], "code": failure.code.name, "request_id": item.request_id[:200]}
     if failure.is_bug:

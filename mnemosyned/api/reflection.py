@@ -1,6 +1,11 @@
 """Server reflection, so that grpcurl and `buf curl` need no .proto file.
 
-grpcio-reflection knows v1alpha; v1 is the same messages under another package name.
+Clients ask for one of two versions of the service, and try v1 first. The package grpcio-reflection has only
+v1alpha, but the two have the same messages: v1 is v1alpha under another package name. Hence one servicer
+answers both, and only its description of itself is made twice.
+
+Of our services, those that clients may call are described (assembly.py). The Peer service is not: it is
+between nodes of one release or the next, and no client could sign a call of it.
 """
 
 from __future__ import annotations
@@ -22,17 +27,18 @@ _V1: Final = "grpc.reflection.v1.ServerReflection"
 
 
 def add_to(table: MethodTable, services: frozenset[str]) -> None:
-    """Serve both versions; they describe the services named and themselves."""
+    """Serve both versions; they describe the named services and themselves."""
     _describe_v1()
     servicer = aio.ReflectionServicer(services | {_V1ALPHA, _V1})
 
-    async def answer(messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
+    async def handle(messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
+        # The servicer is made for a server of grpcio, but uses nothing of its context.
         responses: Any = servicer.ServerReflectionInfo(_requests(messages), None)
         async for response in responses:
             yield response.SerializeToString()
 
     for version in (_V1ALPHA, _V1):
-        table.add_stream(version, "ServerReflectionInfo", answer)
+        table.add_stream(version, "ServerReflectionInfo", handle)
 
 
 async def _requests(messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
@@ -41,6 +47,8 @@ async def _requests(messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
 
 
 def _describe_v1() -> None:
+    # Through the text form, where one replacement renames package, services and types alike. The pool accepts
+    # a file that it already has, if the content is the same, so calling it twice does no harm.
     v1alpha = FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(v1alpha)
     v1 = text_format.MessageToString(v1alpha).replace("v1alpha", "v1")

@@ -24,7 +24,7 @@ from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
 from cluster.routing import Forward, Local, route
 from cluster.view import View
-from mnemosyned.api.session_manager import Answer, Rpc
+from mnemosyned.api.session_manager import Response, Rpc
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.status import error_of
 
@@ -38,7 +38,10 @@ _OWNER_UNABLE: Final = frozenset(
 
 
 class ClusterRouter:
-    """The router for calls of clients: handles own tokens, forwards others."""
+    """The router for calls of clients: handles calls for own tokens, and forwards the others.
+
+    A call without a token (List, Delete) concerns no owner. It is handled here, on the storage.
+    """
 
     def __init__(
         self,
@@ -48,16 +51,20 @@ class ClusterRouter:
         view: Callable[[], View],
         trace_context: Callable[[Call], Mapping[str, str]],
     ) -> None:
-        """`trace_context` returns the W3C headers that the owner's part of a call continues."""
+        """Route by what `view` returns at the moment of each call.
+
+        `trace_context` returns the W3C headers that the owner's part of a call continues.
+        """
         self._service = service
         self._forwarder = forwarder
         self._view = view
         self._trace_context = trace_context
 
-    def handle(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+    def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
         if not token:
+            # Also a request whose token is missing: the service has the error that the contract wants.
             return rpc.handle(self._service, request, call)
         place = route(self._view(), token, hops_left=1)
         if isinstance(place, Forward):
@@ -65,6 +72,15 @@ class ClusterRouter:
         return _handle_here(place, self._service, rpc, request, call)
 
     async def _forward(self, owner: str, token: str, rpc: Rpc, request: Message, call: Call) -> bytes:
+        """Return the owner's response, or handle the call here.
+
+            PeerSkipped            the owner has not seen the call    handle_uncached, at once
+            UNAVAILABLE and such   the owner could not do the work    retry
+            another ClusterError   the outcome is not known           retry
+            another status         the owner's answer is final        raised as that status
+
+        `handle_uncached` is the plain use case. `retry` accepts that the owner may have done the work.
+        """
         item = pb.Item(
             method=rpc.name,
             message=request.SerializeToString(),
@@ -75,6 +91,7 @@ class ClusterRouter:
         try:
             answer = await self._forwarder.ask(owner, item, written=written, deadline=call.deadline)
         except PeerSkipped:
+            # Nothing was sent, so nothing can follow: a write need not wait.
             return await _awaited(rpc.handle_uncached(self._service, request, call))
         except ClusterError:
             pass
@@ -84,19 +101,23 @@ class ClusterRouter:
             if answer.code not in _OWNER_UNABLE:
                 raise error_of(answer.code, answer.text)
         if rpc.is_write:
-            # Begun earlier, the retry might be done before what the owner is still about to do.
+            # Otherwise the owner's delayed write could be done after the retry, and so after the answer.
             await self._forwarder.wait_until_expired(item)
         return await _awaited(rpc.retry(self._service, request, call))
 
 
 class OwnerRouter:
-    """The router for calls that a peer has forwarded: handles them here, whichever node owns the token."""
+    """The router for calls that a peer has forwarded: handles them here, also if another node owns the token.
+
+    It forwards nothing, so that two nodes that disagree on the ring cannot send a call to and fro. If this
+    node does not own the token by its own ring, it handles the call past the cache.
+    """
 
     def __init__(self, service: SessionService, *, view: Callable[[], View]) -> None:
         self._service = service
         self._view = view
 
-    def handle(self, rpc: Rpc, request: Message, call: Call) -> Answer:
+    def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
         place = route(self._view(), token, hops_left=0)
@@ -104,13 +125,13 @@ class OwnerRouter:
         return _handle_here(place, self._service, rpc, request, call)
 
 
-def _handle_here(place: Local, service: SessionService, rpc: Rpc, request: Message, call: Call) -> Answer:
+def _handle_here(place: Local, service: SessionService, rpc: Rpc, request: Message, call: Call) -> Response:
     handle = rpc.handle if place.fill_cache else rpc.handle_uncached
     return handle(service, request, call)
 
 
-async def _awaited(answer: Answer) -> bytes:
-    return answer if isinstance(answer, bytes) else await answer
+async def _awaited(response: Response) -> bytes:
+    return response if isinstance(response, bytes) else await response
 
 
 def carried(call: Call, names: Iterable[str] = ("traceparent", "tracestate")) -> dict[str, str]:

@@ -1,8 +1,24 @@
 """What a call is, and what becomes of it, the same on every engine: counted, timed, logged.
 
 An engine makes a `Call`, finds its method in the table (`methods.py`), and has `invoke_unary` or
-`invoke_stream` turn it into a response or a `Failure`. Every exception ends here: ours becomes its status
-(`status.py`), any other is a bug, whose text stays in the log.
+`invoke_stream` turn it into a response or a `Failure`. Every exception ends here:
+
+    the handler raises       | status                     | log
+    -------------------------+----------------------------+------------------------------------------------
+    nothing                  | OK                         | `rpc` at DEBUG
+    an error of the caller   | as in status.py            | `rpc_failed` at INFO, at most 100 a second
+    another error of ours    | as in status.py            | `rpc_failed` at WARNING
+    any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, with the traceback
+    CancelledError           | none: the client is gone   | `rpc_failed` at INFO, as CANCELLED, limited too
+
+Why only the caller's errors are limited: a client can cause any number of them, and a log line costs more than
+the call. The other two are rare, or are the reason why the log is read.
+
+The hot path. A cached Get enters `invoke_unary`, its handler, and nothing else of this module. Therefore:
+
+- `handle` may return bytes, and then no coroutine is made and no time-out is set.
+- Counts are plain integers, which Prometheus reads when it scrapes.
+- The fields of a log line are collected only if the line is written.
 """
 
 from __future__ import annotations
@@ -33,9 +49,10 @@ _REFUSALS: Final = LogRateLimiter()
 _RPC_BUCKETS_S: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
-# Enough for any known form of identifier; a log line is no place for more.
+# Characters. Enough for any usual form of identifier; the client chooses it, so it needs a bound.
 _MAX_REQUEST_ID: Final = 200
 
+# What a client can cause as often as it likes; a deadline is its own choice.
 _CALLERS_FAULT: Final = frozenset({
     StatusCode.UNAUTHENTICATED,
     StatusCode.PERMISSION_DENIED,
@@ -68,20 +85,24 @@ class Call(Protocol):
 
     @property
     def certificate_names(self) -> tuple[str, ...]:
-        """The names in the caller's certificate, where it has shown one that an authority of ours signed."""
+        """The names in the caller's certificate, if it has shown one that an authority of ours signed."""
         ...
 
     def metadata(self, key: str) -> str | None:
-        """Return the value of a metadata key, if the caller sent one."""
+        """Return the first value of a metadata key, in lower case; None if the caller sent none."""
         ...
 
 
 class ClientGone(Exception):
-    """The client went away before its request was whole; nobody waits for an answer."""
+    """The client disconnected before its request was complete, and waits for no answer."""
 
 
 class MethodStats:
-    """What one gRPC method has done."""
+    """What one gRPC method has done; times in seconds.
+
+    Each `begin` is followed by one `end` or `end_ok`. All of them run on the event loop. The admin port reads
+    from another thread: a number that is one call old does no harm there.
+    """
 
     __slots__ = ("_buckets", "by_code", "duration_s", "in_flight", "labels", "ok")
 
@@ -116,7 +137,7 @@ class MethodStats:
         return {"OK": self.ok, **self.by_code} if self.ok else dict(self.by_code)
 
     def cumulative_buckets(self) -> list[tuple[str, float]]:
-        """Return (upper bound, calls at most that long), as Prometheus wants them."""
+        """Return (upper bound in seconds, calls at most that long), as Prometheus wants them."""
         total = 0
         rows: list[tuple[str, float]] = []
         bounds = [*map(str, _RPC_BUCKETS_S), "+Inf"]
@@ -136,13 +157,17 @@ class Failure:
 
 
 async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes | Failure:
-    """Return the response, or why there is none; only a cancellation is raised."""
+    """Return the response, or why there is none; only a cancellation is raised.
+
+    A response that the handler returns at once is sent even if the deadline has passed: it costs less than
+    asking what time it is.
+    """
     method.stats.begin()
     started_s = time.perf_counter()
     try:
-        answer = method.handle(message, call)
-        if not isinstance(answer, bytes):
-            answer = await answer_in_time(answer, call)
+        response = method.handle(message, call)
+        if not isinstance(response, bytes):
+            response = await await_in_time(response, call)
     except asyncio.CancelledError:
         _count_cancelled(method, call, started_s)
         raise
@@ -152,7 +177,7 @@ async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes
     method.stats.end_ok(elapsed_s)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("rpc", extra=_fields(method, call, StatusCode.OK, elapsed_s))
-    return answer
+    return response
 
 
 async def invoke_stream(
@@ -164,14 +189,14 @@ async def invoke_stream(
     """Send the responses; return why the stream ended early, if it did.
 
     Raises:
-        ClientGone: by the messages; counted as cancelled.
+        ClientGone: `messages` or `send` found the client disconnected; counted as cancelled.
     """
     method.stats.begin()
     started_s = time.perf_counter()
     try:
         async with in_time(call.deadline.left_s()):
-            async for answer in method.handle(messages, call):
-                await send(answer)
+            async for response in method.handle(messages, call):
+                await send(response)
     except (asyncio.CancelledError, ClientGone):
         _count_cancelled(method, call, started_s)
         raise
@@ -198,7 +223,10 @@ def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started
 
 
 def refuse(path: str, call: Call, exc: MnemosyneError) -> Failure:
-    """Log a call to no method of ours. Not counted: its path is no closed label set."""
+    """Log a call to no method of ours. Not counted: clients choose the paths, so labels would have no bound.
+
+    All such calls share one limit of log lines.
+    """
     failure = failure_of(exc)
     left_out = _REFUSALS.take(time.perf_counter())
     if left_out is not None:
@@ -209,34 +237,43 @@ def refuse(path: str, call: Call, exc: MnemosyneError) -> Failure:
 
 @asynccontextmanager
 async def in_time(seconds: float | None) -> AsyncIterator[None]:
-    """Raise DeadlineExceeded, and cancel the work inside, when the seconds have passed."""
+    """Raise DeadlineExceeded, and cancel the work inside, when the seconds have passed; None: never."""
     deadline = asyncio.timeout(seconds)
     try:
         async with deadline:
             yield
     except TimeoutError:
+        # Otherwise the work raised a TimeoutError of its own, which is not the caller's deadline.
         if deadline.expired():
             raise DeadlineExceeded from None
         raise
 
 
-async def answer_in_time(answer: Coroutine[Any, Any, bytes], call: Call) -> bytes:
-    """Wait for an answer until the caller's deadline. Raises DeadlineExceeded, and what it raises."""
+async def await_in_time(response: Coroutine[Any, Any, bytes], call: Call) -> bytes:
+    """Wait for a response until the caller's deadline.
+
+    The coroutine is always used up: awaited, or closed if it is not even begun.
+
+    Raises:
+        DeadlineExceeded: the deadline has passed; the work is cancelled.
+        MalformedMessage: the deadline cannot be read.
+        MnemosyneError: the work raised it.
+    """
     try:
         seconds = call.deadline.left_s()
         if seconds is not None and seconds <= 0:
-            # Begun, it might be done before the loop looks at its timers.
+            # A timer fires only when the loop comes round to it. Begun now, the work could be done before.
             raise DeadlineExceeded
     except MnemosyneError:
-        answer.close()
+        response.close()
         raise
     if seconds is None:
-        return await answer
+        return await response
     # Not `in_time`: a generator around each call that waits costs a tenth of it.
     deadline = asyncio.timeout(seconds)
     try:
         async with deadline:
-            return await answer
+            return await response
     except TimeoutError:
         if deadline.expired():
             raise DeadlineExceeded from None
@@ -277,7 +314,10 @@ def _fields(
 
 
 def failure_of(exc: Exception) -> Failure:
-    """Return an error as a status; what is no error of ours is a bug, whose text stays here."""
+    """Return an error as a status; any exception but ours is a bug, and becomes INTERNAL without its text.
+
+    The text of a bug may hold a token. The table is asked by exact type: a test proves that it is complete.
+    """
     code = GRPC_STATUS.get(type(exc)) if isinstance(exc, MnemosyneError) else None
     if code is None:
         return Failure(StatusCode.INTERNAL, "mnemosyned: internal error", is_bug=True)

@@ -1,4 +1,32 @@
-"""The engine port: something that serves a method table as gRPC over HTTP/2."""
+"""The engine port: something that serves a method table as gRPC over HTTP/2.
+
+    client ── HTTP/2 ──> engine ── Call, message ──> invoke_unary / invoke_stream (call.py) ──> handler
+                            ^                             |
+                            └────── bytes or Failure ─────┘
+
+What gRPC requires of an engine (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md):
+
+- The path is `/package.Service/Method`. A path that the table does not have is UNIMPLEMENTED, as a gRPC
+  status on HTTP status 200.
+- The content type begins with `application/grpc`. Anything else is no gRPC call and gets HTTP status 415.
+- A message is framed: one byte of flags and four of length (frame.py). It may be compressed.
+- `grpc-timeout` counts from the arrival of the call. The engine turns it into `Call.deadline`; `invoke_…`
+  enforces it.
+- The status is in the trailers. A failure without a message may put it into the one block of headers.
+- A client that resets its stream, or whose connection breaks, cancels its call: the engine cancels the task.
+
+What the daemon requires besides:
+
+- Each message of a request is held to the limit of its method before it is held in memory as a whole, or as
+  soon as the engine allows.
+- Two daemons never share a port: the second one's `start` fails.
+- `drain` refuses new connections before it waits for calls in flight.
+- New TLS files are served without closing the listener, so that no connection is refused meanwhile.
+- Names in a client's certificate reach the call only if one of our authorities has signed it.
+
+Two engines implement the port, and one suite of tests runs on both (tests/contract). What they do alike is
+in call.py, so that counting, logging and statuses cannot differ.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +35,27 @@ from typing import Final, Protocol
 
 from mnemosyned.security.tls import TlsFiles, TlsMaterial
 
-# Metadata beyond this is refused; a token of 4,096 bytes travels in it.
+# All of a call's metadata. A token of 4,096 bytes travels in it (`Context`), beside headers that proxies and
+# tracing add. Without a limit a client could fill the memory before any handler sees its call.
 MAX_METADATA_BYTES: Final = 32 * 1024
 
 
 class ListenFailed(Exception):
-    """The address cannot be listened on; the text is for the operator."""
+    """The address cannot be listened on; the text is one line for people, and names the address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What both engines need."""
+    """What both engines need; sizes in bytes, times in seconds."""
 
     host: str
     port: int  # 0: any free port
-    max_message_bytes: int
-    max_streams: int  # of a connection at once; more wait at the client
-    max_connections: int  # more wait for one to end, or are closed
+    max_message_bytes: int  # of a request, where its method has no limit of its own
+    max_streams: int  # calls on one connection at once; the client holds further ones back
+    max_connections: int  # further ones wait for one to end (h2corn) or are closed (grpcio)
     drain_timeout_s: float
-    log_as_json: bool = False  # the engine's own lines on stderr
-    tls: TlsFiles | None = None  # they have been read once, and were good
+    log_as_json: bool = False  # what the engine itself writes to stderr
+    tls: TlsFiles | None = None  # they have been read once, and were valid
 
     @property
     def address(self) -> str:
@@ -40,24 +69,31 @@ def host_port(host: str, port: int) -> str:
 
 
 class Engine(Protocol):
-    """A gRPC server; used once, from `start` to `drain`."""
+    """A gRPC server; used once, from `start` to `drain`, on one event loop."""
 
     async def start(self) -> int:
-        """Listen; return the port.
+        """Listen, and serve calls from now on; return the port.
 
         Raises:
-            ListenFailed: the address is taken or not ours, or the TLS files are no good.
+            ListenFailed: the address is in use or not this host's, or the TLS files are invalid.
         """
         ...
 
     async def reload_tls(self, material: TlsMaterial) -> None:
-        """Serve new connections with what the TLS files hold now; calls in flight have the time of a drain.
+        """Serve new connections with what the TLS files hold now.
+
+        Connections with the former certificate may be closed, but their calls in flight get
+        `drain_timeout_s` to finish.
 
         Raises:
-            FilesUnusable: the files have changed again meanwhile, and are no good.
+            FilesUnusable: the files have changed once more since they were read, and are invalid. The former
+                certificate is still served.
         """
         ...
 
     async def drain(self) -> None:
-        """Refuse new calls, let those in flight finish, cancel what is left after `drain_timeout_s`."""
+        """Refuse new calls, let those in flight finish, and cancel what is left after `drain_timeout_s`.
+
+        Raises nothing: the daemon has further steps after this one.
+        """
         ...

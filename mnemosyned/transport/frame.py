@@ -1,6 +1,24 @@
-"""gRPC over HTTP/2 without the HTTP/2: frames, time-outs, messages of statuses. Pure.
+"""gRPC over HTTP/2 without the HTTP/2: frames, time-outs, texts of statuses. Pure.
 
 https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+
+A request or response is a stream of bytes that HTTP/2 cuts into DATA frames wherever it likes. In it, gRPC
+has frames of its own, one for each message:
+
+    +------------+----------------------+------------------------------------+
+    | 1 byte     | 4 bytes, big-endian  | that many bytes                    |
+    | compressed | length of the payload| the message, serialized or packed  |
+    +------------+----------------------+------------------------------------+
+
+The first byte is 0 or 1. If it is 1, the header `grpc-encoding` names the compression. Responses are sent
+uncompressed: most are below a kilobyte.
+
+Most requests are one whole uncompressed frame in one piece. `only_message` takes that short way and says None
+to everything else, which `FrameReader` then reads, and names the fault of.
+
+Limits: a frame announces its length before its payload comes, so a message that is too large is refused when
+five bytes of it are there. A compressed message is unpacked to at most one byte more than the limit: a few
+kilobytes can unpack to gigabytes.
 """
 
 from __future__ import annotations
@@ -18,6 +36,7 @@ _IS_COMPRESSED: Final = 1
 _WBITS_BY_ENCODING: Final = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _SECONDS_BY_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+# What `grpc-message` must percent-encode: all but printable ASCII, and the percent sign itself.
 _UNSAFE: Final = re.compile(rb"[^ -$&-~]")
 
 
@@ -34,15 +53,18 @@ def only_message(body: bytes) -> bytes | None:
 
 
 def announced_bytes(body: bytes | bytearray) -> int:
-    """Return how long the body is, or will be by what its first frame announces."""
+    """Return how long the body is, or will be by what its first frame announces; in bytes.
+
+    With this a reader stops before the payload: what is announced as too large need not be received.
+    """
     return max(len(body), HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"))
 
 
 def timeout_s(value: bytes) -> float:
-    """Read a `grpc-timeout` header.
+    """Read a `grpc-timeout` header, such as `250m` for 250 milliseconds; return seconds.
 
     Raises:
-        MalformedMessage: it is not one.
+        MalformedMessage: it is not one to eight digits and a unit of gRPC's.
     """
     match = _TIMEOUT.fullmatch(value)
     if match is None:
@@ -56,10 +78,15 @@ def status_message(text: str) -> bytes:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into messages, whole or piecewise as it arrives.
+    """Cuts a stream of bytes into messages, in whatever pieces the bytes arrive.
 
-    `encoding` is the stream's `grpc-encoding`. Raises MessageTooLarge as soon as a frame announces
-    or unpacks to more than `max_message_bytes`, so that nothing larger is ever held.
+    `encoding` is the stream's `grpc-encoding`, empty if it has none. One reader serves one stream; after an
+    error it is of no further use.
+
+    Raises:
+        MessageTooLarge: a frame announces, or unpacks to, more than `max_message_bytes`.
+        MalformedMessage: the bytes are no frames, or a compressed message is damaged.
+        Unimplemented: the encoding is none of `ACCEPTED_ENCODINGS`.
     """
 
     def __init__(self, *, encoding: bytes, max_message_bytes: int) -> None:
@@ -68,7 +95,7 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, body: bytes) -> list[bytes]:
-        """Take bytes in; return the messages they complete."""
+        """Take bytes in; return the messages that they complete. Raises as the class says."""
         self._buffer += body
         messages = []
         while (message := self._next()) is not None:
@@ -76,7 +103,7 @@ class FrameReader:
         return messages
 
     def end(self) -> None:
-        """Say that nothing follows.
+        """Take note that no more bytes follow.
 
         Raises:
             MalformedMessage: the stream ends within a frame.
@@ -106,7 +133,8 @@ class FrameReader:
         if wbits is None:
             if self._encoding in {b"", b"identity"}:
                 raise MalformedMessage("mnemosyned: a compressed message without grpc-encoding")
-            raise Unimplemented("mnemosyned: unknown grpc-encoding; known are identity, deflate, gzip")
+            raise Unimplemented("mnemosyned: unknown grpc-encoding; use identity, deflate or gzip")
+        # Not `zlib.decompress`, which knows no limit. One byte over the limit shows that there is more.
         unpacker = zlib.decompressobj(wbits)
         try:
             message = unpacker.decompress(payload, self._max_message_bytes + 1)

@@ -1,4 +1,19 @@
-"""The engine on grpc.aio: runs wherever grpcio does, at an eighth of h2corn's speed."""
+"""The engine on grpc.aio: runs wherever grpcio does, at an eighth of h2corn's speed.
+
+It exists for platforms for which h2corn has no wheel, and as a second implementation: what both engines
+answer alike in the tests is unlikely to be a quirk of one of them.
+
+grpcio does the HTTP/2, the framing, the compression and the deadline's header. This module translates. Where
+grpcio differs from the port's ideal:
+
+- It has one limit for the size of messages, for all methods. The largest limit of any method is given to it,
+  and each method's own limit is checked once the message is in memory.
+- It knows `-tls.client-auth` none and require, not optional (transport/config.py refuses that at the start).
+- Beyond `-grpc.max-connections` it closes connections, and does not let them wait.
+- It asks for the certificate at each handshake. New TLS files thus need no new server, and connections with
+  the former certificate stay open.
+- A handler that fails ends by `context.abort`, which raises: what follows in the function is never reached.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +48,7 @@ class GrpcioEngine:
         self._identity: grpc.ServerCertificateConfiguration | None = None
         self._server = grpc.aio.server(
             options=[
-                # Two daemons on one port would split its connections without a word.
+                # Otherwise two daemons could listen on one port, and each would get half of its connections.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _largest_limit(table, options)),
                 ("grpc.max_send_message_length", -1),
@@ -69,7 +84,7 @@ class GrpcioEngine:
     def _credentials(self, material: TlsMaterial) -> grpc.ServerCredentials:
         self._identity = identity = _identity(material)
         is_required = material.client_auth is ClientAuth.REQUIRE
-        # The second is asked at each handshake.
+        # grpcio calls the second argument at each handshake.
         return grpc.dynamic_ssl_server_credentials(identity, lambda: self._identity or identity, is_required)
 
 
@@ -100,7 +115,7 @@ class _GrpcioCall:
 
 
 class _Handlers(grpc.GenericRpcHandler):
-    """Finds the handler of a path."""
+    """Finds the handler of a path; grpcio asks it at each call."""
 
     def __init__(self, table: MethodTable, max_message_bytes: int) -> None:
         self._by_path: dict[str, Any] = {
@@ -112,11 +127,12 @@ class _Handlers(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:  # noqa: ANN401  # a handler
         path = handler_call_details.method
+        # With None grpcio would answer UNIMPLEMENTED itself, and the log would have nothing of the call.
         return self._by_path.get(path) or grpc.stream_stream_rpc_method_handler(_unknown(path))
 
 
 def _largest_limit(table: MethodTable, options: EngineOptions) -> int:
-    # grpcio has one for all methods; each method's own is checked when the message is there.
+    # grpcio has one limit for all methods; `_check_size` has each method's own.
     unary = (method.max_message_bytes or 0 for method in table.unary.values())
     streams = (method.max_message_bytes or 0 for method in table.streams.values())
     return max(options.max_message_bytes, *unary, *streams)
@@ -130,12 +146,13 @@ def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Cont
         try:
             _check_size(message, limit_bytes)
         except MessageTooLarge as exc:
+            # `invoke_unary` was not reached, so the call is counted here: `fail` counts it out.
             method.stats.begin()
             await _abort(context, fail(method, call, exc, time.perf_counter()))
-        answer = await invoke_unary(method, message, call)
-        if isinstance(answer, Failure):
-            await _abort(context, answer)
-        return answer
+        outcome = await invoke_unary(method, message, call)
+        if isinstance(outcome, Failure):
+            await _abort(context, outcome)
+        return outcome
 
     return behaviour
 
@@ -175,7 +192,7 @@ def _unknown(path: str) -> Callable[[AsyncIterator[bytes], Context], Awaitable[N
 
 async def _abort(context: Context, failure: Failure) -> NoReturn:
     await context.abort(failure.code, failure.text)
-    raise AssertionError("abort returns never")
+    raise AssertionError("abort always raises")
 
 
 def _identity(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:

@@ -1,7 +1,16 @@
 """The engine on h2corn: HTTP/2 in Rust, gRPC here. The default.
 
-h2corn cancels a request's task when its client goes away or resets the stream, and sends trailers
-only to clients that announce `te: trailers`, as every gRPC client must.
+h2corn calls `_app`, an ASGI application, with one task for each request. A request passes these steps:
+
+    receive() ──> frame.only_message: the whole message in one piece, the usual case
+              └─> FrameReader: in pieces, compressed, or damaged
+              ──> invoke_unary (call.py) ──> send(start), send(body), send(trailers)
+
+- h2corn cancels a request's task when its client disconnects or resets the stream.
+- h2corn sends trailers only to clients that announce `te: trailers`, as every gRPC client must.
+- A failure is sent as one block of headers, which gRPC calls Trailers-Only.
+
+Another transport will replace this engine; engine.py is the port that it implements.
 """
 
 from __future__ import annotations
@@ -51,7 +60,7 @@ _OK_START: Final = {
 }
 _OK_TRAILERS: Final = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]}
 _END: Final = {"type": "http.response.body", "body": b"", "more_body": False}
-# A client that stops in the middle of its message must not hold a task for ever.
+# A client that stops in the middle of its message must not hold a task without limit.
 _BODY_IDLE_S: Final = 60.0
 _RESPONSE_STALL_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 600.0
@@ -66,8 +75,8 @@ _CERT_REQS: Final = {
 class H2cornEngine:
     """Engine on h2corn.
 
-    A server of h2corn keeps the certificate it began with. New ones are served by another on the same
-    listener, while the former finishes its calls.
+    A server of h2corn keeps the certificate that it began with. A new certificate is served by a new server
+    on the same listener, while the former server finishes its calls.
     """
 
     def __init__(self, table: MethodTable, options: EngineOptions) -> None:
@@ -75,7 +84,7 @@ class H2cornEngine:
         self._options = options
         self._listener: socket.socket | None = None
         self._server: h2corn.Server | None = None
-        # Owned by this engine until `drain`; the current server's, and those of former ones.
+        # Owned by this engine until `drain`: the tasks of the current server and of former ones.
         self._serving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> int:
@@ -98,7 +107,7 @@ class H2cornEngine:
         assert self._listener is not None
         assert former is not None
         try:
-            # It reads the files itself, which may have changed again.
+            # The new server reads the files itself, and they may have changed once more.
             self._server = await self._serve(self._listener)
         except (OSError, ValueError) as exc:
             raise FilesUnusable(str(exc)) from exc
@@ -110,8 +119,8 @@ class H2cornEngine:
         if self._server is None or self._listener is None:
             return
         self._server.shutdown()
-        # h2corn keeps its copy open while it drains, and the kernel would go on accepting for it:
-        # shut down, the socket refuses, whoever holds a copy.
+        # h2corn keeps its copy of the socket open while it drains, and the kernel would go on accepting
+        # connections for it. After a shutdown the socket refuses connections, whichever copies are open.
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -125,7 +134,7 @@ class H2cornEngine:
         try:
             await server.wait_started()
         except asyncio.CancelledError:
-            # The daemon stops while it reloads: nobody else knows of this one.
+            # The daemon stops while it reloads: `drain` does not know this server.
             server.shutdown()
             raise
         return server
@@ -135,23 +144,25 @@ class H2cornEngine:
         method = self._table.unary.get(scope["path"])
         try:
             if method is None or not (call.is_grpc_type and call.takes_trailers):
-                await self._answer_other(call, receive, send)
+                await self._handle_other(call, receive, send)
                 return
-            answer = await self._answer(method, call, receive)
-            if isinstance(answer, Failure):
-                await _send_failure(send, answer)
+            outcome = await self._handle_unary(method, call, receive)
+            if isinstance(outcome, Failure):
+                await _send_failure(send, outcome)
                 return
             await send(_OK_START)
-            await send({"type": "http.response.body", "body": frame.framed(answer), "more_body": False})
+            await send({"type": "http.response.body", "body": frame.framed(outcome), "more_body": False})
             await send(_OK_TRAILERS)
         except (OSError, ClientGone):
-            # Only what was cancelled meanwhile finds its stream closed, and nobody waits for it.
+            # The client has closed the stream and waits for nothing.
             log.debug("client_gone", extra={"peer": call.peer})
 
-    async def _answer(self, method: UnaryMethod, call: _H2cornCall, receive: Receive) -> bytes | Failure:
+    async def _handle_unary(
+        self, method: UnaryMethod, call: _H2cornCall, receive: Receive
+    ) -> bytes | Failure:
         event = await receive()
-        # Most clients end their stream in a frame of its own. A whole message need not wait for it:
-        # that would cost a task switch, a fifth of the call.
+        # Most clients end their stream in a separate HTTP/2 frame. A whole message need not wait for that
+        # frame: waiting costs a task switch, a fifth of the call.
         message = frame.only_message(event.get("body", b""))
         limit_bytes = method.max_message_bytes or self._options.max_message_bytes
         if message is None or len(message) > limit_bytes:
@@ -164,7 +175,7 @@ class H2cornEngine:
                 return fail(method, call, exc, started_s)
         return await invoke_unary(method, message, call)
 
-    async def _answer_other(self, call: _H2cornCall, receive: Receive, send: Send) -> None:
+    async def _handle_other(self, call: _H2cornCall, receive: Receive, send: Send) -> None:
         stream = self._table.streams.get(call.path)
         if not call.is_grpc_type:
             await _send_unsupported(send)
@@ -175,9 +186,9 @@ class H2cornEngine:
             exc = Unimplemented(f"mnemosyned: unknown method {call.path[:200]}")
             await _send_failure(send, refuse(call.path, call, exc))
         else:
-            await self._answer_stream(stream, call, receive, send)
+            await self._handle_stream(stream, call, receive, send)
 
-    async def _answer_stream(
+    async def _handle_stream(
         self, method: StreamMethod, call: _H2cornCall, receive: Receive, send: Send
     ) -> None:
         limit_bytes = method.max_message_bytes or self._options.max_message_bytes
@@ -192,7 +203,7 @@ class H2cornEngine:
                     await send(_OK_START)
                 await send({"type": "http.response.body", "body": frame.framed(message), "more_body": True})
             except OSError:
-                # A stream that the client has closed meanwhile.
+                # The client has closed the stream.
                 raise ClientGone from None
 
         failure = await invoke_stream(method, messages, call, send_message)
@@ -212,12 +223,16 @@ async def _served(server: h2corn.Server) -> None:
     except RuntimeError as exc:
         log.warning("drain_incomplete", extra={"error": str(exc)})
     except (OSError, ValueError) as exc:
-        # `wait_started` has told it.
+        # `wait_started` has raised it too, and `start` or `reload_tls` reports it.
         log.debug("not_started", extra={"error": str(exc)})
 
 
 async def _body(event: Event, receive: Receive, max_bytes: int) -> bytes:
-    """Return the request's whole body, or its beginning when it is longer than any we take."""
+    """Return the whole body of a request, or its beginning if it is longer than `max_bytes`.
+
+    Raises:
+        ClientGone: the client disconnected before the body was complete.
+    """
     body = bytearray(event.get("body", b""))
     while event.get("more_body") and frame.announced_bytes(body) <= max_bytes:
         event = await receive()
@@ -228,7 +243,7 @@ async def _body(event: Event, receive: Receive, max_bytes: int) -> bytes:
 
 
 def _only_message(body: bytes, reader: frame.FrameReader) -> bytes:
-    """Return the one message of a body that is compressed, or say what is wrong with it."""
+    """Return the one message of a body. Raises what is wrong with it, as `FrameReader` does."""
     messages = reader.feed(body)
     reader.end()
     if len(messages) != 1:
@@ -242,7 +257,7 @@ def _frame_reader(call: _H2cornCall, max_message_bytes: int) -> frame.FrameReade
 
 
 class _H2cornCall:
-    """Call on an ASGI scope."""
+    """Call on an ASGI scope. Headers are read when they are asked for: most calls need one or two."""
 
     __slots__ = ("_arrived_s", "_scope")
 
@@ -317,7 +332,7 @@ async def _send_failure(send: Send, failure: Failure) -> None:
     await send(_END)
 
 
-# Most failures are alike, and may come in floods.
+# Most failures are alike, and may come in floods. The cache holds texts of errors, hence its bound.
 @lru_cache(maxsize=64)
 def _failure_start(failure: Failure) -> Event:
     # gRPC's Trailers-Only form: a single block of headers.
@@ -356,11 +371,11 @@ def _config(options: EngineOptions, listener_fd: int) -> h2corn.Config:
     return h2corn.Config(
         bind=(f"fd://{listener_fd}",),
         grpc=True,
-        # With HTTP/1, `curl` would get a readable answer. But h2corn's HTTP/1 takes `Upgrade: h2c`, which
-        # cannot be turned off: a way around a proxy that reads HTTP/1 only. And a client that sends the
-        # head of a request byte by byte holds a connection for longer than any HTTP/2 preface may take.
+        # With HTTP/1, `curl` would get a readable answer. But h2corn's HTTP/1 accepts `Upgrade: h2c`, which
+        # cannot be turned off: it leads around a proxy that filters HTTP/1 only. Also, a client that sends
+        # the head of a request byte by byte holds a connection for longer than an HTTP/2 preface may take.
         http1=False,
-        # A second one only contends for Python's lock: a cached Get cost 20 % more.
+        # A second thread only contends for Python's lock: with it a cached Get cost 20 % more.
         runtime_threads=1,
         lifespan="off",
         access_log=False,

@@ -1,4 +1,19 @@
-"""The method table: what a gRPC engine serves, without saying how."""
+"""The method table: what a gRPC engine serves, without saying how.
+
+Services add their methods to a table; an engine serves the table. Neither knows the other, so that one test
+suite can run each service on each engine.
+
+    session_manager.add_to ┐                                        ┌ h2corn
+    health.add_to          ├──> MethodTable ── guard, traces ──>    ┤
+    PeerService.add_to     ┘    (path -> handler, stats, limit)     └ grpcio
+
+A node of a cluster has two tables (assembly.py): what the port serves, and what a forwarded call may call.
+Handlers are wrapped by adding a method once more under its name: api/auth.py and traces.py do that before the
+engine starts. The stats of the wrapped method start at zero, so they are collected after all wrapping.
+
+A handler gets and returns serialized messages. It raises a MnemosyneError, which becomes a gRPC status;
+anything else that it raises is a bug.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +24,17 @@ from typing import Any
 from aio.rate_limit import LogRateLimiter
 from mnemosyned.transport.call import Call, MethodStats
 
-# Returns the response at once where it can: that saves a task switch on the hot path.
+# Returns the response at once where it can, otherwise a coroutine: that saves a task switch on the hot path.
 UnaryHandler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
 StreamHandler = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnaryMethod:
-    """One message in, one message out; both serialized."""
+    """One message in, one message out; both serialized.
+
+    Compared by identity (`eq=False`): two methods with equal fields still count their own calls.
+    """
 
     path: str
     handle: UnaryHandler
@@ -38,7 +56,7 @@ class StreamMethod:
 
 @dataclass(frozen=True, slots=True)
 class MethodTable:
-    """Methods by path, as `/package.Service/Method`."""
+    """Methods by path, as `/package.Service/Method`; complete before an engine starts with it."""
 
     unary: dict[str, UnaryMethod] = field(default_factory=dict)
     streams: dict[str, StreamMethod] = field(default_factory=dict)
@@ -46,7 +64,7 @@ class MethodTable:
     def add_unary(
         self, service: str, name: str, handle: UnaryHandler, *, max_message_bytes: int | None = None
     ) -> None:
-        """Serve a unary method."""
+        """Serve a unary method, instead of the one that the path has, if it has one."""
         path = f"/{service}/{name}"
         stats = MethodStats(service, name, "unary")
         self.unary[path] = UnaryMethod(path, handle, stats, max_message_bytes)
@@ -60,6 +78,6 @@ class MethodTable:
         self.streams[path] = StreamMethod(path, handle, stats, max_message_bytes)
 
     def stats(self) -> list[MethodStats]:
-        """Return the stats of all methods."""
+        """Return the stats of all methods, for RpcCollector."""
         unary = [method.stats for method in self.unary.values()]
         return unary + [method.stats for method in self.streams.values()]

@@ -1,6 +1,19 @@
 """Spans of calls, sent to an OTLP endpoint: `-tracing.agent.address`, with the extra `otel`.
 
-Off, it costs nothing: the method table is only wrapped when an address is given.
+    client's span (traceparent) ──> span here, SERVER ── headers ──> span at the token's owner, SERVER
+
+A span begins when a handler gets its call, and ends with the response or the error. It continues the trace
+that the caller names in the metadata, in the form of W3C Trace Context. If this node forwards the call, the
+item carries this span's headers, so that the owner's span becomes its child.
+
+- Without an address it costs nothing: the method table is wrapped only when an address is given.
+- Unary methods of clients and of forwarded calls have spans. Streams have none: a stream between nodes lives
+  for hours, and its items have their own.
+- Spans leave in batches, on a thread of the library. A call never waits for the endpoint; an endpoint that
+  does not answer costs spans, not calls.
+- A span names the method and the outcome, never a token, a bag or an address of the storage.
+
+The packages of OpenTelemetry are imported inside functions: they are an extra, and take long to import.
 """
 
 from __future__ import annotations
@@ -23,28 +36,37 @@ _STOP_TIMEOUT_MS: Final = 3000
 
 
 class TracingUnavailable(Exception):
-    """Tracing was asked for and cannot be had; the text is for the operator."""
+    """Tracing is configured, and its packages are missing; the text says how to install them."""
 
 
 class Tracing:
-    """Sends spans, in batches and on a thread of its own; an endpoint that is away loses them."""
+    """Sends spans in batches, on a thread of its own; they are lost while the endpoint is unavailable."""
 
     def __init__(self, endpoint: str) -> None:
-        """Open it. Raises TracingUnavailable without the OpenTelemetry packages."""
+        """Begin to send to an endpoint, host:port or URL; it need not answer yet.
+
+        Only a URL that begins with https:// is dialled over TLS.
+
+        Raises:
+            TracingUnavailable: the packages of the extra `otel` are not installed.
+        """
         self._provider = _new_provider(endpoint)
 
     def trace(self, table: MethodTable) -> None:
-        """Have every unary method make a span for each call."""
+        """Replace every unary method by one that makes a span for each call.
+
+        The limit for messages is kept. The method's stats begin at zero, so call this before any call.
+        """
         tracer = self._provider.get_tracer("mnemosyned", __version__)
         for path, method in table.unary.items():
             service, name = path[1:].split("/")
             attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
             begin = _beginner(tracer, path[1:], attributes)
-            answer = _traced(method.handle, begin)
-            table.add_unary(service, name, answer, max_message_bytes=method.max_message_bytes)
+            handle = _traced(method.handle, begin)
+            table.add_unary(service, name, handle, max_message_bytes=method.max_message_bytes)
 
     def context(self, _: Call) -> dict[str, str]:
-        """Return the headers by which another node's span continues the current one."""
+        """Return the headers by which another node's span continues the current one; empty outside a span."""
         from opentelemetry.propagate import inject  # an extra
 
         headers: dict[str, str] = {}
@@ -52,7 +74,7 @@ class Tracing:
         return {key: value for key, value in headers.items() if key in _CARRIED}
 
     def close(self) -> None:
-        """Send what is left, for at most a few seconds."""
+        """Send what is left, for at most _STOP_TIMEOUT_MS. Blocks: call it on a thread."""
         self._provider.force_flush(_STOP_TIMEOUT_MS)
         self._provider.shutdown()
 
@@ -68,6 +90,7 @@ def _new_provider(endpoint: str) -> TracerProvider:
     except ImportError:
         raise TracingUnavailable("tracing needs packages: pip install 'mnemosyned[otel]'") from None
     resource = Resource.create({"service.name": "mnemosyned", "service.version": __version__})
+    # The daemon closes it itself, late in its stop. At the exit of the process it would block there instead.
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
     provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -85,13 +108,14 @@ def _beginner(tracer: Tracer, name: str, attributes: dict[str, str]) -> Callable
     return begin
 
 
-def _traced(answer: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler:
+def _traced(handle: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler:
     from opentelemetry.trace import use_span  # an extra
 
     def traced(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         span = begin(call)
         try:
-            result = answer(message, call)
+            # Not the current span here: what is answered at once asks no other node.
+            result = handle(message, call)
         except Exception as exc:  # the root of a call: becomes its status
             _end_failed(span, exc)
             raise
@@ -117,7 +141,7 @@ def _traced(answer: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler
 def _end_failed(span: Span, exc: BaseException) -> None:
     from opentelemetry.trace import Status, StatusCode  # an extra
 
-    # Our own errors' texts are made to be shown; a bug's might hold anything.
+    # The texts of our own errors are made to be shown. A bug's text may hold anything, also a token.
     text = str(exc) if isinstance(exc, MnemosyneError) else type(exc).__name__
     span.set_status(Status(StatusCode.ERROR, text))
     span.end()
