@@ -1,10 +1,28 @@
 """From a configuration to the parts of a node, connected with one another.
 
-The daemon uses it, and so do the tests that put a node together, so that no test checks a node that no user
-runs. Nothing here listens, runs or opens anything.
+The daemon uses it, and so do the tests that put a node together: no test then checks a node that no user
+runs. Nothing here listens, runs or opens anything, so it needs no event loop and cannot fail half-way.
 
-    Config ──> store (storage/engines.py) ──> assemble ──> Parts: cache, coherence, service, node, method
-    table
+    Config ──> store (storage/engines.py)
+                 |
+    StorageClock |      ClusterNode (if it has peers) ── invalidator ──┐
+        |        |                                                     v
+        └────────┴──> LruBackend, negative Lru ──> ReadThrough ──> Coherence
+                                                        |              |
+                          TouchWriter ──────────> SessionService <─────┘
+                                                        |
+                                           node.bind <──┴──> LocalRouter or ClusterRouter
+                                                                  |
+                                  MethodTable of the port, MethodTable of forwarded calls
+
+Two knots decide the sequence:
+
+- The node and the sessions need each other. The node's `invalidator` is there from its construction, and the
+  sessions come to the node later, by `bind`.
+- Wrappers of methods go around what is already in a table, so the sequence in `_new_tables` matters.
+
+This is the one place where an implementation is chosen by name: engines of transport here, engines of storage
+in their registry.
 """
 
 from __future__ import annotations
@@ -63,7 +81,7 @@ _PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
-    """What a node gets from the outside."""
+    """What a node gets from the outside: the daemon's, or a test's own."""
 
     registry: CollectorRegistry
     stop: Callable[[], None]  # begins the end of the daemon; a peer may ask for it
@@ -73,7 +91,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The parts of one node, connected and at rest."""
+    """The parts of one node, connected and at rest; the caller of `assemble` opens, runs and closes them."""
 
     store: EngineStore
     clock: StorageClock
@@ -89,7 +107,10 @@ class Parts:
 
 
 def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
-    """Return the parts that the configuration asks for, on a store that need not be open yet."""
+    """Return the parts that the configuration asks for, on a store that need not be open yet.
+
+    Metrics are registered in `hooks.registry`, so each node of a process needs a registry of its own.
+    """
     clock = StorageClock()
     node = _new_node(config, clock)
     cache, coherence = _new_cache(config, store, clock, node, hooks.registry)
@@ -129,7 +150,7 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
 
 
 def engine_options(config: Config) -> EngineOptions:
-    """Return what both gRPC engines need."""
+    """Return what both gRPC engines need; the TLS files are named, not read."""
     grpc = config[GrpcConfig]
     return EngineOptions(
         host=grpc.host,
@@ -158,6 +179,8 @@ def tls_files(config: Config) -> TlsFiles | None:
 
 def _new_node(config: Config, clock: StorageClock) -> ClusterNode | None:
     cluster = config[ClusterConfig]
+    # A storage of this process alone cannot be shared, so its node has no peers, whatever the flags say: the
+    # daemon warns of that.
     if not cluster.listen or not config[StorageConfig].engine.capabilities.is_shared:
         return None
     options = NodeOptions(
@@ -183,7 +206,10 @@ def _new_cache(
     entries: LruBackend[EncodedSession] = LruBackend(
         max_entries=limits.max_sessions, max_bytes=limits.max_bytes, now_us=clock.now_us
     )
+    # Bound by bytes alone: its entries are tokens that clients choose, up to 4,096 bytes each. It needs the
+    # cache's time to live, by which its entries grow old; without one it is off.
     negative: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=limits.negative_bytes if limits.ttl_s else 0)
+    # With hashed tokens, other nodes name sessions by their hashes, which the cache does not have as keys.
     index = TokenIndex(store.token_hasher) if isinstance(store, HashedStore) else None
     cache = ReadThrough(entries, negative, observer=index)
     registry.register(
@@ -209,7 +235,15 @@ def _bag_limits(config: Config) -> BagLimits:
 def _new_tables(
     service: SessionService, node: ClusterNode | None, health: Health, hooks: Hooks
 ) -> tuple[MethodTable, MethodTable]:
-    """Return what clients and peers may call on the port, and what a forwarded call may call."""
+    """Return what clients and peers may call on the port, and what a forwarded call may call.
+
+    Added in this sequence:
+
+    1. The SessionManager, and for peers the Peer service.
+    2. The guard around the SessionManager. Forwarded calls have none: they have passed it at the entry node.
+    3. Health and reflection, which need no credential.
+    4. Traces around everything, so that a refused call has a span too.
+    """
     table, forwarded = MethodTable(), MethodTable()
     trace_context: Callable[[Call], Mapping[str, str]] = carried
     if hooks.tracing is not None:
@@ -220,7 +254,6 @@ def _new_tables(
         session_manager.add_to(forwarded, node.owner_router())
         node.serve_peers(table, forwarded, stop=hooks.stop)
     if hooks.callers is not None:
-        # Before a call is forwarded: the owner trusts the entry node to have asked.
         guard(table, hooks.callers, AuthMetrics(hooks.registry))
     health.add_to(table)
     reflection.add_to(table, _PUBLIC_SERVICES)
@@ -230,6 +263,7 @@ def _new_tables(
     return table, forwarded
 
 
+# After all wrapping: a method's stats are those of its last wrapper.
 def _register_calls(registry: CollectorRegistry, table: MethodTable, node: ClusterNode | None) -> None:
     registry.register(RpcCollector(table.stats()))
     if node is not None:

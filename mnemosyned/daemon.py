@@ -1,7 +1,38 @@
 """One daemon, from its configuration to its end: start, serve, drain, stop. `assembly.py` makes its parts.
 
-Stopping has an order: NOT_SERVING first, then no new calls, then calls in flight, then what they left to
-write.
+Start
+-----
+1. The private database, if there is one. It ends with the thread that started it, so it is started before
+   any other thread or event loop exists.
+2. The parts (assembly.py). Files of TLS and of callers are read: an invalid one ends the start here, with one
+   line that names the flag.
+3. The gRPC port, then the admin port. A port in use ends the start before the storage is touched. The ports
+   listen early, so that a balancer and `/healthr` get an answer while the storage is awaited.
+4. The storage. An unavailable one is awaited without a limit: in a cluster all parts may start at once. One
+   that refuses this daemon (a wrong password, a foreign table) ends it.
+5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
+6. SERVING, once the node has joined: before that it cannot keep copies, and writes of others do not reach it.
+
+Calls are answered from step 3 on, with UNAVAILABLE until step 4. A balancer sends none before step 6.
+
+Stop
+----
+SIGTERM, SIGINT or a peer's Leave sets one event. The rest is `_drain` and the end of `run`:
+
+    step                          | why here
+    ------------------------------+---------------------------------------------------------------------
+    upkeep is cancelled           | nothing is begun that the stop would have to await
+    NOT_SERVING                   | balancers send new calls to other nodes
+    -drain.delay, and the ring    | balancers need time to see it, and peers a moment to route by a ring
+      without this node           |   without this node; calls are still answered in both
+    the engine drains             | calls in flight finish; there are no new ones
+    touches are flushed           | after the last call that could extend a session
+    the peers are told            | only now no peer can have a call under way here
+    service, store                | after all that use them
+    admin port                    | late, so that metrics and health show the drain
+    spans are sent                | after the last call that could make one
+
+A second signal ends the process at once: the handlers are removed by the first.
 """
 
 from __future__ import annotations
@@ -51,27 +82,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The last touches get this long to reach a storage that may be unavailable.
+# The last touches get this long to reach a storage that may be unavailable. Without them the sessions that
+# were used last expire up to one touch interval too early.
 _LAST_FLUSH_S: Final = 5.0
+# How often the private database is looked at. It is for development: half a second of errors does no harm.
 _SERVER_CHECK_S: Final = 0.5
 
 
 class StartFailed(Exception):
-    """The daemon cannot run as configured; the text is one line for the operator."""
+    """The daemon cannot run as configured; the text is one line for people, with the flag or the address."""
 
 
 def run(config: Config) -> None:
     """Run until SIGTERM or SIGINT; a second signal ends the process at once.
 
     Raises:
-        StartFailed: it could not start, or its storage refused it.
+        StartFailed: the daemon could not start, or the storage refused it.
     """
     if config[GrpcConfig].is_debug:
-        # grpcio's core reads it when it is first used.
+        # grpcio's core reads the variable when it is first used, so it is set before any channel is made.
         os.environ["GRPC_VERBOSITY"] = "debug"
         logging.getLogger("mnemosyned.transport").setLevel(logging.DEBUG)
     try:
-        # Before any thread or event loop: the server ends with the thread that started it.
+        # Before any thread or event loop: the kernel ends the server with the thread that started it, so that
+        # no server outlives a daemon that is killed.
         server = config[StorageConfig].engine.start_server(config)
     except StorageRefused as exc:
         raise StartFailed(str(exc)) from exc
@@ -86,21 +120,26 @@ def run(config: Config) -> None:
 
 
 def _allow_many_files() -> None:
-    # A connection is a file. The soft limit, often 1,024, is there for programs that use select().
+    # A connection is a file. The soft limit, often 1,024, exists for programs that use select().
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _collect_rarely() -> None:
-    # Each miss leaves a few objects that live for seconds. At the default of 700 the collector then went
-    # through the whole cache several times a second: a flood of unknown tokens cost twice as much.
+    # Each miss leaves a few objects that live for seconds. With the default threshold of 700 the collector
+    # went through the whole cache several times a second: a flood of unknown tokens cost twice as much.
+    # `freeze` takes what the imports have made out of every collection.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
 class _Daemon:
-    """The life of one daemon."""
+    """The life of one daemon: constructed before the event loop does anything, `run` once.
+
+    `_is_in_service` is true from SERVING to the drain; readiness needs it and a storage that answers.
+    `_refusal` is why the storage refused this daemon: `run` raises it after a clean stop.
+    """
 
     def __init__(self, config: Config, server: PrivateServer | None) -> None:
         self._config = config
@@ -135,7 +174,7 @@ class _Daemon:
         """Serve until a signal.
 
         Raises:
-            StartFailed: a port cannot be listened on, or the storage refuses us.
+            StartFailed: a port cannot be listened on, or the storage refuses this daemon.
         """
         _set_on_signal(self._stop)
         admin, engine = await self._listen()
@@ -145,20 +184,24 @@ class _Daemon:
                 await self._stop.wait()
                 upkeep.cancel()
         finally:
+            # Also after an exception of the upkeep: calls in flight must not pay for a bug there.
             await self._drain(engine)
             await self._parts.service.close()
             await self._parts.store.close()
             admin.stop()
             if self._tracing is not None:
+                # On a thread: it blocks for seconds if the endpoint does not answer.
                 await asyncio.to_thread(self._tracing.close)
             log.info("stopped")
         if self._refusal:
             raise StartFailed(self._refusal)
 
     async def _listen(self) -> tuple[AdminServer, Engine]:
+        """Open both ports. Raises StartFailed, with neither port open."""
         grpc, files = self._config[GrpcConfig], assembly.tls_files(self._config)
         node = self._parts.node
         engine = GRPC_ENGINES[grpc.engine](self._parts.table, assembly.engine_options(self._config))
+        # The contract's rule; 0 stands for any free port, for both.
         admin_port = grpc.port and grpc.port + 1
         try:
             context = None if files is None else admin_context(files)
@@ -184,7 +227,10 @@ class _Daemon:
     async def _follow_tls(
         self, reloader: FileReloader[TlsMaterial], admin: AdminServer, engine: Engine
     ) -> None:
-        """Have everything that uses the TLS files take new ones."""
+        """Have the admin port, the engine and the dials to peers take new TLS files, one after the other.
+
+        Each of them may be called twice with one change (security/file_reloader.py).
+        """
         files = assembly.tls_files(self._config)
         assert files is not None
 
@@ -198,14 +244,20 @@ class _Daemon:
             reloader.followers.append(node.identify)
 
     async def _open_and_keep_up(self) -> None:
-        """Open the storage, and then do what must go on while calls are served."""
+        """Open the storage, and then run all that repeats while calls are served; until cancelled.
+
+        One task group owns everything: a bug that ends one of the tasks stops the daemon, instead of leaving
+        a daemon that serves without its cleanup.
+        """
         parts = self._parts
         async with asyncio.TaskGroup() as group:
             if self._server is not None and self._server.is_owner:
+                # Before the storage is opened, which waits for this server if it has died at its start.
                 group.create_task(_keep_running(self._server))
             try:
                 await self._storage_health.open()
             except StorageRefused as exc:
+                # Not raised here: the stop has the same steps as after a signal.
                 self._refusal = str(exc)
                 self._stop.set()
                 return
@@ -213,6 +265,7 @@ class _Daemon:
                 group.create_task(warn_of_unknown_keys(cast("FullStore", parts.store), self._hasher))
             if parts.node is not None:
                 group.create_task(parts.node.run())
+            # Beside the join, not after it: `node.run` does not return.
             group.create_task(self._begin_to_serve())
             for files in (self._tls, self._keys):
                 if files is not None:
@@ -233,7 +286,7 @@ class _Daemon:
             await self._parts.node.has_joined.wait()
         self._parts.health.set_serving(True)
         self._is_in_service = True
-        # Not earlier: it invites to try.
+        # Not earlier: it shows a command to try, which would fail.
         sys.stdout.write(self._welcome)
         sys.stdout.flush()
 
@@ -242,13 +295,15 @@ class _Daemon:
         log.info("draining", extra={"timeout_s": grpc.drain_timeout_s})
         self._is_in_service = False
         self._parts.health.close()
-        # A balancer has this long to see NOT_SERVING; calls are answered meanwhile.
+        # Balancers have this long to see NOT_SERVING, and peers to route by another ring. Calls are answered
+        # until both are over.
         await asyncio.gather(asyncio.sleep(grpc.drain_delay_s), self._leave())
         await engine.drain()
         try:
             async with asyncio.timeout(_LAST_FLUSH_S):
                 await touches.flush()
         except (MnemosyneError, TimeoutError):
+            # These sessions expire up to a touch interval early. To wait longer would end in a SIGKILL.
             log.error("touches_lost", extra={"sessions": len(touches)})
         if node is not None:
             await node.announce_left()
@@ -258,6 +313,10 @@ class _Daemon:
             await self._parts.node.leave()
 
     def _readiness(self) -> Readiness:
+        """Return whether this node is ready, never because of a peer: then one dead node would stop them all.
+
+        Runs on a thread of the admin port.
+        """
         is_serving, node = self._storage_health.is_serving, self._parts.node
         return Readiness(
             is_ready=is_serving and self._is_in_service,
@@ -268,6 +327,7 @@ class _Daemon:
         )
 
     def _announce(self, port: int, admin_port: int) -> None:
+        """Log where the daemon listens, and warn of settings that are safe only for trials."""
         config, grpc, tls = self._config, self._config[GrpcConfig], self._config[TlsConfig]
         storage = config[StorageConfig]
         where = {
@@ -327,8 +387,9 @@ def _new_keys_reloader(config: Config) -> FileReloader[Callers] | None:
 
 
 async def _keep_running(server: PrivateServer) -> None:
-    """Start the private server again when it has died, on this thread, which it ends with."""
+    """Restart the private server when it has died; on this thread, with which the server ends."""
 
+    # It blocks the event loop while the server starts. Without its storage the daemon could do little else.
     async def look() -> None:
         if server.exited():
             log.error("embedded_postgres_died")
@@ -341,7 +402,10 @@ async def _keep_running(server: PrivateServer) -> None:
 
 
 def _set_on_signal(stop: asyncio.Event) -> None:
-    """Have the first SIGTERM or SIGINT set the event; the next one has its usual effect."""
+    """Have the first SIGTERM or SIGINT set the event; the next one has its usual effect.
+
+    So a drain that takes too long can be ended by hand, without SIGKILL.
+    """
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:

@@ -1,24 +1,35 @@
-"""The error tree, one level deep, split by whose fault it is.
+"""The errors that a caller may see, in a tree of one level, split by whose fault they are.
 
-Every subclass of MnemosyneError has a gRPC status in rpc/status.py; any other
-exception is a bug of ours and reaches the client as INTERNAL, without its text.
-Each class can be rebuilt from its args, so that the callers of one failed batch
-get an exception of their own.
+    the caller's           InvalidArgument, MalformedMessage, MessageTooLarge, Unimplemented, UnknownService,
+                           Unauthenticated, PermissionDenied, NotOurCluster, SessionAlreadyExists
+    not a mistake          SessionNotFound, DeadlineExceeded
+    the world's, may pass  StorageUnavailable, Overloaded
+    the stored data's      CorruptBag
+    ours                   any other exception: a bug
+
+- Every subclass of MnemosyneError has a gRPC status in transport/status.py; a test proves it.
+- Any other exception reaches the client as INTERNAL, without its text, and the log with its traceback.
+- The text is sent to the caller as it is. It names a field or a setting, never a value: no token, no bag, no
+  message of the database. Texts that clients of the Go daemon compare are defaults here, exact.
+- Each class can be rebuilt from its `args`. The callers of one failed batch each get an exception of their
+  own: one that is raised in many tasks would collect all of their tracebacks.
+- `cluster` and `cache` have small trees of their own, since they may not import this one. What calls them
+  translates (api/router.py, api/peer.py).
 """
 
 from __future__ import annotations
 
 
 class MnemosyneError(Exception):
-    """Base of all errors that a caller may see; the text is sent to the caller."""
+    """Base of all errors that a caller may see; the text is sent to the caller, and begins `mnemosyned: `."""
 
 
 class InvalidArgument(MnemosyneError):
-    """The caller sent something that no session could have."""
+    """A field of the request is missing, over its limit, or not storable; the text names it."""
 
 
 class SessionNotFound(MnemosyneError):
-    """No such token, or its session has expired."""
+    """The token has no session, or its session has expired: a caller cannot tell which."""
 
     def __init__(self, text: str = "mnemosyned: storage: session not found") -> None:
         super().__init__(text)
@@ -39,43 +50,47 @@ class SessionAlreadyExists(MnemosyneError):
 
 
 class StorageUnavailable(MnemosyneError):
-    """The storage gave no answer in its time; the call may be repeated."""
+    """The storage did not answer in time, or the connection broke.
+
+    A read may be repeated. Whether a write was done is not known (api/session_manager.py has what a retry
+    does about that).
+    """
 
 
 class CorruptBag(MnemosyneError):
-    """A stored bag is in neither daemon's form; the rest of the storage is well."""
+    """A stored bag is in neither daemon's form. Other sessions are not affected."""
 
 
 class Overloaded(MnemosyneError):
-    """A bounded queue is full; the call was not begun and may be repeated later."""
+    """A bounded queue is full. The call was not begun and may be repeated later."""
 
 
 class MessageTooLarge(MnemosyneError):
-    """A request is over `-grpc.max-message`, or an answer over what is ever sent."""
+    """A request is larger than `-grpc.max-message`, or a response larger than the largest that is sent."""
 
 
 class DeadlineExceeded(MnemosyneError):
-    """The caller's deadline passed before the work was done."""
+    """The caller's deadline passed before the work was done. A write may be done all the same."""
 
     def __init__(self, text: str = "mnemosyned: deadline exceeded") -> None:
         super().__init__(text)
 
 
 class Unimplemented(MnemosyneError):
-    """No such method, or a way of calling it that this server does not know."""
+    """The method does not exist, or the call uses a form of it that this server does not have."""
 
 
 class Unauthenticated(MnemosyneError):
-    """The caller is nobody that may call: no peer, or none with a key or certificate that is known."""
+    """The caller has not shown who it is: no valid key or certificate, or no valid signature of a peer."""
 
 
 class PermissionDenied(MnemosyneError):
-    """The caller is known, and may not call this."""
+    """The caller has shown who it is, and its role does not allow the method."""
 
 
 class NotOurCluster(MnemosyneError):
-    """A peer of another cluster, or of one that stores its sessions elsewhere."""
+    """The calling node is of another cluster or another storage, or means another node than this one."""
 
 
 class MalformedMessage(MnemosyneError):
-    """The bytes of a request are not a message of the method's type."""
+    """The bytes of a request are not a message of the method's type, or a header cannot be read."""

@@ -1,7 +1,45 @@
 """This daemon as a node of a cluster: puts the parts of `cluster` together over one storage.
 
-`RemoteCaches` is where the rule of `sessions/coherence.py` meets the ring: it decides which nodes must be
-told of a write.
+The life of a node
+------------------
+    constructed ── bind ── serve_peers ── the port listens ── run ── has_joined ── leave ── announce_left
+                                                               |         |           |            |
+    view:  alone, not active: every call past the cache ───────┴────> the ring ──> without     peers forget
+           (a call for its own tokens leaves no copy)                              this node   this node
+
+- Constructed: the node knows its name and its seeds. `bind` gives it the sessions, which were built with its
+  `invalidator`: each needs the other, so one of them comes later.
+- The port listens before `run`, because peers dial this node as soon as it joins. Until then the Peer
+  service answers UNAVAILABLE.
+- `run` waits for the storage's identity, because nodes of different tables must not share a ring. Then
+  it joins.
+- Until it has joined, the node handles calls past the cache: it does not know which nodes hold copies, and
+  those nodes do not tell it of writes.
+- `leave` gives the tokens to the other nodes. This node goes on handling its clients' calls, which it now
+  forwards.
+- `announce_left` is the last step, after the last call is answered. Without it the peers would suspect this
+  node first, and log a dead member.
+
+A new ring
+----------
+`_follow` gets each new view. It replaces one reference, so that the next call is routed by the new ring. The
+copies of tokens that other nodes own now must go, for two reasons:
+
+- Their new owner does not tell this node of writes once the old ring is settled (cluster/view_change.py).
+  If the token came back, the copy would be served, though it is old.
+- They occupy memory for calls that do not come any more.
+
+They go in the sweep, a task, because a full cache has hundreds of thousands of keys. In the meantime no call
+reads them: a token that another node owns is forwarded, or handled past the cache. That holds for one change
+of the ring. At a second change during the sweep a token may come back that the sweep has not reached. The
+sweep is then cancelled, and the whole cache is dropped.
+
+The sweep also writes the expiries of the sessions. Their new owners read them from the storage, and would
+otherwise see sessions expire earlier than this node has promised.
+
+Which nodes are told of a write
+-------------------------------
+`RemoteCaches` is where the rule of `sessions/coherence.py` meets the ring.
 """
 
 from __future__ import annotations
@@ -41,30 +79,39 @@ from mnemosyned.transport.methods import MethodTable
 
 log = logging.getLogger(__name__)
 
+# Keys between two turns of the event loop: about a millisecond, so that the sweep delays no call by more.
 _SWEEP_KEYS: Final = 1000
+# Between two questions for the storage's identity; the daemon is not ready before it has one.
 _RETRY_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """This node's place in the cluster."""
+    """This node's place in the cluster; node_config.py has the flags."""
 
-    listen: str
-    seeds: Sequence[str]
+    listen: str  # host:port, as peers dial it; also this node's name
+    seeds: Sequence[str]  # host:port of other nodes; empty: this node begins a cluster
     label: str
-    secrets: Sequence[str]
+    secrets: Sequence[str]  # the first signs, all are accepted
     peer_names: Sequence[str] = ()  # in the certificates of nodes
-    max_message_bytes: int
-    cache_ttl_s: float
+    max_message_bytes: int  # of a client's request, which may be forwarded
+    cache_ttl_s: float  # how long a peer may serve a copy that it could not be told to drop
 
 
 class RemoteCaches:
     """The Invalidator of a clustered node: decides from the view which nodes may have a copy.
 
-    A node may keep copies of the tokens that it owns. If this node owns a token, and has owned it by one
-    settled view since before the write began, no other node can have a copy: then nothing is sent, which is
-    the healthy case. Otherwise two nodes may disagree on the owner, or the owner did not get this write, so
-    every node is told.
+    Only the owner of a token may keep a copy. This gives two cases for a write of this node:
+
+    - This node owns the token, and has owned it by one settled view since before the write began. No other
+      node can have a copy, and nothing is sent. This is the healthy case.
+    - Otherwise every node is told: the owner did not get this write, or two nodes may disagree on the owner.
+
+    "One settled view" is tested as one object, because a view never changes. `former` is empty once all nodes
+    route by the new ring; `is_active` is false while this node joins.
+
+    Why the view is compared from before the write to after it: a change of the ring in between may have given
+    the token to a node that read the session before the write was committed.
     """
 
     def __init__(self, forwarder: Forwarder, view: Callable[[], View]) -> None:
@@ -77,6 +124,7 @@ class RemoteCaches:
 
     def after_write(self, tokens: Sequence[str], routed_by: object) -> Coroutine[Any, Any, None] | None:
         """See Invalidator."""
+        # Remembered in any case: a node that owns the token by the next ring may have read it before.
         self._forwarder.changed(tokens)
         view = self._view()
         if view is routed_by and view.is_active and not view.former:
@@ -91,6 +139,7 @@ class RemoteCaches:
 
     def after_delete(self, stored_keys: Sequence[str]) -> Coroutine[Any, Any, None] | None:
         """See Invalidator."""
+        # Stored keys may be hashes, whose owners are not known here: no shortcut for own tokens.
         self._forwarder.changed(stored_keys)
         return self._forwarder.invalidate(stored_keys)
 
@@ -101,7 +150,7 @@ def _owns(view: View, token: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sessions:
-    """The parts of this daemon that a change of the ring or a call of a peer reaches."""
+    """The parts of this daemon that a change of the ring, or a call of a peer, concerns."""
 
     storage: Storage
     cache: ReadThrough[EncodedSession]
@@ -114,7 +163,7 @@ class ClusterNode:
     """One node, from the construction of its method table until it has left the cluster.
 
     Calls are answered from the start; until `run` has found the other nodes, past the cache. No client should
-    be sent here before `has_joined`: the other nodes hear of earlier writes only afterwards.
+    be sent here before `has_joined`: the other nodes are told of earlier writes only afterwards.
     """
 
     def __init__(self, options: NodeOptions, clock: StorageClock) -> None:
@@ -126,9 +175,10 @@ class ClusterNode:
         self.peer_auth = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
         self._peers = Peers(self.peer_auth, self.client_stats, server_name=self._host_at)
         self.forwarder = Forwarder(self._peers, storage_now_us=clock.now_us, remember_s=options.cache_ttl_s)
+        # Not active: no node tells this one of writes yet, so it must keep no copies.
         self.view = alone(options.listen, is_active=False)
         self.invalidator = RemoteCaches(self.forwarder, lambda: self.view)
-        self.has_joined = asyncio.Event()  # set once it knows its peers, or that there are none
+        self.has_joined = asyncio.Event()  # set once this node knows its peers, or that it has none
         self.gossip: Gossip | None = None
         self._service: PeerService | None = None
         self._sweep: asyncio.Task[None] | None = None
@@ -143,7 +193,10 @@ class ClusterNode:
         return self._bound
 
     async def identify(self, material: TlsMaterial) -> None:
-        """Dial peers over TLS from now on, with this identity, and have peers dial this node again."""
+        """Dial peers over TLS from now on, with this identity, and have peers dial this node once more.
+
+        A follower of the TLS files (security/file_reloader.py): taking the same identity twice does no harm.
+        """
         self._peers.identify(
             TlsIdentity(
                 certificate=material.certificate,
@@ -152,7 +205,8 @@ class ClusterNode:
             )
         )
         if self._service is not None:
-            # Their connections end with the certificate, and calls under way with them.
+            # The engine closes the connections of the former certificate. A stream that has ended before
+            # loses no call.
             self._service.end_streams()
 
     def router(self, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
@@ -166,7 +220,10 @@ class ClusterNode:
         return OwnerRouter(self._sessions.service, view=lambda: self.view)
 
     def serve_peers(self, table: MethodTable, calls: MethodTable, *, stop: Callable[[], None]) -> None:
-        """Add the Peer service to a table; `calls` handles what is forwarded."""
+        """Add the Peer service to a table.
+
+        `calls` handles what peers forward. `stop` begins the drain of this daemon; a peer's Leave calls it.
+        """
         self._service = PeerService(
             self._joined,
             calls,
@@ -177,7 +234,7 @@ class ClusterNode:
         self._service.add_to(table, self.peer_auth, max_message_bytes=self._options.max_message_bytes)
 
     async def run(self) -> None:
-        """Join the cluster and stay in it, until cancelled; the storage is open."""
+        """Join the cluster and stay in it, until cancelled. The storage must be open, but may fail."""
         options = self._options
         if options.seeds and not self.peer_auth.reaches_elsewhere:
             log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
@@ -185,10 +242,12 @@ class ClusterNode:
         me = Member(
             name=options.listen,
             address=await discovery.own_address(options.listen),
+            # Milliseconds: a restarted node has a later one, and so its claims replace those of before.
             generation=time.time_ns() // 1_000_000,
             incarnation=0,
             state=State.ALIVE,
             phase=Phase.JOINING,
+            # Tells two processes with one name apart, which is a mistake in the configuration.
             instance=int.from_bytes(os.urandom(8), "big") >> 1,
         )
         self.gossip = Gossip(me, identity, self._peers, seeds=options.seeds, on_view=self._follow)
@@ -197,14 +256,18 @@ class ClusterNode:
         await self.forwarder.run()
 
     async def leave(self) -> None:
-        """Hand this node's tokens over; it goes on answering its clients."""
+        """Give this node's tokens to the other nodes; about a second. This node still handles calls.
+
+        The streams of forwarded calls end after the peers route by a ring without this node. In the other
+        sequence they would forward calls to a node that refuses them.
+        """
         if self.gossip is not None:
             await self.gossip.leave()
         if self._service is not None:
             self._service.close()
 
     async def announce_left(self) -> None:
-        """Tell the peers that this node has left; the last call is answered."""
+        """Tell the peers that this node has left, and close all connections; call it after the last call."""
         if self.gossip is not None:
             await self.gossip.announce_left()
         if self._sweep is not None:
@@ -214,11 +277,15 @@ class ClusterNode:
         await self._peers.close()
 
     def probes(self) -> dict[str, str]:
-        """Return each other member's state, as readiness shows it."""
+        """Return each other member's state, as `/healthr` shows it. Runs on a thread of the admin port.
+
+        A suspect is SERVING: most suspects refute it, and none of this changes whether this node is ready.
+        """
         if self.gossip is None:
             return {}
         return {
             member.name: "NOT_SERVING" if member.state >= State.DEAD else "SERVING"
+            # A copy, made in one step: the event loop may change the table while it is read.
             for member in list(self.gossip.swim.table)
             if member.name != self._options.listen
         }
@@ -232,6 +299,7 @@ class ClusterNode:
         return self.gossip
 
     async def _storage_identity(self) -> bytes:
+        """Return what tells this storage from others, however long the storage takes to answer."""
         while True:
             try:
                 return await self._sessions.storage.identity()
@@ -249,16 +317,18 @@ class ClusterNode:
         if is_same_ring:
             return
         if self._sweep is not None and not self._sweep.done():
-            # A copy that the last ring took away and this one gives back may not have been dropped in
-            # between.
+            # The last ring may have taken a token from this node, and this ring may give it back. If the
+            # sweep has not reached it, its copy misses the writes of the owner in between.
             self._sweep.cancel()
             self._sessions.cache.drop_everything()
-        # Owned here until it ends, is cancelled above, or by `announce_left`.
+        # Owned here: it ends, or it is cancelled above or in `announce_left`.
         self._sweep = asyncio.create_task(self._drop_foreign_copies(view))
 
     async def _drop_foreign_copies(self, view: View) -> None:
-        """Drop the sessions that other nodes own now, and write their expiries."""
-        # Loads that were begun under the old view have opened their fills by the next turn but one.
+        """Drop the copies of tokens that other nodes own now, and write their expiries."""
+        # A call that was routed by the old view may not have opened its fill yet: its task has begun and
+        # waits for its turn. After two turns of the loop its fill is open, `keys` has it, and `drop` closes
+        # its gate.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         keys = self._sessions.cache.keys()
@@ -270,5 +340,5 @@ class ClusterNode:
         try:
             await self._sessions.touches.flush()
         except MnemosyneError as exc:
-            # They wait for the writer's next round.
+            # The expiries wait for the writer's next round, within the touch interval.
             log.debug("touches_wait", extra={"error": str(exc)})

@@ -1,4 +1,16 @@
-"""The settings of a node of a cluster."""
+"""The settings of a node of a cluster.
+
+`-cluster.listen` alone makes a cluster of one node, which others may join by naming it as a seed. Seeds are
+asked only to join: afterwards the members know each other by gossip, and a seed may end.
+
+The secret may be given as a flag, in the environment, or in a file; the words of the file are added to those
+of the flag. Two secrets are accepted during a rotation:
+
+    all nodes: old ──> all nodes: old,new ──> all nodes: new,old ──> all nodes: new
+                       (accepts both)         (signs with new)
+
+Each arrow is a restart of one node after the other. At every moment, all nodes accept what any node signs.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +32,12 @@ from mnemosyned.storage.engines import StorageConfig
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
 
-_MAX_SECRETS: Final = 2
+_MAX_SECRETS: Final = 2  # each call is compared with all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig(Section):
-    """This node's address, how it finds the others, and how they know one another."""
+    """This node's address, how it finds the other nodes, and how nodes authenticate one another."""
 
     TITLE = "Cluster"
     EXAMPLE = (
@@ -63,7 +75,7 @@ class ClusterConfig(Section):
 
     @property
     def foreign_seeds(self) -> tuple[str, ...]:
-        """The seeds but for this node's own address."""
+        """The seeds without this node's own address: one list of seeds may be given to every node."""
         return tuple(seed for seed in self.seeds if seed != self.listen)
 
     def resolved(self, _: Mapping[str, str]) -> Self:

@@ -1,7 +1,14 @@
 """All settings of the daemon: the sections that its parts declare, in the order of `-help`.
 
-A new section is named here, and nowhere else. A new setting goes into the section of its owner; an engine's
-section comes with its entry in `storage/engines.py`.
+    a part's config.py ── Section, with its flags ──> SECTIONS ──> FLAGS ──> parser, -help, README, shells
+                                                               └─> SECRET_FLAGS ──> process title, log filter
+
+- A new setting goes into the section of its owner, and nowhere else.
+- A new section is named in SECTIONS. The section of a storage engine comes with its entry in
+  `storage/engines.py`.
+
+This module imports only the sections, which import little: `mnemosyned -version` must be quick. What parses
+is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(Section):
-    """What is done with the configuration."""
+    """What the daemon does with its configuration."""
 
     TITLE = "Running"
     EXAMPLE = "mnemosyned -config=/etc/mnemosyned.toml -check-config"
@@ -35,6 +42,7 @@ class RunConfig(Section):
     )
 
 
+# A section's `check` sees the others through the whole configuration, so the order is for `-help` alone.
 SECTIONS: Final[tuple[type[Section], ...]] = (
     GrpcConfig,
     SessionsConfig,
@@ -51,8 +59,12 @@ SECRET_FLAGS: Final = frozenset(flag.name for flag in FLAGS.values() if flag.is_
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """Return the daemon's configuration. Raises ConfigError."""
-    # Its libraries take longer to import than all sections; not every command needs them.
+    """Return the daemon's configuration, from the command line, the environment and the file.
+
+    Raises:
+        ConfigError: a value is wrong, or two do not go together; the text is one line that names the flag.
+    """
+    # Its libraries take longer to import than all sections, and not every command needs them.
     from mnemosyned.config import config
 
     return config.parse(argv, environ, SECTIONS)

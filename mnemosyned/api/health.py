@@ -19,7 +19,7 @@ Watchers
 --------
 A watcher waits for an event that the next change sets. Each change makes a fresh event, so that a watcher
 that waits later waits for the change after it. A watcher that is slow to read may miss a change that was
-taken back meanwhile; it never misses the last one, because it takes the event before it reads the state.
+taken back in between. It never misses the last one, because it takes the event before it reads the state.
 
 `close` ends the streams of watchers after a last NOT_SERVING. A drain waits for calls in flight, and a stream
 that never ends would hold it for the whole of `-drain.timeout`.

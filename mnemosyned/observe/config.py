@@ -1,4 +1,8 @@
-"""The settings of logs and traces."""
+"""The settings of logs and traces.
+
+The names of levels and forms are those of the Go daemon's logger, zap, so that its configuration still works.
+logs.py renders the forms; transport/traces.py sends the traces.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ LEVELS: Final = ("debug", "info", "warn", "error", "dpanic", "panic", "fatal")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObserveConfig(Section):
-    """What is logged, in which form, and where traces go."""
+    """Which log lines are written, in which form, and where traces are sent."""
 
     TITLE = "Logs and traces"
     EXAMPLE = "mnemosyned -log.environment=development -log.level=debug"

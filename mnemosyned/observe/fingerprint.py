@@ -1,4 +1,11 @@
-"""Naming a token in logs without revealing it."""
+"""Naming a token in logs without revealing it.
+
+Two lines about one session can be recognised as such, and that is all:
+
+- The key is random and this process's own. A plain hash of a guessed or stolen token could be compared with
+  old logs. The price: two nodes, or one node before and after a restart, name a token differently.
+- 6 bytes are enough to tell the sessions of one log from each other, and short enough for a line.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +14,9 @@ import os
 from typing import Final
 
 _DIGEST_BYTES: Final = 6
-# Of this process alone: a plain hash of a guessed token could be compared with old logs.
 _KEY: Final = os.urandom(32)
 
 
 def fingerprint(token: str) -> str:
-    """Return 12 hexadecimal digits that stay the same for a token while this process runs."""
+    """Return 12 hexadecimal digits, the same for a token for as long as this process runs."""
     return hashlib.blake2b(token.encode(), digest_size=_DIGEST_BYTES, key=_KEY).hexdigest()

@@ -1,6 +1,20 @@
 """Structured logs: JSON for machines, colours for people, Stackdriver's form for Google Cloud.
 
-Modules log through the standard library, an event name and fields in `extra`; this renders them.
+    log.warning("storage_not_ready", extra={"error": …}) ──> one handler ──> one line on the stream
+       the standard library, in every module                 structlog's processors, here
+
+Modules log through the standard library: an event's name, and fields in `extra`. They need not know this
+module, and a library's lines take the same way. The event's name is a constant, so that logs can be searched
+and counted by it; all that varies is in the fields.
+
+Secrets. No module logs a token, a bag or an address of the storage; a token is logged by its fingerprint
+(fingerprint.py). Two nets are below that rule:
+
+- Fields with the name of a secret are redacted: those of `_SECRET_FIELDS`, and the flags that are declared
+  secret.
+- Loggers of libraries that would log keys or statements have a least level, also under `-log.level=debug`.
+
+Failing to log never fails a call: a closed pipe at the other end of the stream loses lines.
 """
 
 from __future__ import annotations
@@ -26,15 +40,15 @@ _LEVEL_BY_NAME: Final = {
     "fatal": logging.CRITICAL,
 }
 _SEVERITY_BY_LEVEL: Final = {"warn": "WARNING", "warning": "WARNING", "exception": "ERROR"}
-# Of calls and sessions; `configure` adds the settings that are declared secret.
+# Fields of calls and sessions. `configure` adds the flags that are declared secret.
 _SECRET_FIELDS: Final = {
     "token", "access_token", "refresh_token", "bag", "dsn", "password", "authorization", "secret",
 }  # fmt: skip
-# aiocache logs keys, which are tokens, at debug.
 LEAST_LEVEL_BY_LOGGER: Final = {
+    # Logs keys at debug, and our keys are tokens.
     "aiocache": logging.INFO,
     "asyncio": logging.WARNING,
-    # Warns, with a traceback, of each connection that was lost; storage_failed says so in a line.
+    # Warns of each lost connection with a traceback; our own `storage_lost` says it in one line.
     "asyncpg": logging.ERROR,
     "grpc": logging.WARNING,
 }
@@ -43,13 +57,14 @@ LEAST_LEVEL_BY_LOGGER: Final = {
 def configure(
     environment: str, level: str, *, secret_flags: Iterable[str] = (), stream: TextIO | None = None
 ) -> None:
-    """Send all logs of the process to the stream, standard error unless given.
+    """Send all logs of the process to the stream; without one, to the standard error.
 
-    `environment` is production, development or stackdriver; `level` one of the names of -log.level. Fields
-    that are named like one of `secret_flags`, with _ for dots, are redacted.
+    `environment` is production, development or stackdriver; `level` is one of the names of -log.level. Fields
+    that are named like one of `secret_flags`, with _ for dots, are redacted. Call it once, at the start: it
+    replaces the handlers of the root logger.
     """
     _SECRET_FIELDS.update(name.replace(".", "_") for name in secret_flags)
-    # A closed pipe at the other end must not take a request down.
+    # Otherwise the standard library prints a traceback for each line that a closed pipe does not take.
     logging.raiseExceptions = False
     logging.captureWarnings(capture=True)
     stream = sys.stderr if stream is None else stream
@@ -60,7 +75,7 @@ def configure(
 
 
 def formatter(environment: str, stream: TextIO) -> logging.Formatter:
-    """Return what makes a line of a record; in colours if the stream is a terminal."""
+    """Return the formatter of an environment; development has colours if the stream is a terminal."""
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
@@ -76,7 +91,7 @@ def formatter(environment: str, stream: TextIO) -> logging.Formatter:
 
 
 def set_level(level: str) -> None:
-    """Log from this level on, and from no lower one than is safe where a library logs."""
+    """Log from this level on; loggers of LEAST_LEVEL_BY_LOGGER from their own level, if that is higher."""
     logging.getLogger().setLevel(_LEVEL_BY_NAME[level])
     for name, least in LEAST_LEVEL_BY_LOGGER.items():
         logging.getLogger(name).setLevel(max(least, _LEVEL_BY_NAME[level]))
@@ -87,7 +102,7 @@ def _production(_: TextIO) -> list[Processor]:
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
         structlog.processors.format_exc_info,
         structlog.processors.EventRenamer("msg"),
-        _in_order("ts", "level", "logger", "msg"),
+        _first("ts", "level", "logger", "msg"),
         structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
     ]
 
@@ -98,7 +113,7 @@ def _stackdriver(_: TextIO) -> list[Processor]:
         structlog.processors.format_exc_info,
         structlog.processors.EventRenamer("message"),
         _as_google_names_it,
-        _in_order("severity", "eventTime", "message", "serviceContext"),
+        _first("severity", "eventTime", "message", "serviceContext"),
         structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
     ]
 
@@ -120,7 +135,7 @@ _RENDERERS: Final[dict[str, Callable[[TextIO], list[Processor]]]] = {
 
 
 def _without_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Hide what should never have been logged: a safety net, not the rule."""
+    """Redact fields that should never have been logged: a safety net, not the rule."""
     for name in _SECRET_FIELDS & event.keys():
         event[name] = "[redacted]"
     return event
@@ -133,9 +148,10 @@ def _as_google_names_it(_: WrappedLogger, __: str, event: EventDict) -> EventDic
     return event
 
 
-def _in_order(*first: str) -> Processor:
+def _first(*names: str) -> Processor:
+    # JSON does not care, but people read the first columns of a line.
     def reorder(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-        ordered: EventDict = {name: event[name] for name in first if name in event}
+        ordered: EventDict = {name: event[name] for name in names if name in event}
         ordered.update(event)
         return ordered
 

@@ -1,7 +1,23 @@
 """What is counted, under the names that dashboards of the Go daemon use.
 
-The hot path adds to plain integers; Prometheus reads them when it scrapes. Label sets are closed:
-method names from the table, status codes, names of our own statements.
+Two kinds of metrics, by how often something is counted:
+
+- On the path of every call: plain integers, in the part that counts (MethodStats, CacheCounters). A
+  `Collector` reads them when Prometheus scrapes. An increment of prometheus_client takes a lock and costs as
+  much as the lookup of a cached session.
+- Rarer things: Counter, Gauge and Histogram of prometheus_client, in a class for each part.
+
+Scrapes run on threads of the admin port. A collector only reads, and each number is read in one step, so no
+lock is needed; two numbers of one scrape may be a few calls apart.
+
+Rules for editing:
+
+- A name, once released, stays: dashboards and alerts use it. docs/monitoring.md lists all names, and a test
+  compares the list.
+- Label sets are closed and small: methods of the table, status codes, names of our own statements. Nothing
+  that a client chooses, and never a token.
+- Counters that belong together add up, and their help says how: lookups = hits + misses.
+- prometheus_client appends `_total` to the names of counters.
 """
 
 from __future__ import annotations
@@ -34,8 +50,11 @@ _QUERY_BUCKETS_S: Final = (
 
 
 def new_registry() -> CollectorRegistry:
-    """Return a registry that shows this process, ready for our own metrics."""
-    # A second series for every counter, which nobody asks for.
+    """Return a registry that shows this process, ready for our own metrics.
+
+    Not the library's global registry: tests run several nodes in one process.
+    """
+    # They would be a second time series for every counter.
     disable_created_metrics()  # type: ignore[no-untyped-call]  # theirs
     registry = CollectorRegistry(auto_describe=False)
     ProcessCollector(registry=registry)
@@ -45,7 +64,10 @@ def new_registry() -> CollectorRegistry:
 
 
 class RpcCollector(Collector):
-    """Shows the methods' stats as `grpc_server_*`, or of calls to other nodes as `grpc_client_*`."""
+    """Shows the stats of methods: `grpc_server_*` for calls to this node, `grpc_client_*` for calls to peers.
+
+    Make it after the method table is complete: it keeps the list that it gets.
+    """
 
     def __init__(self, stats: Iterable[MethodStats], *, side: str = "server") -> None:
         self._stats = list(stats)
@@ -63,7 +85,7 @@ class RpcCollector(Collector):
             labels=(*names, "code"),
         )
         durations = HistogramMetricFamily(
-            f"{self._prefix}_request_duration_seconds", "From a request to its answer.", labels=names
+            f"{self._prefix}_request_duration_seconds", "Time from a request to its response.", labels=names
         )
         in_flight = GaugeMetricFamily(f"{self._prefix}_requests", "RPCs in flight.", labels=names)
         for stats in self._stats:
@@ -73,12 +95,13 @@ class RpcCollector(Collector):
                     errors.add_metric((*stats.labels, code), count)
             durations.add_metric(stats.labels, stats.cumulative_buckets(), stats.duration_s)
             in_flight.add_metric(stats.labels, stats.in_flight)
-        # The family adds `_total` to a counter's name; its in-flight namesake has none.
+        # Two families are named alike: the counter `grpc_server_requests_total`, and the gauge of calls in
+        # flight, `grpc_server_requests`. The Go daemon's dashboards have both.
         yield from (requests, errors, durations, in_flight)
 
 
 class CacheCollector(Collector):
-    """Shows the cache's counters as `mnemosyned_cache_*`."""
+    """Shows the counters of both caches as `mnemosyned_cache_*`; sizes in entries and in estimated bytes."""
 
     def __init__(
         self,
@@ -102,22 +125,22 @@ class CacheCollector(Collector):
         )  # fmt: skip
         yield CounterMetricFamily(
             "mnemosyned_cache_misses",
-            "Lookups that found no session here: most went to the storage.",
+            "Lookups that found no session in this node's cache; most of them went to the storage.",
             value=counters.misses,
         )
         yield CounterMetricFamily(
             "mnemosyned_cache_refresh",
-            "The misses whose entry was there, but too old to serve.",
+            "Misses that found an entry which was too old to serve.",
             value=counters.refreshes,
         )
         yield CounterMetricFamily(
             "mnemosyned_cache_negative_hits",
-            "The misses answered without the storage, which had no such session a moment ago.",
+            "Misses answered by the negative cache, without the storage.",
             value=counters.negative_hits,
         )
         yield GaugeMetricFamily(
             "mnemosyned_cache_negative_entries",
-            "Tokens of which it is known that they have no session.",
+            "Tokens without a session, in the negative cache.",
             value=self._negative_entries(),
         )
         yield GaugeMetricFamily("mnemosyned_cache_entries", "Sessions in the cache.", value=self._entries())
@@ -127,7 +150,7 @@ class CacheCollector(Collector):
 
 
 class QueryMetrics:
-    """The statements sent to PostgreSQL."""
+    """The statements sent to PostgreSQL, by the names of storage/postgres/queries.py."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         prefix = "mnemosyned_storage_postgres"
@@ -136,7 +159,7 @@ class QueryMetrics:
         self._errors = Counter(f"{prefix}_errors", "Statements that failed.", labels, registry=registry)
         self._durations = Histogram(
             f"{prefix}_query_duration_seconds",
-            "From sending a statement to its whole result.",
+            "Time from sending a statement to its complete result.",
             labels,
             buckets=_QUERY_BUCKETS_S,
             registry=registry,
@@ -149,7 +172,10 @@ class QueryMetrics:
         self._durations.labels(query).observe(elapsed_s)
 
     def count_error(self, query: str) -> None:
-        """Count a failure; of a connection too, under `connect`, `acquire` or `connection`."""
+        """Count a failed statement by its name.
+
+        Failures of connections are counted too, as `connect`, `acquire` or `connection`.
+        """
         self._errors.labels(query).inc()
 
     def watch_connections(self, size: Callable[[], int]) -> None:
@@ -158,7 +184,7 @@ class QueryMetrics:
 
 
 class UpkeepMetrics:
-    """Cleanup and write-behind."""
+    """Cleanup (sessions/cleanup.py) and the later writing of expiries (sessions/touches.py)."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.cleanup_errors = Counter(
@@ -169,33 +195,34 @@ class UpkeepMetrics:
         )
         self.touches_lost = Counter(
             "mnemosyned_touches_lost",
-            "Extended expiries given up because too many waited for the storage.",
+            "Extended expiries that were given up, because too many waited for the storage.",
             registry=registry,
         )
 
 
 class AuthMetrics:
-    """Calls refused for who made them."""
+    """Calls refused because of their caller (api/auth.py)."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         refusals = Counter(
             "mnemosyned_auth_refusals",
-            "Calls refused: no credential, an unknown key, or a role that does not suffice.",
+            "Calls refused because of their caller: no credential, an unknown key, or too low a role.",
             ("reason",),
             registry=registry,
         )
+        # All three at once, so that each is exported as 0 before the first refusal: `rate` needs that.
         self._by_reason = {reason: refusals.labels(reason) for reason in ("missing", "unknown", "role")}
 
     def refused(self, reason: str) -> None:
-        """Count one: missing, unknown or role."""
+        """Count a refused call; `reason` is missing, unknown or role."""
         self._by_reason[reason].inc()
 
 
 def show_certificates_end(registry: CollectorRegistry, ends_at_s: Callable[[], float]) -> None:
-    """Export when this node's certificate ends, seconds since the epoch."""
+    """Export when this node's certificate ends; `ends_at_s` returns seconds since the epoch."""
     gauge = Gauge(
         "mnemosyned_tls_certificate_end_timestamp_seconds",
-        "When the certificate that is served ends, seconds since the epoch.",
+        "End of the certificate that this node serves, in seconds since the epoch.",
         registry=registry,
     )
     gauge.set_function(ends_at_s)

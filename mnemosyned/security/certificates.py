@@ -1,4 +1,9 @@
-"""What certificates say: whose they are, and until when."""
+"""What certificates say: whose they are, and until when.
+
+Nothing here verifies a certificate. Names count only because the engine has shown, in the handshake, that one
+of our authorities has signed the certificate and that the caller has its private key. The API keys' roles
+(api/auth.py) and the nodes' names (cluster/peer_auth.py) rest on that.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,15 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 
+# A call has its connection's certificate as PEM, and a connection makes many calls. Parsing costs more than a
+# cached Get.
 @lru_cache(maxsize=1024)
 def names_of(pem: str) -> tuple[str, ...]:
-    """Return the names a certificate is for: DNS names and addresses, or the common name if it has none.
+    """Return the names that a certificate is for: its DNS names and addresses, or its common name.
 
-    Of a chain, the first certificate counts. What is no certificate has no names.
+    The common name counts only in a certificate without alternative names, as in RFC 6125. Of a chain, the
+    first certificate counts. What is no certificate has no names: a caller is then without a name, and the
+    call is refused where a name is needed.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
@@ -30,6 +39,6 @@ def expires_at_s(pem: bytes) -> float:
     """Return when the first certificate of a chain ends, seconds since the epoch.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the bytes do not begin with a certificate.
     """
     return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()

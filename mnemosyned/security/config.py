@@ -1,4 +1,12 @@
-"""The settings of TLS, of callers, and of tokens at rest."""
+"""The settings of TLS, of callers, and of tokens at rest.
+
+Files are named here and read elsewhere. Two kinds differ in when they take effect:
+
+- TLS files and the file of callers are read once a second (file_reloader.py). Here they are only opened, so
+  that a wrong path ends the start with one line that names the flag.
+- The keys of tokens are read here, once. A change needs a restart: with another key every stored token has
+  another name, so two nodes must not switch at different times without a rotation.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,8 @@ from mnemosyned.config.parsers import boolean, file_name, host_names, one_of, wo
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
 
-MAX_KEYS: Final = 2  # in use and known: enough for a rotation
-_MIN_TOKEN_KEY: Final = 32
+MAX_KEYS: Final = 2  # the key in use, and the other key of a rotation
+_MIN_TOKEN_KEY: Final = 32  # characters; the key protects tokens against a reader of the database
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +72,7 @@ class TlsConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthConfig(Section):
-    """Who may call, and what the storage learns of tokens."""
+    """Who may call, and what the storage keeps of tokens."""
 
     TITLE = "Callers and tokens"
     EXAMPLE = "mnemosyned -auth.keys=callers.txt -token.protection=hmac -token.key.file=token.key"
@@ -87,7 +95,7 @@ class AuthConfig(Section):
         file_name,
         "file with the HMAC key, or with two keys in a rotation, one a line; the first is in use",
     )
-    token_keys: tuple[str, ...] = field(default=(), repr=False)  # what the file holds
+    token_keys: tuple[str, ...] = field(default=(), repr=False)  # the content of `token_key_file`
 
     def resolved(self, _: Mapping[str, str]) -> Self:
         """See Section."""

@@ -1,4 +1,30 @@
-"""Files that take effect when they are replaced, without a restart."""
+"""Files that take effect when they are replaced, without a restart: TLS files and the file of callers.
+
+Every second the stamps of the files are compared: time of change, size and inode. If one has changed, all
+files are read and checked together, and the followers take the new content.
+
+    stamps as before ────────────────────────────────> nothing
+    stamps differ ── read, check ── valid ── followers take it ──> new content, new stamps
+                          |                       |
+                        invalid              FilesUnusable
+                          └───────────┬───────────┘
+                                      └──────────────> old content, old stamps: tried once more in a second
+
+What happens when files are half replaced. A certificate and its key are two files, and no file system
+replaces both at once:
+
+- Read between the two replacements, the key does not fit the certificate. The check fails, and the old
+  content stays. The stamps of before stay too, so the next look reads again, and finds both.
+- A file that is read while it is written is cut short: it fails the check in the same way. If it passes, as a
+  list of callers without its last lines would, its size or time has changed by the next look.
+- The stamps are taken before the files are read. A file that is replaced between the two is read once more in
+  the next second; in the other sequence that replacement could be missed.
+- Kubernetes replaces one link, through which all files are found. `stat` follows links, so a new inode shows.
+- A file is deleted: its stamp is None, reading it fails, and the old content stays.
+
+An invalid file is logged once for each reason, not once a second. Nothing here ends the daemon: a mistake in
+a file costs the change, never the service.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +43,23 @@ _PERIOD_S: Final = 1.0
 
 
 class FilesUnusable(Exception):
-    """Files are missing or invalid; the text names the file and the reason, and quotes nothing of it."""
+    """Files are missing or invalid; the text names the file and the reason, and quotes no content."""
 
 
 class FileReloader(Generic[Content]):
-    """What some files hold, as of the last time that they were valid.
+    """The content of some files, as of the last time that they were valid.
 
-    `followers` are told when that changes. They may raise FilesUnusable too: then the change is tried again.
+    `followers` are called with new content, one after the other, before it becomes `content`. A follower may
+    raise FilesUnusable too, because some read the files themselves. Then `content` stays, and in a second all
+    followers are called once more, also those that have taken the change: taking it twice must do no harm.
     """
 
     def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Content]) -> None:
-        """Read the files now; `name` begins the log's events. Raises FilesUnusable, as `read` does."""
+        """Read the files now; `name` begins the log's events. Empty paths are left out.
+
+        Raises:
+            FilesUnusable: by `read`. The caller ends the start: there is no older content to keep.
+        """
         self.followers: list[Callable[[Content], Awaitable[None]]] = []
         self._name = name
         self._paths = [path for path in paths if path]
@@ -37,20 +69,24 @@ class FileReloader(Generic[Content]):
         self.content = read()
 
     async def run(self) -> None:
-        """Look for changes once a second, until cancelled."""
+        """Look for changes once a second, until cancelled.
+
+        Stamps are compared, because inotify misses changes behind links and on network file systems.
+        """
         await run_periodically("reload", self.look, period_s=lambda: _PERIOD_S)
 
     async def look(self) -> None:
-        """Have new files take effect if they are there and valid; otherwise keep the old content."""
+        """Have new files take effect if they are complete and valid; otherwise keep the old content."""
         stamps = self._stamps()
         if stamps == self._seen:
             return
         try:
+            # On a thread: a network file system may take its time, and checking a key costs milliseconds.
             content = await asyncio.to_thread(self._read)
             for follow in self.followers:
                 await follow(content)
         except FilesUnusable as exc:
-            # Perhaps only one of them is there yet.
+            # Perhaps only one of the files is replaced yet. The old stamps stay, so the next look reads them.
             if str(exc) != self._complaint:
                 self._complaint = str(exc)
                 log.error("%s_reload_failed", self._name, extra={"error": str(exc)})

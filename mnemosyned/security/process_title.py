@@ -1,4 +1,17 @@
-"""The process title, which every user of the machine may read: the command line without its secrets."""
+"""The process title, which every user of the machine may read: the command line without its secrets.
+
+`ps` shows the arguments of every process to every user. A secret belongs in a file or the environment, but it
+can also be given as a flag. Then the process title is replaced at the start, before anything else runs:
+
+    mnemosyned -postgres.address=postgres://u:pw@db/s -cluster.secret hunter2
+    mnemosyned -postgres.address=… -cluster.secret …
+
+- These are hidden: the values of flags that are declared secret (config/flags.py), as `-flag=value` and as
+  `-flag value`; the user and the password in a URL; the token after `cluster whois`.
+- A secret flag without its value hides the next argument, whatever it is. To hide too much does no harm.
+- The secret is visible for the milliseconds before the replacement. Shell history and process accounting
+  keep it; a file is better.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +25,38 @@ from setproctitle import getproctitle, setproctitle, setthreadtitle
 
 PROGRAM: Final = "mnemosyned"
 _HIDDEN: Final = "…"
-# Keeps the library out of the environment, whose memory follows the arguments': /proc/PID/environ stays.
+# The environment is in memory after the arguments. The library would overwrite both to make room for a long
+# title. With this variable it leaves the environment alone, so that /proc/PID/environ stays readable.
 _ARGUMENTS_ONLY: Final = "SPT_NOENV"
 
 
 def hide_secrets(arguments: Sequence[str], secret_flags: Collection[str]) -> None:
     """Replace the process title by one without secrets, if these arguments hold any.
 
-    Where that does not work, the standard error says so: the operator relies on it.
+    If that does not work, a line on the standard error says so, since the user believes the secret hidden.
+    `secret_flags` are names without dashes.
     """
     shown = without_secrets(arguments, secret_flags)
     if shown == list(arguments):
         return
-    # Arguments that are not UTF-8 hold surrogates, which have no encoding.
+    # Arguments that are not UTF-8 hold surrogates, which cannot be encoded.
     title = " ".join([PROGRAM, *shown]).encode(errors="replace").decode()
     is_ours = _ARGUMENTS_ONLY not in os.environ
     os.environ.setdefault(_ARGUMENTS_ONLY, "1")
     setproctitle(title)
     if is_ours:
         del os.environ[_ARGUMENTS_ONLY]
-    # The library cut the title off there, as the kernel does: `ps -C` and `pkill` want the name alone.
+    # The library also sets the thread's name, cut to 15 bytes of the title. `ps -C` and `pkill` compare that
+    # name, and find the daemon only by its bare name.
     setthreadtitle(PROGRAM)
     if not title.startswith(getproctitle() or "?"):
         sys.stderr.write(f"{PROGRAM}: every user here can read the command line: give secrets in a file\n")
 
 
 def without_secrets(arguments: Sequence[str], secret_flags: Collection[str]) -> list[str]:
-    """Return the arguments with a mark in place of each secret, address and token."""
+    """Return the arguments with a mark in place of each secret, each credential in a URL, and each token."""
     if list(arguments[:1]) == ["cluster"] and "whois" in arguments:
-        # The token may be anywhere behind it.
+        # The token may be anywhere after the word, among flags: everything after it is hidden.
         at = arguments.index("whois")
         behind = [_HIDDEN] if arguments[at + 1 :] else []
         return [*without_secrets(arguments[:at], secret_flags), "whois", *behind]
@@ -54,7 +70,7 @@ def without_secrets(arguments: Sequence[str], secret_flags: Collection[str]) -> 
         elif is_flag and equals:
             shown.append(f"{name}={_HIDDEN}")
         else:
-            # Whatever flag it was meant for.
+            # In any argument: a DSN may be given for the wrong flag, or without one.
             shown.append(re.sub("://.*@", f"://{_HIDDEN}@", argument, flags=re.DOTALL))
         is_secret = is_flag and not equals and not is_secret
     return shown

@@ -1,4 +1,20 @@
-"""The files that TLS needs, read together and checked before anything uses them."""
+"""The files that TLS needs, read together and checked before anything uses them.
+
+    TlsFiles (paths) ── read(), checked ──> TlsMaterial (bytes) ──┬──> the gRPC engine   (engine.py)
+         ^                                                        ├──> the admin port    (`admin_context`)
+         └── once a second, if they changed (file_reloader.py)    └──> dials to peers    (node.py)
+
+Three users take the same files, and must not have different halves of a replacement. Hence the files are read
+as one, and checked as one: OpenSSL loads chain, key and authorities, and compares the key with the
+certificate. Only then does a user see them. A user that reads the paths itself, as h2corn and the admin port
+do, may meet a still newer change; it then raises FilesUnusable, and the reloader tries again.
+
+- TLS 1.2 at least; the ciphers are OpenSSL's defaults.
+- `authorities` (`-tls.ca`) verify clients and peers. The admin port asks for no certificate, also if the gRPC
+  port does: what scrapes metrics rarely has one.
+- A private key with a password is refused: OpenSSL would ask for the password on the terminal.
+- An expired certificate is served nevertheless. Clients refuse it; a metric shows its end beforehand.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +28,7 @@ from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 
 
 class ClientAuth(Enum):
-    """Whether clients show a certificate."""
+    """Whether clients of the gRPC port show a certificate: `-tls.client-auth`."""
 
     NONE = "none"
     OPTIONAL = "optional"
@@ -21,7 +37,11 @@ class ClientAuth(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsFiles:
-    """Where PEM files are: this node's chain and key, and the authorities that vouch for others."""
+    """The paths of PEM files: this node's chain and key, and the authorities that verify others.
+
+    `authorities` is empty if `-tls.ca` is not given: then no certificate is asked for, and peers are verified
+    by the system's authorities.
+    """
 
     certificate: str
     private_key: str
@@ -32,8 +52,10 @@ class TlsFiles:
         """Return what the files hold now, checked.
 
         Raises:
-            FilesUnusable: one cannot be read or is no PEM file, or the key is not the certificate's.
+            FilesUnusable: a file cannot be read or is no PEM file, or the key is not the certificate's.
         """
+        # OpenSSL's own checks; the context is not kept. The bytes are read after it, so a replacement in
+        # between is not checked. The reloader then sees new stamps in the next second, and reads once more.
         _server_context(self)
         certificate = _bytes_of(self.certificate)
         try:
@@ -51,7 +73,7 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsMaterial:
-    """What the files held at one time."""
+    """The content of the files at one time; `expires_at_s` is in seconds since the epoch."""
 
     certificate: bytes
     private_key: bytes = field(repr=False)
@@ -61,17 +83,23 @@ class TlsMaterial:
 
 
 def tls_reloader(files: TlsFiles) -> FileReloader[TlsMaterial]:
-    """Return what the files hold, now and whenever they change. Raises FilesUnusable."""
+    """Return a reloader of the files' content. Raises FilesUnusable if they are invalid now."""
     return FileReloader("tls", (files.certificate, files.private_key, files.authorities), files.read)
 
 
 def admin_context(files: TlsFiles) -> ssl.SSLContext:
-    """Return the context of the operator's port, which asks for no certificate. Raises FilesUnusable."""
+    """Return the context of the admin port, which asks for no certificate. Raises FilesUnusable."""
     return _server_context(files)
 
 
 def client_context(authorities: str) -> ssl.SSLContext:
-    """Return a context that believes these authorities, or the system's if empty. Raises FilesUnusable."""
+    """Return a context for a client that accepts certificates of these authorities.
+
+    `authorities` is the path of a PEM file; empty: the system's authorities. Used by the commands.
+
+    Raises:
+        FilesUnusable: the file cannot be read or is no PEM file.
+    """
     try:
         return ssl.create_default_context(cafile=authorities or None)
     except OSError as exc:
@@ -94,7 +122,7 @@ def _server_context(files: TlsFiles) -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    # Else OpenSSL would ask the terminal.
+    # Without a callback OpenSSL would ask on the terminal, and a daemon without one would hang.
     raise ValueError("the private key is encrypted")
 
 
@@ -106,6 +134,7 @@ def _bytes_of(path: str) -> bytes:
 
 
 def _reason(exc: Exception) -> str:
+    # The texts of ssl.SSLError name source files of OpenSSL; its `reason` is a short constant.
     if isinstance(exc, ssl.SSLError):
         return exc.reason.lower().replace("_", " ") if exc.reason else "it is no PEM file"
     return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)

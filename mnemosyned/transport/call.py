@@ -11,8 +11,8 @@ An engine makes a `Call`, finds its method in the table (`methods.py`), and has 
     any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, with the traceback
     CancelledError           | none: the client is gone   | `rpc_failed` at INFO, as CANCELLED, limited too
 
-Why only the caller's errors are limited: a client can cause any number of them, and a log line costs more than
-the call. The other two are rare, or are the reason why the log is read.
+Why only the caller's errors are limited: a client can cause any number of them, and a log line costs more
+than the call. The other two kinds are rare, or are the reason why the log is read.
 
 The hot path. A cached Get enters `invoke_unary`, its handler, and nothing else of this module. Therefore:
 
@@ -106,8 +106,8 @@ class MethodStats:
 
     __slots__ = ("_buckets", "by_code", "duration_s", "in_flight", "labels", "ok")
 
-    def __init__(self, service: str, handler: str, kind: str) -> None:
-        self.labels = (service, handler, kind)
+    def __init__(self, service: str, handler: str, cardinality: str) -> None:
+        self.labels = (service, handler, cardinality)
         self.in_flight = 0
         self.ok = 0  # apart from `by_code`: an attribute costs a third of a dictionary's update
         self.by_code: CountByLabel[str] = CountByLabel()

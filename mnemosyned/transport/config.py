@@ -1,4 +1,12 @@
-"""The settings of the gRPC port."""
+"""The settings of the gRPC port, and how it closes.
+
+Every limit here bounds memory that a client could otherwise fill: the size of a request, the calls of one
+connection, the number of connections. Their product is far more memory than any host has. The limits are for
+clients that err, one at a time; `-auth.keys` and TLS keep out those that mean harm.
+
+After SIGTERM a call has `-drain.delay` to arrive and then `-drain.timeout` to finish. Kubernetes kills a pod
+after its grace period, 30 s by default: the sum of both must be less, with 5 s for the last writes.
+"""
 
 from __future__ import annotations
 

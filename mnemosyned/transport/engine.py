@@ -21,7 +21,7 @@ What the daemon requires besides:
   soon as the engine allows.
 - Two daemons never share a port: the second one's `start` fails.
 - `drain` refuses new connections before it waits for calls in flight.
-- New TLS files are served without closing the listener, so that no connection is refused meanwhile.
+- New TLS files are served without closing the listener, so that no connection is refused.
 - Names in a client's certificate reach the call only if one of our authorities has signed it.
 
 Two engines implement the port, and one suite of tests runs on both (tests/contract). What they do alike is

@@ -85,7 +85,7 @@ def test_a_certificate_has_the_role_of_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(None, "No such file"), ("", "names nobody"), ("root x", "line 1: it is not a role")],
+    [(None, "No such file"), ("", "no callers"), ("root x", "line 1: it is not a role")],
 )
 def test_a_file_of_keys_that_is_no_good_ends_the_start(
     tmp_path: Path, content: str | None, word: str
