@@ -9,7 +9,7 @@ Start
 3. The gRPC port, then the admin port. A port in use ends the start before the storage is touched. The ports
    listen early, so that a balancer and `/healthr` get an answer while the storage is awaited.
 4. The storage. An unavailable one is awaited without a limit: in a cluster all parts may start at once. One
-   that refuses this daemon (a wrong password, a foreign table) ends it.
+   that refuses this daemon (a wrong password, a table of another form) ends it.
 5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
 6. SERVING, once the node has joined: before that it cannot keep copies, and writes of others do not reach it.
 

@@ -73,6 +73,8 @@ class ClusterConfig(Section):
         "cluster.label", "", label, "name of the cluster; nodes with another name are refused"
     )
 
+    # As seeds are given by one DNS name in Kubernetes, the own address may be among what a name resolves to.
+    # That is sorted out when the seeds are asked (cluster/gossip.py); here are only addresses as written.
     @property
     def foreign_seeds(self) -> tuple[str, ...]:
         """The seeds without this node's own address: one list of seeds may be given to every node."""

@@ -3,8 +3,8 @@
 Two kinds of metrics, by how often something is counted:
 
 - On the path of every call: plain integers, in the part that counts (MethodStats, CacheCounters). A
-  `Collector` reads them when Prometheus scrapes. An increment of prometheus_client takes a lock and costs as
-  much as the lookup of a cached session.
+  `Collector` reads them when Prometheus scrapes. An increment of prometheus_client takes a lock and more than
+  a microsecond, and a call would need several.
 - Rarer things: Counter, Gauge and Histogram of prometheus_client, in a class for each part.
 
 Scrapes run on threads of the admin port. A collector only reads, and each number is read in one step, so no

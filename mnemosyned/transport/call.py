@@ -9,7 +9,7 @@ An engine makes a `Call`, finds its method in the table (`methods.py`), and has 
     an error of the caller   | as in status.py            | `rpc_failed` at INFO, at most 100 a second
     another error of ours    | as in status.py            | `rpc_failed` at WARNING
     any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, with the traceback
-    CancelledError           | none: the client is gone   | `rpc_failed` at INFO, as CANCELLED, limited too
+    CancelledError           | none is sent               | `rpc_failed` at INFO, as CANCELLED, limited too
 
 Why only the caller's errors are limited: a client can cause any number of them, and a log line costs more
 than the call. The other two kinds are rare, or are the reason why the log is read.

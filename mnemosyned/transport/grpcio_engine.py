@@ -41,7 +41,7 @@ Context = Any
 
 
 class GrpcioEngine:
-    """Engine on grpc.aio."""
+    """Engine on grpc.aio; one server, which keeps its certificate in a variable that handshakes read."""
 
     def __init__(self, table: MethodTable, options: EngineOptions) -> None:
         self._options = options
@@ -89,7 +89,7 @@ class GrpcioEngine:
 
 
 class _GrpcioCall:
-    """Call on a servicer context."""
+    """Call on a servicer context; its deadline is read at once, because grpcio counts it from now on."""
 
     __slots__ = ("_context", "deadline")
 
@@ -141,6 +141,7 @@ def _largest_limit(table: MethodTable, options: EngineOptions) -> int:
 def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Context], Awaitable[bytes]]:
     limit_bytes = method.max_message_bytes or max_message_bytes
 
+    # An adapter for grpcio, which calls it with the deserialized message: without a deserializer, the bytes.
     async def behaviour(message: bytes, context: Context) -> bytes:
         call = _GrpcioCall(context)
         try:
@@ -182,6 +183,7 @@ def _check_size(message: bytes, limit_bytes: int) -> None:
         raise MessageTooLarge(f"mnemosyned: a message of {len(message)} bytes, over {limit_bytes}")
 
 
+# As a stream, since the call may be of any kind: a stream takes any number of messages.
 def _unknown(path: str) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
     async def behaviour(_: AsyncIterator[bytes], context: Context) -> None:
         exc = Unimplemented(f"mnemosyned: unknown method {path[:200]}")
