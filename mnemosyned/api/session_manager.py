@@ -76,8 +76,8 @@ _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 
 Request = TypeVar("Request", bound=Message)
-# A serialized response: at once where a cache has it, otherwise by a coroutine. At once saves the coroutine and
-# the time-out around it.
+# A serialized response: at once where a cache has it, otherwise by a coroutine. At once saves that
+# coroutine and the time-out around it.
 Response: TypeAlias = bytes | Coroutine[Any, Any, bytes]
 Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
 
