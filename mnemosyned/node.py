@@ -79,7 +79,7 @@ from mnemosyned.transport.methods import MethodTable
 
 log = logging.getLogger(__name__)
 
-# Keys between two turns of the event loop: 1.5 ms, which is the most that the sweep delays a call.
+# Keys between two turns of the event loop. To find their owners takes about 1.5 ms, in which calls wait.
 _SWEEP_KEYS: Final = 1000
 # Between two questions for the storage's identity; the daemon is not ready before it has one.
 _RETRY_S: Final = 0.5
