@@ -2,11 +2,11 @@
 
     token owned by       | and the call came from a client | and was forwarded
     ---------------------+---------------------------------+--------------------
-    this node, settled   | OWNED                           | OWNED
-    this node, not yet   | PASSING                         | PASSING
-    another node         | Forward(owner)                  | PASSING
+    this node, settled   | CACHED                          | CACHED
+    this node, not yet   | UNCACHED                        | UNCACHED
+    another node         | Forward(owner)                  | UNCACHED
 
-OWNED answers through the cache. PASSING answers from the storage and leaves nothing in the cache, because a
+CACHED answers through the cache. UNCACHED answers from the storage and leaves nothing in the cache, because a
 write at the real owner would not reach that copy. Two nodes may disagree on the ring for a moment. A
 forwarded call is never forwarded again, so a disagreement costs one hop and cannot become a loop.
 """
@@ -39,18 +39,18 @@ class Forward:
 
 
 Route = Local | Forward
-OWNED = Local(fill_cache=True)
-PASSING = Local(fill_cache=False)
+CACHED = Local(fill_cache=True)
+UNCACHED = Local(fill_cache=False)
 
 
 def route(view: View, token: str, *, hops_left: int) -> Route:
     """Return where a call for the token is answered; one that was forwarded has no hops left."""
     if not view.is_alone and (owner := view.ring.owner(token)) != view.me:
-        return Forward(owner) if hops_left > 0 else PASSING
+        return Forward(owner) if hops_left > 0 else UNCACHED
     if not view.is_active:
         # While it joins, this node does not know yet which nodes hold copies.
-        return PASSING
-    return OWNED if not view.former or view.has_settled(token) else PASSING
+        return UNCACHED
+    return CACHED if not view.former or view.has_settled(token) else UNCACHED
 
 
 def peers_with_copies(view: View, tokens: Iterable[str]) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from cluster.ring import Ring
-from cluster.routing import OWNED, PASSING, Forward, peers_with_copies, route
+from cluster.routing import CACHED, UNCACHED, Forward, peers_with_copies, route
 from cluster.view import View, alone
 
 NODES = ("a:1", "b:1", "c:1")
@@ -17,17 +17,17 @@ def view(me: str) -> View:
 
 @pytest.mark.parametrize("hops_left", [0, 1])
 def test_a_node_alone_owns_every_token(hops_left: int) -> None:
-    assert route(alone("a:1", is_active=True), "token", hops_left=hops_left) is OWNED
+    assert route(alone("a:1", is_active=True), "token", hops_left=hops_left) is CACHED
 
 
 def test_a_node_that_joins_keeps_no_copies() -> None:
-    assert route(alone("a:1", is_active=False), "token", hops_left=1) is PASSING
+    assert route(alone("a:1", is_active=False), "token", hops_left=1) is UNCACHED
 
 
 def test_each_token_has_one_owner_and_all_others_forward_to_it() -> None:
     for token in (f"token-{number}" for number in range(100)):
         routes = {me: route(view(me), token, hops_left=1) for me in NODES}
-        (owner,) = (me for me, found in routes.items() if found is OWNED)
+        (owner,) = (me for me, found in routes.items() if found is CACHED)
 
         assert all(found == Forward(owner) for me, found in routes.items() if me != owner)
 
@@ -36,8 +36,8 @@ def test_what_was_forwarded_is_answered_and_never_forwarded_on() -> None:
     for token in (f"token-{number}" for number in range(100)):
         found = [route(view(me), token, hops_left=0) for me in NODES]
 
-        assert found.count(OWNED) == 1
-        assert found.count(PASSING) == 2
+        assert found.count(CACHED) == 1
+        assert found.count(UNCACHED) == 2
 
 
 def test_a_node_that_owns_nothing_forwards_everything() -> None:
@@ -55,11 +55,11 @@ def test_only_a_ring_of_this_node_makes_it_alone(nodes: tuple[str, ...]) -> None
 def test_a_token_that_has_just_come_to_a_node_is_kept_in_no_cache_yet() -> None:
     former = (Ring(("b:1", "c:1")),)
     tokens = [f"token-{number}" for number in range(100)]
-    mine = [token for token in tokens if route(view("a:1"), token, hops_left=1) is OWNED]
+    mine = [token for token in tokens if route(view("a:1"), token, hops_left=1) is CACHED]
     young = View(me="a:1", ring=Ring(NODES), address_by_name={}, former=former)
 
     assert mine
-    assert {route(young, token, hops_left=1) for token in mine} == {PASSING}
+    assert {route(young, token, hops_left=1) for token in mine} == {UNCACHED}
 
 
 def test_a_token_that_stays_is_kept_while_others_come() -> None:
@@ -69,8 +69,8 @@ def test_a_token_that_stays_is_kept_while_others_come() -> None:
         is_mine = NODES[0] == young.ring.owner(token)
         was_mine = young.former[0].owner(token) == "a:1"
 
-        assert (route(young, token, hops_left=1) is OWNED) == (is_mine and was_mine)
-        assert (route(last, token, hops_left=1) is OWNED) == was_mine
+        assert (route(young, token, hops_left=1) is CACHED) == (is_mine and was_mine)
+        assert (route(last, token, hops_left=1) is CACHED) == was_mine
 
 
 def dialled(me: str, *, former: tuple[Ring, ...] = (), nodes: tuple[str, ...] = NODES) -> View:

@@ -59,7 +59,7 @@ async def test_bags_keep_to_their_limits_when_they_start_and_when_they_change(en
         assert dict(got.session.bag) == {"a": "3", "b": "2"}
 
 
-class UnauthenticatedPeer:
+class RawClient:
     """A bare HTTP/2 connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,12 +67,12 @@ class UnauthenticatedPeer:
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration())
 
     @classmethod
-    async def come(cls, address: str) -> UnauthenticatedPeer:
+    async def come(cls, address: str) -> RawClient:
         host, _, port = address.rpartition(":")
-        stranger = cls(*await asyncio.open_connection(host, int(port)))
-        stranger.h2.initiate_connection()
-        stranger.writer.write(stranger.h2.data_to_send())
-        return stranger
+        client = cls(*await asyncio.open_connection(host, int(port)))
+        client.h2.initiate_connection()
+        client.writer.write(client.h2.data_to_send())
+        return client
 
     async def is_served(self, within_s: float) -> bool:
         """Tell whether the server greets it."""
@@ -86,26 +86,26 @@ class UnauthenticatedPeer:
 
 async def test_a_connection_is_told_how_many_calls_it_may_have_in_flight(engine: str) -> None:
     async with limited(engine) as node:
-        stranger = await UnauthenticatedPeer.come(node.address)
+        client = await RawClient.come(node.address)
 
-        assert await stranger.is_served(10)
-        assert stranger.h2.remote_settings.max_concurrent_streams == 7
-        stranger.writer.close()
+        assert await client.is_served(10)
+        assert client.h2.remote_settings.max_concurrent_streams == 7
+        client.writer.close()
 
 
 async def test_one_connection_too_many_is_not_served_before_another_ends(engine: str) -> None:
     async with limited(engine) as node:
         await node.stub.Exists(ExistsRequest(access_token="t"))
-        second = await UnauthenticatedPeer.come(node.address)
+        second = await RawClient.come(node.address)
         assert await second.is_served(10)
 
-        third = await UnauthenticatedPeer.come(node.address)
+        third = await RawClient.come(node.address)
         assert not await third.is_served(0.3)
         await node.stub.Exists(ExistsRequest(access_token="t"))
 
         third.writer.close()
         second.writer.close()
         async with asyncio.timeout(10):
-            while not await (fourth := await UnauthenticatedPeer.come(node.address)).is_served(1):
+            while not await (fourth := await RawClient.come(node.address)).is_served(1):
                 fourth.writer.close()
         fourth.writer.close()

@@ -112,7 +112,7 @@ async def started(peer: Peer, **fields: str) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("signature", ["", "v1 1 2 3", "nonsense"])
-async def test_a_stranger_is_refused(peer: Peer, method: str, signature: str) -> None:
+async def test_an_unauthenticated_peer_is_refused(peer: Peer, method: str, signature: str) -> None:
     code, text = await status_of(call(peer, method, b"", signature=signature))
 
     assert code is UNAUTHENTICATED
@@ -138,7 +138,7 @@ async def test_a_call_is_believed_once_and_for_its_own_method(peer: Peer) -> Non
 
 
 @pytest.mark.parametrize("signature", ["", "nonsense"])
-async def test_a_strangers_stream_is_ended_before_its_first_batch(
+async def test_the_stream_of_an_unauthenticated_peer_is_ended_before_its_first_batch(
     peer: Peer, origin: pb.Origin, signature: str
 ) -> None:
     stream = Stream(peer, origin, signature=signature)

@@ -109,8 +109,8 @@ async def test_plain_text_and_old_versions_are_refused(authority: Authority, eng
 async def test_a_required_certificate_is_one_of_our_authorities(
     authority: Authority, engine_name: str, tmp_path: Path
 ) -> None:
-    stranger = Authority(tmp_path / "theirs")
-    directory = stranger.issue("web.example", at="client")
+    foreign = Authority(tmp_path / "theirs")
+    directory = foreign.issue("web.example", at="client")
     forged = grpc.ssl_channel_credentials(
         authority.pem, (directory / "key.pem").read_bytes(), (directory / "crt.pem").read_bytes()
     )
@@ -122,8 +122,8 @@ async def test_a_required_certificate_is_one_of_our_authorities(
 
 
 async def test_an_optional_certificate_is_seen_if_there_is_one(authority: Authority, tmp_path: Path) -> None:
-    stranger = Authority(tmp_path / "theirs")
-    directory = stranger.issue("web.example", at="client")
+    foreign = Authority(tmp_path / "theirs")
+    directory = foreign.issue("web.example", at="client")
     forged = grpc.ssl_channel_credentials(
         authority.pem, (directory / "key.pem").read_bytes(), (directory / "crt.pem").read_bytes()
     )
@@ -174,7 +174,7 @@ async def test_new_certificates_are_served_and_no_call_is_dropped(
         assert calls > 5
 
 
-async def test_files_that_are_no_good_leave_what_is_served(authority: Authority, engine_name: str) -> None:
+async def test_invalid_files_leave_what_is_served(authority: Authority, engine_name: str) -> None:
     files = authority.files("localhost")
     async with running(engine_name, files) as server:
         good = files.read()
@@ -187,9 +187,7 @@ async def test_files_that_are_no_good_leave_what_is_served(authority: Authority,
         assert await server.names(authority.credentials()) == ""
 
 
-async def test_an_engine_does_not_start_on_files_that_are_no_good(
-    authority: Authority, engine_name: str
-) -> None:
+async def test_an_engine_does_not_start_on_invalid_files(authority: Authority, engine_name: str) -> None:
     files = authority.files("localhost")
     spoil(files)
 

@@ -84,7 +84,7 @@ def test_check_fails_when_a_members_page_cannot_be_read(cluster: Cluster) -> Non
     assert f"{second}: admin port" in out
 
 
-def test_leave_needs_the_secret_and_ends_the_node_in_order(cluster: Cluster) -> None:
+def test_leave_needs_the_secret_and_ends_the_node_cleanly(cluster: Cluster) -> None:
     first, second = cluster.names
     code, _, err = run("leave", "-node", second, "-cluster.secret=hunter2-of-another-cluster")
     assert (code, "secret" in err) == (1, True)

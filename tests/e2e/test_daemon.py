@@ -167,7 +167,7 @@ def test_a_taken_port_ends_the_start_with_one_line(engine: str) -> None:
     assert "Traceback" not in daemon.log
 
 
-def test_a_taken_operators_port_ends_the_start_with_one_line() -> None:
+def test_a_taken_admin_port_ends_the_start_with_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with Daemon("-storage=memory", f"-port={port - 1}") as daemon:

@@ -135,7 +135,7 @@ def test_a_port_in_use_is_an_error(server: AdminServer) -> None:
     [b"GET /?token=hunter2 2 HTTP/1.1", b"GET /?token=hunter2 HTTP/hunter2", b"GET /?token=hunter2 HTTP/9.9"],
 )
 @pytest.mark.parametrize("method", [b"GET", b"HUNTER2"])
-def test_a_request_that_is_no_good_is_refused_and_not_repeated(
+def test_an_invalid_request_is_refused_and_not_repeated(
     server: AdminServer, request_line: bytes, method: bytes
 ) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as one:

@@ -66,7 +66,7 @@ def test_a_line_that_means_nothing_is_named_and_not_shown(tmp_path: Path, line: 
     assert KEY not in str(caught.value)
 
 
-def test_a_file_that_names_nobody_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_callers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FilesUnusable, match="no callers"):
         callers(tmp_path, "# nobody yet")
     with pytest.raises(FilesUnusable, match="No such file"):

@@ -66,7 +66,7 @@ def test_the_files_are_read_together(authority: Authority) -> None:
 
 @pytest.mark.parametrize("damaged", ["certificate", "private_key", "authorities"])
 @pytest.mark.parametrize("content", [None, "", "nonsense"])
-def test_a_file_that_is_no_good_is_named(authority: Authority, damaged: str, content: str | None) -> None:
+def test_an_invalid_file_is_named(authority: Authority, damaged: str, content: str | None) -> None:
     files = authority.files("a.example")
     path = Path(getattr(files, damaged))
     if content is None:
@@ -169,7 +169,7 @@ async def test_what_a_follower_refuses_is_tried_again(authority: Authority) -> N
     assert len(follower.served) == 1
 
 
-def test_the_operators_context_speaks_no_old_tls(authority: Authority) -> None:
+def test_the_admin_ports_context_speaks_no_old_tls(authority: Authority) -> None:
     assert admin_context(authority.files("a.example")).minimum_version == ssl.TLSVersion.TLSv1_2
 
 
