@@ -173,17 +173,27 @@ def served(port: int) -> tuple[str, ...]:
 def keep_calling(
     daemon: Daemon, authority: Authority, kind: str, is_over: threading.Event, calls: dict[str, int]
 ) -> None:
-    """Call until it is over, on one connection or on a new one each time; -1 calls if one fails."""
+    """Call until it is over, on one connection or on a new one each time; -1 calls if one fails.
+
+    A new connection may be lost once: a server of h2corn that gives way to the next one may lose a
+    connection in its TLS handshake.
+    """
     credentials = authority.credentials()
     options = [("grpc.use_local_subchannel_pool", 1)]
-    request, count = ExistsRequest(access_token="absent"), 0
+    request, count, may_lose = ExistsRequest(access_token="unknown"), 0, int(kind == "new")
     channel = grpc.secure_channel(daemon.address, credentials, options=options)
     try:
         while not is_over.is_set():
             if kind == "new":
                 channel.close()
                 channel = grpc.secure_channel(daemon.address, credentials, options=options)
-            SessionManagerStub(channel).Exists(request, timeout=5)
+            try:
+                SessionManagerStub(channel).Exists(request, timeout=1)
+            except grpc.RpcError as exc:
+                is_lost = exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+                if not (is_lost and may_lose):
+                    raise
+                may_lose -= 1
             count += 1
     except grpc.RpcError as exc:
         daemon.lines.append(f"failed: {exc}\n")
