@@ -17,6 +17,7 @@ from cache.read_through import ReadThrough
 from cluster.peer_auth import PeerAuth
 from mnemosyned import assembly
 from mnemosyned.assembly import GRPC_ENGINES, Hooks
+from mnemosyned.config.config import Config
 from mnemosyned.node import ClusterNode
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import SessionService
@@ -56,13 +57,7 @@ async def peering(
     """
     (port,) = free_ports(1)
     address = f"127.0.0.1:{port}"
-    config = configured(
-        f"-port={port}",
-        f"-cluster.listen={address}",
-        f"-cluster.seeds={','.join(seeds)}",
-        f"-cluster.secret={','.join(secrets)}",
-        f"-cluster.label={label}",
-    )
+    config = _config(address, seeds, secrets, label)
     stopped = asyncio.Event()
     parts = assembly.assemble(config, store, Hooks(registry=CollectorRegistry(), stop=stopped.set))
     node = parts.node
@@ -99,3 +94,13 @@ async def peering(
         await engine.drain()
         await node.announce_left()
         await parts.service.close()
+
+
+def _config(address: str, seeds: tuple[str, ...], secrets: tuple[str, ...], label: str) -> Config:
+    return configured(
+        f"-port={address.rpartition(':')[2]}",
+        f"-cluster.listen={address}",
+        f"-cluster.seeds={','.join(seeds)}",
+        f"-cluster.secret={','.join(secrets)}",
+        f"-cluster.label={label}",
+    )
