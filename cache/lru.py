@@ -30,7 +30,7 @@ class Lru(Generic[Value]):
         self._max_bytes = max_bytes
         # Called with the key of each entry that goes, also of one that is replaced.
         self.on_removed: Callable[[str], None] | None = None
-        # The least recently read entry first. Public for the hot path of `ReadThrough.peek`, which only reads it.
+        # The least recently read entry first. Public for `ReadThrough.peek`, which only reads it.
         self.slots: OrderedDict[str, Slot[Value]] = OrderedDict()
         self._size_bytes = 0
 
