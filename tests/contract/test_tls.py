@@ -24,6 +24,8 @@ from mnemosyned.transport.call import Call
 from mnemosyned.transport.engine import Engine, ListenFailed
 from mnemosyned.transport.methods import MethodTable
 
+# What becomes of a call whose connection is lost in its TLS handshake.
+LOST = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
 NAMES = "/test.Test/Names"
 SLOW = "/test.Test/Slow"
 
@@ -156,7 +158,7 @@ async def test_new_certificates_are_served_and_no_call_is_dropped(
                     try:
                         await one.unary_unary(NAMES)(b"", timeout=1)
                     except grpc.aio.AioRpcError as exc:
-                        assert exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # noqa: PT017  # counted below
+                        assert exc.code() in LOST, exc  # noqa: PT017  # counted below
                         lost += 1
                 calls += 1
 

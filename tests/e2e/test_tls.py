@@ -190,7 +190,8 @@ def keep_calling(
             try:
                 SessionManagerStub(channel).Exists(request, timeout=1)
             except grpc.RpcError as exc:
-                is_lost = exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+                lost = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
+                is_lost = exc.code() in lost  # type: ignore[attr-defined]  # a call's error has a code
                 if not (is_lost and may_lose):
                     raise
                 may_lose -= 1
