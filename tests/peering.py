@@ -16,12 +16,13 @@ from serving import configured
 from cache.read_through import ReadThrough
 from cluster.peer_auth import PeerAuth
 from mnemosyned import assembly
-from mnemosyned.assembly import GRPC_ENGINES, Hooks
+from mnemosyned.assembly import GRPC_ENGINES, Hooks, Parts
 from mnemosyned.config.config import Config
 from mnemosyned.node import ClusterNode
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.store import EngineStore
+from mnemosyned.transport.engine import Engine
 from mnemosyned.transport.methods import MethodTable
 
 
@@ -90,10 +91,14 @@ async def peering(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        await node.leave()
-        await engine.drain()
-        await node.announce_left()
-        await parts.service.close()
+        await _take_down(node, engine, parts)
+
+
+async def _take_down(node: ClusterNode, engine: Engine, parts: Parts) -> None:
+    await node.leave()
+    await engine.drain()
+    await node.announce_left()
+    await parts.service.close()
 
 
 def _config(address: str, seeds: tuple[str, ...], secrets: tuple[str, ...], label: str) -> Config:

@@ -78,7 +78,8 @@ async def test_shielded_work_ends_though_its_caller_was_cancelled() -> None:
     await asyncio.gather(caller, return_exceptions=True)
     may_end.set()
 
-    await until(ended.is_set)
+    await until(lambda: not len(tasks))
+    assert ended.is_set()
 
 
 async def test_the_caller_of_shielded_work_gets_its_result_or_its_failure(
