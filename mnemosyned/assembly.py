@@ -61,7 +61,7 @@ from mnemosyned.transport.call import Call
 from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.engine import Engine, EngineOptions
 from mnemosyned.transport.grpcio_engine import GrpcioEngine
-from mnemosyned.transport.h2corn_engine import H2cornEngine
+from mnemosyned.transport.h2_engine import H2Engine
 from mnemosyned.transport.methods import MethodTable
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from mnemosyned.transport.traces import Tracing
 
 GRPC_ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
-    "h2corn": H2cornEngine,
+    "h2": H2Engine,
     "grpcio": GrpcioEngine,
 }
 _PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})

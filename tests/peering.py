@@ -44,7 +44,7 @@ class Peer:
 @asynccontextmanager
 async def peering(
     store: EngineStore,
-    engine_name: str = "h2corn",
+    engine_name: str = "h2",
     *,
     seeds: tuple[str, ...] = (),
     secrets: tuple[str, ...] = (SECRET,),

@@ -58,7 +58,7 @@ class Node:
 
 @asynccontextmanager
 async def serving(
-    store: EngineStore, engine_name: str = "h2corn", *, flags: Sequence[str] = ()
+    store: EngineStore, engine_name: str = "h2", *, flags: Sequence[str] = ()
 ) -> AsyncIterator[Node]:
     parts = assembled(store, *flags)
     parts.health.set_serving(True)

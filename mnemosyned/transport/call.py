@@ -31,7 +31,7 @@ from collections import Counter as CountByLabel
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 from grpc import StatusCode
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _REFUSALS: Final = LogRateLimiter()
 _RPC_BUCKETS_S: Final = (
@@ -156,28 +158,48 @@ class Failure:
     is_bug: bool = False
 
 
-async def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> bytes | Failure:
-    """Return the response, or why there is none; only a cancellation is raised.
+# A serialized message. A long one may come in pieces, which are then shared with the cache and not copied.
+Encoded: TypeAlias = bytes | tuple[bytes, ...]
+Outcome: TypeAlias = Encoded | Failure
+
+
+def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> Outcome | Coroutine[Any, Any, Outcome]:
+    """Return the response or why there is none, or a coroutine that does; only it raises, its cancellation.
 
     A response that the handler returns at once is sent even if the deadline has passed: it costs less than
-    asking what time it is.
+    asking what time it is. Whoever gets a coroutine must await it: the call counts as in flight until then.
     """
     method.stats.begin()
     started_s = time.perf_counter()
     try:
         response = method.handle(message, call)
-        if not isinstance(response, bytes):
-            response = await await_in_time(response, call)
+    except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
+        return fail(method, call, exc, started_s)
+    if isinstance(response, Coroutine):
+        return _awaited(method, call, response, started_s)
+    _succeed(method, call, started_s)
+    return response
+
+
+async def _awaited(
+    method: UnaryMethod, call: Call, response: Coroutine[Any, Any, Encoded], started_s: float
+) -> Outcome:
+    try:
+        encoded = await await_in_time(response, call)
     except asyncio.CancelledError:
         _count_cancelled(method, call, started_s)
         raise
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return fail(method, call, exc, started_s)
+    _succeed(method, call, started_s)
+    return encoded
+
+
+def _succeed(method: UnaryMethod, call: Call, started_s: float) -> None:
     elapsed_s = time.perf_counter() - started_s
     method.stats.end_ok(elapsed_s)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("rpc", extra=_fields(method, call, StatusCode.OK, elapsed_s))
-    return response
 
 
 async def invoke_stream(
@@ -249,7 +271,7 @@ async def in_time(seconds: float | None) -> AsyncIterator[None]:
         raise
 
 
-async def await_in_time(response: Coroutine[Any, Any, bytes], call: Call) -> bytes:
+async def await_in_time(response: Coroutine[Any, Any, T], call: Call) -> T:
     """Wait for a response until the caller's deadline.
 
     The coroutine is always used up: awaited, or closed if it is not even begun.

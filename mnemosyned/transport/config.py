@@ -37,9 +37,9 @@ class GrpcConfig(Section):
     )
     engine: str = setting(
         "grpc.engine",
-        "h2corn",
-        one_of("h2corn", "grpcio"),
-        "gRPC engine: h2corn (fast), or grpcio (runs where h2corn has no wheel)",
+        "h2",
+        one_of("h2", "grpcio"),
+        "gRPC engine: h2 (fast), or grpcio (the reference, for comparison)",
     )
     max_message_bytes: int = setting(
         "grpc.max-message", "4MiB", size(1024, 64 * 1024**2), "largest request, in bytes, KiB or MiB"

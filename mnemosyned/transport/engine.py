@@ -54,6 +54,9 @@ class EngineOptions:
     max_streams: int  # calls on one connection at once; the client holds further ones back
     max_connections: int  # further ones wait for one to end (h2corn) or are closed (grpcio)
     drain_timeout_s: float
+    send_timeout_s: float = 20.0  # in which a client must take something of what waits for it
+    max_unsent_bytes: int = 256 * 1024**2  # answers that clients have not taken, over all connections
+    max_request_bytes: int = 256 * 1024**2  # requests that are not complete, over all connections
     log_as_json: bool = False  # what the engine itself writes to stderr
     tls: TlsFiles | None = None  # they have been read once, and were valid
 

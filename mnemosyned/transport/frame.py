@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from typing import Final
 
 from mnemosyned.errors import MalformedMessage, MessageTooLarge, Unimplemented
@@ -45,11 +46,16 @@ def framed(message: bytes) -> bytes:
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
-def only_message(body: bytes) -> bytes | None:
+def head(pieces: Sequence[bytes]) -> bytes:
+    """Return what comes before a message that is sent in pieces."""
+    return b"\0" + sum(map(len, pieces)).to_bytes(4, "big")
+
+
+def only_message(body: bytes | bytearray) -> bytes | None:
     """Return the message of a body that is one whole, uncompressed frame; None for any other."""
     if body[:1] != b"\0" or len(body) != HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"):
         return None
-    return body[HEADER_BYTES:]
+    return bytes(body[HEADER_BYTES:])
 
 
 def announced_bytes(body: bytes | bytearray) -> int:

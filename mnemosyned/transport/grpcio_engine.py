@@ -18,7 +18,7 @@ grpcio differs from the port's ideal:
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, NoReturn
 
 import grpc
@@ -150,10 +150,12 @@ def _unary(method: UnaryMethod, max_message_bytes: int) -> Callable[[bytes, Cont
             # `invoke_unary` was not reached, so the call is counted here: `fail` counts it out.
             method.stats.begin()
             await _abort(context, fail(method, call, exc, time.perf_counter()))
-        outcome = await invoke_unary(method, message, call)
+        outcome = invoke_unary(method, message, call)
+        if isinstance(outcome, Coroutine):
+            outcome = await outcome
         if isinstance(outcome, Failure):
             await _abort(context, outcome)
-        return outcome
+        return outcome if isinstance(outcome, bytes) else b"".join(outcome)
 
     return behaviour
 

@@ -135,7 +135,7 @@ async def test_the_token_of_a_context_is_no_key_and_older_names_are_guarded_too(
 
 
 async def test_what_one_node_has_let_in_its_peers_answer(store: MemoryStore) -> None:
-    async with guarded(store, "h2corn") as one, guarded(store, "h2corn", one.peer.address) as other:
+    async with guarded(store, "h2") as one, guarded(store, "h2", one.peer.address) as other:
         metadata = ((KEY_METADATA, KEYS[Role.SESSION]),)
         stubs: list[Any] = [SessionManagerStub(node.peer.channel) for node in (one, other)]
         tokens = [

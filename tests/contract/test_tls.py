@@ -129,7 +129,7 @@ async def test_an_optional_certificate_is_seen_if_there_is_one(authority: Author
     forged = grpc.ssl_channel_credentials(
         authority.pem, (directory / "key.pem").read_bytes(), (directory / "crt.pem").read_bytes()
     )
-    async with running("h2corn", authority.files("localhost", client_auth=ClientAuth.OPTIONAL)) as server:
+    async with running("h2", authority.files("localhost", client_auth=ClientAuth.OPTIONAL)) as server:
         assert await server.names(authority.credentials("web.example")) == "web.example"
         assert await server.names(authority.credentials()) == ""
         await refused(server, forged)
@@ -179,7 +179,7 @@ async def test_new_certificates_are_served_and_no_call_is_dropped(
         assert await slow == b"x"
         assert calls > 5
         # A server of h2corn that gives way to the next one may lose a connection in its TLS handshake.
-        assert lost <= (number + 1 if engine_name == "h2corn" else 0)
+        assert lost <= (number + 1 if engine_name == "h2" else 0)
 
 
 async def test_invalid_files_leave_what_is_served(authority: Authority, engine_name: str) -> None:
@@ -187,7 +187,7 @@ async def test_invalid_files_leave_what_is_served(authority: Authority, engine_n
     async with running(engine_name, files) as server:
         good = files.read()
         spoil(files)
-        if engine_name == "h2corn":
+        if engine_name == "h2":
             # It reads the files itself.
             with pytest.raises(FilesUnusable):
                 await server.engine.reload_tls(good)
@@ -209,7 +209,7 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
     both = tmp_path / "both.pem"
     spell(both, old.pem + new.pem)
     files = replace(old.files("localhost", client_auth=ClientAuth.REQUIRE), authorities=str(both))
-    async with running("h2corn", files) as server:
+    async with running("h2", files) as server:
         peers = Peers(PeerAuth([]), {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
         address = f"127.0.0.1:{server.port}"
 

@@ -117,7 +117,7 @@ async def client(node: Node) -> AsyncIterator[Client]:
 @pytest.fixture
 async def strict_client() -> AsyncIterator[Client]:
     """A client of the engine that is ours; gRPC's core is lax with some of this, or silent."""
-    async with serving(new_store(), "h2corn") as node, connected(node) as one:
+    async with serving(new_store(), "h2") as node, connected(node) as one:
         yield one
 
 

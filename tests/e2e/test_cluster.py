@@ -102,7 +102,7 @@ async def test_nine_nodes_started_at_once_agree_and_any_of_them_answers_for_ever
     assert owners <= set(cluster.names)
 
 
-@pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
+@pytest.mark.parametrize("engine", ["h2", "grpcio"])
 async def test_no_call_fails_when_a_node_is_killed(make_cluster: MakeCluster, engine: str) -> None:
     cluster = await started(make_cluster(5, f"-grpc.engine={engine}"))
     loss = await scenarios.lose(cluster, cluster.names[2])

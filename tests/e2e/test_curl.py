@@ -46,7 +46,7 @@ def test_every_call_of_the_service_is_shown() -> None:
     assert shown == {"Start", "Get", "Exists", "SetValue", "List", "Abandon", "Delete"}
 
 
-@pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
+@pytest.mark.parametrize("engine", ["h2", "grpcio"])
 def test_the_lines_work_as_they_are_written(engine: str, tmp_path: Path) -> None:
     with Daemon("-storage=memory", f"-grpc.engine={engine}") as daemon:
         address = daemon.serving().address

@@ -35,7 +35,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mnemosyned import __version__
 from mnemosyned.embedded.server import EmbeddedPostgres
 
-ENGINES = ["h2corn", "grpcio"]
+ENGINES = ["h2", "grpcio"]
 NEW = StartRequest(session=Session(subject_id="user:1", bag={"k": "hunter2"}))
 
 
@@ -375,7 +375,7 @@ def test_a_draining_node_says_so_and_answers_until_its_delay_is_over() -> None:
         assert daemon.end() == 0
 
 
-@pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
+@pytest.mark.parametrize("engine", ["h2", "grpcio"])
 def test_the_flags_of_limits_reach_what_they_limit(engine: str) -> None:
     flags = ["-bag.max-entries=2", "-bag.max-key=3", "-bag.max-value=5", "-grpc.max-connections=1"]
     with (

@@ -16,7 +16,7 @@ def legacy_python() -> str:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
+@pytest.mark.parametrize("engine", ["h2", "grpcio"])
 @pytest.mark.parametrize("wire", ["plain", "tls"])
 def test_the_whole_flow_passes(
     legacy_python: str, postgres_dsn: str, engine: str, wire: str, tmp_path: Path

@@ -124,7 +124,7 @@ class Run:
         return StartRequest(session=Session(**whole))  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["h2corn", "grpcio"])
+@pytest.fixture(params=["h2", "grpcio"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
     authority = Authority(tmp_path / "ca")
     with (

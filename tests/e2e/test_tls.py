@@ -125,7 +125,7 @@ def _mixed(authority: Authority, stranger: Authority) -> grpc.ChannelCredentials
     return grpc.ssl_channel_credentials(authority.pem, key, chain)
 
 
-@pytest.mark.parametrize("engine", ["h2corn", "grpcio"])
+@pytest.mark.parametrize("engine", ["h2", "grpcio"])
 def test_certificates_replaced_on_disk_are_served_within_five_seconds_and_no_call_fails(
     authority: Authority, engine: str
 ) -> None:
@@ -138,7 +138,7 @@ def test_certificates_replaced_on_disk_are_served_within_five_seconds_and_no_cal
         calls: dict[str, int] = {}
         callers = [
             threading.Thread(target=keep_calling, args=(daemon, authority, kind, may_lose, is_over, calls))
-            for kind, may_lose in (("one", 0), ("new", int(engine == "h2corn")))
+            for kind, may_lose in (("one", 0), ("new", int(engine == "h2")))
         ]
         for caller in callers:
             caller.start()

@@ -51,7 +51,7 @@ def test_bash_completes_flags_commands_and_the_words_of_a_flag(tmp_path: Path) -
     assert set(bash(path, "")) >= {f"-{name}" for name in FLAGS} | set(COMMANDS) | {"-help", "-config"}
     assert bash(path, "-ttl", "5m", "-clus") == [f"-{name}" for name in FLAGS if name.startswith("clus")]
     assert bash(path, "-storage", "") == ["postgres", "memory"]
-    assert bash(path, "--grpc.engine", "h2") == ["h2corn"]
+    assert bash(path, "--grpc.engine", "h2") == ["h2"]
     assert bash(path, "-tls", "=", "f") == ["false"]
 
 

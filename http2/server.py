@@ -1,0 +1,593 @@
+"""The decisions of a server about one connection: streams, limits, time-outs, and how it ends. Pure.
+
+The protocol class (mnemosyned/transport/h2_connection.py) passes in what has arrived and what time it is,
+does what it is told, and sends `output()`. Everything that can be decided wrongly is decided here.
+
+A stream
+--------
+    HEADERS ──> open ── DATA … ──> complete ── the caller answers ──> answered ── all is framed ──> forgotten
+                  |                   |                                   |
+                  └───────────────────┴── RST_STREAM, or a bound ─────────┴──> `is_reset`, forgotten
+
+`receive` returns the streams that have news: new, complete, with a part of a body, or reset. A stream that is
+complete is answered once; one whose method streams is answered in parts.
+
+The connection
+--------------
+    OPEN ── retire() ──> RETIRING ── PING answered, or too late ──> CLOSING ── no stream is left ──> is_over
+      |                      |                                         |
+      └──────────────────────┴── a bound is passed, or the peer errs ──┴──────> is_over
+
+- RETIRING: a GOAWAY with the highest possible stream has been sent. It asks the peer to open no more streams,
+  and still accepts those that are under way (RFC 9113, section 6.8). The PING behind it is answered after the
+  peer has seen the GOAWAY.
+- CLOSING: a second GOAWAY names the last stream that was accepted. Later ones are refused with
+  REFUSED_STREAM, which says that nothing was done, so that the peer may repeat them elsewhere.
+- Reasons to retire: a drain, the connection's age, and RETIRE_AFTER_STREAMS (core.py).
+
+The bounds
+----------
+    what is bounded                           | beyond it
+    ------------------------------------------+----------------------------------------------------------
+    streams at once                           | further ones wait (admission.py)
+    bytes of requests that are not complete   | the stream is `is_refused`, and its bytes are dropped
+    bytes of one block of headers             | ENHANCE_YOUR_CALM, by the library
+    held bytes of answers                     | complete streams wait (`may_begin`) until the peer reads
+    frames without use (purse.py)             | ENHANCE_YOUR_CALM
+    time until the preface, or a frame's end  | the connection ends
+    time without a part of an open request    | CANCEL for the stream
+    time in which the peer takes no answer    | CANCEL for the stream, or the end of the connection
+    time without a stream                     | retire
+
+Rules for editing:
+
+- `receive`, `answer` and `output` run for each call. Measure a change of them (tests/bench/echo.py).
+- The library must never see a RST_STREAM for an open stream: `cancel` in core.py says why.
+- No clock, no loop, no log.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, Generic, TypeVar
+
+from http2.admission import Admission, AdmissionFull
+from http2.core import (
+    MAX_STREAMS,
+    NEED_DATA,
+    RETIRE_AFTER_STREAMS,
+    Data,
+    EndOfMessage,
+    Ping,
+    ProtocolViolated,
+    Request,
+    RstStream,
+    Settings,
+    cancel,
+    server_core,
+)
+from http2.frames import CLIENT_PREFACE, RST_STREAM_BYTES, FrameScanner, MalformedFrame, reset_at
+from http2.outbox import Headers, Outbox, Tally
+from http2.purse import Purse
+
+_NO_ERROR: Final = 0
+_REFUSED_STREAM: Final = 7
+_CANCEL: Final = 8
+_ENHANCE_YOUR_CALM: Final = 11
+_PROTOCOL_ERROR: Final = 1
+_HIGHEST_STREAM: Final = 2**31 - 1
+
+_GOODBYE: Final = b"goodbye!"
+_PING_FRAME: Final = b"\0\0\x08\x06\0\0\0\0\0" + _GOODBYE
+_GOODBYE_S: Final = 1.0  # for the answer to this PING
+
+
+class Phase(Enum):
+    """How a connection stands; see the top of this module."""
+
+    OPEN = "open"
+    RETIRING = "retiring"
+    CLOSING = "closing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """Bounds of one connection; times in seconds."""
+
+    max_streams: int = MAX_STREAMS  # at once; at most MAX_STREAMS
+    max_header_bytes: int = 32 * 1024  # of one request; the library's own bound is twice that
+    max_request_bytes: int = 64 * 1024**2  # of requests that are not complete
+    max_unsent_bytes: int = 1024**2  # held bytes of answers, beyond which no further request is begun
+    preface_s: float = 10.0
+    frame_s: float = 30.0  # from the beginning of a frame, or of a block of headers, to its end
+    body_s: float = 60.0  # between two parts of one request
+    idle_s: float = 600.0  # without a stream
+    send_s: float = 20.0  # in which the peer must take something of what waits for it
+    max_age_s: float = float("inf")
+    grace_s: float = 10.0  # from the retirement for age or idleness to the end
+
+
+class Stream:
+    """One request and its answer. The protocol class derives from it, to have one object for each call."""
+
+    __slots__ = (
+        "body",
+        "chunk",
+        "counted_bytes",
+        "headers",
+        "id",
+        "is_answered",
+        "is_complete",
+        "is_ended",
+        "is_refused",
+        "is_reset",
+        "method",
+        "moved_s",
+        "target",
+        "work",
+    )
+
+    def __init__(self, request: Request, now_s: float) -> None:
+        self.id = request.stream_id
+        self.method = request.method
+        self.target = request.target  # as it was sent: not decoded
+        self.headers: Iterable[tuple[bytes, bytes]] = request.headers
+        self.body: bytes | bytearray = b""  # what has arrived of it, and was not taken
+        self.is_complete = request.end_stream
+        self.is_refused = False  # its body passed a bound; what came of it is dropped
+        self.is_answered = False  # its answer has begun
+        self.is_ended = False  # its answer is complete, but may be held
+        self.is_reset = False  # by the peer, or for a bound; whoever works for it may stop
+        self.moved_s = now_s  # when the last part of it arrived
+        self.work: Any = None  # the protocol class's own: what works for it
+        # For ServerConnection: how much of the body counts as incomplete, and which chunk last brought news.
+        self.counted_bytes = 0
+        self.chunk = 0
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class ServerConnection(Generic[S]):
+    """One connection, from its first byte to its last."""
+
+    __slots__ = (
+        "_admission",
+        "_chunk",
+        "_core",
+        "_highest_id",
+        "_last_id",
+        "_limits",
+        "_opened",
+        "_outbox",
+        "_output",
+        "_paused_since_s",
+        "_phase",
+        "_phase_s",
+        "_purse",
+        "_request_bytes",
+        "_request_total",
+        "_scanner",
+        "_stream_type",
+        "_waiting",
+        "begun_s",
+        "has_preface",
+        "is_over",
+        "moved_s",
+        "reason",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        stream_type: Callable[[Request, float], S],
+        limits: ServerLimits,
+        now_s: float,
+        *,
+        unsent_total: Tally,
+        request_total: Tally,
+    ) -> None:
+        """The totals count bytes over all connections; bounds on them are the caller's to keep."""
+        self._core, self._output = server_core(
+            max_streams=limits.max_streams, max_header_bytes=limits.max_header_bytes
+        )
+        self._limits = limits
+        self._scanner = FrameScanner(preface_bytes=len(CLIENT_PREFACE))
+        self._outbox = Outbox(self._core, unsent_total)
+        self._request_total = request_total
+        self._stream_type = stream_type
+        self._waiting: deque[S] = deque()  # complete, and not begun because too much is unsent
+        self._admission = Admission()
+        self._chunk = 0
+        self._opened = 0
+        self._highest_id = 0  # of any stream that the peer has opened
+        self._last_id = 0  # of those that were accepted
+        self._request_bytes = 0
+        self._purse = Purse(now_s)
+        self._phase = Phase.OPEN
+        self._phase_s = now_s
+        self._paused_since_s: float | None = None
+        self.streams: dict[int, S] = {}  # accepted, and not forgotten
+        self.has_preface = False
+        self.is_over = False  # send the last output, then close
+        self.reason = ""  # why it is over or retires: one word, for a metric
+        self.begun_s = now_s
+        self.moved_s = now_s  # when something last arrived
+
+    # What arrives.
+
+    def receive(self, chunk: bytes, now_s: float) -> list[S]:  # noqa: C901  # four ways to err
+        """Take bytes in; return the streams that have news, each once.
+
+        When the peer errs, the connection is over, and the GOAWAY that says why is in the output.
+        """
+        news: list[S] = []
+        if self.is_over:
+            return news
+        self.moved_s = now_s
+        self._chunk += 1
+        scanner = self._scanner
+        try:
+            part = scanner.scan(chunk, now_s)
+            if (
+                scanner.resets
+                or self._admission
+                or len(self.streams) + scanner.requests > self._limits.max_streams
+            ):
+                part = self._cut(part, news, now_s)
+            if part:
+                self._core.receive_data(part)
+                self._take_events(news, now_s)
+        except MalformedFrame:
+            self._fail("protocol", _PROTOCOL_ERROR)
+        except AdmissionFull:
+            self._fail("flood", _ENHANCE_YOUR_CALM)
+        except ProtocolViolated:
+            # The library has written the GOAWAY.
+            self._fail("protocol", None)
+        if scanner.overhead:
+            frames, scanner.overhead = scanner.overhead, 0
+            if not self._purse.pay(frames, now_s, sent_bytes=self._outbox.sent_bytes):
+                self._fail("flood", _ENHANCE_YOUR_CALM)
+        if self._opened > RETIRE_AFTER_STREAMS and self._phase is Phase.OPEN:
+            self.retire("streams", now_s)
+        return news
+
+    def admit(self, now_s: float) -> list[S]:
+        """Open streams that wait for others to be answered, and return their news, as `receive` does."""
+        news: list[S] = []
+        room = self._limits.max_streams - len(self.streams)
+        if self._admission and room > 0 and not self.is_over:
+            self._chunk += 1
+            try:
+                self._core.receive_data(self._admission.next(room))
+                self._take_events(news, now_s)
+            except ProtocolViolated:
+                self._fail("protocol", None)
+        return news
+
+    def _cut(self, part: bytes, news: list[S], now_s: float) -> bytes:
+        """Take each RST_STREAM, and what comes before it; return what the library may have of the rest."""
+        begin, first_at = 0, self._scanner.began_at
+        for at in self._scanner.resets:
+            passed = self._admitted(part[begin:at], first_at)
+            if passed:
+                self._core.receive_data(passed)
+                self._take_events(news, now_s)
+            begin, first_at = at, 0
+            if self._take_reset(reset_at(part, at), news):
+                begin += RST_STREAM_BYTES
+        return self._admitted(part[begin:], first_at)
+
+    def _admitted(self, part: bytes, at: int) -> bytes:
+        before, frames = self._scanner.cut(part, at)
+        room = self._limits.max_streams - len(self.streams) - self._scanner.begun_requests
+        return before + self._admission.pass_on(frames, room=room, highest_id=self._highest_id)
+
+    def _take_reset(self, stream_id: int, news: list[S]) -> bool:
+        """Take a RST_STREAM; False: its stream was never opened, so the library shall refuse it."""
+        if stream_id in self._admission:
+            self._admission.reset_ids.add(stream_id)
+        elif stream_id > self._highest_id or not stream_id & 1:
+            return False
+        elif stream_id in self.streams:
+            self._output += cancel(self._core, stream_id, _CANCEL)
+            self._reset(stream_id, news)
+        return True
+
+    # One loop without calls, because it runs three times for each call of a client.
+    def _take_events(self, news: list[S], now_s: float) -> None:  # noqa: C901, PLR0912, PLR0915
+        next_event, streams, chunk = self._core.next_event, self.streams, self._chunk
+        while True:
+            event = next_event()
+            if isinstance(event, Data):
+                stream = streams.get(event.stream_id)
+                if stream is None:
+                    # It is answered, refused or reset.
+                    continue
+                if stream.body or stream.is_refused:
+                    self._append(stream, event.data)
+                else:
+                    stream.body = event.data
+                stream.moved_s = now_s
+                if stream.chunk != chunk:
+                    stream.chunk = chunk
+                    news.append(stream)
+            elif isinstance(event, EndOfMessage):
+                stream = streams.get(event.stream_id)
+                if stream is not None:
+                    stream.is_complete = True
+                    if stream.chunk != chunk:
+                        stream.chunk = chunk
+                        news.append(stream)
+            elif isinstance(event, Request):
+                self._opened += 1
+                stream = self._stream_type(event, now_s)
+                self._highest_id = stream.id
+                if self._is_refused(stream):
+                    continue
+                self._last_id = stream.id
+                streams[stream.id] = stream
+                stream.chunk = chunk
+                news.append(stream)
+            elif event is NEED_DATA:
+                return
+            else:
+                self._take_rare(event, news, now_s)
+
+    def _is_refused(self, stream: S) -> bool:
+        if self._phase is Phase.CLOSING:
+            self._core.stream(stream.id).reset(_REFUSED_STREAM)
+            return True
+        if self._admission.reset_ids and stream.id in self._admission.reset_ids:
+            self._output += cancel(self._core, stream.id, _CANCEL)
+            return True
+        return False
+
+    def _take_rare(self, event: object, news: list[S], now_s: float) -> None:
+        if isinstance(event, Settings):
+            self.has_preface = True
+        elif isinstance(event, RstStream):
+            # By the library, which found the stream at fault.
+            self._highest_id = max(self._highest_id, event.stream_id)
+            self._reset(event.stream_id, news)
+        elif isinstance(event, Ping) and event.data == _GOODBYE and self._phase is Phase.RETIRING:
+            self._close(now_s)
+
+    def _append(self, stream: S, data: bytes) -> None:
+        """Add to a body that comes in several parts, unless a bound is passed."""
+        if stream.is_refused:
+            return
+        if self._request_bytes + len(data) > self._limits.max_request_bytes:
+            self.take_body(stream)
+            stream.is_refused = True
+            return
+        if isinstance(stream.body, bytes):
+            self._count(stream, len(stream.body))
+            stream.body = bytearray(stream.body)
+        stream.body += data
+        self._count(stream, len(data))
+
+    def _count(self, stream: S, size_bytes: int) -> None:
+        stream.counted_bytes += size_bytes
+        self._request_bytes += size_bytes
+        self._request_total.size_bytes += size_bytes
+
+    def take_body(self, stream: S) -> bytes | bytearray:
+        """Return what has arrived of a body since it was last taken."""
+        body, stream.body = stream.body, b""
+        if stream.counted_bytes:
+            self._count(stream, -stream.counted_bytes)
+        return body
+
+    def _reset(self, stream_id: int, news: list[S]) -> None:
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            self._forget(stream)
+            stream.is_reset = True
+            if stream.chunk != self._chunk:
+                stream.chunk = self._chunk
+                news.append(stream)
+
+    def _forget(self, stream: S) -> None:
+        del self.streams[stream.id]
+        if self._outbox:
+            self._outbox.drop(stream.id)
+        if stream.counted_bytes:
+            self.take_body(stream)
+
+    # What is answered.
+
+    def may_begin(self, stream: S) -> bool:
+        """Tell whether work on a complete request may begin; if not, `next_waiting` returns it later."""
+        if self._outbox.unsent_bytes <= self._limits.max_unsent_bytes:
+            return True
+        self._waiting.append(stream)
+        return False
+
+    def next_waiting(self) -> S | None:
+        """Return a complete request that had to wait, if work on it may begin now."""
+        while self._waiting and self._outbox.unsent_bytes <= self._limits.max_unsent_bytes:
+            stream = self._waiting.popleft()
+            if not stream.is_reset:
+                return stream
+        return None
+
+    def answer(self, stream: S, headers: Headers, body: bytes, trailers: Headers, now_s: float) -> None:
+        """Answer a stream, whole and with status 200, of which nothing was answered before."""
+        sender = self._core.stream(stream.id)
+        sender.send_response(200, headers)
+        self._purse.answers += 1
+        if self._outbox.fits(sender, stream.id, len(body)):
+            sender.send_data(body)
+            sender.end_message(trailers)
+            self._forget_answered(stream)
+        else:
+            stream.is_answered = stream.is_ended = True
+            self._outbox.hold(sender, stream.id, (body,), now_s)
+            self._outbox.end(stream.id, trailers)
+
+    def answer_head(self, stream: S, status: int, headers: Headers, *, ends: bool = False) -> None:
+        """Begin an answer; `ends`: that is all of it."""
+        self._core.stream(stream.id).send_response(status, headers, ends)
+        self._purse.answers += 1
+        stream.is_answered = True
+        if ends:
+            self._forget_answered(stream)
+
+    def answer_part(self, stream: S, pieces: Sequence[bytes], now_s: float) -> None:
+        """Send a part of an answer's body, or hold it."""
+        sender = self._core.stream(stream.id)
+        self._purse.answers += 1
+        if self._outbox.fits(sender, stream.id, sum(map(len, pieces))):
+            for piece in pieces:
+                sender.send_data(piece)
+        else:
+            self._outbox.hold(sender, stream.id, pieces, now_s)
+
+    def answer_end(self, stream: S, trailers: Headers | None) -> None:
+        """End an answer, after what is held of it."""
+        if self._outbox.end(stream.id, trailers):
+            stream.is_ended = True
+        else:
+            self._core.stream(stream.id).end_message(trailers)
+            self._forget_answered(stream)
+
+    def unsent_of(self, stream: S) -> int:
+        """Return how many bytes of an answer are held."""
+        return self._outbox.unsent_of(stream.id)
+
+    def cancel(self, stream: S, code: int = _CANCEL) -> None:
+        """End a stream without an answer, or in the middle of it."""
+        if stream.id in self.streams:
+            self._core.stream(stream.id).reset(code)
+            self._forget(stream)
+            stream.is_reset = True
+
+    def _forget_answered(self, stream: S) -> None:
+        if not stream.is_complete:
+            # The peer need not send the rest of its request (RFC 9113, section 8.1).
+            self._core.stream(stream.id).reset(_NO_ERROR)
+        self._forget(stream)
+
+    # What is sent.
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How many bytes of answers are held."""
+        return self._outbox.unsent_bytes
+
+    @property
+    def has_held(self) -> bool:
+        """Whether anything is held."""
+        return bool(self._outbox)
+
+    def pause(self, now_s: float) -> None:
+        """Hold all answers from now on: the transport has enough."""
+        self._paused_since_s = now_s
+        self._outbox.pause(True)
+
+    def resume(self) -> None:
+        """Go on: the transport takes more."""
+        self._paused_since_s = None
+        self._outbox.pause(False)
+
+    def output(self, now_s: float) -> tuple[bytes, list[S]]:
+        """Return what to send now, and the streams of which with it all parts are framed.
+
+        While it returns bytes and the transport takes them, there may be more.
+        """
+        emptied: list[S] = []
+        if self._outbox:
+            for stream_id in self._outbox.pump(now_s):
+                stream = self.streams[stream_id]
+                if stream.is_ended:
+                    self._forget_answered(stream)
+                else:
+                    emptied.append(stream)
+        self._outbox.begin_turn()
+        data = self._core.data_to_send()
+        if self._output:
+            data, self._output = self._output + data, b""
+        if self._phase is Phase.CLOSING and not self.streams:
+            self.is_over = True
+        return data, emptied
+
+    # How it ends.
+
+    def retire(self, reason: str, now_s: float) -> None:
+        """Ask the peer to open no more streams; those that are open go on."""
+        if self._phase is Phase.OPEN and not self.is_over:
+            self.reason = reason
+            self._phase, self._phase_s = Phase.RETIRING, now_s
+            self._core.close(_NO_ERROR, _HIGHEST_STREAM)
+            self._output += self._core.data_to_send() + _PING_FRAME
+
+    def check(self, now_s: float) -> list[S]:
+        """Keep the bounds of time, once a second; return the streams that were reset for them."""
+        limits = self._limits
+        partial_since_s, paused_since_s = self._scanner.partial_since_s, self._paused_since_s
+        if self.is_over:
+            return []
+        if not self.has_preface and now_s - self.begun_s > limits.preface_s:
+            self._fail("preface_timeout", _PROTOCOL_ERROR)
+        elif partial_since_s is not None and now_s - partial_since_s > limits.frame_s:
+            self._fail("frame_timeout", _PROTOCOL_ERROR)
+        elif paused_since_s is not None and now_s - paused_since_s > limits.send_s:
+            self._fail("send_timeout", _CANCEL)
+        elif self._phase is Phase.OPEN and now_s - self.begun_s > limits.max_age_s:
+            self.retire("age", now_s)
+        elif self._phase is Phase.OPEN and not self.streams and now_s - self.moved_s > limits.idle_s:
+            self.retire("idle", now_s)
+        elif self._phase is Phase.RETIRING and now_s - self._phase_s > _GOODBYE_S:
+            self._close(now_s)
+        return [] if self.is_over else self._reset_late(now_s)
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Tell whether streams are still open long after the connection became too old."""
+        return (
+            self.reason == "age"
+            and self._phase is Phase.CLOSING
+            and now_s - self._phase_s > self._limits.grace_s
+        )
+
+    def _reset_late(self, now_s: float) -> list[S]:
+        limits = self._limits
+        stuck = self._outbox.stuck_since(now_s - limits.send_s)
+        if stuck and len(stuck) == len(self._outbox):
+            # The peer takes nothing at all.
+            self._fail("send_timeout", _CANCEL)
+            return []
+        late = [self.streams[stream_id] for stream_id in stuck]
+        late += [
+            stream
+            for stream in self.streams.values()
+            if not (stream.is_complete or stream.is_answered) and now_s - stream.moved_s > limits.body_s
+        ]
+        for stream in late:
+            self.cancel(stream)
+        return late
+
+    def _close(self, now_s: float) -> None:
+        """Accept no further stream, and say which was the last."""
+        self._phase, self._phase_s = Phase.CLOSING, now_s
+        self._core.close(_NO_ERROR, self._last_id)
+
+    def _fail(self, reason: str, code: int | None) -> None:
+        """End the connection; None: the library has written the GOAWAY."""
+        if not self.is_over:
+            self.is_over = True
+            self.reason = reason
+            if code is not None:
+                self._core.close(code, self._last_id)
+
+    def abandon(self) -> None:
+        """Forget all that is held: the connection is gone."""
+        self.is_over = True
+        self._outbox.clear()
+        for stream in list(self.streams.values()):
+            self._forget(stream)
+            stream.is_reset = True

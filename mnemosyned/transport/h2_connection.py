@@ -1,0 +1,603 @@
+"""One connection of a client, on the daemon's event loop: HTTP/2 by http2/, gRPC here.
+
+    transport ── bytes ──> Connection.data_received ──> ServerConnection (http2/server.py) decides
+                                                            |  Call: new, complete, with a part, or reset
+                                                            v
+         ┌── handler ─── invoke_unary (call.py) <── only_message (frame.py)
+         |
+         ├── at once ──────────> `answer` ──┐
+         └── a coroutine: task ─> `answer` ─┴──> `_flush` ── bytes ──> transport
+
+This module does what `ServerConnection` decides, and turns a request of HTTP/2 into a call of gRPC and its
+outcome into an answer. A cached Get is answered within `data_received`, without a task or a thread. What is
+answered in one turn of the event loop is written at once.
+
+A call that must wait gets a task, which is cancelled when the client resets the stream or is gone.
+
+How a connection ends
+---------------------
+- When `ServerConnection.is_over`: the last output is written, and this side of the connection is shut. The
+  socket is closed when the client has closed it, or after _LINGER_S. Closed earlier, with bytes of the client
+  unread, TCP would discard what the client has not read yet: answers, or the GOAWAY that says why.
+- By `retire`: the client is asked to open no more streams, and the connection is over after the last one.
+- By `expel`: what is left is answered UNAVAILABLE.
+- By the client: every task is cancelled.
+
+What speaks something else than HTTP/2 gets an answer that can be read, if it is HTTP/1, and is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final, cast
+
+from aio.deadline import NO_DEADLINE, Deadline
+from http2.frames import CLIENT_PREFACE
+from http2.outbox import Headers, Tally
+from http2.server import ServerConnection, ServerLimits, Stream
+from mnemosyned.errors import MessageTooLarge, MnemosyneError, Overloaded, Unimplemented
+from mnemosyned.security.certificates import names_of
+from mnemosyned.transport import frame
+from mnemosyned.transport.call import (
+    ClientGone,
+    Failure,
+    Outcome,
+    fail,
+    failure_of,
+    invoke_stream,
+    invoke_unary,
+    refuse,
+)
+from mnemosyned.transport.engine import host_port
+from mnemosyned.transport.methods import StreamMethod, UnaryMethod
+
+log = logging.getLogger(__name__)
+
+_GRPC: Final = b"application/grpc"
+_CONTENT_TYPE: Final = (b"content-type", _GRPC)
+_OK_HEAD: Final[Headers] = [_CONTENT_TYPE]
+_OK_TRAILERS: Final[Headers] = [(b"grpc-status", b"0")]
+
+_LINGER_S: Final = 2.0
+_HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a pause
+_STREAM_HIGH_WATER_BYTES: Final = 64 * 1024  # held of one streaming answer, before its handler waits
+
+_SHARED_BYTES: Final = 64 * 1024  # from here on a message is sent in pieces, and not copied
+_MAX_STREAM_MESSAGES: Final = 1000  # of one stream, that its handler has not taken
+
+# A request line of HTTP/1, or its beginning.
+_HTTP_1: Final = re.compile(rb"[A-Z]{3,10} ")
+_HTTP_1_TEXT: Final = b"mnemosyned speaks gRPC (HTTP/2) here; its admin pages are on the next port\n"
+_HTTP_1_ANSWER: Final = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\ncontent-type: text/plain\r\n"
+    b"content-length: %d\r\n\r\n%b" % (len(_HTTP_1_TEXT), _HTTP_1_TEXT)
+)
+_PLAIN_TEXT: Final = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Server:
+    """What all connections of one engine share."""
+
+    limits: ServerLimits
+    unary: dict[bytes, UnaryMethod]  # by path, as it comes
+    streams: dict[bytes, StreamMethod]
+    max_message_bytes: int  # of a request, where its method has no limit of its own
+    max_unsent_bytes: int  # of answers that clients have not taken, over all connections
+    max_request_bytes: int  # of requests that are not complete, over all connections
+    connections: set[Connection] = field(default_factory=set)
+    unsent_total: Tally = field(default_factory=Tally)
+    request_total: Tally = field(default_factory=Tally)
+
+    def relieve(self) -> None:
+        """Close the connections that hold the most, until all together hold no more than they may."""
+        while self.unsent_total.size_bytes > self.max_unsent_bytes:
+            worst = max(self.connections, key=lambda connection: connection.unsent_bytes)
+            log.warning("answers_unread", extra={"peer": worst.peer, "bytes": worst.unsent_bytes})
+            worst.abort()
+
+
+class Call(Stream):
+    """Call on a stream of HTTP/2. Headers are read when they are asked for: most calls need one or two."""
+
+    __slots__ = ("connection",)
+
+    # Set before any handler sees the call. `Stream.work` is the task of a call that waits, if it does.
+    connection: Connection
+
+    @property
+    def path(self) -> str:
+        """The path, for people."""
+        return self.target.decode(errors="replace")
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether the request is what every client of gRPC sends: a POST of its type that takes trailers."""
+        is_type = takes_trailers = False
+        for name, value in self.headers:
+            if name == b"content-type":
+                is_type = value == _GRPC or _is_grpc_type(value)
+            elif name == b"te":
+                takes_trailers = value == b"trailers"
+        return is_type and takes_trailers and self.method == b"POST"
+
+    @property
+    def peer(self) -> str:
+        """See Call."""
+        return self.connection.peer
+
+    def header(self, wanted: bytes) -> bytes | None:
+        """Return the first value of a header."""
+        for name, value in self.headers:
+            if name == wanted:
+                return value
+        return None
+
+    @property
+    def deadline(self) -> Deadline:
+        """See Call."""
+        value = self.header(b"grpc-timeout")
+        # `moved_s` is when the last part of the request came, which for most requests is all of it.
+        return NO_DEADLINE if value is None else Deadline(self.moved_s + frame.timeout_s(value))
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """See Call."""
+        return self.connection.certificate_names
+
+    def metadata(self, key: str) -> str | None:
+        """See Call."""
+        value = self.header(key.encode())
+        return None if value is None else value.decode(errors="replace")
+
+
+class Connection(asyncio.Protocol):
+    """The protocol of one connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._unary = server.unary
+        self._max_message_bytes = server.max_message_bytes
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # before anything else
+        self._http: ServerConnection[Call] = None  # type: ignore[assignment]  # with the transport
+        self._loop = asyncio.get_running_loop()
+        self._first = b""  # before it is known whether the client speaks HTTP/2
+        self._is_http2 = False
+        self._flush_is_due = False
+        self._is_writable = True
+        self._closing_since_s: float | None = None
+        self._certificate_names: tuple[str, ...] | None = None
+        self.peer = ""
+        self.closed = asyncio.Event()
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own class does not derive from it
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+        address = transport.get_extra_info("peername")
+        self.peer = host_port(address[0], address[1]) if isinstance(address, tuple) else "unix"
+        server = self._server
+        self._http = ServerConnection(
+            Call,
+            server.limits,
+            time.monotonic(),
+            unsent_total=server.unsent_total,
+            request_total=server.request_total,
+        )
+        server.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has arrived, and answer what can be answered at once."""
+        if self._closing_since_s is not None:
+            # Discarded: see the top of this module.
+            return
+        if not self._is_http2:
+            data = self._first + data
+            if not self._begins_http2(data):
+                return
+        now_s = time.monotonic()
+        self._take(self._http.receive(data, now_s), now_s)
+        self._flush(now_s)
+
+    def eof_received(self) -> bool:
+        """Take note that the client sends no more; False closes the connection."""
+        # Returning False closes the transport. A client that has shut its side may still wait for answers.
+        return self._closing_since_s is None and bool(self._http.streams) and not self._has_tls
+
+    def pause_writing(self) -> None:
+        """Hold answers from now on."""
+        self._is_writable = False
+        self._http.pause(time.monotonic())
+
+    def resume_writing(self) -> None:
+        """Go on sending."""
+        self._is_writable = True
+        self._http.resume()
+        self._flush(time.monotonic())
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """Stop all work for the client."""
+        self._server.connections.discard(self)
+        for call in list(self._http.streams.values()):
+            self._cancel(call)
+        self._http.abandon()
+        self.closed.set()
+
+    # What the engine calls.
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How many bytes of answers the client has not taken."""
+        return self._http.unsent_bytes
+
+    def retire(self, reason: str) -> None:
+        """Ask the client to open no more streams, and close when those that are open are answered."""
+        now_s = time.monotonic()
+        if self._is_http2:
+            self._http.retire(reason, now_s)
+            self._flush(now_s)
+        else:
+            self._transport.close()
+
+    def expel(self, reason: str) -> None:
+        """Answer what is open with UNAVAILABLE, and close."""
+        now_s = time.monotonic()
+        failure = failure_of(Overloaded(reason))
+        for call in list(self._http.streams.values()):
+            self._cancel(call)
+            if call.is_answered:
+                self._http.cancel(call)
+            else:
+                self._send_failure(call, failure)
+        self._http.is_over = True
+        self._flush(now_s)
+
+    def check(self, now_s: float) -> None:
+        """Keep the bounds of time."""
+        if self._closing_since_s is not None:
+            if now_s - self._closing_since_s > _LINGER_S:
+                self._transport.abort()
+            return
+        for call in self._http.check(now_s):
+            self._cancel(call)
+        if self._http.is_overdue(now_s):
+            self.expel("mnemosyned: the connection is too old")
+        else:
+            self._flush(now_s)
+
+    def abort(self) -> None:
+        """Close at once, whatever is unsent."""
+        self._transport.abort()
+
+    # Calls.
+
+    def _take(self, calls: list[Call], now_s: float) -> None:
+        for call in calls:
+            if call.is_complete and call.work is None and not call.is_reset:
+                if self._http.may_begin(call):
+                    self._begin(call, now_s)
+            else:
+                self._take_part(call)
+
+    def _begin(self, call: Call, now_s: float) -> None:
+        """Answer a complete request, at once or by a task."""
+        call.connection = self
+        method = self._unary.get(call.target)
+        if method is None or not call.is_grpc:
+            self._begin_other(call)
+            return
+        message = frame.only_message(call.body)
+        limit_bytes = method.max_message_bytes or self._max_message_bytes
+        if message is None or len(message) > limit_bytes:
+            try:
+                message = self._only_message(call, limit_bytes)
+            except MnemosyneError as exc:
+                self._refuse_body(method, call, exc)
+                return
+        outcome = invoke_unary(method, message, call)
+        if isinstance(outcome, bytes):
+            self._http.answer(call, _OK_HEAD, frame.framed(outcome), _OK_TRAILERS, now_s)
+        elif isinstance(outcome, Coroutine):
+            call.work = _UnaryWork(self._loop.create_task(self._finish(call, outcome)))
+        else:
+            self._answer(call, outcome)
+
+    async def _finish(self, call: Call, working: Coroutine[Any, Any, Outcome]) -> None:
+        self._answer(call, await working)
+        self._flush_soon()
+
+    def _answer(self, call: Call, outcome: Outcome) -> None:
+        if call.is_reset:
+            return
+        now_s = time.monotonic()
+        if isinstance(outcome, bytes) and len(outcome) < _SHARED_BYTES:
+            self._http.answer(call, _OK_HEAD, frame.framed(outcome), _OK_TRAILERS, now_s)
+        elif isinstance(outcome, Failure):
+            self._send_failure(call, outcome)
+        else:
+            # In pieces, so that they are not copied before they are sent, which may be a while.
+            pieces = (outcome,) if isinstance(outcome, bytes) else outcome
+            self._http.answer_head(call, 200, _OK_HEAD)
+            self._http.answer_part(call, (frame.head(pieces), *pieces), now_s)
+            self._http.answer_end(call, _OK_TRAILERS)
+            self._server.relieve()
+
+    def _take_part(self, call: Call) -> None:
+        """Take the beginning of a request, a part of one that streams, or a reset."""
+        if call.is_reset:
+            self._cancel(call)
+        elif isinstance(call.work, _StreamWork):
+            call.work.feed(bytes(self._http.take_body(call)), is_last=call.is_complete)
+        elif call.work is None and not call.is_answered:
+            call.connection = self
+            method = self._unary.get(call.target)
+            if method is None:
+                self._begin_other(call)
+            elif call.body or call.is_refused:
+                self._check_incomplete(method, call)
+
+    def _check_incomplete(self, method: UnaryMethod, call: Call) -> None:
+        """Refuse a request as soon as it is known to be too large; its rest need not come."""
+        limit_bytes = method.max_message_bytes or self._max_message_bytes
+        if call.is_refused:
+            self._refuse_body(method, call, Overloaded("mnemosyned: too many requests are incomplete"))
+        elif frame.announced_bytes(call.body) > frame.HEADER_BYTES + limit_bytes:
+            text = f"mnemosyned: message is larger than {limit_bytes} bytes"
+            self._refuse_body(method, call, MessageTooLarge(text))
+        elif self._server.request_total.size_bytes > self._server.max_request_bytes:
+            self._refuse_body(method, call, Overloaded("mnemosyned: too many requests are incomplete"))
+
+    def _only_message(self, call: Call, limit_bytes: int) -> bytes:
+        """Return the message of a body that is compressed, too large or damaged. Raises what is wrong."""
+        reader = _frame_reader(call, limit_bytes)
+        messages = reader.feed(bytes(self._http.take_body(call)))
+        reader.end()
+        if len(messages) != 1:
+            raise Unimplemented("mnemosyned: the method takes exactly one message")
+        return messages[0]
+
+    def _refuse_body(self, method: UnaryMethod, call: Call, exc: MnemosyneError) -> None:
+        # `invoke_unary` was not reached, so the call is counted here: `fail` counts it out.
+        method.stats.begin()
+        self._send_failure(call, fail(method, call, exc, time.perf_counter()))
+
+    def _begin_other(self, call: Call) -> None:
+        """Begin a call whose method streams, or refuse what is no call of ours."""
+        stream = self._server.streams.get(call.target)
+        if call.method != b"POST":
+            self._answer_plainly(call, 405, [(b"allow", b"POST")])
+        elif not _is_grpc_type(call.header(b"content-type") or b""):
+            self._answer_plainly(call, 415, [(b"accept-post", _GRPC)])
+        elif not call.is_grpc:
+            exc = Unimplemented("mnemosyned: the request lacks `te: trailers`")
+            self._send_failure(call, refuse(call.path, call, exc))
+        elif stream is None:
+            exc = Unimplemented(f"mnemosyned: unknown method {call.path[:200]}")
+            self._send_failure(call, refuse(call.path, call, exc))
+        else:
+            limit_bytes = stream.max_message_bytes or self._max_message_bytes
+            work = _StreamWork(self, call, _frame_reader(call, limit_bytes))
+            work.feed(bytes(self._http.take_body(call)), is_last=call.is_complete)
+            call.work = work
+            work.task = self._loop.create_task(self._run_stream(stream, call, work))
+
+    async def _run_stream(self, method: StreamMethod, call: Call, work: _StreamWork) -> None:
+        try:
+            failure = await invoke_stream(method, work.messages(), call, work.send)
+        except ClientGone:
+            return
+        if call.is_reset:
+            return
+        if failure is not None and not call.is_answered:
+            self._send_failure(call, failure)
+        else:
+            if not call.is_answered:
+                self._http.answer_head(call, 200, _OK_HEAD)
+            self._http.answer_end(call, _OK_TRAILERS if failure is None else _status_headers(failure))
+        self._flush_soon()
+
+    def send_part(self, call: Call, message: bytes) -> None:
+        """Send one message of a streaming answer, or hold it."""
+        if not call.is_answered:
+            self._http.answer_head(call, 200, _OK_HEAD)
+        self._http.answer_part(call, (frame.framed(message),), time.monotonic())
+        self._flush_soon()
+
+    def unsent_of(self, call: Call) -> int:
+        """Return how many bytes of a call's answer wait."""
+        return self._http.unsent_of(call)
+
+    def _send_failure(self, call: Call, failure: Failure) -> None:
+        self._http.answer_head(call, 200, _failure_headers(failure), ends=True)
+
+    def _answer_plainly(self, call: Call, status: int, headers: Headers) -> None:
+        self._http.answer_head(call, status, [(b"content-type", b"text/plain"), *headers])
+        self._http.answer_part(call, (_PLAIN_TEXT,), time.monotonic())
+        self._http.answer_end(call, None)
+
+    def _cancel(self, call: Call) -> None:
+        if call.work is not None:
+            call.work.cancel()
+
+    # Bytes.
+
+    def _flush_soon(self) -> None:
+        """Write within this turn of the event loop, together with what else is answered in it."""
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._flush_is_due = False
+        self._flush(time.monotonic())
+
+    def _flush(self, now_s: float) -> None:
+        """Write what there is, as long as the transport takes it, and close if that was the last."""
+        http = self._http
+        while not self._transport.is_closing():
+            output, emptied = http.output(now_s)
+            if output:
+                self._transport.write(output)
+            for call in emptied:
+                if isinstance(call.work, _StreamWork):
+                    call.work.wake()
+            if not self._begin_waiting(now_s) and not (output and http.has_held and self._is_writable):
+                break
+        if http.is_over:
+            self._close()
+
+    def _begin_waiting(self, now_s: float) -> bool:
+        """Begin requests that have waited for others to be answered, or for answers to be read."""
+        admitted = self._http.admit(now_s)
+        self._take(admitted, now_s)
+        waiting = self._http.next_waiting()
+        if waiting is not None:
+            self._begin(waiting, now_s)
+        return bool(admitted) or waiting is not None
+
+    def _close(self) -> None:
+        if self._closing_since_s is not None:
+            return
+        self._closing_since_s = time.monotonic()
+        for call in list(self._http.streams.values()):
+            self._cancel(call)
+        self._http.abandon()
+        if self._is_writable and self._transport.can_write_eof():
+            self._transport.write_eof()
+        elif self._is_writable:
+            self._transport.close()
+        else:
+            # What is written would never leave.
+            self._transport.abort()
+
+    def _begins_http2(self, data: bytes) -> bool:
+        """Tell whether the client speaks HTTP/2; if it speaks something else, answer that and close."""
+        if data.startswith(CLIENT_PREFACE):
+            self._is_http2, self._first = True, b""
+            return True
+        if CLIENT_PREFACE.startswith(data):
+            self._first = data
+            return False
+        if _HTTP_1.match(data):
+            self._transport.write(_HTTP_1_ANSWER)
+        self._http.is_over = True
+        self._close()
+        return False
+
+    @property
+    def _has_tls(self) -> bool:
+        return self._transport.get_extra_info("ssl_object") is not None
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """See Call."""
+        if self._certificate_names is None:
+            tls = self._transport.get_extra_info("ssl_object")
+            certificate = tls.getpeercert(binary_form=True) if tls is not None else None
+            pem = ssl.DER_cert_to_PEM_cert(certificate) if certificate else ""
+            self._certificate_names = names_of(pem) if pem else ()
+        return self._certificate_names
+
+
+class _UnaryWork:
+    """A unary call that waits for something."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class _StreamWork:
+    """A call whose method streams: the messages that have come, and the handler's task."""
+
+    def __init__(self, connection: Connection, call: Call, reader: frame.FrameReader) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._connection = connection
+        self._call = call
+        self._reader = reader
+        self._messages: deque[bytes] = deque()
+        self._error: MnemosyneError | None = None
+        self._is_last = False
+        self._news = asyncio.Event()
+        self._emptied = asyncio.Event()
+
+    def feed(self, body: bytes, *, is_last: bool) -> None:
+        """Take a part of the request in."""
+        self._is_last = is_last
+        if self._error is None:
+            try:
+                self._messages.extend(self._reader.feed(body))
+                if is_last:
+                    self._reader.end()
+            except MnemosyneError as exc:
+                self._error = exc
+            if len(self._messages) > _MAX_STREAM_MESSAGES:
+                self._error = Overloaded("mnemosyned: too many messages are not answered")
+        self._news.set()
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """Yield the messages as they come. Raises what is wrong with the next one."""
+        while True:
+            while self._messages:
+                yield self._messages.popleft()
+            if self._error is not None:
+                raise self._error
+            if self._is_last:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    async def send(self, message: bytes) -> None:
+        """Send a message, and wait until the client has taken most of what was sent before."""
+        if self._call.is_reset:
+            raise ClientGone
+        self._connection.send_part(self._call, message)
+        while self._connection.unsent_of(self._call) > _STREAM_HIGH_WATER_BYTES:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def wake(self) -> None:
+        """Take note that nothing is held of the answer any more."""
+        self._emptied.set()
+
+    def cancel(self) -> None:
+        """Stop the handler."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+def _is_grpc_type(content_type: bytes) -> bool:
+    return content_type == _GRPC or content_type.lower().startswith((_GRPC + b"+", _GRPC + b";"))
+
+
+def _frame_reader(call: Call, max_message_bytes: int) -> frame.FrameReader:
+    encoding = call.header(b"grpc-encoding") or b""
+    return frame.FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
+
+
+def _status_headers(failure: Failure) -> Headers:
+    return [
+        (b"grpc-status", str(failure.code.value[0]).encode()),
+        (b"grpc-message", frame.status_message(failure.text)),
+    ]
+
+
+# Most failures are alike, and may come in floods. The cache holds texts of errors, hence its bound.
+@lru_cache(maxsize=64)
+def _failure_headers(failure: Failure) -> Headers:
+    # gRPC's Trailers-Only form: a single block of headers.
+    return [_CONTENT_TYPE, *_status_headers(failure), (b"grpc-accept-encoding", frame.ACCEPTED_ENCODINGS)]

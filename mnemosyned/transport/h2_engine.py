@@ -1,0 +1,160 @@
+"""The engine on the daemon's own event loop; the default.
+
+    Acceptor ── socket ──> H2Engine ── TLS, if it is on ──> Connection (h2_connection.py), one for each client
+                              |
+                              └── once a second: `check` of every connection
+
+The engine holds what belongs to all connections: the listening sockets, the certificate, the method table,
+and the bounds that hold for all of them together. A connection beyond `-grpc.max-connections` is closed at
+once, so that its client turns to another node.
+
+New TLS files make a new context, which new connections get. Those that are open keep theirs: nothing is
+closed, and nothing listens anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import time
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from aio.periodic import run_periodically
+from aio.tasks import Tasks
+from http2.core import MAX_STREAMS
+from http2.server import ServerLimits
+from mnemosyned.security.file_reloader import FilesUnusable
+from mnemosyned.security.tls import TlsMaterial, grpc_context
+from mnemosyned.transport.acceptor import Acceptor, open_sockets
+from mnemosyned.transport.engine import MAX_METADATA_BYTES, EngineOptions, ListenFailed
+from mnemosyned.transport.h2_connection import Connection, Server
+from mnemosyned.transport.methods import MethodTable
+
+log = logging.getLogger(__name__)
+
+_CHECK_S: Final = 1.0
+_HANDSHAKE_S: Final = 10.0
+_LAST_WORDS_S: Final = 2.0  # for clients to read the last answers
+_KEEP_ALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
+
+
+class H2Engine:
+    """Engine on http2/."""
+
+    def __init__(self, table: MethodTable, options: EngineOptions) -> None:
+        self._table = table
+        self._options = options
+        self._server: Server | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._acceptor: Acceptor | None = None
+        self._handshakes = Tasks("handshake")
+        self._checking: asyncio.Task[Any] | None = None
+
+    async def start(self) -> int:
+        """See Engine."""
+        options = self._options
+        try:
+            if options.tls is not None:
+                self._tls = grpc_context(options.tls)
+            sockets = await open_sockets(options.host, options.port)
+        except (OSError, FilesUnusable) as exc:
+            reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
+            raise ListenFailed(f"cannot listen on {options.address}: {reason}") from exc
+        self._server = _new_server(self._table, options)
+        self._acceptor = Acceptor(sockets, self._accepted)
+        self._acceptor.begin()
+        self._checking = asyncio.create_task(
+            run_periodically("connections_check", self._check, period_s=lambda: _CHECK_S)
+        )
+        return self._acceptor.port
+
+    async def reload_tls(self, material: TlsMaterial) -> None:
+        """See Engine."""
+        assert self._options.tls is not None
+        # The context reads the files itself, and they may have changed once more.
+        self._tls = grpc_context(self._options.tls)
+        log.debug("tls_generation", extra={"expires_at": round(material.expires_at_s)})
+
+    async def drain(self) -> None:
+        """See Engine."""
+        if self._acceptor is None or self._checking is None:
+            return
+        self._acceptor.close()
+        await self._handshakes.close()
+        for connection in self._connections():
+            connection.retire("drain")
+        await self._wait_until_closed(self._options.drain_timeout_s)
+        for connection in self._connections():
+            connection.expel("mnemosyned: the server stops")
+        await self._wait_until_closed(_LAST_WORDS_S)
+        for connection in self._connections():
+            connection.abort()
+        self._checking.cancel()
+        await asyncio.gather(self._checking, return_exceptions=True)
+
+    def _connections(self) -> list[Connection]:
+        return [] if self._server is None else list(self._server.connections)
+
+    async def _wait_until_closed(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for connection in self._connections():
+                    await connection.closed.wait()
+
+    def _accepted(self, accepted: socket.socket, address: Any) -> None:  # noqa: ANN401  # of any family
+        host = address[0] if isinstance(address, tuple) else ""
+        if len(self._connections()) + len(self._handshakes) >= self._options.max_connections:
+            accepted.close()
+            return
+        self._handshakes.spawn(self._serve(accepted, host))
+
+    async def _serve(self, accepted: socket.socket, host: str) -> None:
+        assert self._server is not None
+        _set_options(accepted)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                partial(Connection, self._server),
+                accepted,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HANDSHAKE_S if self._tls else None,
+            )
+        except (OSError, TimeoutError) as exc:
+            # The client is gone, or does not speak TLS, or has no certificate that we accept.
+            log.debug("handshake_failed", extra={"peer": host, "error": str(exc)})
+            accepted.close()
+
+    async def _check(self) -> None:
+        now_s = time.monotonic()
+        for connection in self._connections():
+            connection.check(now_s)
+
+
+def _new_server(table: MethodTable, options: EngineOptions) -> Server:
+    return Server(
+        limits=ServerLimits(
+            max_streams=min(options.max_streams, MAX_STREAMS),
+            max_header_bytes=MAX_METADATA_BYTES,
+            send_s=options.send_timeout_s,
+        ),
+        unary={path.encode(): method for path, method in table.unary.items()},
+        streams={path.encode(): method for path, method in table.streams.items()},
+        max_message_bytes=options.max_message_bytes,
+        max_unsent_bytes=options.max_unsent_bytes,
+        max_request_bytes=options.max_request_bytes,
+    )
+
+
+def _set_options(accepted: socket.socket) -> None:
+    if accepted.family == socket.AF_UNIX:
+        return
+    with suppress(OSError):
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A client whose host has died sends no end: its connection would stay for ever.
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE:
+            if hasattr(socket, name):
+                accepted.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
