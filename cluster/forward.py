@@ -270,7 +270,7 @@ class Forwarder:
             if name not in names and not owner.pending:
                 await self._drop_owner(name)
             else:
-                await owner.end_idle(_IDLE_STREAM_S if self._is_on_ring(name) else 0.0)
+                owner.end_idle(_IDLE_STREAM_S if self._is_on_ring(name) else 0.0)
         # The list is made after the awaits above, in which calls may have added peers.
         await asyncio.gather(*(self._try(name) for name in list(self._owners) if name in names))
         if not names and not self._owners:

@@ -29,7 +29,7 @@ from cluster.timing import STREAM_GRACE_S
 
 _MAX_PENDING: Final = 10_000
 
-# A quarter of an h2corn flow-control window: such a batch is on the wire at once.
+# Some slices of what a connection sends (http2/outbox.py): a batch does not keep others waiting for long.
 _BATCHES: Final = BatchLimits(
     max_items=128, max_bytes=256 * 1024, max_waiting=10_000, concurrency=2, is_eager=True
 )
@@ -93,19 +93,18 @@ class Owner:
         """Keep a stream whose batch was answered for the next batch."""
         self._idle.append((time.monotonic(), stream))
 
-    async def end_idle(self, after_s: float) -> None:
+    def end_idle(self, after_s: float) -> None:
         """End the streams that have been idle for that long."""
         before_s = time.monotonic() - after_s
         while self._idle and self._idle[0][0] <= before_s:
-            # Taken out before the await, so that no batch uses a stream that is about to end.
             _, stream = self._idle.pop(0)
-            await stream.end()
+            stream.end()
 
     async def close(self) -> None:
         """Cancel what waits and what is under way; `forward` and `notify` then return PeerUnreachable."""
         for batches in (self._reads, self._writes, self._notices):
             await batches.close()
-        await self.end_idle(0.0)
+        self.end_idle(0.0)
 
 
 def _item_bytes(item: pb.Item) -> int:

@@ -58,11 +58,12 @@ from cluster.gossip import Gossip
 from cluster.identity import Identity
 from cluster.member import Member, Phase, State
 from cluster.peer_auth import PeerAuth
-from cluster.peers import SERVICE_NAME, Peers, TlsIdentity
+from cluster.peers import SERVICE_NAME, Peers
 from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService
 from mnemosyned.api.router import ClusterRouter, OwnerRouter
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
+from mnemosyned.security.tls import peer_context
 from mnemosyned.transport.call import MethodStats
 
 if TYPE_CHECKING:
@@ -196,14 +197,11 @@ class ClusterNode:
         """Dial peers over TLS from now on, with this identity, and have peers dial this node once more.
 
         A follower of the TLS files (security/file_reloader.py): taking the same identity twice does no harm.
+
+        Raises:
+            FilesUnusable: the files have changed once more, and are invalid.
         """
-        self._peers.identify(
-            TlsIdentity(
-                certificate=material.certificate,
-                private_key=material.private_key,
-                authorities=material.authorities,
-            )
-        )
+        self._peers.identify(peer_context(material.files))
         if self._service is not None:
             # The engine closes the connections of the former certificate. A stream that has ended before
             # loses no call.

@@ -68,14 +68,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import contextmanager
 from typing import Any, Final
 
-from grpc import StatusCode
-
 from aio.deadline import Deadline
 from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
 from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
+from http2.status import StatusCode
 from mnemosyned.api import session_manager
 from mnemosyned.api.session_manager import Response, parsed
 from mnemosyned.errors import (
@@ -337,7 +336,7 @@ def _response(answers: list[pb.Answer]) -> bytes:
 
 
 _TOO_LARGE: Final = pb.Answer(
-    code=StatusCode.UNAVAILABLE.value[0], text="mnemosyned: the batch's answers are too large together"
+    code=StatusCode.UNAVAILABLE.value, text="mnemosyned: the batch's answers are too large together"
 )
 
 
@@ -357,4 +356,4 @@ def _failed(item: pb.Item, exc: Exception) -> pb.Answer:
         log.error("forwarded_call_failed", extra=fields, exc_info=exc)
     else:
         log.debug("forwarded_call_failed", extra=fields | {"error": failure.text})
-    return pb.Answer(code=failure.code.value[0], text=failure.text)
+    return pb.Answer(code=failure.code.value, text=failure.text)

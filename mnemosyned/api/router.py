@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import Message
-from grpc import StatusCode
 
 from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
 from cluster.routing import Forward, Local, route
 from cluster.view import View
+from http2.status import StatusCode
 from mnemosyned.api.session_manager import Response, Rpc
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.status import error_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Statuses by which an owner says that it could not do the work. This node perhaps can.
 _OWNER_UNABLE: Final = frozenset(
-    code.value[0] for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+    code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
 )
 
 

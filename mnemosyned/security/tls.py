@@ -68,6 +68,7 @@ class TlsFiles:
             authorities=_bytes_of(self.authorities) if self.authorities else None,
             client_auth=self.client_auth,
             expires_at_s=ends_at_s,
+            files=self,
         )
 
 
@@ -80,6 +81,7 @@ class TlsMaterial:
     authorities: bytes | None
     client_auth: ClientAuth
     expires_at_s: float
+    files: TlsFiles  # from which it was read
 
 
 def tls_reloader(files: TlsFiles) -> FileReloader[TlsMaterial]:
@@ -107,6 +109,22 @@ def grpc_context(files: TlsFiles) -> ssl.SSLContext:
     # HTTP/1.1 too, so that `curl` gets an answer that it can show.
     context.set_alpn_protocols(["h2", "http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def peer_context(files: TlsFiles) -> ssl.SSLContext:
+    """Return the context in which this node dials peers: with its certificate, and verifying theirs.
+
+    Raises:
+        FilesUnusable: the files are invalid.
+    """
+    context = client_context(files.authorities)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(files.certificate, files.private_key, _no_password)
+    except (OSError, ValueError) as exc:
+        raise FilesUnusable(f"{files.certificate}, {files.private_key}: {_reason(exc)}") from None
+    context.set_alpn_protocols(["h2"])
     return context
 
 

@@ -33,10 +33,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
-from grpc import StatusCode
-
 from aio.deadline import Deadline
 from aio.rate_limit import LogRateLimiter
+from http2.status import StatusCode
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
 from mnemosyned.transport.status import GRPC_STATUS
 

@@ -2,16 +2,8 @@
 
 https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 
-A request or response is a stream of bytes that HTTP/2 cuts into DATA frames wherever it likes. In it, gRPC
-has frames of its own, one for each message:
-
-    +------------+----------------------+------------------------------------+
-    | 1 byte     | 4 bytes, big-endian  | that many bytes                    |
-    | compressed | length of the payload| the message, serialized or packed  |
-    +------------+----------------------+------------------------------------+
-
-The first byte is 0 or 1. If it is 1, the header `grpc-encoding` names the compression. Responses are sent
-uncompressed: most are below a kilobyte.
+A message travels in a frame of gRPC's own (http2/messages.py). Responses are sent uncompressed: most are
+below a kilobyte.
 
 Most requests are one whole uncompressed frame in one piece. `only_message` takes that short way and says None
 to everything else, which `FrameReader` then reads, and names the fault of.
@@ -25,12 +17,11 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
 from typing import Final
 
+from http2.messages import HEADER_BYTES
 from mnemosyned.errors import MalformedMessage, MessageTooLarge, Unimplemented
 
-HEADER_BYTES: Final = 5
 ACCEPTED_ENCODINGS: Final = b"identity,deflate,gzip"
 
 _IS_COMPRESSED: Final = 1
@@ -39,31 +30,6 @@ _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _SECONDS_BY_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 # What `grpc-message` must percent-encode: all but printable ASCII, and the percent sign itself.
 _UNSAFE: Final = re.compile(rb"[^ -$&-~]")
-
-
-def framed(message: bytes) -> bytes:
-    """Put an uncompressed message into a frame."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
-
-
-def head(pieces: Sequence[bytes]) -> bytes:
-    """Return what comes before a message that is sent in pieces."""
-    return b"\0" + sum(map(len, pieces)).to_bytes(4, "big")
-
-
-def only_message(body: bytes | bytearray) -> bytes | None:
-    """Return the message of a body that is one whole, uncompressed frame; None for any other."""
-    if body[:1] != b"\0" or len(body) != HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"):
-        return None
-    return bytes(body[HEADER_BYTES:])
-
-
-def announced_bytes(body: bytes | bytearray) -> int:
-    """Return how long the body is, or will be by what its first frame announces; in bytes.
-
-    With this a reader stops before the payload: what is announced as too large need not be received.
-    """
-    return max(len(body), HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"))
 
 
 def timeout_s(value: bytes) -> float:

@@ -195,7 +195,7 @@ def _unknown(path: str) -> Callable[[AsyncIterator[bytes], Context], Awaitable[N
 
 
 async def _abort(context: Context, failure: Failure) -> NoReturn:
-    await context.abort(failure.code, failure.text)
+    await context.abort(grpc.StatusCode[failure.code.name], failure.text)
     raise AssertionError("abort always raises")
 
 

@@ -41,6 +41,7 @@ from typing import Any, Final, cast
 
 from aio.deadline import NO_DEADLINE, Deadline
 from http2.frames import CLIENT_PREFACE
+from http2.messages import HEADER_BYTES, announced_bytes, framed, head, only_message
 from http2.outbox import Headers, Tally
 from http2.server import ServerConnection, ServerLimits, Stream
 from mnemosyned.errors import MessageTooLarge, MnemosyneError, Overloaded, Unimplemented
@@ -243,11 +244,8 @@ class Connection(asyncio.Protocol):
     def retire(self, reason: str) -> None:
         """Ask the client to open no more streams, and close when those that are open are answered."""
         now_s = time.monotonic()
-        if self._is_http2:
-            self._http.retire(reason, now_s)
-            self._flush(now_s)
-        else:
-            self._transport.close()
+        self._http.retire(reason, now_s)
+        self._flush(now_s)
 
     def expel(self, reason: str) -> None:
         """Answer what is open with UNAVAILABLE, and close."""
@@ -296,7 +294,7 @@ class Connection(asyncio.Protocol):
         if method is None or not call.is_grpc:
             self._begin_other(call)
             return
-        message = frame.only_message(call.body)
+        message = only_message(call.body)
         limit_bytes = method.max_message_bytes or self._max_message_bytes
         if message is None or len(message) > limit_bytes:
             try:
@@ -306,7 +304,7 @@ class Connection(asyncio.Protocol):
                 return
         outcome = invoke_unary(method, message, call)
         if isinstance(outcome, bytes):
-            self._http.answer(call, _OK_HEAD, frame.framed(outcome), _OK_TRAILERS, now_s)
+            self._http.answer(call, _OK_HEAD, framed(outcome), _OK_TRAILERS, now_s)
         elif isinstance(outcome, Coroutine):
             call.work = _UnaryWork(self._loop.create_task(self._finish(call, outcome)))
         else:
@@ -321,14 +319,14 @@ class Connection(asyncio.Protocol):
             return
         now_s = time.monotonic()
         if isinstance(outcome, bytes) and len(outcome) < _SHARED_BYTES:
-            self._http.answer(call, _OK_HEAD, frame.framed(outcome), _OK_TRAILERS, now_s)
+            self._http.answer(call, _OK_HEAD, framed(outcome), _OK_TRAILERS, now_s)
         elif isinstance(outcome, Failure):
             self._send_failure(call, outcome)
         else:
             # In pieces, so that they are not copied before they are sent, which may be a while.
             pieces = (outcome,) if isinstance(outcome, bytes) else outcome
             self._http.answer_head(call, 200, _OK_HEAD)
-            self._http.answer_part(call, (frame.head(pieces), *pieces), now_s)
+            self._http.answer_part(call, (head(pieces), *pieces), now_s)
             self._http.answer_end(call, _OK_TRAILERS)
             self._server.relieve()
 
@@ -351,7 +349,7 @@ class Connection(asyncio.Protocol):
         limit_bytes = method.max_message_bytes or self._max_message_bytes
         if call.is_refused:
             self._refuse_body(method, call, Overloaded("mnemosyned: too many requests are incomplete"))
-        elif frame.announced_bytes(call.body) > frame.HEADER_BYTES + limit_bytes:
+        elif announced_bytes(call.body) > HEADER_BYTES + limit_bytes:
             text = f"mnemosyned: message is larger than {limit_bytes} bytes"
             self._refuse_body(method, call, MessageTooLarge(text))
         elif self._server.request_total.size_bytes > self._server.max_request_bytes:
@@ -410,7 +408,7 @@ class Connection(asyncio.Protocol):
         """Send one message of a streaming answer, or hold it."""
         if not call.is_answered:
             self._http.answer_head(call, 200, _OK_HEAD)
-        self._http.answer_part(call, (frame.framed(message),), time.monotonic())
+        self._http.answer_part(call, (framed(message),), time.monotonic())
         self._flush_soon()
 
     def unsent_of(self, call: Call) -> int:
@@ -591,7 +589,7 @@ def _frame_reader(call: Call, max_message_bytes: int) -> frame.FrameReader:
 
 def _status_headers(failure: Failure) -> Headers:
     return [
-        (b"grpc-status", str(failure.code.value[0]).encode()),
+        (b"grpc-status", str(failure.code.value).encode()),
         (b"grpc-message", frame.status_message(failure.text)),
     ]
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from grpc import StatusCode
-
+from http2.status import StatusCode
 from mnemosyned.errors import (
     CorruptBag,
     DeadlineExceeded,
@@ -56,7 +55,7 @@ GRPC_STATUS: Final[dict[type[MnemosyneError], StatusCode]] = {
 }
 
 # Two errors may share a status. Reversed, the one that the table names first wins.
-_ERROR_BY_CODE: Final = {code.value[0]: error for error, code in reversed(GRPC_STATUS.items())}
+_ERROR_BY_CODE: Final = {code.value: error for error, code in reversed(GRPC_STATUS.items())}
 
 
 def error_of(code: int, text: str) -> MnemosyneError:

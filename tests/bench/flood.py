@@ -29,10 +29,9 @@ import asyncpg
 import hpack
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 
-from mnemosyned.embedded.server import EmbeddedPostgres
-
 # First: tests/ has a folder of this name.
-from mnemosyned.transport.frame import framed
+from http2.messages import framed
+from mnemosyned.embedded.server import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

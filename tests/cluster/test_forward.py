@@ -68,8 +68,7 @@ class FakeStream:
         answers = [pb.Answer() for _ in items] if self._peer.answers is None else self._peer.answers
         return pb.ForwardResponse(answers=answers).SerializeToString()
 
-    async def end(self) -> None:
-        await asyncio.sleep(0.01)
+    def end(self) -> None:
         self._peer.ended += 1
 
 

@@ -22,7 +22,7 @@ class FakeStream:
         self.is_open = True
         self.is_ended = False
 
-    async def end(self) -> None:
+    def end(self) -> None:
         self.is_ended = True
 
 
@@ -183,7 +183,7 @@ async def test_only_streams_that_were_idle_for_long_are_ended(owner: Owner) -> N
     # As if it had been given back half a minute earlier.
     since_s, stream = owner._idle[0]
     owner._idle[0] = (since_s - 30.0, stream)
-    await owner.end_idle(20.0)
+    owner.end_idle(20.0)
 
     assert (old.is_ended, young.is_ended) == (True, False)
     assert owner.take_stream(ADDRESS) is young

@@ -16,10 +16,10 @@ from certificates import Authority
 from serving import ENGINES, configured
 
 from cluster.peer_auth import PeerAuth
-from cluster.peers import SERVICE_NAME, ChannelKind, Peers, TlsIdentity
+from cluster.peers import SERVICE_NAME, ChannelKind, Peers
 from mnemosyned.assembly import engine_options
 from mnemosyned.security.file_reloader import FilesUnusable
-from mnemosyned.security.tls import ClientAuth, TlsFiles
+from mnemosyned.security.tls import ClientAuth, TlsFiles, peer_context
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.engine import Engine, ListenFailed
 from mnemosyned.transport.methods import MethodTable
@@ -213,22 +213,27 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
         peers = Peers(PeerAuth([]), {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
         address = f"127.0.0.1:{server.port}"
 
-        async def seen(identity: Authority, authorities: bytes) -> str:
+        async def seen(identity: Authority, authorities: Path) -> str:
             directory = identity.issue(f"{identity.directory.name}.example", at="peer")
-            pem = {name: content(directory / f"{name}.pem") for name in ("crt", "key")}
             peers.identify(
-                TlsIdentity(certificate=pem["crt"], private_key=pem["key"], authorities=authorities)
+                peer_context(
+                    TlsFiles(
+                        certificate=str(directory / "crt.pem"),
+                        private_key=str(directory / "key.pem"),
+                        authorities=str(authorities),
+                    )
+                )
             )
             answer = await peers.call(address, "Gossip", b"", timeout_s=5, channel_kind=ChannelKind.GOSSIP)
             return answer.decode()
 
-        assert await seen(old, old.pem) == "old.example"
-        assert await seen(old, content(both)) == "old.example"
+        assert await seen(old, old.path) == "old.example"
+        assert await seen(old, both) == "old.example"
         renewed = new.issue("localhost", at="node")
         spell(Path(files.certificate), content(renewed / "crt.pem"))
         spell(Path(files.private_key), content(renewed / "key.pem"))
         await server.engine.reload_tls(files.read())
-        assert await seen(new, new.pem) == "new.example"
+        assert await seen(new, new.path) == "new.example"
         await peers.close()
 
 

@@ -17,8 +17,8 @@ from mnemosynerpc.session_pb2 import ExistsRequest, StartRequest
 from mnemosynerpc.session_pb2 import Session as WireSession
 from serving import ENGINES, Node, serving
 
+from http2.messages import framed
 from mnemosyned.storage.memory import MemoryStore
-from mnemosyned.transport.frame import framed
 
 EXISTS = framed(ExistsRequest(access_token="t").SerializeToString())
 OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "4", "8", "12", "13"

@@ -10,7 +10,7 @@ from mnemosynerpc.session_pb2 import AbandonRequest, ExistsRequest, Session, Sta
 from processes import Daemon
 from secrecy import CANARY
 
-from mnemosyned.transport.frame import framed
+from http2.messages import framed
 
 TOKEN = f"{CANARY}-a-token"
 ABANDON = framed(AbandonRequest(access_token=TOKEN).SerializeToString())

@@ -23,6 +23,7 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, RequestReceived, StreamEnded
 from processes import Daemon
 
+from http2.messages import framed
 from mnemosyned.config.config import Config
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.security.api_keys import Role, line_of, new_key
@@ -31,7 +32,6 @@ from mnemosyned.settings import FLAGS, parse
 from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.transport.config import GrpcConfig
-from mnemosyned.transport.frame import framed
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -145,7 +145,7 @@ def test_the_touch_interval_follows_the_ttl() -> None:
         ("-port=65535", "flag -port"),
         ("-host=", "flag -host"),
         ("-host=a b", "flag -host"),
-        ("-grpc.engine=fast", "flag -grpc.engine: 'fast' is not one of h2corn, grpcio"),
+        ("-grpc.engine=fast", "flag -grpc.engine: 'fast' is not one of h2, grpcio"),
         ("-grpc.max-message=4MB", "flag -grpc.max-message: '4MB' is not a number of bytes"),
         ("-grpc.max-message=1GiB", "flag -grpc.max-message"),
         ("-grpc.debug=maybe", "flag -grpc.debug: 'maybe' is not true or false"),

@@ -8,15 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from http2.messages import announced_bytes, framed, only_message
 from mnemosyned.errors import MalformedMessage, MessageTooLarge, MnemosyneError, Unimplemented
-from mnemosyned.transport.frame import (
-    FrameReader,
-    announced_bytes,
-    framed,
-    only_message,
-    status_message,
-    timeout_s,
-)
+from mnemosyned.transport.frame import FrameReader, status_message, timeout_s
 
 
 def reader(encoding: bytes = b"", max_message_bytes: int = 100) -> FrameReader:

@@ -1,0 +1,420 @@
+"""A channel to one address: gRPC calls over one connection of HTTP/2, dialled when it is needed.
+
+    call() ────────┐
+                   ├──> Channel ──> _Wire (asyncio protocol) ──> ClientConnection (http2/client.py) ──> socket
+    open_stream() ─┘       |
+                           └── dials; after a failure not before a pause has passed
+
+- All calls of a channel share its connection. When the server asks for a new one (GOAWAY), calls under way
+  finish on the old one, and new calls go to a new one.
+- A call that finds no connection waits for the dial, as long as its time-out allows. While a dial that failed
+  is not to be repeated, calls fail at once: the caller can turn to the storage.
+- Pauses between dials grow from _FIRST_PAUSE_S to _LAST_PAUSE_S, each a little different, so that nodes do not
+  all dial a restarted node at the same instants.
+- Time-outs have one timer for all calls (aio/expiry.py).
+
+What a call can end with:
+
+    an answer                                            | the message
+    another status than OK                               | CallFailed
+    no connection, or it broke, or the server reset it   | ConnectionLost
+    no answer in time                                    | TimeoutError; the stream is reset
+
+On the wire this is gRPC as every server knows it, so that a node of an earlier release can be the peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, cast
+from urllib.parse import unquote_to_bytes
+
+from aio.expiry import Expiry
+from aio.tasks import Tasks
+from http2.client import ClientConnection, ClientStream, Work
+from http2.messages import HEADER_BYTES, announced_bytes, framed, only_message
+from http2.outbox import Headers
+from http2.status import StatusCode, parse_status
+
+_CONNECT_S: Final = 1.0  # with the handshake of TLS
+_FIRST_PAUSE_S: Final = 0.1
+_LAST_PAUSE_S: Final = 1.0
+_JITTER: Final = 0.2
+_HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a pause
+_MAX_MESSAGE_BYTES: Final = 64 * 1024**2
+_HEADERS: Final[Headers] = [(b"content-type", b"application/grpc"), (b"te", b"trailers")]
+
+
+class CallFailed(Exception):
+    """The server has answered with another status than OK."""
+
+    def __init__(self, code: StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class ConnectionLost(Exception):
+    """There was no connection, or it ended before the answer; the text is for people."""
+
+
+class Channel:
+    """Calls to one address."""
+
+    def __init__(self, address: str, *, tls: ssl.SSLContext | None = None, server_name: str = "") -> None:
+        """Dial nothing yet. Over TLS the server's certificate must be for `server_name`."""
+        host, _, port = address.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+        self._authority = (b"host", address.encode())
+        self._tls = tls
+        self._server_name = server_name
+        self._wire: _Wire | None = None
+        self._retiring: set[_Wire] = set()
+        self._dialling: asyncio.Task[None] | None = None
+        self._pause_s = _FIRST_PAUSE_S
+        self._dial_after_s = 0.0
+        self._failure = ""  # why the last dial failed
+        self._tasks = Tasks("dial")
+        self.expiry = Expiry()
+        self._room = asyncio.Event()  # a stream may have ended
+        self.is_closed = False
+
+    async def call(self, path: bytes, metadata: Headers, message: bytes, *, timeout_s: float) -> bytes:
+        """Return the answer to one message. Raises CallFailed, ConnectionLost or TimeoutError."""
+        at_s = time.monotonic() + timeout_s
+        wire = await self.ready(timeout_s)
+        answer: asyncio.Future[bytes] = wire.loop.create_future()
+        stream = wire.open(path, self.headers(metadata), _Unary(answer))
+        wire.send(stream, framed(message), is_last=True)
+        self.expiry.add(answer, at_s - time.monotonic())
+        try:
+            return await answer
+        finally:
+            # Nothing if the server has ended the stream.
+            wire.cancel(stream)
+
+    def open_stream(self, path: bytes, metadata: Headers) -> ChannelStream:
+        """Return a stream of messages; it is opened with the first of them."""
+        return ChannelStream(self, path, metadata)
+
+    async def until_lost(self) -> None:
+        """Return when the connection is lost that there is, or that can be made."""
+        while not self.is_closed:
+            try:
+                wire = await self.ready(_CONNECT_S)
+            except (ConnectionLost, TimeoutError):
+                await asyncio.sleep(max(self._dial_after_s - time.monotonic(), _FIRST_PAUSE_S))
+            else:
+                await wire.lost.wait()
+                return
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Close the connection; calls under way have so many seconds to finish, and are then lost."""
+        self.is_closed = True
+        await self._tasks.close()
+        wires = [*self._retiring] if self._wire is None else [*self._retiring, self._wire]
+        for wire in wires:
+            wire.retire()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                for wire in wires:
+                    await wire.lost.wait()
+        for wire in wires:
+            wire.abort()
+        self.expiry.close()
+
+    def headers(self, metadata: Headers) -> Headers:
+        """Return the headers of a request."""
+        return [self._authority, *_HEADERS, *metadata]
+
+    async def ready(self, timeout_s: float) -> _Wire:
+        """Return a connection that takes a stream now.
+
+        Raises:
+            ConnectionLost: none can be made, or the last dial failed a moment ago.
+            TimeoutError: none could be made in time, or the server takes no further stream yet.
+        """
+        wire = self._wire
+        if wire is not None and wire.http.may_open:
+            return wire
+        async with asyncio.timeout(timeout_s):
+            while True:
+                wire = self._current()
+                if wire is None:
+                    await self._dial()
+                elif wire.http.may_open:
+                    return wire
+                else:
+                    self._room.clear()
+                    await self._room.wait()
+
+    def _current(self) -> _Wire | None:
+        """Return the connection for new calls, if there is one; one that retires is set aside."""
+        wire = self._wire
+        if wire is not None and (wire.http.is_retiring or wire.http.is_over):
+            self._wire = None
+            if not wire.http.is_over:
+                self._retiring.add(wire)
+                wire.retire()
+        return self._wire
+
+    async def _dial(self) -> None:
+        """Have a connection made, together with all others that want one. Raises ConnectionLost."""
+        if self._dialling is None:
+            if self.is_closed or time.monotonic() < self._dial_after_s:
+                raise ConnectionLost(self._failure or "the channel is closed")
+            self._dialling = self._tasks.spawn(self._connect())
+        if self._dialling is not None:
+            # Not awaited itself: the dial belongs to all calls that wait, and `close` may cancel it.
+            await asyncio.wait([self._dialling])
+        if self._wire is None:
+            raise ConnectionLost(self._failure or "the channel is closed")
+
+    async def _connect(self) -> None:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                _, wire = await asyncio.get_running_loop().create_connection(
+                    lambda: _Wire(self._room),
+                    self._host,
+                    self._port,
+                    ssl=self._tls,
+                    server_hostname=self._server_name if self._tls else None,
+                )
+        except (OSError, TimeoutError) as exc:
+            self._failure = str(exc) or "no answer to the dial"
+            self._dial_after_s = time.monotonic() + self._pause_s * random.uniform(  # noqa: S311  # only jitter
+                1 - _JITTER, 1 + _JITTER
+            )
+            self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
+        else:
+            self._pause_s, self._failure = _FIRST_PAUSE_S, ""
+            wire.lost_to = self._lost
+            self._wire = wire
+        finally:
+            self._dialling = None
+
+    def _lost(self, wire: _Wire) -> None:
+        self._retiring.discard(wire)
+        if self._wire is wire:
+            self._wire = None
+
+
+class ChannelStream:
+    """A stream on which each message is answered before the next is sent."""
+
+    def __init__(self, channel: Channel, path: bytes, metadata: Headers) -> None:
+        self._channel = channel
+        self._path = path
+        self._metadata = metadata
+        self._wire: _Wire | None = None
+        self._stream: ClientStream | None = None
+        self._waiter: asyncio.Future[bytes] | None = None
+        self._received = bytearray()
+        self._is_over = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server waits for a message, as far as is known, on a connection that will stay."""
+        return not self._is_over and (self._wire is None or not self._wire.http.is_retiring)
+
+    async def ask(self, message: bytes, *, timeout_s: float) -> bytes:
+        """Send a message and return the next one that comes; after a failure the stream is closed.
+
+        Raises:
+            CallFailed: the server has ended the stream with a status.
+            ConnectionLost: no connection, or it broke, or the server has ended the stream.
+            TimeoutError: no answer in time.
+        """
+        if self._is_over:
+            raise ConnectionLost("the stream is closed")
+        try:
+            if self._stream is None or self._wire is None:
+                begun_s = time.monotonic()
+                wire = self._wire = await self._channel.ready(timeout_s)
+                stream = self._stream = wire.open(self._path, self._channel.headers(self._metadata), self)
+                timeout_s -= time.monotonic() - begun_s
+            else:
+                wire, stream = self._wire, self._stream
+            waiter: asyncio.Future[bytes] = wire.loop.create_future()
+            self._waiter = waiter
+            self._channel.expiry.add(waiter, timeout_s)
+            wire.send(stream, framed(message), is_last=False)
+            return await waiter
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            self._waiter = None
+
+    def take_news(self, stream: ClientStream) -> None:
+        """See Work."""
+        self._received += stream.take_body()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            try:
+                message = _first_message(self._received)
+            except CallFailed as exc:
+                waiter.set_exception(exc)
+                return
+            if message is not None:
+                waiter.set_result(message)
+        if stream.is_complete or stream.reset_code is not None:
+            self._is_over = True
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(_failure(stream) or ConnectionLost("the server has ended the stream"))
+
+    def finish(self) -> None:
+        """Tell the server that no further message comes; what it says to that is not awaited."""
+        self._is_over = True
+        if self._wire is not None and self._stream is not None:
+            self._wire.finish(self._stream)
+
+    def cancel(self) -> None:
+        """End the stream at once."""
+        self._is_over = True
+        if self._wire is not None and self._stream is not None:
+            self._wire.cancel(self._stream)
+
+
+class _Unary:
+    """Waits for the answer of one call."""
+
+    def __init__(self, answer: asyncio.Future[bytes]) -> None:
+        self._answer = answer
+
+    def take_news(self, stream: ClientStream) -> None:
+        if self._answer.done():
+            return
+        if stream.is_complete or stream.reset_code is not None:
+            failure = _failure(stream)
+            message = only_message(stream.body)
+            if failure is not None:
+                self._answer.set_exception(failure)
+            elif message is None:
+                self._answer.set_exception(CallFailed(StatusCode.INTERNAL, "the answer is no message"))
+            else:
+                self._answer.set_result(message)
+        elif announced_bytes(stream.body) > _MAX_MESSAGE_BYTES:
+            self._answer.set_exception(CallFailed(StatusCode.RESOURCE_EXHAUSTED, "the answer is too large"))
+
+
+class _Wire(asyncio.Protocol):
+    """One connection: does what ClientConnection decides."""
+
+    def __init__(self, room: asyncio.Event) -> None:
+        self.http = ClientConnection()
+        self.loop = asyncio.get_running_loop()
+        self.lost = asyncio.Event()
+        self.lost_to: Callable[[_Wire], None] = lambda _: None
+        self._room = room
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # before anything else
+        self._is_writable = True
+
+    def open(self, path: bytes, headers: Headers, work: Work) -> ClientStream:
+        """Begin a request; `send` sends it."""
+        return self.http.open(path, headers, work)
+
+    def send(self, stream: ClientStream, part: bytes, *, is_last: bool) -> None:
+        """Send a part of a request."""
+        self.http.send(stream, part, time.monotonic())
+        if is_last:
+            self.http.finish(stream)
+        self._flush()
+
+    def finish(self, stream: ClientStream) -> None:
+        """End a request."""
+        self.http.finish(stream)
+        self._flush()
+
+    def cancel(self, stream: ClientStream) -> None:
+        """Reset a stream, if it is open."""
+        if stream.id in self.http.streams:
+            self.http.cancel(stream)
+            self._flush()
+            self._close_if_done()
+
+    def retire(self) -> None:
+        """Open no more streams, and close after the last."""
+        self.http.is_retiring = True
+        self._close_if_done()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own class does not derive from it
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        """Give the news of each stream to who waits for it."""
+        for stream in self.http.receive(data):
+            stream.work.take_news(stream)
+        self._room.set()
+        self._flush()
+        self._close_if_done()
+
+    def pause_writing(self) -> None:
+        """Hold requests from now on."""
+        self._is_writable = False
+        self.http.pause(is_paused=True)
+
+    def resume_writing(self) -> None:
+        """Go on sending."""
+        self._is_writable = True
+        self.http.pause(is_paused=False)
+        self._flush()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """Tell all who wait that nothing comes."""
+        for stream in self.http.lose():
+            stream.work.take_news(stream)
+        self.lost.set()
+        self._room.set()
+        self.lost_to(self)
+
+    def _flush(self) -> None:
+        while not self._transport.is_closing():
+            output = self.http.output(time.monotonic())
+            if not output:
+                break
+            self._transport.write(output)
+            if not self.http.unsent_bytes or not self._is_writable:
+                break
+
+    def _close_if_done(self) -> None:
+        if self.http.is_over or (self.http.is_retiring and not self.http.streams):
+            self._transport.close()
+
+
+def _first_message(received: bytearray) -> bytes | None:
+    """Take the first message out of what has come; None: more must come. Raises CallFailed."""
+    if len(received) < HEADER_BYTES:
+        return None
+    end = announced_bytes(received[:HEADER_BYTES])
+    if received[0] or end > _MAX_MESSAGE_BYTES:
+        raise CallFailed(StatusCode.INTERNAL, "the answer is compressed or too large")
+    if len(received) < end:
+        return None
+    message = bytes(received[HEADER_BYTES:end])
+    del received[:end]
+    return message
+
+
+def _failure(stream: ClientStream) -> CallFailed | ConnectionLost | None:
+    """Return with what a stream has ended, unless that was OK."""
+    if stream.reset_code is not None:
+        return ConnectionLost(f"the stream was reset with code {stream.reset_code}")
+    # An answer that is a failure alone has its status in the only block of headers.
+    fields = dict(stream.headers) | dict(stream.trailers)
+    if b"grpc-status" not in fields:
+        return CallFailed(StatusCode.UNKNOWN, f"no answer of gRPC, but HTTP {stream.status}")
+    code = parse_status(fields[b"grpc-status"])
+    if code is StatusCode.OK:
+        return None
+    return CallFailed(code, unquote_to_bytes(fields.get(b"grpc-message", b"")).decode(errors="replace"))
