@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from aio.expiry import Expiry
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -32,7 +34,7 @@ class BatchLimits:
     max_waiting: int = 20_000
     concurrency: int = 1  # batches under way at once
     is_abandonable: bool = True  # whether a batch is cancelled when all its callers are gone
-    # Whether an item that finds no batch under way is run by its own caller, one turn of the loop sooner.
+    # Whether an item that is alone for a turn of the loop is run by its own caller: that saves two tasks.
     is_eager: bool = False
 
 
@@ -72,18 +74,31 @@ class Batcher(Generic[Item, Result]):
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._workers: set[asyncio.Task[None]] = set()
         self._running = 0  # batches under way
+        self._is_gathering = False  # an eager item waits for a turn, to learn whether it is alone
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._expiry: Expiry | None = None  # of answers with a time-out
 
-    async def submit(self, item: Item) -> Result:
+    async def submit(self, item: Item, *, timeout_s: float | None = None) -> Result:
         """Return the item's own result.
+
+        `timeout_s` bounds the wait for a batch and for its end. It does not bound an item that its own caller
+        runs (`is_eager`): that takes as long as `run` does.
 
         Raises:
             QueueFull: `max_waiting` items wait already; or what `full` makes.
+            TimeoutError: the time has passed; the batch may be under way.
             Exception: the item's own failure, or that of its batch.
         """
-        if self._limits.is_eager and not self._running:
-            return await self._run_alone(item)
-        return await self.enqueue(item)
+        if self._limits.is_eager and not (self._running or self._waiting or self._is_gathering):
+            await self._gather()
+            if not (self._running or self._waiting):
+                return await self._run_alone(item)
+        answer = self.enqueue(item)
+        if timeout_s is not None:
+            if self._expiry is None:
+                self._expiry = Expiry()
+            self._expiry.add(answer, timeout_s)
+        return await answer
 
     def enqueue(self, item: Item) -> asyncio.Future[Result]:
         """Return a future for the item's own result; cancelling it takes the item back.
@@ -99,9 +114,19 @@ class Batcher(Generic[Item, Result]):
         answer: asyncio.Future[Result] = self._loop.create_future()
         size_bytes = 0 if self._size_bytes is None else self._size_bytes(item)
         self._waiting.append(_Waiting(item, size_bytes, answer))
-        if self._running < self._limits.concurrency:
+        if self._running < self._limits.concurrency and not self._is_gathering:
             self._start_worker()
         return answer
+
+    async def _gather(self) -> None:
+        """Wait for one turn of the loop: what arrives in it shares a batch."""
+        self._is_gathering = True
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self._is_gathering = False
+            if self._waiting:
+                self._start_worker()
 
     async def _run_alone(self, item: Item) -> Result:
         self._running += 1
@@ -124,6 +149,8 @@ class Batcher(Generic[Item, Result]):
         for waiting in self._waiting:
             waiting.answer.cancel()
         self._waiting.clear()
+        if self._expiry is not None:
+            self._expiry.close()
 
     def _start_worker(self) -> None:
         # The set owns the task; it starts in the next turn of the loop, so that

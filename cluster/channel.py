@@ -9,8 +9,8 @@
   finish on the old one, and new calls go to a new one.
 - A call that finds no connection waits for the dial, as long as its time-out allows. While a dial that failed
   is not to be repeated, calls fail at once: the caller can turn to the storage.
-- Pauses between dials grow from _FIRST_PAUSE_S to _LAST_PAUSE_S, each a little different, so that nodes do not
-  all dial a restarted node at the same instants.
+- Pauses between dials grow from _FIRST_PAUSE_S to _LAST_PAUSE_S, each a little different, so that nodes do
+  not all dial a restarted node at the same instants.
 - Time-outs have one timer for all calls (aio/expiry.py).
 
 What a call can end with:

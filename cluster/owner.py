@@ -118,8 +118,7 @@ def _queue_full() -> ClusterError:
 async def _submitted(batcher: Batcher[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
     """Return the item's result, or its failure as a value: a failed batch fails each of its items."""
     try:
-        async with asyncio.timeout(try_s):
-            return await batcher.submit(item)
+        return await batcher.submit(item, timeout_s=try_s)
     except TimeoutError:
         return PeerTimeout("no answer in time")
     except PeerSkipped:

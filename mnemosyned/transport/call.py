@@ -174,10 +174,11 @@ def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> Outcome | C
         response = method.handle(message, call)
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return fail(method, call, exc, started_s)
-    if isinstance(response, Coroutine):
-        return _awaited(method, call, response, started_s)
-    _succeed(method, call, started_s)
-    return response
+    # Not `isinstance(response, Coroutine)`: a check against an abstract class is slower than the rest.
+    if isinstance(response, bytes | tuple):
+        _succeed(method, call, started_s)
+        return response
+    return _awaited(method, call, response, started_s)
 
 
 async def _awaited(

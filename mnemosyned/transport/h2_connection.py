@@ -109,10 +109,12 @@ class Server:
 class Call(Stream):
     """Call on a stream of HTTP/2. Headers are read when they are asked for: most calls need one or two."""
 
-    __slots__ = ("connection",)
+    __slots__ = ("_fields", "connection")
 
     # Set before any handler sees the call. `Stream.work` is the task of a call that waits, if it does.
     connection: Connection
+    # The headers by name: made when metadata is first asked for, which most calls for this node never do.
+    _fields: dict[bytes, bytes]
 
     @property
     def path(self) -> str:
@@ -156,7 +158,12 @@ class Call(Stream):
 
     def metadata(self, key: str) -> str | None:
         """See Call."""
-        value = self.header(key.encode())
+        try:
+            fields = self._fields
+        except AttributeError:
+            # The first value of a name counts.
+            fields = self._fields = dict(reversed(list(self.headers)))
+        value = fields.get(key.encode())
         return None if value is None else value.decode(errors="replace")
 
 
@@ -305,10 +312,10 @@ class Connection(asyncio.Protocol):
         outcome = invoke_unary(method, message, call)
         if isinstance(outcome, bytes):
             self._http.answer(call, _OK_HEAD, framed(outcome), _OK_TRAILERS, now_s)
-        elif isinstance(outcome, Coroutine):
-            call.work = _UnaryWork(self._loop.create_task(self._finish(call, outcome)))
-        else:
+        elif isinstance(outcome, Failure | tuple):
             self._answer(call, outcome)
+        else:
+            call.work = _UnaryWork(self._loop.create_task(self._finish(call, outcome)))
 
     async def _finish(self, call: Call, working: Coroutine[Any, Any, Outcome]) -> None:
         self._answer(call, await working)

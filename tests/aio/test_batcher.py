@@ -210,10 +210,13 @@ async def test_close_cancels_what_is_under_way_and_what_waits() -> None:
     assert backend.was_cancelled
 
 
-async def test_an_eager_lone_item_goes_out_in_the_same_turn_and_its_followers_share_the_next_batch() -> None:
+async def test_eager_items_of_one_turn_share_a_batch_and_a_lone_one_is_run_by_its_caller() -> None:
     backend = Backend(is_open=False)
     batcher = Batcher(backend.run, limits=BatchLimits(concurrency=2, is_eager=True))
-    calls = [asyncio.create_task(batcher.submit(n)) for n in (1, 2, 3, 4)]
+    lone = asyncio.create_task(batcher.submit(1))
+    await until(lambda: backend.batches)
+    assert not batcher._workers
+    calls = [lone, *(asyncio.create_task(batcher.submit(n)) for n in (2, 3, 4))]
     await until(lambda: len(backend.batches) == 2)
     late = asyncio.create_task(batcher.submit(5))
     await asyncio.sleep(0)
@@ -221,6 +224,25 @@ async def test_an_eager_lone_item_goes_out_in_the_same_turn_and_its_followers_sh
 
     backend.gate.set()
     assert await asyncio.gather(*calls, late) == [2, 4, 6, 8, 10]
+
+
+async def test_eager_items_that_arrive_together_share_a_batch() -> None:
+    backend = Backend()
+    batcher = Batcher(backend.run, limits=BatchLimits(is_eager=True))
+
+    assert await asyncio.gather(*(batcher.submit(n) for n in (1, 2, 3))) == [2, 4, 6]
+    assert [sorted(batch) for batch in backend.batches] == [[1, 2, 3]]
+
+
+async def test_what_gathers_with_an_eager_item_goes_out_when_its_caller_is_cancelled() -> None:
+    backend = Backend()
+    batcher = Batcher(backend.run, limits=BatchLimits(is_eager=True))
+    first, second = (asyncio.create_task(batcher.submit(n)) for n in (1, 2))
+    await asyncio.sleep(0)
+    first.cancel()
+
+    assert await second == 4
+    assert backend.batches == [[2]]
 
 
 async def test_an_eager_item_fails_alone_and_leaves_its_place() -> None:
@@ -235,8 +257,10 @@ async def test_an_eager_item_fails_alone_and_leaves_its_place() -> None:
 async def test_what_waited_for_an_eager_item_goes_out_when_its_caller_is_cancelled() -> None:
     backend = Backend(is_open=False)
     batcher = Batcher(backend.run, limits=BatchLimits(concurrency=1, is_eager=True))
-    first, second = (asyncio.create_task(batcher.submit(n)) for n in (1, 2))
+    first = asyncio.create_task(batcher.submit(1))
     await until(lambda: backend.batches)
+    second = asyncio.create_task(batcher.submit(2))
+    await asyncio.sleep(0)
     first.cancel()
     backend.gate.set()
 

@@ -95,10 +95,12 @@ async def test_a_batch_that_fails_is_each_items_failure(owner: Owner, sender: Se
     assert isinstance(await owner.notify("t", tell_s=5.0), PeerUnreachable)
 
 
-async def test_a_peer_that_is_slow_times_out(owner: Owner, sender: Sender) -> None:
+async def test_a_call_that_shares_a_batch_of_a_slow_peer_times_out(owner: Owner, sender: Sender) -> None:
     sender.may_answer.clear()
+    first, second = (asyncio.create_task(ask(owner, try_s=0.01)) for _ in range(2))
 
-    assert isinstance(await ask(owner, try_s=0.01), PeerTimeout)
+    assert isinstance(await first, PeerTimeout)
+    assert isinstance(await second, PeerTimeout)
 
 
 async def test_a_bug_is_no_failure_of_the_peer(owner: Owner, sender: Sender) -> None:
@@ -115,8 +117,10 @@ async def test_a_call_that_finds_too_many_waiting_is_skipped(
     monkeypatch.setattr(owners, "_BATCHES", limits)
     owner = Owner(sender.forward, sender.notify)
     sender.may_answer.clear()
-    calls = [asyncio.create_task(ask(owner)) for _ in range(2)]
-    await asyncio.sleep(0.01)
+    calls = []
+    for _ in range(2):
+        calls.append(asyncio.create_task(ask(owner)))
+        await asyncio.sleep(0.01)
 
     with pytest.raises(PeerSkipped):
         await ask(owner)
