@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _run(config: Config) -> int:
+    # The imports make no garbage; the daemon turns the collector on again.
+    gc.disable()
     from mnemosyned.daemon import StartFailed, run
     from mnemosyned.observe import logs
     from mnemosyned.observe.config import ObserveConfig

@@ -35,16 +35,12 @@ from typing import TYPE_CHECKING, Final
 from cache.backend import LruBackend
 from cache.lru import Lru
 from cache.read_through import ReadThrough
-from mnemosyned.admin.cluster import ClusterCollector
 from mnemosyned.api import reflection, session_manager
 from mnemosyned.api.auth import guard
 from mnemosyned.api.health import SERVICE_NAME as HEALTH
 from mnemosyned.api.health import Health
-from mnemosyned.api.router import carried
 from mnemosyned.api.session_manager import LocalRouter
-from mnemosyned.node import ClusterNode, NodeOptions, Sessions
 from mnemosyned.node_config import ClusterConfig
-from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.observe.metrics import AuthMetrics, CacheCollector, RpcCollector, UpkeepMetrics
 from mnemosyned.security.config import TlsConfig
 from mnemosyned.security.tls import ClientAuth, TlsFiles
@@ -60,21 +56,30 @@ from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.engine import Engine, EngineOptions
-from mnemosyned.transport.grpcio_engine import GrpcioEngine
 from mnemosyned.transport.h2_engine import H2Engine
 from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.traces import carried
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from mnemosyned.config.config import Config
+    from mnemosyned.node import ClusterNode
     from mnemosyned.security.api_keys import Callers
     from mnemosyned.sessions.store import EngineStore
     from mnemosyned.transport.traces import Tracing
 
+
+def _grpcio_engine(table: MethodTable, options: EngineOptions) -> Engine:
+    # Only when it is asked for: it imports grpcio.
+    from mnemosyned.transport.grpcio_engine import GrpcioEngine
+
+    return GrpcioEngine(table, options)
+
+
 GRPC_ENGINES: Final[dict[str, Callable[[MethodTable, EngineOptions], Engine]]] = {
     "h2": H2Engine,
-    "grpcio": GrpcioEngine,
+    "grpcio": _grpcio_engine,
 }
 _PUBLIC_SERVICES: Final = frozenset({session_manager.SERVICE_NAME, HEALTH})
 
@@ -130,7 +135,7 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
         rules=ServiceRules(lifetime=lifetime(config), bag_limits=_bag_limits(config)),
     )
     if node is not None:
-        node.bind(Sessions(storage=store, cache=cache, coherence=coherence, touches=touches, service=service))
+        node.bind(storage=store, cache=cache, coherence=coherence, touches=touches, service=service)
     health = Health(_PUBLIC_SERVICES)
     table, forwarded = _new_tables(service, node, health, hooks)
     _register_calls(hooks.registry, table, node)
@@ -158,8 +163,10 @@ def engine_options(config: Config) -> EngineOptions:
         max_message_bytes=grpc.max_message_bytes,
         max_streams=grpc.max_streams,
         max_connections=grpc.max_connections,
+        max_connections_per_address=grpc.max_connections_per_address,
         drain_timeout_s=grpc.drain_timeout_s,
-        log_as_json=config[ObserveConfig].log_environment != "development",
+        max_age_s=grpc.max_age_s,
+        send_timeout_s=grpc.send_timeout_s,
         tls=tls_files(config),
     )
 
@@ -183,6 +190,9 @@ def _new_node(config: Config, clock: StorageClock) -> ClusterNode | None:
     # daemon warns of that.
     if not cluster.listen or not config[StorageConfig].engine.capabilities.is_shared:
         return None
+    # Only here: a daemon without peers starts in two thirds of the time without these imports.
+    from mnemosyned.node import ClusterNode, NodeOptions
+
     options = NodeOptions(
         listen=cluster.listen,
         seeds=cluster.foreign_seeds,
@@ -267,5 +277,7 @@ def _new_tables(
 def _register_calls(registry: CollectorRegistry, table: MethodTable, node: ClusterNode | None) -> None:
     registry.register(RpcCollector(table.stats()))
     if node is not None:
+        from mnemosyned.admin.cluster import ClusterCollector  # as in `_new_node`
+
         registry.register(RpcCollector(node.client_stats.values(), side="client"))
         registry.register(ClusterCollector(node))

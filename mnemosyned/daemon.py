@@ -54,7 +54,6 @@ import uvloop
 from aio.periodic import run_periodically
 from cluster.peer_auth import is_loopback
 from mnemosyned import __version__, assembly
-from mnemosyned.admin.cluster import page
 from mnemosyned.admin.server import AdminServer, Readiness
 from mnemosyned.assembly import GRPC_ENGINES, Hooks
 from mnemosyned.errors import MnemosyneError
@@ -77,7 +76,9 @@ from mnemosyned.transport.engine import Engine, ListenFailed, host_port
 from mnemosyned.transport.traces import Tracing, TracingUnavailable
 
 if TYPE_CHECKING:
+    from mnemosyned.admin.server import Page
     from mnemosyned.config.config import Config
+    from mnemosyned.node import ClusterNode
     from mnemosyned.sessions.store import FullStore
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ def _collect_rarely() -> None:
     # `freeze` takes what the imports have made out of every collection.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+    gc.enable()
 
 
 class _Daemon:
@@ -211,7 +213,7 @@ class _Daemon:
                 admin_port,
                 registry=self._registry,
                 readiness=self._readiness,
-                pages={} if node is None else {"/debug/cluster": partial(page, node)},
+                pages={} if node is None else {"/debug/cluster": _cluster_page(node)},
                 tls=context,
             )
         except (ListenFailed, FilesUnusable) as exc:
@@ -357,6 +359,12 @@ mnemosyned {version}
   stop it  Ctrl-C
 
 """
+
+
+def _cluster_page(node: ClusterNode) -> Page:
+    from mnemosyned.admin.cluster import page  # as in `assembly._new_node`
+
+    return partial(page, node)
 
 
 def _new_tracing(endpoint: str) -> Tracing | None:

@@ -149,8 +149,8 @@ def _owns(view: View, token: str) -> bool:
     return view.is_alone or view.ring.owner(token) == view.me
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sessions:
+@dataclass(frozen=True, slots=True)
+class _Sessions:
     """The parts of this daemon that a change of the ring, or a call of a peer, concerns."""
 
     storage: Storage
@@ -171,7 +171,7 @@ class ClusterNode:
         """Make the node; `bind` gives it the sessions, which in turn need the node's `invalidator`."""
         self._options = options
         self._clock = clock
-        self._bound: Sessions | None = None
+        self._bound: _Sessions | None = None
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
         self.peer_auth = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
         self._peers = Peers(self.peer_auth, self.client_stats, server_name=self._host_at)
@@ -184,12 +184,20 @@ class ClusterNode:
         self._service: PeerService | None = None
         self._sweep: asyncio.Task[None] | None = None
 
-    def bind(self, sessions: Sessions) -> None:
+    def bind(
+        self,
+        *,
+        storage: Storage,
+        cache: ReadThrough[EncodedSession],
+        coherence: Coherence,
+        touches: TouchWriter,
+        service: SessionService,
+    ) -> None:
         """Take the sessions; call it once, before the node serves or runs."""
-        self._bound = sessions
+        self._bound = _Sessions(storage, cache, coherence, touches, service)
 
     @property
-    def _sessions(self) -> Sessions:
+    def _sessions(self) -> _Sessions:
         assert self._bound is not None
         return self._bound
 

@@ -6,17 +6,16 @@ answers both, and only its description of itself is made twice.
 
 Of our services, those that clients may call are described (assembly.py). The Peer service is not: it is
 between nodes of one release or the next, and no client could sign a call of it.
+
+The packages are imported with the first call, since few daemons ever get one: they take long to import.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any, Final
-
-from google.protobuf import descriptor_pool, text_format
-from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from grpc_reflection.v1alpha import reflection_pb2
-from grpc_reflection.v1alpha.reflection import aio
 
 from mnemosyned.api.session_manager import parsed
 from mnemosyned.transport.call import Call
@@ -28,10 +27,10 @@ _V1: Final = "grpc.reflection.v1.ServerReflection"
 
 def add_to(table: MethodTable, services: frozenset[str]) -> None:
     """Serve both versions; they describe the named services and themselves."""
-    _describe_v1()
-    servicer = aio.ReflectionServicer(services | {_V1ALPHA, _V1})
 
     async def handle(messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
+        # On a thread: it imports packages.
+        servicer = await asyncio.to_thread(_servicer, services)
         # The servicer is made for a server of grpcio, but uses nothing of its context.
         responses: Any = servicer.ServerReflectionInfo(_requests(messages), None)
         async for response in responses:
@@ -41,12 +40,26 @@ def add_to(table: MethodTable, services: frozenset[str]) -> None:
         table.add_stream(version, "ServerReflectionInfo", handle)
 
 
+@cache
+def _servicer(services: frozenset[str]) -> Any:  # noqa: ANN401  # its stubs have no such class
+    from grpc_reflection.v1alpha.reflection import aio
+
+    _describe_v1()
+    return aio.ReflectionServicer(services | {_V1ALPHA, _V1})
+
+
 async def _requests(messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+
     async for message in messages:
-        yield parsed(reflection_pb2.ServerReflectionRequest, message)
+        yield parsed(ServerReflectionRequest, message)
 
 
 def _describe_v1() -> None:
+    from google.protobuf import descriptor_pool, text_format
+    from google.protobuf.descriptor_pb2 import FileDescriptorProto
+    from grpc_reflection.v1alpha import reflection_pb2
+
     # Through the text form, where one replacement renames package, services and types alike. The pool accepts
     # a file that it already has, if the content is the same, so calling it twice does no harm.
     v1alpha = FileDescriptorProto()

@@ -13,7 +13,7 @@ copies, so only the owner must drop them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import Message
@@ -132,8 +132,3 @@ def _handle_here(place: Local, service: SessionService, rpc: Rpc, request: Messa
 
 async def _awaited(response: Response) -> bytes:
     return response if isinstance(response, bytes) else await response
-
-
-def carried(call: Call, names: Iterable[str] = ("traceparent", "tracestate")) -> dict[str, str]:
-    """Return the caller's own trace context, for a node that makes no spans."""
-    return {name: value for name in names if (value := call.metadata(name))}

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from cache.read_through import CacheCounters
     from mnemosyned.transport.call import MethodStats
+    from mnemosyned.transport.engine import ConnectionStats
 
 _QUERY_BUCKETS_S: Final = (
     0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -98,6 +99,36 @@ class RpcCollector(Collector):
         # Two families are named alike: the counter `grpc_server_requests_total`, and the gauge of calls in
         # flight, `grpc_server_requests`. The Go daemon's dashboards have both.
         yield from (requests, errors, durations, in_flight)
+
+
+class ConnectionCollector(Collector):
+    """Shows the connections of the gRPC port as `grpc_server_connections*`."""
+
+    def __init__(self, stats: ConnectionStats) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each name."""
+        yield GaugeMetricFamily(
+            "grpc_server_connections", "Open connections of the gRPC port.", value=self._stats.open
+        )
+        yield GaugeMetricFamily(
+            "grpc_server_unsent_bytes",
+            "Bytes of answers that clients have not taken yet.",
+            value=self._stats.unsent_bytes,
+        )
+        ended = CounterMetricFamily(
+            "grpc_server_connections_ended", "Connections that ended, by reason.", labels=("reason",)
+        )
+        # Copies, made in one step: the event loop adds to them.
+        for reason, count in dict(self._stats.ended).items():
+            ended.add_metric((reason,), count)
+        failures = CounterMetricFamily(
+            "grpc_server_accept_failures", "Connections that could not be accepted.", labels=("error",)
+        )
+        for error, count in dict(self._stats.accept_failures).items():
+            failures.add_metric((error,), count)
+        yield from (ended, failures)
 
 
 class CacheCollector(Collector):

@@ -3,14 +3,13 @@
 Nothing here verifies a certificate. Names count only because the engine has shown, in the handshake, that one
 of our authorities has signed the certificate and that the caller has its private key. The API keys' roles
 (api/auth.py) and the nodes' names (cluster/peer_auth.py) rest on that.
+
+cryptography is imported inside functions: it takes long to import, and only TLS needs it.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-
-from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 
 # A call has its connection's certificate as PEM, and a connection makes many calls. Parsing takes about 8 µs,
@@ -23,6 +22,9 @@ def names_of(pem: str) -> tuple[str, ...]:
     first certificate counts. What is no certificate has no names: a caller is then without a name, and the
     call is refused where a name is needed.
     """
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -41,4 +43,6 @@ def expires_at_s(pem: bytes) -> float:
     Raises:
         ValueError: the bytes do not begin with a certificate.
     """
+    from cryptography import x509
+
     return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()

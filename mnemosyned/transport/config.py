@@ -1,8 +1,8 @@
 """The settings of the gRPC port, and how it closes.
 
 Every limit here bounds memory that a client could otherwise fill: the size of a request, the calls of one
-connection, the number of connections. Their product is far more memory than any host has. The limits are for
-clients that err, one at a time; `-auth.keys` and TLS keep out those that mean harm.
+connection, the number of connections, the time for which answers wait. `-auth.keys` and TLS keep out those
+that mean harm.
 
 After SIGTERM a call has `-drain.delay` to arrive and then `-drain.timeout` to finish. Kubernetes kills a pod
 after its grace period, 30 s by default: the sum of both must be less, with 5 s for the last writes.
@@ -48,13 +48,31 @@ class GrpcConfig(Section):
         "grpc.max-streams",
         "1024",
         integer(1, 2**31 - 1),
-        "calls in flight on one connection; further calls wait at the client",
+        "calls in flight on one connection (h2: at most 128); further calls wait at the client",
     )
     max_connections: int = setting(
         "grpc.max-connections",
         "10000",
         integer(1, 2**31 - 1),
-        "connections of clients and peers; further ones wait (h2corn) or are closed (grpcio)",
+        "connections of clients and peers; further ones are closed at once",
+    )
+    max_connections_per_address: int = setting(
+        "grpc.max-connections-per-address",
+        "0",
+        integer(0, 2**31 - 1),
+        "connections from one address, with h2; 0: no limit of their own, as behind a balancer",
+    )
+    max_age_s: float = setting(
+        "grpc.max-age",
+        "1h",
+        duration(0),
+        "age at which h2 asks a client to connect again, give or take a tenth; 0: never",
+    )
+    send_timeout_s: float = setting(
+        "grpc.send-timeout",
+        "20s",
+        duration(1),
+        "time after which h2 closes a connection whose client takes none of its answers",
     )
     is_debug: bool = setting("grpc.debug", "false", boolean, "log details of every gRPC call and connection")
     drain_delay_s: float = setting(

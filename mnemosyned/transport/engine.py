@@ -30,7 +30,8 @@ in call.py, so that counting, logging and statuses cannot differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from mnemosyned.security.tls import TlsFiles, TlsMaterial
@@ -44,6 +45,16 @@ class ListenFailed(Exception):
     """The address cannot be listened on; the text is one line for people, and names the address."""
 
 
+@dataclass(slots=True)
+class ConnectionStats:
+    """What the connections of an engine have done; only h2 counts them."""
+
+    open: int = 0
+    unsent_bytes: int = 0  # of answers that clients have not taken
+    ended: Counter[str] = field(default_factory=Counter)  # by reason, which is one of a few words
+    accept_failures: Counter[str] = field(default_factory=Counter)  # by the name of the error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """What both engines need; sizes in bytes, times in seconds."""
@@ -52,12 +63,13 @@ class EngineOptions:
     port: int  # 0: any free port
     max_message_bytes: int  # of a request, where its method has no limit of its own
     max_streams: int  # calls on one connection at once; the client holds further ones back
-    max_connections: int  # further ones wait for one to end (h2corn) or are closed (grpcio)
+    max_connections: int  # further ones are closed at once
+    max_connections_per_address: int = 0  # 0: no limit of their own
     drain_timeout_s: float
+    max_age_s: float = 0.0  # of a connection, give or take a tenth; 0: no limit
     send_timeout_s: float = 20.0  # in which a client must take something of what waits for it
     max_unsent_bytes: int = 256 * 1024**2  # answers that clients have not taken, over all connections
     max_request_bytes: int = 256 * 1024**2  # requests that are not complete, over all connections
-    log_as_json: bool = False  # what the engine itself writes to stderr
     tls: TlsFiles | None = None  # they have been read once, and were valid
 
     @property

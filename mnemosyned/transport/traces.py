@@ -19,7 +19,7 @@ The packages of OpenTelemetry are imported inside functions: they are an extra, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from mnemosyned import __version__
@@ -77,6 +77,11 @@ class Tracing:
         """Send what is left, for at most _STOP_TIMEOUT_MS. Blocks: call it on a thread."""
         self._provider.force_flush(_STOP_TIMEOUT_MS)
         self._provider.shutdown()
+
+
+def carried(call: Call, names: Iterable[str] = _CARRIED) -> dict[str, str]:
+    """Return the caller's own trace context, for a node that makes no spans."""
+    return {name: value for name in names if (value := call.metadata(name))}
 
 
 def _new_provider(endpoint: str) -> TracerProvider:
