@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Final, NoReturn, TypeVar, cast
 
 import configargparse
-import yaml
 
 from mnemosyned.config.flags import (
     ACTIONS,
@@ -166,6 +165,9 @@ class _FileParser(configargparse.ConfigFileParser):  # type: ignore[misc]  # unt
         return ACTIONS["config"]
 
     def parse(self, stream: IO[str]) -> dict[str, str | list[str]]:
+        # Only with a file: it takes long to import.
+        import yaml
+
         name = str(stream.name)
         syntax = "TOML" if name.endswith(".toml") else "YAML"
         try:
