@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aio.expiry import Expiry
+
+
+async def test_each_future_fails_at_its_instant_and_not_before() -> None:
+    loop, expiry = asyncio.get_running_loop(), Expiry()
+    ends: dict[float, float] = {}
+    begun_s = loop.time()
+
+    async def waits(seconds: float) -> None:
+        future = loop.create_future()
+        expiry.add(future, seconds)
+        with pytest.raises(TimeoutError):
+            await future
+        ends[seconds] = loop.time() - begun_s
+
+    await asyncio.gather(*(waits(seconds) for seconds in (0.03, 0.01, 0.02)))
+
+    assert list(ends) == [0.01, 0.02, 0.03]
+    assert all(took_s >= seconds for seconds, took_s in ends.items())
+
+
+async def test_a_future_that_is_done_is_left_alone() -> None:
+    loop, expiry = asyncio.get_running_loop(), Expiry()
+    answered, cancelled, late = (loop.create_future() for _ in range(3))
+    for future in (answered, cancelled, late):
+        expiry.add(future, 0.01)
+    answered.set_result(1)
+    cancelled.cancel()
+
+    with pytest.raises(TimeoutError):
+        await late
+    assert (answered.result(), cancelled.cancelled()) == (1, True)
+
+
+async def test_futures_that_are_done_keep_no_timer_running() -> None:
+    loop, expiry = asyncio.get_running_loop(), Expiry()
+    for _ in range(1000):
+        future = loop.create_future()
+        expiry.add(future, 0.01)
+        future.set_result(None)
+    await asyncio.sleep(0.03)
+
+    assert expiry._heap == []
+    assert expiry._timer is None
+
+
+async def test_after_the_close_nothing_fails() -> None:
+    loop, expiry = asyncio.get_running_loop(), Expiry()
+    future = loop.create_future()
+    expiry.add(future, 0.01)
+    expiry.close()
+    await asyncio.sleep(0.03)
+
+    assert not future.done()
+    future.cancel()
