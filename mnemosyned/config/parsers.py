@@ -84,7 +84,9 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def host(text: str) -> str:
-    """Read a host name or address to listen on."""
+    """Read a host name or address to listen on, or `unix:` and the path of a socket."""
+    if text.startswith("unix:/") and not any(char.isspace() for char in text):
+        return text
     if not text or any(char.isspace() or char in "[]/" for char in text):
         raise ValueError(f"{text!r} is not a host name or address")
     return text

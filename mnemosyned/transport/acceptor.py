@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from aio.rate_limit import LogRateLimiter
+from mnemosyned.transport.engine import UNIX_PREFIX
 
 log = logging.getLogger(__name__)
 
-UNIX_PREFIX: Final = "unix:"
 _BACKLOG: Final = 1024
 _AT_ONCE: Final = 64  # then other things of the event loop have their turn
 _PAUSE_S: Final = 0.1
@@ -141,7 +141,7 @@ def _tcp_socket(family: socket.AddressFamily, address: tuple[Any, ...]) -> socke
 def _unix_socket(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _remove_left_socket(path)
+        remove_left_socket(path)
         listener.bind(path)
         listener.listen(_BACKLOG)
     except OSError:
@@ -151,7 +151,7 @@ def _unix_socket(path: str) -> socket.socket:
     return listener
 
 
-def _remove_left_socket(path: str) -> None:
+def remove_left_socket(path: str) -> None:
     """Remove the socket that a dead process has left; leave anything else, so that binding fails."""
     try:
         if not stat.S_ISSOCK(Path(path).stat().st_mode):
