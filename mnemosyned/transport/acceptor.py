@@ -64,9 +64,13 @@ class Acceptor:
             self._loop.add_reader(listener, self._accept, listener)
 
     def close(self) -> None:
-        """Refuse further connections, also those that wait to be accepted."""
+        """Accept what waits to be accepted, and refuse further connections.
+
+        Closing a listening socket resets the connections that wait, and their clients may have sent calls.
+        """
         for listener in self._sockets:
             self._loop.remove_reader(listener)
+            self._accept(listener)
             path = listener.getsockname()
             listener.close()
             if listener.family == socket.AF_UNIX:

@@ -242,12 +242,10 @@ class Connection(asyncio.Protocol):
 
     def retire(self, reason: str) -> None:
         """Ask the client to open no more streams, and close when those that are open are answered."""
+        # Also if nothing has come yet: the first request may be under way, and would be lost.
         now_s = time.monotonic()
-        if self._is_http2:
-            self._http.retire(reason, now_s)
-            self._flush(now_s)
-        else:
-            self._transport.close()
+        self._http.retire(reason, now_s)
+        self._flush(now_s)
 
     def expel(self, reason: str) -> None:
         """Answer what is open with UNAVAILABLE, and close."""
@@ -272,7 +270,8 @@ class Connection(asyncio.Protocol):
             self._cancel(call)
         if self._http.is_overdue(now_s):
             self.expel("mnemosyned: the connection is too old")
-        else:
+        elif self._is_http2 or self._http.reason:
+            # A client that may still turn out to speak HTTP/1 gets no SETTINGS.
             self._flush(now_s)
 
     def abort(self) -> None:
