@@ -1,0 +1,427 @@
+"""The gRPC port under what a host and its clients do to it: failing accepts, unread answers, a stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from certificates import Authority
+from clusters import free_ports, until
+from hpack import Encoder
+from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, GetResponse, Session, StartRequest
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from processes import Daemon, mnemosyned
+from secrecy import CANARY
+
+from mnemosyned.transport.frame import framed
+
+pytestmark = pytest.mark.timeout(120)
+ENGINES = ["h2", "grpcio"]
+UNKNOWN = ExistsRequest(access_token=f"{CANARY}-unknown")
+LARGE_BAG = {f"{CANARY}-{number}": "x" * 50_000 for number in range(60)}
+_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
+
+
+@contextmanager
+def stub_of(address: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Any]:
+    """Lend a client on a connection of its own."""
+    channel = (
+        grpc.insecure_channel(address, _OPTIONS)
+        if credentials is None
+        else grpc.secure_channel(address, credentials, _OPTIONS)
+    )
+    with channel:
+        yield SessionManagerStub(channel)
+
+
+def is_answered(address: str, timeout_s: float = 2.0) -> bool:
+    with stub_of(address) as stub:
+        return stub.Exists(UNKNOWN, timeout=timeout_s, wait_for_ready=True).value is False
+
+
+def dialled(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+class H2Client:
+    """A connection that sends what a test says and reads what a test wants."""
+
+    PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+    def __init__(self, address: str, *, window: int) -> None:
+        """Grant this window for each stream and, beyond the default, for the connection."""
+        self.socket = dialled(address)
+        self._encoder = Encoder()
+        settings = b"\0\4" + window.to_bytes(4, "big")
+        self.socket.sendall(self.PREFACE + frame(4, 0, 0, settings))
+        if window > 65_535:
+            self.grant(0, window - 65_535)
+
+    def grant(self, stream_id: int, size_bytes: int) -> None:
+        self.socket.sendall(frame(8, 0, stream_id, size_bytes.to_bytes(4, "big")))
+
+    def call(self, stream_id: int, method: str, message: bytes) -> None:
+        headers = [
+            (":method", "POST"), (":scheme", "http"), (":path", f"/mnemosynerpc.SessionManager/{method}"),
+            (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"),
+        ]  # fmt: skip
+        block = self._encoder.encode(headers)
+        self.socket.sendall(frame(1, 4, stream_id, block) + frame(0, 1, stream_id, framed(message)))
+
+    def frames(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """Yield kind, flags, stream and payload until the server closes."""
+        read = self.socket.makefile("rb")
+        while len(head := read.read(9)) == 9:
+            yield (
+                head[3],
+                head[4],
+                int.from_bytes(head[5:], "big"),
+                read.read(int.from_bytes(head[:3], "big")),
+            )
+
+
+def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream_id.to_bytes(4, "big") + payload
+
+
+# Errors of accept.
+
+
+def failures_of(daemon: Daemon) -> list[str]:
+    return [line for line in daemon.lines if '"accept_failed"' in line]
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
+def test_a_daemon_without_files_left_serves_its_connections_and_later_new_ones() -> None:
+    with Daemon("-storage=memory") as daemon, daemon.serving().stub() as known, ExitStack() as idle:
+        known.Exists(UNKNOWN, timeout=5)
+        process = psutil.Process(daemon.process.pid)
+        files = process.num_fds()
+        process.rlimit(resource.RLIMIT_NOFILE, (files + 20, files + 20))
+        held = [idle.enter_context(dialled(daemon.address)) for _ in range(40)]
+        assert "Too many open files" in daemon.wait_for("accept_failed")["error"]
+        for _ in range(100):
+            known.Exists(UNKNOWN, timeout=5)
+        busy_s = sum(process.cpu_times()[:2])
+        time.sleep(1.0)
+        busy_s = sum(process.cpu_times()[:2]) - busy_s
+        for connection in held:
+            connection.close()
+        began_s = time.monotonic()
+        assert is_answered(daemon.address)
+        took_s = time.monotonic() - began_s
+
+        assert took_s < 1.0
+        # It does not ask again and again.
+        assert busy_s < 0.3
+        assert daemon.stop() == 0
+
+
+ERRORS = {
+    "ECONNABORTED": "Software caused connection abort",
+    "EMFILE": "Too many open files",
+    "ENFILE": "Too many open files in system",
+    "EPROTO": "Protocol error",
+    "ENETDOWN": "Network is down",
+    "EHOSTUNREACH": "No route to host",
+    "ENOBUFS": "No buffer space available",
+    "ENOMEM": "Cannot allocate memory",
+    "EPERM": "Operation not permitted",
+    # Python itself calls `accept` again.
+    "EINTR": None,
+}
+
+
+@contextmanager
+def failing_accept(pid: int, name: str) -> Iterator[None]:
+    """Let the next `accept` of each thread of a process fail."""
+    calls = "accept,accept4"
+    command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}"]
+    command += ["-e", f"inject={calls}:error={name}:when=1", "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as tracer:
+        end_s = time.monotonic() + 10
+        while not tracer_of(pid):
+            assert tracer.poll() is None, tracer.stderr and tracer.stderr.read()
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            tracer.terminate()
+
+
+def tracer_of(pid: int) -> int:
+    (line,) = (one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if "TracerPid" in one)
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_whatever_accept_fails_with_calls_go_on_and_new_connections_are_served() -> None:
+    with Daemon("-storage=memory") as daemon, daemon.serving().stub() as known:
+        known.Exists(UNKNOWN, timeout=5)
+        for name, text in ERRORS.items():
+            before = len(failures_of(daemon))
+            try:
+                with failing_accept(daemon.process.pid, name):
+                    began_s = time.monotonic()
+                    assert is_answered(daemon.address)
+                    took_s = time.monotonic() - began_s
+                    known.Exists(UNKNOWN, timeout=5)
+            except AssertionError as exc:
+                if "not permitted" in str(exc):
+                    pytest.skip("this host lets no process trace another one")
+                raise
+            assert took_s < 1.0, name
+            if text is not None:
+                assert f'"error": "{text}"' in failures_of(daemon)[before], name
+
+        assert daemon.stop() == 0
+
+
+# Answers that are not read.
+
+
+@pytest.mark.parametrize("cache", ["cached", "cold"])
+def test_large_answers_that_are_not_read_cost_little_and_end_their_connections(
+    cache: str, postgres_dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = f"-postgres.address={postgres_dsn}"
+    with Daemon(storage) as daemon, daemon.serving().stub() as stub:
+        token = stub.Start(StartRequest(session=Session(subject_id="s", bag=LARGE_BAG))).session.access_token
+    request = GetRequest(access_token=token)
+    # Another one, which has no copy yet.
+    with Daemon(storage) as daemon, daemon.serving().stub() as stub, ExitStack() as stack:
+        if cache == "cached":
+            stub.Get(request, timeout=5)
+        process = psutil.Process(daemon.process.pid)
+        before = process.memory_info().rss
+        # Half of them grant no window. The others grant all there is, and read nothing.
+        readers = [H2Client(daemon.address, window=window) for window in (0, 2**31 - 1) for _ in range(10)]
+        for reader in readers:
+            stack.callback(reader.socket.close)
+            for number in range(60):
+                reader.call(2 * number + 1, "Get", request.SerializeToString())
+        most, p99_ms, took_s = watch_until_closed(daemon, process, len(readers))
+
+        with capsys.disabled():
+            print(  # noqa: T201  # numbers to compare machines by
+                f"\n{(most - before) >> 20} MB more, closed after {took_s:.1f} s, others' p99 {p99_ms:.1f} ms"
+            )
+        assert most - before < 150 * 1024**2
+        assert took_s < SEND_TIMEOUT_S + 6
+        assert p99_ms < 200
+        assert is_answered(daemon.address)
+
+
+def watch_until_closed(daemon: Daemon, process: psutil.Process, count: int) -> tuple[int, float, float]:
+    """Wait until so many connections are closed; return the most memory, others' p99 and how long it took."""
+    most, latencies_s, began_s = 0, [], time.monotonic()
+    with stub_of(daemon.address) as stub:
+        token = stub.Start(StartRequest(session=Session(subject_id="s"))).session.access_token
+        while len(process.net_connections("tcp")) < count:
+            assert time.monotonic() - began_s < 5
+        while len(process.net_connections("tcp")) > count // 4:
+            asked_s = time.monotonic()
+            stub.Get(GetRequest(access_token=token), timeout=5)
+            latencies_s.append(time.monotonic() - asked_s)
+            most = max(most, process.memory_info().rss)
+            assert time.monotonic() - began_s < SEND_TIMEOUT_S + 10
+            time.sleep(0.02)
+    p99_s = sorted(latencies_s)[int(0.99 * len(latencies_s))]
+    return most, p99_s * 1000, time.monotonic() - began_s
+
+
+# The default of the time in which a client must take something of its answers.
+SEND_TIMEOUT_S = 20.0
+
+
+def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
+    with Daemon("-storage=memory") as daemon, daemon.serving().stub() as stub:
+        token = stub.Start(StartRequest(session=Session(subject_id="s", bag=LARGE_BAG))).session.access_token
+        client = H2Client(daemon.address, window=65_535)
+        client.call(1, "Get", GetRequest(access_token=token).SerializeToString())
+        body = b""
+        with client.socket:
+            for kind, flags, stream_id, payload in client.frames():
+                if stream_id == 1 and kind == 0:
+                    body += payload
+                    # A little at a time.
+                    client.grant(0, len(payload))
+                    client.grant(1, len(payload))
+                    time.sleep(0.005)
+                elif stream_id == 1 and flags & 1:
+                    break
+
+        assert len(body) == 5 + int.from_bytes(body[1:5], "big")
+        assert GetResponse.FromString(body[5:]).session.bag == LARGE_BAG
+
+
+# Addresses.
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_addresses_of_each_kind_are_listened_on(engine: str, host: str) -> None:
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this host has no IPv6")
+    with Daemon("-storage=memory", f"-host={host}", f"-grpc.engine={engine}") as daemon:
+        assert is_answered(daemon.serving().address)
+        assert daemon.http("/healthz")[0] == 200
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_unix_socket_is_listened_on_and_the_admin_port_is_one_of_tcp(engine: str, tmp_path: Path) -> None:
+    path = tmp_path / "grpc.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        # As a process that was killed leaves it.
+        left.bind(str(path))
+    (port,) = free_ports(1)
+    flags = ["-storage=memory", f"-host=unix:{path}", f"-grpc.engine={engine}", f"-port={port}"]
+    with Daemon(*flags) as daemon:
+        assert daemon.serving().address == f"unix:{path}"
+        assert daemon.admin == f"http://127.0.0.1:{port + 1}"
+        assert is_answered(daemon.address)
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        code, _, err = mnemosyned(*flags[:-1], "-port=0")
+        assert (code, err.count("\n")) == (1, 1)
+        assert f"cannot listen on unix:{path}: Address already in use" in err
+        assert is_answered(daemon.address)
+        done = subprocess.run(
+            [sys.executable, "-m", "mnemosyned.commands.healthcheck"],
+            check=False,
+            env=os.environ | {"MNEMOSYNED_HOST": f"unix:{path}", "MNEMOSYNED_PORT": str(port)},
+        )
+        assert done.returncode == 0
+        assert daemon.stop() == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_that_is_no_socket_is_left_alone(engine: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    code, _, err = mnemosyned("-storage=memory", f"-host=unix:{path}", f"-grpc.engine={engine}", "-port=0")
+
+    assert (code, err.count("\n")) == (1, 1)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_second_daemon_on_a_port_ends_with_one_line(engine: str) -> None:
+    with Daemon("-storage=memory", f"-grpc.engine={engine}") as daemon:
+        port = daemon.serving().address.rpartition(":")[2]
+        for other in ENGINES:
+            code, _, err = mnemosyned("-storage=memory", f"-port={port}", f"-grpc.engine={other}")
+            # grpcio writes a line of its own.
+            assert (code, err.count("\n")) == (1, 1 if other == "h2" else 2)
+            assert f"cannot listen on 127.0.0.1:{port}" in err
+        assert is_answered(daemon.address)
+
+
+# Many connections, and the end.
+
+
+def test_connections_beyond_the_limit_are_closed_at_once_and_the_others_are_served() -> None:
+    with Daemon("-storage=memory", "-grpc.max-connections=3") as daemon, daemon.serving().stub() as stub:
+        stub.Exists(UNKNOWN, timeout=5)
+        with dialled(daemon.address), dialled(daemon.address) as second:
+            second.sendall(H2Client.PREFACE)
+            assert second.recv(1)
+            for _ in range(20):
+                with dialled(daemon.address) as further:
+                    began_s = time.monotonic()
+                    assert further.recv(1) == b""
+                    assert time.monotonic() - began_s < 1.0
+            stub.Exists(UNKNOWN, timeout=5)
+        assert is_answered(daemon.address)
+
+
+def test_a_stop_loses_no_call_that_is_under_way(postgres_dsn: str) -> None:
+    outcomes: list[str] = []
+    with Daemon(f"-postgres.address={postgres_dsn}", "-drain.delay=500ms") as daemon:
+        daemon.serving()
+        is_over = threading.Event()
+
+        def keep_calling(number: int) -> None:
+            new = StartRequest(session=Session(subject_id=f"s{number}", bag={"k": CANARY}))
+            with stub_of(daemon.address) as stub:
+                while not is_over.is_set():
+                    try:
+                        stub.Start(new, timeout=5)
+                    except grpc.RpcError as exc:
+                        # The port is closed: nothing was begun.
+                        outcomes.append(exc.details())  # type: ignore[attr-defined]  # a call's error has it
+                        return
+                    outcomes.append("")
+
+        with ThreadPoolExecutor(16) as threads:
+            calling = [threads.submit(keep_calling, number) for number in range(16)]
+            time.sleep(0.7)
+            code = daemon.stop()
+            is_over.set()
+        for one in calling:
+            one.result()
+
+    failures = [text for text in outcomes if text]
+    assert code == 0
+    assert len(outcomes) > 200
+    # Those that had begun were answered. Later ones found no port.
+    assert all("onnect" in text and "refused" in text for text in failures), failures
+
+
+async def test_tls_files_that_change_under_load_fail_no_call(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ours")
+    with Daemon("-storage=memory", *authority.flags("127.0.0.1")) as daemon:
+        daemon.serving()
+        is_over, counts = asyncio.Event(), {"one": 0, "new": 0}
+
+        async def call(kind: str) -> None:
+            while not is_over.is_set():
+                async with grpc.aio.secure_channel(
+                    daemon.address, authority.credentials(), options=_OPTIONS
+                ) as channel:
+                    stub: Any = SessionManagerStub(channel)
+                    while not is_over.is_set():
+                        await stub.Exists(UNKNOWN, timeout=5)
+                        counts[kind] += 1
+                        if kind == "new":
+                            break
+
+        async with asyncio.TaskGroup() as group:
+            for kind in ("one", "one", "new", "new"):
+                group.create_task(call(kind))
+            for number in range(3):
+                done = reloads(daemon)
+                authority.issue("127.0.0.1", f"n{number}.example")
+                await until(lambda done=done: reloads(daemon) > done)  # type: ignore[misc]
+            is_over.set()
+
+        assert min(counts.values()) > 50
+
+
+def reloads(daemon: Daemon) -> int:
+    return daemon.log.count('"tls_reloaded"')
