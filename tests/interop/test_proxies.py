@@ -1,4 +1,4 @@
-"""Proxies in front of two nodes: they pass every kind of call on, and neither GOAWAYs nor restarts fail one."""
+"""Proxies in front of two nodes pass each kind of call on; neither GOAWAYs nor restarts fail one."""
 
 from __future__ import annotations
 
