@@ -35,6 +35,8 @@ _AT_ONCE: Final = 64  # then other things of the event loop have their turn
 _PAUSE_S: Final = 0.1
 # The connection that was to be accepted is at fault, and is gone; the next one may be there already.
 _OF_ONE_CONNECTION: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR})
+# Of an address.
+_NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 # A connection, and the address of its other end: host and port, or a text for a Unix socket.
 Accepted = Callable[[socket.socket, Any], None]
@@ -109,12 +111,13 @@ class Acceptor:
 
 
 async def open_sockets(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address of a host name, all with one port; or on `unix:` and a path.
+    """Listen on the addresses of a host name, all with one port; or on `unix:` and a path.
 
-    Port 0 is any free port.
+    Port 0 is any free port. A name may have addresses that this host lacks, such as `::1` on a host without
+    IPv6. They are left out if there is another one.
 
     Raises:
-        OSError: an address is in use, or is not this host's, or there is none.
+        OSError: an address is in use, or none is this host's.
     """
     if host.startswith(UNIX_PREFIX):
         return [_unix_socket(host.removeprefix(UNIX_PREFIX))]
@@ -122,15 +125,21 @@ async def open_sockets(host: str, port: int) -> list[socket.socket]:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     sockets: list[socket.socket] = []
-    try:
-        for family, _, _, _, address in dict.fromkeys(found):
-            if port == 0 and sockets:
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901  # its port
+    lacking: OSError | None = None
+    for family, _, _, _, address in dict.fromkeys(found):
+        if port == 0 and sockets:
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901  # its port
+        try:
             sockets.append(_tcp_socket(family, address))
-    except OSError:
-        for opened in sockets:
-            opened.close()
-        raise
+        except OSError as exc:
+            if exc.errno in _NOT_OURS:
+                lacking = exc
+                continue
+            for opened in sockets:
+                opened.close()
+            raise
+    if lacking is not None and not sockets:
+        raise lacking
     return sockets
 
 
