@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -29,6 +30,7 @@ from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 from secrecy import CANARY
 
+from mnemosyned.transport.acceptor import open_sockets
 from mnemosyned.transport.frame import framed
 
 pytestmark = pytest.mark.timeout(120)
@@ -342,7 +344,46 @@ def test_the_second_daemon_on_a_port_ends_with_one_line(engine: str) -> None:
         assert is_answered(daemon.address)
 
 
-# Many connections, and the end.
+def test_a_path_that_is_too_long_for_a_socket_is_one_line() -> None:
+    path = f"/tmp/{'x' * 120}"  # noqa: S108  # nothing is made there
+    code, _, err = mnemosyned("-storage=memory", f"-host=unix:{path}", "-port=0")
+
+    assert (code, err.count("\n")) == (1, 1), err
+    assert f"cannot listen on unix:{path}: " in err
+
+
+async def test_an_address_that_this_host_lacks_is_left_out_if_there_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = ["127.0.0.1", "192.0.2.1"]
+
+    async def resolve(*_: object, **__: object) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in found]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    (opened,) = await open_sockets("name.example", 0)
+    with opened:
+        assert opened.getsockname()[0] == "127.0.0.1"
+    del found[0]
+    with pytest.raises(OSError, match="Cannot assign"):
+        await open_sockets("name.example", 0)
+
+
+# Many calls and connections, and the end.
+
+
+def test_calls_with_time_left_outlive_hundreds_whose_deadlines_pass() -> None:
+    with Daemon("-storage=memory") as daemon, daemon.serving().stub() as stub:
+        token = stub.Start(StartRequest(session=Session(subject_id="s"))).session.access_token
+        request = GetRequest(access_token=token)
+        daemon.process.send_signal(signal.SIGSTOP)
+        late = [stub.Get.future(request, timeout=0.3) for _ in range(400)]
+        others = [stub.Get.future(request, timeout=20) for _ in range(40)]
+        time.sleep(1.0)
+        daemon.process.send_signal(signal.SIGCONT)
+
+        assert {one.code() for one in late} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert {one.result().session.access_token for one in others} == {token}
 
 
 def test_connections_beyond_the_limit_are_closed_at_once_and_the_others_are_served() -> None:
