@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import shutil
 import signal
-import socket
-import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,84 +19,15 @@ import grpc
 import psutil
 import pytest
 from certificates import Authority
-from clusters import free_ports, until
-from hpack import Encoder
-from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, GetResponse, Session, StartRequest
+from clusters import until
+from mnemosynerpc.session_pb2 import GetRequest, GetResponse, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
-from processes import Daemon, mnemosyned
+from probes import OPTIONS, UNKNOWN, H2Client, dialled, is_answered, stub_of
+from processes import Daemon
 from secrecy import CANARY
 
-from mnemosyned.transport.acceptor import open_sockets
-from mnemosyned.transport.frame import framed
-
 pytestmark = pytest.mark.timeout(120)
-ENGINES = ["h2", "grpcio"]
-UNKNOWN = ExistsRequest(access_token=f"{CANARY}-unknown")
 LARGE_BAG = {f"{CANARY}-{number}": "x" * 50_000 for number in range(60)}
-_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
-
-
-@contextmanager
-def stub_of(address: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Any]:
-    """Lend a client on a connection of its own."""
-    channel = (
-        grpc.insecure_channel(address, _OPTIONS)
-        if credentials is None
-        else grpc.secure_channel(address, credentials, _OPTIONS)
-    )
-    with channel:
-        yield SessionManagerStub(channel)
-
-
-def is_answered(address: str, timeout_s: float = 2.0) -> bool:
-    with stub_of(address) as stub:
-        return stub.Exists(UNKNOWN, timeout=timeout_s, wait_for_ready=True).value is False
-
-
-def dialled(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
-
-
-class H2Client:
-    """A connection that sends what a test says and reads what a test wants."""
-
-    PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-    def __init__(self, address: str, *, window: int) -> None:
-        """Grant this window for each stream and, beyond the default, for the connection."""
-        self.socket = dialled(address)
-        self._encoder = Encoder()
-        settings = b"\0\4" + window.to_bytes(4, "big")
-        self.socket.sendall(self.PREFACE + frame(4, 0, 0, settings))
-        if window > 65_535:
-            self.grant(0, window - 65_535)
-
-    def grant(self, stream_id: int, size_bytes: int) -> None:
-        self.socket.sendall(frame(8, 0, stream_id, size_bytes.to_bytes(4, "big")))
-
-    def call(self, stream_id: int, method: str, message: bytes) -> None:
-        headers = [
-            (":method", "POST"), (":scheme", "http"), (":path", f"/mnemosynerpc.SessionManager/{method}"),
-            (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"),
-        ]  # fmt: skip
-        block = self._encoder.encode(headers)
-        self.socket.sendall(frame(1, 4, stream_id, block) + frame(0, 1, stream_id, framed(message)))
-
-    def frames(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """Yield kind, flags, stream and payload until the server closes."""
-        read = self.socket.makefile("rb")
-        while len(head := read.read(9)) == 9:
-            yield (
-                head[3],
-                head[4],
-                int.from_bytes(head[5:], "big"),
-                read.read(int.from_bytes(head[:3], "big")),
-            )
-
-
-def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream_id.to_bytes(4, "big") + payload
 
 
 # Errors of accept.
@@ -110,7 +37,9 @@ def failures_of(daemon: Daemon) -> list[str]:
     return [line for line in daemon.lines if '"accept_failed"' in line]
 
 
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit is not installed")
+@pytest.mark.skipif(
+    not hasattr(psutil.Process, "rlimit"), reason="this system sets no other process's limits"
+)
 def test_a_daemon_without_files_left_serves_its_connections_and_later_new_ones() -> None:
     with Daemon("-storage=memory") as daemon, daemon.serving().stub() as known, ExitStack() as idle:
         known.Exists(UNKNOWN, timeout=5)
@@ -275,100 +204,6 @@ def test_a_client_that_reads_slowly_gets_all_of_a_large_answer() -> None:
         assert GetResponse.FromString(body[5:]).session.bag == LARGE_BAG
 
 
-# Addresses.
-
-
-def has_ipv6() -> bool:
-    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        return True
-    return False
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_addresses_of_each_kind_are_listened_on(engine: str, host: str) -> None:
-    if host == "::1" and not has_ipv6():
-        pytest.skip("this host has no IPv6")
-    with Daemon("-storage=memory", f"-host={host}", f"-grpc.engine={engine}") as daemon:
-        assert is_answered(daemon.serving().address)
-        assert daemon.http("/healthz")[0] == 200
-        assert daemon.stop() == 0
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_unix_socket_is_listened_on_and_the_admin_port_is_one_of_tcp(engine: str, tmp_path: Path) -> None:
-    path = tmp_path / "grpc.sock"
-    with socket.socket(socket.AF_UNIX) as left:
-        # As a process that was killed leaves it.
-        left.bind(str(path))
-    (port,) = free_ports(1)
-    flags = ["-storage=memory", f"-host=unix:{path}", f"-grpc.engine={engine}", f"-port={port}"]
-    with Daemon(*flags) as daemon:
-        assert daemon.serving().address == f"unix:{path}"
-        assert daemon.admin == f"http://127.0.0.1:{port + 1}"
-        assert is_answered(daemon.address)
-        assert stat.S_ISSOCK(path.stat().st_mode)
-        code, _, err = mnemosyned(*flags[:-1], "-port=0")
-        assert (code, err.count("\n")) == (1, 1)
-        assert f"cannot listen on unix:{path}: Address already in use" in err
-        assert is_answered(daemon.address)
-        done = subprocess.run(
-            [sys.executable, "-m", "mnemosyned.commands.healthcheck"],
-            check=False,
-            env=os.environ | {"MNEMOSYNED_HOST": f"unix:{path}", "MNEMOSYNED_PORT": str(port)},
-        )
-        assert done.returncode == 0
-        assert daemon.stop() == 0
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_file_that_is_no_socket_is_left_alone(engine: str, tmp_path: Path) -> None:
-    path = tmp_path / "notes"
-    path.write_text("mine")
-    code, _, err = mnemosyned("-storage=memory", f"-host=unix:{path}", f"-grpc.engine={engine}", "-port=0")
-
-    assert (code, err.count("\n")) == (1, 1)
-    assert path.read_text() == "mine"
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_second_daemon_on_a_port_ends_with_one_line(engine: str) -> None:
-    with Daemon("-storage=memory", f"-grpc.engine={engine}") as daemon:
-        port = daemon.serving().address.rpartition(":")[2]
-        for other in ENGINES:
-            code, _, err = mnemosyned("-storage=memory", f"-port={port}", f"-grpc.engine={other}")
-            # grpcio writes a line of its own.
-            assert (code, err.count("\n")) == (1, 1 if other == "h2" else 2)
-            assert f"cannot listen on 127.0.0.1:{port}" in err
-        assert is_answered(daemon.address)
-
-
-def test_a_path_that_is_too_long_for_a_socket_is_one_line() -> None:
-    path = f"/tmp/{'x' * 120}"  # noqa: S108  # nothing is made there
-    code, _, err = mnemosyned("-storage=memory", f"-host=unix:{path}", "-port=0")
-
-    assert (code, err.count("\n")) == (1, 1), err
-    assert f"cannot listen on unix:{path}: " in err
-
-
-async def test_an_address_that_this_host_lacks_is_left_out_if_there_is_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    found = ["127.0.0.1", "192.0.2.1"]
-
-    async def resolve(*_: object, **__: object) -> list[Any]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in found]
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
-    (opened,) = await open_sockets("name.example", 0)
-    with opened:
-        assert opened.getsockname()[0] == "127.0.0.1"
-    del found[0]
-    with pytest.raises(OSError, match="Cannot assign"):
-        await open_sockets("name.example", 0)
-
-
 # Many calls and connections, and the end.
 
 
@@ -443,7 +278,7 @@ async def test_tls_files_that_change_under_load_fail_no_call(tmp_path: Path) -> 
         async def call(kind: str) -> None:
             while not is_over.is_set():
                 async with grpc.aio.secure_channel(
-                    daemon.address, authority.credentials(), options=_OPTIONS
+                    daemon.address, authority.credentials(), options=OPTIONS
                 ) as channel:
                     stub: Any = SessionManagerStub(channel)
                     while not is_over.is_set():

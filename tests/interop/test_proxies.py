@@ -78,7 +78,7 @@ async def test_each_kind_of_call_works_and_none_fails_while_connections_are_repl
         with proxying(name, cluster.names, tmp_path) as address:
             await asyncio.sleep(0.3)  # its first checks of the nodes
             await asyncio.to_thread(check_kinds, address)
-            await call_often(address)
+            await call_often(address, alone=4_000)
             async with Load([address], rate=300.0) as load:
                 for node in cluster.names:
                     await asyncio.sleep(0.5)
