@@ -13,8 +13,6 @@ from mnemosynerpc.session_pb2 import ExistsRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from secrecy import CANARY
 
-from mnemosyned.transport.frame import framed
-
 UNKNOWN = ExistsRequest(access_token=f"{CANARY}-unknown")
 OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
 
@@ -64,7 +62,8 @@ class H2Client:
             (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"),
         ]  # fmt: skip
         block = self._encoder.encode(headers)
-        self.socket.sendall(frame(1, 4, stream_id, block) + frame(0, 1, stream_id, framed(message)))
+        body = b"\0" + len(message).to_bytes(4, "big") + message
+        self.socket.sendall(frame(1, 4, stream_id, block) + frame(0, 1, stream_id, body))
 
     def frames(self) -> Iterator[tuple[int, int, int, bytes]]:
         """Yield kind, flags, stream and payload until the server closes."""

@@ -20,11 +20,12 @@ import grpc
 import hpack
 import psutil
 import uvloop
+from google.protobuf.message import Message
 from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, SetValueRequest, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 
 # First: tests/ has a folder of this name.
-from mnemosyned.transport.frame import framed
+from mnemosyned import __version__
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -48,6 +49,11 @@ LARGE_WINDOW = 1024**3
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream_id.to_bytes(4, "big") + payload
+
+
+def framed(message: Message) -> bytes:
+    content = message.SerializeToString()
+    return b"\0" + len(content).to_bytes(4, "big") + content
 
 
 class Soak:
@@ -244,10 +250,10 @@ async def start_sessions(address: str) -> list[str]:
 def requests_of(tokens: list[str]) -> dict[str, list[bytes]]:
     """Return the bodies of requests by method."""
     return {
-        "Get": [framed(GetRequest(access_token=one).SerializeToString()) for one in tokens],
-        "Exists": [framed(ExistsRequest(access_token=one).SerializeToString()) for one in tokens],
+        "Get": [framed(GetRequest(access_token=one)) for one in tokens],
+        "Exists": [framed(ExistsRequest(access_token=one)) for one in tokens],
         "SetValue": [
-            framed(SetValueRequest(access_token=one, key="n", value=f"{number}").SerializeToString())
+            framed(SetValueRequest(access_token=one, key="n", value=f"{number}"))
             for number, one in enumerate(tokens)
         ],
     }
@@ -281,6 +287,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=10_000_000, help="calls; default: %(default)s")
     parser.add_argument("flags", nargs="*", help="of the daemon, after --")
     arguments = parser.parse_args()
+    print(f"mnemosyned {__version__}: {arguments.n:,} calls")
     with Daemon("-storage=memory", "-ttl=1h", *arguments.flags) as daemon:
         soak = uvloop.run(soak_daemon(daemon.serving(), arguments.n))
     if soak.failures:
