@@ -44,10 +44,17 @@ class H2Client:
 
     PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-    def __init__(self, address: str, *, window: int) -> None:
-        """Grant this window for each stream and, beyond the default, for the connection."""
+    def __init__(self, address: str, *, window: int, is_silent: bool = False) -> None:
+        """Grant this window for each stream and for the connection. A silent client begins with `begin`."""
         self.socket = dialled(address)
         self._encoder = Encoder()
+        self._window = window
+        if not is_silent:
+            self.begin()
+
+    def begin(self) -> None:
+        """Send what comes first."""
+        window = self._window
         settings = b"\0\4" + window.to_bytes(4, "big")
         self.socket.sendall(self.PREFACE + frame(4, 0, 0, settings))
         if window > 65_535:

@@ -27,6 +27,7 @@ from processes import Daemon
 from secrecy import CANARY
 
 pytestmark = pytest.mark.timeout(120)
+DATA, HEADERS, GOAWAY = 0, 1, 7
 LARGE_BAG = {f"{CANARY}-{number}": "x" * 50_000 for number in range(60)}
 
 
@@ -266,6 +267,21 @@ def test_a_stop_loses_no_call_that_is_under_way(postgres_dsn: str) -> None:
     assert len(outcomes) > 200
     # Those that had begun were answered. Later ones found no port.
     assert all("onnect" in text and "refused" in text for text in failures), failures
+
+
+def test_a_call_that_arrives_as_the_first_one_while_the_daemon_stops_is_answered() -> None:
+    with Daemon("-storage=memory") as daemon:
+        client = H2Client(daemon.serving().address, window=65_535, is_silent=True)
+        with client.socket:
+            daemon.process.send_signal(signal.SIGTERM)
+            frames = client.frames()
+            assert GOAWAY in (kind for kind, *_ in frames)
+            client.begin()
+            client.call(1, "Exists", UNKNOWN.SerializeToString())
+            kinds = [kind for kind, _, stream_id, _ in frames if stream_id == 1]
+
+        assert kinds == [HEADERS, DATA, HEADERS]
+        assert daemon.end() == 0
 
 
 async def test_tls_files_that_change_under_load_fail_no_call(tmp_path: Path) -> None:

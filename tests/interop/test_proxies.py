@@ -48,6 +48,9 @@ def envoy(nodes: list[str], port: int, directory: Path) -> list[str]:
 
 
 PROXIES = {"nginx": nginx, "haproxy": haproxy, "envoy": envoy}
+# nginx has no health checks: after a refused connection it leaves a node alone for its `fail_timeout`.
+# That is longer than a restart, because a node answers UNAVAILABLE until it has its storage.
+REST_S = {"nginx": 3.5, "haproxy": 0.5, "envoy": 0.5}
 
 
 @contextmanager
@@ -81,10 +84,9 @@ async def test_each_kind_of_call_works_and_none_fails_while_connections_are_repl
             await call_often(address, alone=4_000)
             async with Load([address], rate=300.0) as load:
                 for node in cluster.names:
-                    await asyncio.sleep(0.5)
                     assert await asyncio.to_thread(cluster.daemons[node].stop) == 0
                     await asyncio.to_thread(cluster.launch(node).serving)
                     await cluster.rings_equal(cluster.names)
-                await asyncio.sleep(0.5)
+                    await asyncio.sleep(REST_S[name])
 
     assert not load.outcome.failures, load.outcome.report
