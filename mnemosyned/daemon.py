@@ -72,7 +72,7 @@ from mnemosyned.storage.engines import PrivateServer, StorageConfig, Surrounding
 from mnemosyned.storage.hash_keys import warn_of_unknown_keys
 from mnemosyned.storage.health import StorageHealth
 from mnemosyned.transport.config import GrpcConfig
-from mnemosyned.transport.engine import Engine, ListenFailed, host_port
+from mnemosyned.transport.engine import UNIX_PREFIX, Engine, ListenFailed, host_port
 from mnemosyned.transport.traces import Tracing, TracingUnavailable
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class _Daemon:
             context = None if files is None else admin_context(files)
             port = await engine.start()
             admin = AdminServer.start(
-                grpc.host,
+                _admin_host(grpc),
                 admin_port,
                 registry=self._registry,
                 readiness=self._readiness,
@@ -220,7 +220,9 @@ class _Daemon:
             raise StartFailed(str(exc)) from exc
         except OSError as exc:
             await engine.drain()
-            raise StartFailed(f"cannot listen on {host_port(grpc.host, admin_port)}: {exc.strerror}") from exc
+            raise StartFailed(
+                f"cannot listen on {host_port(_admin_host(grpc), admin_port)}: {exc.strerror}"
+            ) from exc
         if self._tls is not None:
             await self._follow_tls(self._tls, admin, engine)
         self._announce(port, admin.port)
@@ -334,11 +336,13 @@ class _Daemon:
         storage = config[StorageConfig]
         where = {
             "grpc": host_port(grpc.host, port),
-            "admin": f"http{'s' if tls.is_on else ''}://{host_port(grpc.host, admin_port)}",
+            "admin": f"http{'s' if tls.is_on else ''}://{host_port(_admin_host(grpc), admin_port)}",
             "storage": storage.name if self._server is None else str(self._server.directory),
         }
         log.info("serving", extra={"version": __version__, "engine": grpc.engine, **where})
-        if not (config[AuthConfig].keys_file or tls.client_auth == "require" or is_loopback(grpc.host)):
+        if not (
+            config[AuthConfig].keys_file or tls.client_auth == "require" or is_loopback(_admin_host(grpc))
+        ):
             log.warning(
                 "anybody_may_call", extra={"host": grpc.host, "flags": "-auth.keys, -tls.client-auth"}
             )
@@ -365,6 +369,11 @@ def _cluster_page(node: ClusterNode) -> Page:
     from mnemosyned.admin.cluster import page  # as in `assembly._new_node`
 
     return partial(page, node)
+
+
+def _admin_host(grpc: GrpcConfig) -> str:
+    # A Unix socket is for gRPC alone, as is its file's mode: the admin port is always one of TCP.
+    return "127.0.0.1" if grpc.host.startswith(UNIX_PREFIX) else grpc.host
 
 
 def _new_tracing(endpoint: str) -> Tracing | None:

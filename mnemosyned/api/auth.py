@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mnemosyned.api.session_manager import SERVICE_NAME
 from mnemosyned.errors import PermissionDenied, Unauthenticated
 from mnemosyned.security.api_keys import Callers, Role
-from mnemosyned.transport.call import Call
+from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _guarded(
 ) -> UnaryHandler:
     least = LEAST_ROLE.get(name, Role.ADMIN)
 
-    def guarded(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
+    def guarded(message: bytes, call: Call) -> Encoded | Coroutine[Any, Any, Encoded]:
         key = call.metadata(KEY_METADATA)
         role = callers().role_of(key, call.certificate_names)
         if role is None:

@@ -84,7 +84,8 @@ from mnemosyned.errors import (
     Unauthenticated,
     Unimplemented,
 )
-from mnemosyned.transport.call import Call, await_in_time, failure_of
+from mnemosyned.sessions.encoded import joined
+from mnemosyned.transport.call import Call, Encoded, await_in_time, failure_of
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class PeerService:
             with _unauthenticated_as_status():
                 stream_mac.check(request.seal, request.batch)
             response = self._handle_batch(parsed(pb.Batch, request.batch), call)
-            yield response if isinstance(response, bytes) else await response
+            yield await response if isinstance(response, Coroutine) else response
 
     async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Yield the messages of a stream until the peer, `close` or `end_streams` ends it."""
@@ -213,7 +214,7 @@ class PeerService:
                 self._waiting.discard(task)
             yield message
 
-    def _handle_batch(self, batch: pb.Batch, call: Call) -> Response:
+    def _handle_batch(self, batch: pb.Batch, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         """Return the answers at once if the cache has all of them: that saves a task switch."""
         self._check_origin(batch.origin)
         begun = [self._begin(item, call) for item in batch.items]
@@ -235,9 +236,9 @@ class PeerService:
             response = method.handle(item.message, forwarded)
         except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
             return _failed(item, exc)
-        if isinstance(response, bytes):
-            return pb.Answer(message=response)
-        return _finish(item, response, forwarded)
+        if isinstance(response, Coroutine):
+            return _finish(item, response, forwarded)
+        return pb.Answer(message=joined(response))
 
     def _invalidate(self, message: bytes, _: Call) -> bytes:
         # Nothing is awaited between the parsing and the answer. When the answer is on the wire the copies are
@@ -340,9 +341,9 @@ _TOO_LARGE: Final = pb.Answer(
 )
 
 
-async def _finish(item: pb.Item, response: Coroutine[Any, Any, bytes], call: _ForwardedCall) -> pb.Answer:
+async def _finish(item: pb.Item, response: Coroutine[Any, Any, Encoded], call: _ForwardedCall) -> pb.Answer:
     try:
-        return pb.Answer(message=await await_in_time(response, call))
+        return pb.Answer(message=joined(await await_in_time(response, call)))
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return _failed(item, exc)
 

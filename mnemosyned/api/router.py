@@ -13,7 +13,7 @@ copies, so only the owner must drop them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Final
 
 from google.protobuf.message import Message
@@ -25,7 +25,7 @@ from cluster.routing import Forward, Local, route
 from cluster.view import View
 from http2.status import StatusCode
 from mnemosyned.api.session_manager import Response, Rpc
-from mnemosyned.transport.call import Call
+from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.status import error_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ClusterRouter:
             return self._forward(place.owner, token, rpc, request, call)
         return _handle_here(place, self._service, rpc, request, call)
 
-    async def _forward(self, owner: str, token: str, rpc: Rpc, request: Message, call: Call) -> bytes:
+    async def _forward(self, owner: str, token: str, rpc: Rpc, request: Message, call: Call) -> Encoded:
         """Return the owner's response, or handle the call here.
 
             PeerSkipped            the owner has not seen the call    handle_uncached, at once
@@ -130,5 +130,5 @@ def _handle_here(place: Local, service: SessionService, rpc: Rpc, request: Messa
     return handle(service, request, call)
 
 
-async def _awaited(response: Response) -> bytes:
-    return response if isinstance(response, bytes) else await response
+async def _awaited(response: Response) -> Encoded:
+    return await response if isinstance(response, Coroutine) else response

@@ -63,7 +63,7 @@ from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Criteria, NewSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.token import TOKEN_ENTROPY_BYTES, generate_token
-from mnemosyned.transport.call import Call
+from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 SERVICE_NAME: Final = "mnemosynerpc.SessionManager"
@@ -78,7 +78,7 @@ _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 Request = TypeVar("Request", bound=Message)
 # A serialized response: at once where a cache has it, otherwise by a coroutine. At once saves that
 # coroutine and the time-out around it.
-Response: TypeAlias = bytes | Coroutine[Any, Any, bytes]
+Response: TypeAlias = Encoded | Coroutine[Any, Any, Encoded]
 Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
 
 
@@ -185,17 +185,17 @@ async def _exists_uncached(service: SessionService, request: ExistsRequest, _: C
     return _TRUE if await service.exists_uncached(request.access_token) else _FALSE
 
 
-async def _start(service: SessionService, request: StartRequest, call: Call) -> bytes:
+async def _start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
     deadline = call.deadline
     return await service.start(_new_session(service, request, deadline), deadline)
 
 
-async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> bytes:
+async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> Encoded:
     deadline = call.deadline
     return await service.start_uncached(_new_session(service, request, deadline), deadline)
 
 
-async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> bytes:
+async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
     deadline = call.deadline
     return await service.retry_start(_new_session(service, request, deadline), deadline)
 

@@ -84,7 +84,11 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def host(text: str) -> str:
-    """Read a host name or address to listen on."""
+    """Read a host name or address to listen on, or `unix:` and the path of a socket."""
+    if text.startswith("unix:"):
+        if text[5:6] != "/" or any(char.isspace() for char in text):
+            raise ValueError(f"{text!r} is not unix: and an absolute path")
+        return text
     if not text or any(char.isspace() or char in "[]/" for char in text):
         raise ValueError(f"{text!r} is not a host name or address")
     return text

@@ -2,12 +2,13 @@
 
 GetResponse, ContextResponse and StartResponse have one shape: field 1 is the session. The fields
 of the session that do not change are encoded once; the expiry is appended, which protobuf allows
-in any order. A cached Get is then one concatenation.
+in any order. A cached Get is then one concatenation. A large response is not even that: it is returned
+in pieces, and all callers share the one that is large.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeAlias
 
 from mnemosynerpc.session_pb2 import Session
 
@@ -22,6 +23,11 @@ _NANOS_TAG: Final = b"\x10"  # field 2, varint
 _VARINT_CONTINUES: Final = 0x80
 # Python objects around the bytes of an entry: its slot, its place in the dictionary, the token.
 _OVERHEAD_BYTES: Final = 700
+# From here on, a response in pieces costs less than a copy.
+SHARED_BYTES: Final = 64 * 1024
+
+# A serialized message, whole or in pieces.
+EncodedResponse: TypeAlias = bytes | tuple[bytes, ...]
 
 
 def varint(value: int) -> bytes:
@@ -61,7 +67,7 @@ class ExpiryField:
 class EncodedSession:
     """What the cache holds for a token: the session as a response, but for its expiry."""
 
-    __slots__ = ("_expiry_size", "_fields", "_head", "expires_at_us", "is_dirty", "size_bytes")
+    __slots__ = ("_expiry_size", "_fields", "_head", "_is_shared", "expires_at_us", "is_dirty", "size_bytes")
 
     def __init__(self, session: StoredSession) -> None:
         self.expires_at_us = session.expires_at_us  # the latest promised to a caller
@@ -69,15 +75,21 @@ class EncodedSession:
         self._fields = encoded_fields(session)
         self._expiry_size = -1
         self._head = b""
-        # An estimate of the memory that the cached entry takes: `_fields`, and `_head` with a copy of them.
-        self.size_bytes = 2 * len(self._fields) + _OVERHEAD_BYTES
+        self._is_shared = len(self._fields) >= SHARED_BYTES
+        # An estimate of the memory that the cached entry takes: `_fields`, and `_head`, which has a copy of
+        # small ones.
+        self.size_bytes = (1 if self._is_shared else 2) * len(self._fields) + _OVERHEAD_BYTES
 
-    def response(self, expiry: bytes) -> bytes:
-        """Return the whole response message with this `expire_at` field."""
+    def response(self, expiry: bytes) -> EncodedResponse:
+        """Return the response message with this `expire_at` field; a large one in pieces."""
         # The length in front depends on the size of the expiry, which hardly ever changes.
         if len(expiry) != self._expiry_size:
             self._expiry_size = len(expiry)
-            self._head = _SESSION_TAG + varint(len(self._fields) + len(expiry)) + self._fields
+            self._head = _SESSION_TAG + varint(len(self._fields) + len(expiry))
+            if not self._is_shared:
+                self._head += self._fields
+        if self._is_shared:
+            return self._head, self._fields, expiry
         return self._head + expiry
 
 
@@ -96,5 +108,11 @@ def list_response(sessions: list[StoredSession]) -> bytes:
     """Encode a ListResponse; its field 1 is repeated, so it is one response after the other."""
     expiry_field = ExpiryField()
     return b"".join(
-        EncodedSession(session).response(expiry_field.encode(session.expires_at_us)) for session in sessions
+        joined(EncodedSession(session).response(expiry_field.encode(session.expires_at_us)))
+        for session in sessions
     )
+
+
+def joined(encoded: EncodedResponse) -> bytes:
+    """Return a message as a whole."""
+    return encoded if isinstance(encoded, bytes) else b"".join(encoded)

@@ -1,6 +1,6 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns bytes at once; everything that must wait returns a coroutine.
+A Get that the cache can answer returns its response at once; everything that must wait returns a coroutine.
 
 A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`. They serve
 tokens that another node owns, whose copies only that node may keep.
@@ -31,7 +31,7 @@ from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence
-from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, list_response
+from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField, list_response
 from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.model import (
     DEFAULT_LIST_LIMIT,
@@ -96,7 +96,7 @@ class SessionService:
         await self._coherence.close()
         await self._batched.close()
 
-    def get(self, token: str) -> bytes | Coroutine[Any, Any, bytes]:
+    def get(self, token: str) -> EncodedResponse | Coroutine[Any, Any, EncodedResponse]:
         """Extend a session and return it as a response message.
 
         Raises:
@@ -111,7 +111,7 @@ class SessionService:
             raise SessionNotFound
         return self._load(check_token(token), now_us)
 
-    async def get_uncached(self, token: str) -> bytes:
+    async def get_uncached(self, token: str) -> EncodedResponse:
         """Do what `get` does from the storage, past both caches.
 
         Raises:
@@ -151,7 +151,7 @@ class SessionService:
         """
         return await self._batched.exists(check_token(token))
 
-    async def start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> bytes:
+    async def start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> EncodedResponse:
         """Store a session and return it as a response message.
 
         Raises:
@@ -166,12 +166,12 @@ class SessionService:
             fill.put(slot)
         return self._response(slot.value)
 
-    async def start_uncached(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> bytes:
+    async def start_uncached(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> EncodedResponse:
         """Do what `start` does, and leave the copy to the owner. Raises what `start` does."""
         _check_startable(new)
         return self._response(EncodedSession(await self._batched.start(new, deadline)))
 
-    async def retry_start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> bytes:
+    async def retry_start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> EncodedResponse:
         """Store a session past the cache, unless an earlier try of the same call has stored it.
 
         Raises:
@@ -256,13 +256,13 @@ class SessionService:
         self._coherence.drop_copies(key for key in stored_keys if not is_hashed(key))
         return len(stored_keys)
 
-    async def _load(self, token: str, asked_us: int) -> bytes:
+    async def _load(self, token: str, asked_us: int) -> EncodedResponse:
         if not self.lifetime.cache_us:
             return await self.get_uncached(token)
         # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
         return self._answer(await self._cache.load(token, self._batched.load), token, asked_us)
 
-    def _answer(self, encoded: EncodedSession | None, token: str, asked_us: int) -> bytes:
+    def _answer(self, encoded: EncodedSession | None, token: str, asked_us: int) -> EncodedResponse:
         if encoded is None:
             raise SessionNotFound
         return self._extended(token, encoded, asked_us)
@@ -296,7 +296,7 @@ class SessionService:
         fresh_until_us = self.lifetime.negative_fresh_until_us(asked_us)
         return Slot(None, len(token.encode()) + NEGATIVE_BYTES, fresh_until_us)
 
-    def _extended(self, token: str, encoded: EncodedSession, now_us: int) -> bytes:
+    def _extended(self, token: str, encoded: EncodedSession, now_us: int) -> EncodedResponse:
         expires_at_us = self.lifetime.extended_us(now_us)
         if expires_at_us > encoded.expires_at_us:
             encoded.expires_at_us = expires_at_us
@@ -304,7 +304,7 @@ class SessionService:
                 self._touches.mark(token, encoded)
         return encoded.response(self._expiry_field.encode(encoded.expires_at_us))
 
-    def _response(self, encoded: EncodedSession) -> bytes:
+    def _response(self, encoded: EncodedSession) -> EncodedResponse:
         return encoded.response(self._expiry_field.encode(encoded.expires_at_us))
 
 

@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from aio.rate_limit import LogRateLimiter
+from mnemosyned.transport.engine import UNIX_PREFIX
 
 log = logging.getLogger(__name__)
 
-UNIX_PREFIX: Final = "unix:"
 _BACKLOG: Final = 1024
 _AT_ONCE: Final = 64  # then other things of the event loop have their turn
 _PAUSE_S: Final = 0.1
 # The connection that was to be accepted is at fault, and is gone; the next one may be there already.
 _OF_ONE_CONNECTION: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR})
+# Of an address.
+_NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 # A connection, and the address of its other end: host and port, or a text for a Unix socket.
 Accepted = Callable[[socket.socket, Any], None]
@@ -64,9 +66,13 @@ class Acceptor:
             self._loop.add_reader(listener, self._accept, listener)
 
     def close(self) -> None:
-        """Refuse further connections, also those that wait to be accepted."""
+        """Accept what waits to be accepted, and refuse further connections.
+
+        Closing a listening socket resets the connections that wait, and their clients may have sent calls.
+        """
         for listener in self._sockets:
             self._loop.remove_reader(listener)
+            self._accept(listener)
             path = listener.getsockname()
             listener.close()
             if listener.family == socket.AF_UNIX:
@@ -105,12 +111,13 @@ class Acceptor:
 
 
 async def open_sockets(host: str, port: int) -> list[socket.socket]:
-    """Listen on every address of a host name, all with one port; or on `unix:` and a path.
+    """Listen on the addresses of a host name, all with one port; or on `unix:` and a path.
 
-    Port 0 is any free port.
+    Port 0 is any free port. A name may have addresses that this host lacks, such as `::1` on a host without
+    IPv6. They are left out if there is another one.
 
     Raises:
-        OSError: an address is in use, or is not this host's, or there is none.
+        OSError: an address is in use, or none is this host's.
     """
     if host.startswith(UNIX_PREFIX):
         return [_unix_socket(host.removeprefix(UNIX_PREFIX))]
@@ -118,15 +125,21 @@ async def open_sockets(host: str, port: int) -> list[socket.socket]:
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
     sockets: list[socket.socket] = []
-    try:
-        for family, _, _, _, address in dict.fromkeys(found):
-            if port == 0 and sockets:
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901  # its port
+    lacking: OSError | None = None
+    for family, _, _, _, address in dict.fromkeys(found):
+        if port == 0 and sockets:
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901  # its port
+        try:
             sockets.append(_tcp_socket(family, address))
-    except OSError:
-        for opened in sockets:
-            opened.close()
-        raise
+        except OSError as exc:
+            if exc.errno in _NOT_OURS:
+                lacking = exc
+                continue
+            for opened in sockets:
+                opened.close()
+            raise
+    if lacking is not None and not sockets:
+        raise lacking
     return sockets
 
 
@@ -141,7 +154,7 @@ def _tcp_socket(family: socket.AddressFamily, address: tuple[Any, ...]) -> socke
 def _unix_socket(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _remove_left_socket(path)
+        remove_left_socket(path)
         listener.bind(path)
         listener.listen(_BACKLOG)
     except OSError:
@@ -151,7 +164,7 @@ def _unix_socket(path: str) -> socket.socket:
     return listener
 
 
-def _remove_left_socket(path: str) -> None:
+def remove_left_socket(path: str) -> None:
     """Remove the socket that a dead process has left; leave anything else, so that binding fails."""
     try:
         if not stat.S_ISSOCK(Path(path).stat().st_mode):

@@ -28,7 +28,7 @@ class GrpcConfig(Section):
     TITLE = "Ports and calls"
     EXAMPLE = "mnemosyned -host=0.0.0.0 -port=8080"
 
-    host: str = setting("host", "127.0.0.1", host, "host name or address to listen on")
+    host: str = setting("host", "127.0.0.1", host, "host name or address to listen on, or unix:/path")
     port: int = setting(
         "port",
         "8080",

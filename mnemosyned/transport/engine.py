@@ -40,6 +40,9 @@ from mnemosyned.security.tls import TlsFiles, TlsMaterial
 # tracing add. Without a limit a client could fill the memory before any handler sees its call.
 MAX_METADATA_BYTES: Final = 32 * 1024
 
+# Before the path of a Unix socket, where a host name could stand.
+UNIX_PREFIX: Final = "unix:"
+
 
 class ListenFailed(Exception):
     """The address cannot be listened on; the text is one line for people, and names the address."""
@@ -79,7 +82,9 @@ class EngineOptions:
 
 
 def host_port(host: str, port: int) -> str:
-    """Join a host and a port, IPv6 in brackets."""
+    """Join a host and a port, IPv6 in brackets. A Unix socket has no port."""
+    if host.startswith(UNIX_PREFIX):
+        return host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

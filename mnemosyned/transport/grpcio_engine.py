@@ -17,8 +17,11 @@ grpcio differs from the port's ideal:
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
@@ -28,9 +31,11 @@ from mnemosyned.errors import MessageTooLarge, Unimplemented
 from mnemosyned.security.certificates import names_of
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsMaterial
+from mnemosyned.transport.acceptor import remove_left_socket
 from mnemosyned.transport.call import Failure, fail, invoke_stream, invoke_unary, refuse
 from mnemosyned.transport.engine import (
     MAX_METADATA_BYTES,
+    UNIX_PREFIX,
     EngineOptions,
     ListenFailed,
 )
@@ -64,6 +69,8 @@ class GrpcioEngine:
         """See Engine."""
         options = self._options
         try:
+            if options.host.startswith(UNIX_PREFIX):
+                _check_socket(options.host.removeprefix(UNIX_PREFIX))
             if options.tls is None:
                 port = self._server.add_insecure_port(options.address)
             else:
@@ -202,6 +209,13 @@ async def _abort(context: Context, failure: Failure) -> NoReturn:
 def _identity(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:
     pair = (material.private_key, material.certificate)
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=material.authorities)
+
+
+def _check_socket(path: str) -> None:
+    """Raise an OSError if another process listens on the socket: grpcio would take it over."""
+    remove_left_socket(path)
+    if Path(path).exists():
+        raise OSError(os.strerror(errno.EADDRINUSE))
 
 
 def _reason(exc: Exception) -> str:

@@ -250,6 +250,7 @@ class Connection(asyncio.Protocol):
 
     def retire(self, reason: str) -> None:
         """Ask the client to open no more streams, and close when those that are open are answered."""
+        # Also if nothing has come yet: the first request may be under way, and would be lost.
         now_s = time.monotonic()
         self._http.retire(reason, now_s)
         self._flush(now_s)
@@ -277,7 +278,8 @@ class Connection(asyncio.Protocol):
             self._cancel(call)
         if self._http.is_overdue(now_s):
             self.expel("mnemosyned: the connection is too old")
-        else:
+        elif self._is_http2 or self._http.reason:
+            # A client that may still turn out to speak HTTP/1 gets no SETTINGS.
             self._flush(now_s)
 
     def abort(self) -> None:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _CHECK_S: Final = 1.0
 _HANDSHAKE_S: Final = 10.0
+_LAST_HANDSHAKES_S: Final = 1.0
 _LAST_WORDS_S: Final = 2.0  # for clients to read the last answers
 _KEEP_ALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
 
@@ -84,6 +85,9 @@ class H2Engine:
         if self._acceptor is None or self._checking is None:
             return
         self._acceptor.close()
+        if self._handshakes:
+            # Their clients have been told by nothing yet that this server stops.
+            await asyncio.wait(self._handshakes.running(), timeout=_LAST_HANDSHAKES_S)
         await self._handshakes.close()
         for connection in self._connections():
             connection.retire("drain")
@@ -110,7 +114,8 @@ class H2Engine:
         if len(self._connections()) + len(self._handshakes) >= self._options.max_connections:
             accepted.close()
             return
-        self._handshakes.spawn(self._serve(accepted, host))
+        if self._handshakes.spawn(self._serve(accepted, host)) is None:
+            accepted.close()
 
     async def _serve(self, accepted: socket.socket, host: str) -> None:
         assert self._server is not None

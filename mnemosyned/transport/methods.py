@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aio.rate_limit import LogRateLimiter
-from mnemosyned.transport.call import Call, MethodStats
+from mnemosyned.transport.call import Call, Encoded, MethodStats
 
 # Returns the response at once where it can, otherwise a coroutine: that saves a task switch on the hot path.
-UnaryHandler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
+UnaryHandler = Callable[[bytes, Call], Encoded | Coroutine[Any, Any, Encoded]]
 StreamHandler = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
 
 

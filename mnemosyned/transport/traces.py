@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mnemosyned import __version__
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.transport.call import Call
+from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _beginner(tracer: Tracer, name: str, attributes: dict[str, str]) -> Callable
 def _traced(handle: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler:
     from opentelemetry.trace import use_span  # an extra
 
-    def traced(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
+    def traced(message: bytes, call: Call) -> Encoded | Coroutine[Any, Any, Encoded]:
         span = begin(call)
         try:
             # Not the current span here: what is answered at once asks no other node.
@@ -124,12 +124,12 @@ def _traced(handle: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler
         except Exception as exc:  # the root of a call: becomes its status
             _end_failed(span, exc)
             raise
-        if isinstance(result, bytes):
-            span.end()
-            return result
-        return wait(result, span)
+        if isinstance(result, Coroutine):
+            return wait(result, span)
+        span.end()
+        return result
 
-    async def wait(result: Coroutine[Any, Any, bytes], span: Span) -> bytes:
+    async def wait(result: Coroutine[Any, Any, Encoded], span: Span) -> Encoded:
         try:
             # Current, so that what this call asks of other nodes continues it.
             with use_span(span, record_exception=False, set_status_on_exception=False):

@@ -24,8 +24,6 @@ from mnemosyned.transport.call import Call
 from mnemosyned.transport.engine import Engine, ListenFailed
 from mnemosyned.transport.methods import MethodTable
 
-# What becomes of a call whose connection is lost in its TLS handshake.
-LOST = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
 NAMES = "/test.Test/Names"
 SLOW = "/test.Test/Slow"
 
@@ -149,17 +147,13 @@ async def test_new_certificates_are_served_and_no_call_is_dropped(
         server.channel(authority.credentials(), "one.example") as channel,
     ):
         slow = channel.unary_unary(SLOW)(b"x", timeout=30)
-        end_s, calls, lost = time.monotonic() + 1.5, 0, 0
+        end_s, calls = time.monotonic() + 1.5, 0
 
         async def call() -> None:
-            nonlocal calls, lost
+            nonlocal calls
             while time.monotonic() < end_s:
                 async with server.channel(authority.credentials(), "any.example") as one:
-                    try:
-                        await one.unary_unary(NAMES)(b"", timeout=1)
-                    except grpc.aio.AioRpcError as exc:
-                        assert exc.code() in LOST, exc  # noqa: PT017  # counted below
-                        lost += 1
+                    await one.unary_unary(NAMES)(b"", timeout=5)
                 calls += 1
 
         while server.stats.in_flight == 0:
@@ -178,8 +172,6 @@ async def test_new_certificates_are_served_and_no_call_is_dropped(
 
         assert await slow == b"x"
         assert calls > 5
-        # A server of h2corn that gives way to the next one may lose a connection in its TLS handshake.
-        assert lost <= (number + 1 if engine_name == "h2" else 0)
 
 
 async def test_invalid_files_leave_what_is_served(authority: Authority, engine_name: str) -> None:

@@ -20,7 +20,16 @@ USUAL = "127.0.0.1:8080"
 
 
 def commands() -> list[str]:
-    """Return the commands of all blocks; one may go on over several lines."""
+    """Return the commands of all blocks that need `buf`; one may go on over several lines."""
+    return [one for one in _all_commands() if "--data-binary" not in one]
+
+
+def plain_commands() -> list[str]:
+    """Return those that need no `buf`."""
+    return [one for one in _all_commands() if "--data-binary" in one]
+
+
+def _all_commands() -> list[str]:
     blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL))
     return [one for one in re.split(r"(?<!\\)\n+", blocks) if one.strip()]
 
@@ -76,10 +85,23 @@ def test_a_get_of_an_ended_session_fails_as_the_document_says(tmp_path: Path) ->
 def test_plain_curl_ends_as_the_document_says(tmp_path: Path) -> None:
     with Daemon("-storage=memory") as daemon:
         url = f"http://{daemon.serving().address}/"
-        plain = run([f"curl --silent --show-error {url}"], tmp_path)
-        http2 = run([f"curl --silent --show-error --http2-prior-knowledge {url}"], tmp_path)
+        command = "curl --silent --show-error --write-out '%{http_code}'"
+        plain = run([f"{command} {url}"], tmp_path)
+        http2 = run([f"{command} --http2-prior-knowledge {url}"], tmp_path)
 
-    assert plain[0] == 1
-    assert "Received HTTP/0.9 when not allowed" in plain[2].replace("\n", " ")
-    assert http2[0] == 0
-    assert "speaks gRPC here" in http2[1][0]
+    assert (plain[0], http2[0]) == (0, 0)
+    assert plain[1][0].startswith("mnemosyned speaks gRPC (HTTP/2) here")
+    assert plain[1][0].endswith("\n505")
+    assert http2[1][0].startswith("mnemosyned speaks gRPC here")
+    assert http2[1][0].endswith("\n405")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@pytest.mark.parametrize("engine", ["h2", "grpcio"])
+def test_plain_curl_makes_a_call_as_the_document_says(engine: str, tmp_path: Path) -> None:
+    (line,) = plain_commands()
+    with Daemon("-storage=memory", f"-grpc.engine={engine}") as daemon:
+        code, (answer,), err = run([line.replace(USUAL, daemon.serving().address)], tmp_path)
+
+    assert code == 0, err
+    assert answer.split() == ["00"] * 5

@@ -137,8 +137,8 @@ def test_certificates_replaced_on_disk_are_served_within_five_seconds_and_no_cal
         is_over = threading.Event()
         calls: dict[str, int] = {}
         callers = [
-            threading.Thread(target=keep_calling, args=(daemon, authority, kind, may_lose, is_over, calls))
-            for kind, may_lose in (("one", 0), ("new", int(engine == "h2")))
+            threading.Thread(target=keep_calling, args=(daemon, authority, kind, is_over, calls))
+            for kind in ("one", "new")
         ]
         for caller in callers:
             caller.start()
@@ -170,19 +170,10 @@ def served(port: int) -> tuple[str, ...]:
     return names_of(ssl.get_server_certificate(("127.0.0.1", port), timeout=5))
 
 
-def keep_calling(  # noqa: PLR0917  # what a thread is given
-    daemon: Daemon,
-    authority: Authority,
-    kind: str,
-    may_lose: int,
-    is_over: threading.Event,
-    calls: dict[str, int],
+def keep_calling(
+    daemon: Daemon, authority: Authority, kind: str, is_over: threading.Event, calls: dict[str, int]
 ) -> None:
-    """Call until it is over, on one connection or on a new one each time; -1 calls if one fails.
-
-    `may_lose` connections may be lost: a server of h2corn that gives way to the next one may lose a
-    connection in its TLS handshake.
-    """
+    """Call until it is over, on one connection or on a new one each time; -1 calls if one fails."""
     credentials = authority.credentials()
     options = [("grpc.use_local_subchannel_pool", 1)]
     request, count = ExistsRequest(access_token="unknown"), 0
@@ -192,14 +183,7 @@ def keep_calling(  # noqa: PLR0917  # what a thread is given
             if kind == "new":
                 channel.close()
                 channel = grpc.secure_channel(daemon.address, credentials, options=options)
-            try:
-                SessionManagerStub(channel).Exists(request, timeout=1)
-            except grpc.RpcError as exc:
-                lost = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
-                is_lost = exc.code() in lost  # type: ignore[attr-defined]  # a call's error has a code
-                if not (is_lost and may_lose):
-                    raise
-                may_lose -= 1
+            SessionManagerStub(channel).Exists(request, timeout=5)
             count += 1
     except grpc.RpcError as exc:
         daemon.lines.append(f"failed: {exc}\n")

@@ -145,6 +145,8 @@ def test_the_touch_interval_follows_the_ttl() -> None:
         ("-port=65535", "flag -port"),
         ("-host=", "flag -host"),
         ("-host=a b", "flag -host"),
+        ("-host=unix:relative", "flag -host: 'unix:relative' is not unix: and an absolute path"),
+        ("-host=unix:/a b", "flag -host"),
         ("-grpc.engine=fast", "flag -grpc.engine: 'fast' is not one of h2, grpcio"),
         ("-grpc.max-message=4MB", "flag -grpc.max-message: '4MB' is not a number of bytes"),
         ("-grpc.max-message=1GiB", "flag -grpc.max-message"),

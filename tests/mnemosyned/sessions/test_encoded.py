@@ -6,7 +6,14 @@ from mnemosynerpc.session_pb2 import GetResponse, ListResponse
 from mnemosynerpc.session_pb2 import Session as Wire
 
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.encoded import EncodedSession, ExpiryField, list_response, varint
+from mnemosyned.sessions.encoded import (
+    SHARED_BYTES,
+    EncodedSession,
+    ExpiryField,
+    joined,
+    list_response,
+    varint,
+)
 from mnemosyned.sessions.model import Session
 
 YEAR_9999_US = 253_402_300_799_999_999
@@ -30,7 +37,9 @@ def test_a_response_is_what_protobuf_would_make_whatever_the_expiry(
     encoded = EncodedSession(stored(first_us, values))
 
     for expires_at_us in (first_us, second_us):
-        session = GetResponse.FromString(encoded.response(ExpiryField().encode(expires_at_us))).session
+        session = GetResponse.FromString(
+            joined(encoded.response(ExpiryField().encode(expires_at_us)))
+        ).session
         assert session.expire_at.ToMicroseconds() == expires_at_us
         session.ClearField("expire_at")
         assert session == Wire(
@@ -40,6 +49,17 @@ def test_a_response_is_what_protobuf_would_make_whatever_the_expiry(
             refresh_token="refresh",
             bag=values,
         )
+
+
+def test_the_bytes_of_a_large_session_are_shared_by_its_responses() -> None:
+    encoded = EncodedSession(stored(0, {"k": "x" * SHARED_BYTES}))
+    first, second = (encoded.response(ExpiryField().encode(instant_us)) for instant_us in (1, 2_000_000))
+
+    assert max(first, key=len) is max(second, key=len)
+    session = GetResponse.FromString(joined(second)).session
+    assert session.expire_at.ToMicroseconds() == 2_000_000
+    assert len(session.bag["k"]) == SHARED_BYTES
+    assert encoded.size_bytes < 1.1 * SHARED_BYTES
 
 
 def test_the_last_expiry_is_encoded_once() -> None:
