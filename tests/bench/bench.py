@@ -126,10 +126,15 @@ def request_body(directory: Path, message: bytes) -> Path:
     return path
 
 
-def load(address: str, method: str, body: Path, calls: int) -> None:
+def portions(calls: int) -> list[int]:
+    """Return how many calls each run of h2load makes."""
     most = CONNECTIONS * CALLS_A_CONNECTION
-    for done in range(0, calls, most):
-        load_once(address, method, body, min(calls - done, most))
+    return [min(calls - done, most) for done in range(0, calls, most)]
+
+
+def load(address: str, method: str, body: Path, calls: int) -> None:
+    for portion in portions(calls):
+        load_once(address, method, body, portion)
 
 
 def load_once(address: str, method: str, body: Path, calls: int) -> None:
