@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
@@ -52,6 +52,7 @@ from processes import Daemon, processes_on
 ROWS = 200_000
 RATE = 10_000  # unknown tokens a second
 TICK_S = 0.005
+FLOOD_CONNECTIONS = 8
 MAX_IN_FLIGHT = 120  # the server allows 128 on a connection
 HEADERS_FRAME, DATA_FRAME, SETTINGS_FRAME, PING_FRAME, WINDOW_FRAME = 1, 0, 4, 6, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
@@ -63,15 +64,45 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 class Flood(threading.Thread):
-    """Gets of unknown tokens on one connection after the other, so many a second, until it is stopped.
-
-    Frames by hand: a client library would cost several times what the server does.
-    """
+    """Gets of unknown tokens on a few connections, so many a second, until it is stopped."""
 
     def __init__(self, address: str, tokens: Iterator[str]) -> None:
         super().__init__(daemon=True)
         self._address = address
         self._tokens = tokens
+        self._connections = [Connection(address) for _ in range(FLOOD_CONNECTIONS)]
+        self._is_over = threading.Event()
+        self.answered = 0
+
+    def run(self) -> None:
+        begun_s, sent = time.perf_counter(), 0
+        while not self._is_over.wait(TICK_S):
+            due = int((time.perf_counter() - begun_s) * RATE) - sent
+            for at in range(FLOOD_CONNECTIONS):
+                if self._connections[at].is_done:
+                    self._connections[at].close()
+                    self._connections[at] = Connection(self._address)
+                connection = self._connections[at]
+                count = max(0, min(due, connection.room))
+                before = connection.answered
+                connection.send([next(self._tokens) for _ in range(count)])
+                self.answered += connection.answered - before
+                sent, due = sent + count, due - count
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self.join()
+        for connection in self._connections:
+            connection.close()
+
+
+class Connection:
+    """One connection of the flood; frames by hand: a client library would cost more than the server does."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._encoder = hpack.Encoder()
         self._headers = [
             (":method", "POST"),
             (":scheme", "http"),
@@ -80,16 +111,8 @@ class Flood(threading.Thread):
             ("content-type", "application/grpc"),
             ("te", "trailers"),
         ]
-        self._is_over = threading.Event()
-        self.sent = self.answered = 0
-        self._connect()
-
-    def _connect(self) -> None:
-        host, _, port = self._address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
-        self._encoder = hpack.Encoder()
-        self._stream = 1
         self._received = b""
+        self._sent = self.answered = 0
         window = (2**31 - 1 - 65_535).to_bytes(4, "big")
         self._socket.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -98,31 +121,26 @@ class Flood(threading.Thread):
         )
         self._socket.setblocking(False)
 
-    def run(self) -> None:
-        begun_s = time.perf_counter()
-        while not self._is_over.wait(TICK_S):
-            if self._left == 0 and self.sent == self.answered:
-                self._socket.close()
-                self._connect()
-            due = int((time.perf_counter() - begun_s) * RATE) - self.sent
-            count = max(0, min(due, MAX_IN_FLIGHT - (self.sent - self.answered), self._left))
-            out = b"".join(self._request() for _ in range(count))
-            self.sent += count
-            self._exchange(out)
+    @property
+    def room(self) -> int:
+        """How many requests may be sent now."""
+        return min(MAX_IN_FLIGHT - (self._sent - self.answered), CALLS_A_CONNECTION - self._sent)
 
     @property
-    def _left(self) -> int:
-        return CALLS_A_CONNECTION - self._stream // 2
+    def is_done(self) -> bool:
+        return self.answered == CALLS_A_CONNECTION
 
-    def stop(self) -> None:
-        self._is_over.set()
-        self.join()
+    def send(self, tokens: Iterable[str]) -> None:
+        """Send requests, and take what has come for earlier ones."""
+        self._exchange(b"".join(map(self._request, tokens)))
+
+    def close(self) -> None:
         self._socket.close()
 
-    def _request(self) -> bytes:
+    def _request(self, token: str) -> bytes:
         block = self._encoder.encode(self._headers)
-        body = framed(GetRequest(access_token=next(self._tokens)).SerializeToString())
-        stream, self._stream = self._stream, self._stream + 2
+        body = framed(GetRequest(access_token=token).SerializeToString())
+        stream, self._sent = 2 * self._sent + 1, self._sent + 1
         return frame(HEADERS_FRAME, END_HEADERS, stream, block) + frame(DATA_FRAME, END_STREAM, stream, body)
 
     def _exchange(self, out: bytes) -> None:
