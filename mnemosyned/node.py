@@ -202,7 +202,10 @@ class ClusterNode:
         return self._bound
 
     async def identify(self, material: TlsMaterial) -> None:
-        """Dial peers over TLS from now on, with this identity, and have peers dial this node once more.
+        """Dial peers over TLS from now on, with this identity.
+
+        Connections that peers have dialled stay open. They end with the peers' own new identity, or at their
+        age.
 
         A follower of the TLS files (security/file_reloader.py): taking the same identity twice does no harm.
 
@@ -210,10 +213,6 @@ class ClusterNode:
             FilesUnusable: the files have changed once more, and are invalid.
         """
         self._peers.identify(peer_context(material.files))
-        if self._service is not None:
-            # The engine closes the connections of the former certificate. A stream that has ended before
-            # loses no call.
-            self._service.end_streams()
 
     def router(self, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
         """Return the router for calls of clients."""

@@ -11,6 +11,7 @@ from mnemosyned.admin.cluster import ClusterCollector
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,
+    ConnectionCollector,
     QueryMetrics,
     RpcCollector,
     UpkeepMetrics,
@@ -19,6 +20,7 @@ from mnemosyned.observe.metrics import (
 )
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.transport.call import MethodStats
+from mnemosyned.transport.engine import ConnectionStats
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -40,6 +42,7 @@ async def exported_families() -> list[Metric]:
     show_certificates_end(registry, lambda: 0.0)
     registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
     registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
+    registry.register(ConnectionCollector(ConnectionStats()))
     registry.register(CacheCollector(CacheCounters(), entries=int, size_bytes=int, negative_entries=int))
     async with peering(MemoryStore(wall_us=lambda: 0)) as peer:
         registry.register(ClusterCollector(peer.node))

@@ -28,7 +28,7 @@ Peers send calls in batches over a stream. A stream costs half of what one call 
        |<-- answers 1, one for each item ----|
        |-- batch 2, seal 2 ----------------->|
        |                    ...              |
-       |<-- trailers: OK --------------------|  between two batches: `close` or `end_streams`
+       |<-- trailers: OK --------------------|  between two batches: `close`
 
 One batch is under way on a stream at a time. An item fails alone: its error becomes the status of its answer.
 An error of the batch (a wrong seal, a wrong origin, bytes that are no message) ends the stream.
@@ -44,10 +44,10 @@ A batch under way is never cut off, because the entry node would then not know w
 A stream is therefore in one of two states:
 
 - Waiting for a batch: its task is in `_waiting`, and is cancelled at once.
-- Working on a batch: its task is not in `_waiting`. It compares `_rounds` before it waits for the next batch.
+- Working on a batch: its task is not in `_waiting`. It looks at `_is_closed` before it waits again.
 
-`close` ends all streams and lets no other begin to wait. `end_streams` ends those that are open now; peers
-dial again, and see the new certificate.
+`close` ends all streams and lets no other begin to wait. A new certificate ends none: connections that are
+open keep the one that they began with, and the peer that has the new one dials with it (cluster/peers.py).
 
 Late items
 ----------
@@ -134,7 +134,6 @@ class PeerService:
         self._stop = stop
         self._waiting: set[asyncio.Task[Any]] = set()  # tasks of the streams without a batch under way
         self._is_closed = False
-        self._rounds = 0  # how often `end_streams` was called: a stream of an earlier round ends
 
     def add_to(self, table: MethodTable, peer_auth: PeerAuth, *, max_message_bytes: int) -> None:
         """Add the methods to a table, behind the guard; `max_message_bytes` is the limit for clients."""
@@ -158,15 +157,6 @@ class PeerService:
         A node that leaves calls it once the peers route by a ring without this node.
         """
         self._is_closed = True
-        self.end_streams()
-
-    def end_streams(self) -> None:
-        """End the streams that are open now, each when its batch is answered; peers may open new ones.
-
-        For a new certificate: a stream lives as long as its connection, and h2corn closes the connections
-        of a certificate that is replaced. A stream that ended cleanly before loses no call.
-        """
-        self._rounds += 1
         for task in self._waiting:
             task.cancel()
 
@@ -194,20 +184,20 @@ class PeerService:
             yield await response if isinstance(response, Coroutine) else response
 
     async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the messages of a stream until the peer, `close` or `end_streams` ends it."""
-        task, mine = asyncio.current_task(), self._rounds
+        """Yield the messages of a stream until the peer or `close` ends it."""
+        task = asyncio.current_task()
         assert task is not None
-        while not self._is_closed and self._rounds == mine:
+        while not self._is_closed:
             self._waiting.add(task)
             try:
                 message = await anext(messages)
             except StopAsyncIteration:
                 return
             except asyncio.CancelledError:
-                # By `end_streams`, unless the engine has cancelled the task too, because the peer's
+                # By `close`, unless the engine has cancelled the task too, because the peer's
                 # connection broke. `uncancel` takes one request back and returns how many are left. With
                 # none left the stream ends cleanly; otherwise the cancellation must go on.
-                if self._rounds != mine and not task.uncancel():
+                if self._is_closed and not task.uncancel():
                     return
                 raise
             finally:

@@ -6,8 +6,8 @@
 
 Three users take the same files, and must not have different halves of a replacement. Hence the files are read
 as one, and checked as one: OpenSSL loads chain, key and authorities, and compares the key with the
-certificate. Only then does a user see them. A user that reads the paths itself, as h2corn and the admin port
-do, may meet a still newer change; it then raises FilesUnusable, and the reloader tries again.
+certificate. Only then does a user see them. A user that reads the paths itself, as the engine h2 and the
+admin port do, may meet a still newer change; it then raises FilesUnusable, and the reloader tries again.
 
 - TLS 1.2 at least; the ciphers are OpenSSL's defaults.
 - `authorities` (`-tls.ca`) verify clients and peers. The admin port asks for no certificate, also if the gRPC

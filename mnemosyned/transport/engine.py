@@ -102,8 +102,7 @@ class Engine(Protocol):
     async def reload_tls(self, material: TlsMaterial) -> None:
         """Serve new connections with what the TLS files hold now.
 
-        Connections with the former certificate may be closed, but their calls in flight get
-        `drain_timeout_s` to finish.
+        Connections that are open keep the former certificate.
 
         Raises:
             FilesUnusable: the files have changed once more since they were read, and are invalid. The former

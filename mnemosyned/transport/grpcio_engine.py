@@ -1,7 +1,8 @@
-"""The engine on grpc.aio: runs wherever grpcio does, at an eighth of h2corn's speed.
+"""The engine on grpc.aio, the reference: a call costs it about 14 times the CPU of the default engine.
 
-It exists for platforms for which h2corn has no wheel, and as a second implementation: what both engines
-answer alike in the tests is unlikely to be a quirk of one of them.
+It is a second implementation: what both engines answer alike in the tests is unlikely to be a quirk of one of
+them. It also is the way back, if a client does not get on with the default engine, and it runs where zttp has
+no wheel.
 
 grpcio does the HTTP/2, the framing, the compression and the deadline's header. This module translates. Where
 grpcio differs from the port's ideal:
@@ -9,7 +10,8 @@ grpcio differs from the port's ideal:
 - It has one limit for the size of messages, for all methods. The largest limit of any method is given to it,
   and each method's own limit is checked once the message is in memory.
 - It knows `-tls.client-auth` none and require, not optional (transport/config.py refuses that at the start).
-- Beyond `-grpc.max-connections` it closes connections, and does not let them wait.
+- It has no limit of connections for an address, of their age, or of the time for which answers wait.
+- It does not tell how many connections are open.
 - It asks for the certificate at each handshake. New TLS files thus need no new server, and connections with
   the former certificate stay open.
 - A handler that fails ends by `context.abort`, which raises: what follows in the function is never reached.

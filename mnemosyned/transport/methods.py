@@ -3,7 +3,7 @@
 Services add their methods to a table; an engine serves the table. Neither knows the other, so that one test
 suite can run each service on each engine.
 
-    session_manager.add_to ┐                                        ┌ h2corn
+    session_manager.add_to ┐                                        ┌ h2
     health.add_to          ├──> MethodTable ── guard, traces ──>    ┤
     PeerService.add_to     ┘    (path -> handler, stats, limit)     └ grpcio
 

@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from processes import Daemon
 
 SERVER_CORE, LOAD_CORE = 0, 1
+# The daemon asks a client for a new connection after 3,400 calls (http2/core.py), and h2load opens none.
+CONNECTIONS, CALLS_A_CONNECTION = 4, 3000
 SERVICE = "mnemosynerpc.SessionManager"
 NEW = Session(
     access_token="a" * 128,
@@ -124,14 +126,25 @@ def request_body(directory: Path, message: bytes) -> Path:
     return path
 
 
+def portions(calls: int) -> list[int]:
+    """Return how many calls each run of h2load makes."""
+    most = CONNECTIONS * CALLS_A_CONNECTION
+    return [min(calls - done, most) for done in range(0, calls, most)]
+
+
 def load(address: str, method: str, body: Path, calls: int) -> None:
+    for portion in portions(calls):
+        load_once(address, method, body, portion)
+
+
+def load_once(address: str, method: str, body: Path, calls: int) -> None:
     command = [
         "taskset",
         "-c",
         str(LOAD_CORE),
         "h2load",
         "-c",
-        "4",
+        str(CONNECTIONS),
         "-m",
         "16",
         "-n",

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
@@ -35,13 +35,25 @@ from mnemosyned.embedded.server import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import LOAD_CORE, SERVER_CORE, SERVICE, cpu_ticks, pin, request_body, statements
+from bench import (
+    CALLS_A_CONNECTION,
+    CONNECTIONS,
+    LOAD_CORE,
+    SERVER_CORE,
+    SERVICE,
+    cpu_ticks,
+    pin,
+    portions,
+    request_body,
+    statements,
+)
 from processes import Daemon, processes_on
 
 ROWS = 200_000
 RATE = 10_000  # unknown tokens a second
 TICK_S = 0.005
-MAX_IN_FLIGHT = 900  # the server allows 1,024 on a connection
+FLOOD_CONNECTIONS = 8
+MAX_IN_FLIGHT = 120  # the server allows 128 on a connection
 HEADERS_FRAME, DATA_FRAME, SETTINGS_FRAME, PING_FRAME, WINDOW_FRAME = 1, 0, 4, 6, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 KNOWN = Session(access_token="a" * 128, subject_id="user:1", bag={"name": "Ada Lovelace"})
@@ -52,16 +64,44 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 class Flood(threading.Thread):
-    """Gets of unknown tokens on one connection, so many a second, until it is stopped.
-
-    Frames by hand: a client library would cost several times what the server does.
-    """
+    """Gets of unknown tokens on a few connections, so many a second, until it is stopped."""
 
     def __init__(self, address: str, tokens: Iterator[str]) -> None:
         super().__init__(daemon=True)
+        self._address = address
+        self._tokens = tokens
+        self._connections = [Connection(address) for _ in range(FLOOD_CONNECTIONS)]
+        self._is_over = threading.Event()
+        self.answered = 0
+
+    def run(self) -> None:
+        begun_s, sent = time.perf_counter(), 0
+        while not self._is_over.wait(TICK_S):
+            due = int((time.perf_counter() - begun_s) * RATE) - sent
+            for at in range(FLOOD_CONNECTIONS):
+                if self._connections[at].is_done:
+                    self._connections[at].close()
+                    self._connections[at] = Connection(self._address)
+                connection = self._connections[at]
+                count = max(0, min(due, connection.room))
+                before = connection.answered
+                connection.send([next(self._tokens) for _ in range(count)])
+                self.answered += connection.answered - before
+                sent, due = sent + count, due - count
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self.join()
+        for connection in self._connections:
+            connection.close()
+
+
+class Connection:
+    """One connection of the flood; frames by hand: a client library would cost more than the server does."""
+
+    def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
-        self._tokens = tokens
         self._encoder = hpack.Encoder()
         self._headers = [
             (":method", "POST"),
@@ -71,10 +111,8 @@ class Flood(threading.Thread):
             ("content-type", "application/grpc"),
             ("te", "trailers"),
         ]
-        self._stream = 1
         self._received = b""
-        self._is_over = threading.Event()
-        self.sent = self.answered = 0
+        self._sent = self.answered = 0
         window = (2**31 - 1 - 65_535).to_bytes(4, "big")
         self._socket.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -83,24 +121,26 @@ class Flood(threading.Thread):
         )
         self._socket.setblocking(False)
 
-    def run(self) -> None:
-        begun_s = time.perf_counter()
-        while not self._is_over.wait(TICK_S):
-            due = int((time.perf_counter() - begun_s) * RATE) - self.sent
-            count = min(due, MAX_IN_FLIGHT - (self.sent - self.answered))
-            out = b"".join(self._request() for _ in range(count))
-            self.sent += max(0, count)
-            self._exchange(out)
+    @property
+    def room(self) -> int:
+        """How many requests may be sent now."""
+        return min(MAX_IN_FLIGHT - (self._sent - self.answered), CALLS_A_CONNECTION - self._sent)
 
-    def stop(self) -> None:
-        self._is_over.set()
-        self.join()
+    @property
+    def is_done(self) -> bool:
+        return self.answered == CALLS_A_CONNECTION
+
+    def send(self, tokens: Iterable[str]) -> None:
+        """Send requests, and take what has come for earlier ones."""
+        self._exchange(b"".join(map(self._request, tokens)))
+
+    def close(self) -> None:
         self._socket.close()
 
-    def _request(self) -> bytes:
+    def _request(self, token: str) -> bytes:
         block = self._encoder.encode(self._headers)
-        body = framed(GetRequest(access_token=next(self._tokens)).SerializeToString())
-        stream, self._stream = self._stream, self._stream + 2
+        body = framed(GetRequest(access_token=token).SerializeToString())
+        stream, self._sent = 2 * self._sent + 1, self._sent + 1
         return frame(HEADERS_FRAME, END_HEADERS, stream, block) + frame(DATA_FRAME, END_STREAM, stream, body)
 
     def _exchange(self, out: bytes) -> None:
@@ -222,13 +262,13 @@ def one_round(
     pids = processes_on(directory)
     ticks, sent, answered = postgres_ticks(pids), statements(daemon, "load"), flood.answered if flood else 0
     begun_s = time.perf_counter()
-    took_us = latencies_us(daemon.address, body, directory / "h2load.log", options)
+    took_us, busy_s = cached_gets(daemon.address, body, directory / "h2load.log", options)
     took_s = time.perf_counter() - begun_s
     unknown = flood.answered - answered if flood else 0
     if flood is not None:
         flood.stop()
     return Round(
-        gets=len(took_us) / took_s,
+        gets=len(took_us) / busy_s,
         p50_ms=took_us[len(took_us) // 2] / 1000,
         p99_ms=took_us[len(took_us) * 99 // 100] / 1000,
         unknown=unknown / took_s,
@@ -241,17 +281,28 @@ def postgres_ticks(pids: list[int]) -> int:
     return sum(cpu_ticks(pid) for pid in pids)
 
 
-def latencies_us(address: str, body: Path, log: Path, options: argparse.Namespace) -> list[int]:
-    log.unlink(missing_ok=True)
-    pace = [f"--rps={options.rps // 4}"] if options.rps else []
-    command = ["taskset", "-c", str(LOAD_CORE), "h2load", "-c", "4", "-m", "16", *pace]
-    command += ["-n", str(options.calls), f"--log-file={log}", "-d", str(body)]
+def cached_gets(address: str, body: Path, log: Path, options: argparse.Namespace) -> tuple[list[int], float]:
+    """Return the latencies in microseconds, sorted, and the seconds in which h2load has called."""
+    took_us, busy_s = [], 0.0
+    for calls in portions(options.calls):
+        log.unlink(missing_ok=True)
+        load_once(address, body, log, calls, options.rps)
+        lines = [re.split(r"\s+", line) for line in log.read_text().splitlines()]
+        spans = [(int(line[0]), int(line[2])) for line in lines]  # when a call began, and its time
+        took_us += [took for _, took in spans]
+        busy_s += (max(begun + took for begun, took in spans) - min(spans)[0]) / 1e6
+    return sorted(took_us), busy_s
+
+
+def load_once(address: str, body: Path, log: Path, calls: int, rps: int) -> None:
+    pace = [f"--rps={rps // CONNECTIONS}"] if rps else []
+    command = ["taskset", "-c", str(LOAD_CORE), "h2load", "-c", str(CONNECTIONS), "-m", "16", *pace]
+    command += ["-n", str(calls), f"--log-file={log}", "-d", str(body)]
     headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
     out = subprocess.run(
         [*command, *headers, f"http://{address}/{SERVICE}/Get"], check=True, capture_output=True, text=True
     ).stdout
-    assert f"{options.calls} succeeded, 0 failed" in out, out
-    return sorted(int(re.split(r"\s+", line)[2]) for line in log.read_text().splitlines())
+    assert f"{calls} succeeded, 0 failed" in out, out
 
 
 if __name__ == "__main__":

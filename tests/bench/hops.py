@@ -1,7 +1,7 @@
 """How many of our own functions a call enters, and in how many files: `make hops`.
 
-A reader of the code follows a call through these functions. The server runs in this process, on the h2corn
-engine and a real PostgreSQL; the client's own functions are not ours.
+A reader of the code follows a call through these functions. The server runs in this process, on the engine h2
+and a real PostgreSQL; the client's own functions are not ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from serving import configured, serving
 from mnemosyned.storage.engines import StorageConfig, Surroundings
 
 ROOT = str(Path(__file__).parents[2])
-OWN = tuple(f"{ROOT}/{package}/" for package in ("aio", "cache", "cluster", "mnemosyned"))
+OWN = tuple(f"{ROOT}/{package}/" for package in ("aio", "cache", "cluster", "http2", "mnemosyned"))
 # What goes on besides the call.
 BACKGROUND = (
     "periodic.py",

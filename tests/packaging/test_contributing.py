@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_opened_is_refused_in_one_line() -> None:
     code, out, err = mnemosyned("-port=0", "-log.level=fatal", "-storage=toy", "-toy.file=/no/such/toy.db")
 
     assert (code, out) == (1, "")
-    # The gRPC port listens already, which h2corn logs.
+    # The gRPC port listens already, which the daemon logs.
     assert err.splitlines()[-1] == "mnemosyned: flag -toy.file: /no/such/toy.db: unable to open database file"
 
 

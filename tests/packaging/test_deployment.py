@@ -78,6 +78,10 @@ ALERTS = {
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{7 * 86400}x30"},
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{8 * 86400}x30"},
     ),
+    "MnemosynedAcceptFails": (
+        {'grpc_server_accept_failures_total{error="EMFILE"}': "0+1x30"},
+        {'grpc_server_accept_failures_total{error="ECONNABORTED"}': "0+1x30"},
+    ),
     "MnemosynedTouchesLost": (
         {"mnemosyned_touches_lost_total": "0x20 7x10"},
         {"mnemosyned_touches_lost_total": "7x30"},

@@ -115,7 +115,7 @@ def test_no_document_has_a_word_that_the_house_bans(name: str) -> None:
 
 def test_every_module_is_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    for package in ("mnemosyned", "cluster", "cache", "aio"):
+    for package in ("mnemosyned", "cluster", "cache", "http2", "aio"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.name == "__init__.py" or path.name in text, path
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"mnemosyned", "cluster", "cache", "aio", "mnemosynerpc"}
+PACKAGES = {"mnemosyned", "cluster", "cache", "http2", "aio", "mnemosynerpc"}
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +64,5 @@ def test_the_lock_has_every_direct_requirement() -> None:
     block = section.partition("install_requires =")[2].partition("[options.entry_points]")[0]
     wanted = set(re.findall(r"^    ([A-Za-z0-9_-]+)[\[>=]", block, re.MULTILINE))
 
-    assert {"asyncpg", "h2corn", "pytest"} <= {name.lower() for name in wanted}
+    assert {"asyncpg", "pytest", "zttp"} <= {name.lower() for name in wanted}
     assert {name.lower().replace("_", "-") for name in wanted} <= locked
