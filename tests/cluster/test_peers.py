@@ -183,7 +183,8 @@ async def test_each_loss_of_a_connection_is_told(setup: Setup) -> None:
     watching = asyncio.create_task(setup.peers.keep_connected(setup.address, lambda: losses.append(None)))
     await setup.call(b"hello")
     await setup.server.stop(None)
-    await until(lambda: len(losses) == 1)
+    # The next dial may still meet the server that stops, and is then lost too.
+    await until(lambda: len(losses) >= 1)
 
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
