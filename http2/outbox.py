@@ -14,6 +14,7 @@ thousand answers from one cache entry hold its bytes once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -157,6 +158,10 @@ class Outbox:
     def stuck_since(self, instant_s: float) -> list[int]:
         """Return the streams of which the peer has taken nothing since an instant."""
         return [stream_id for stream_id, held in self._held.items() if held.moved_s <= instant_s]
+
+    def still_since_s(self) -> float:
+        """Return since when the peer has taken nothing of some stream; infinity if nothing is held."""
+        return min((held.moved_s for held in self._held.values()), default=math.inf)
 
     def _frame_slice(self, held: _Held) -> int:
         """Frame what fits of a body, at most a slice; return its size."""

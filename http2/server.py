@@ -114,6 +114,7 @@ class Stream:
     """One request and its answer. The protocol class derives from it, to have one object for each call."""
 
     __slots__ = (
+        "arrived_s",
         "body",
         "chunk",
         "counted_bytes",
@@ -141,6 +142,7 @@ class Stream:
         self.is_answered = False  # its answer has begun
         self.is_ended = False  # its answer is complete, but may be held
         self.is_reset = False  # by the peer, or for a bound; whoever works for it may stop
+        self.arrived_s = now_s
         self.moved_s = now_s  # when the last part of it arrived
         self.work: Any = None  # the protocol class's own: what works for it
         # For ServerConnection: how much of the body counts as incomplete, and which chunk last brought news.
@@ -484,6 +486,10 @@ class ServerConnection(Generic[S]):
     def has_held(self) -> bool:
         """Whether anything is held."""
         return bool(self._outbox)
+
+    def still_since_s(self) -> float:
+        """Return since when the peer has taken nothing of some answer; infinity if nothing is held."""
+        return self._outbox.still_since_s()
 
     def pause(self, now_s: float) -> None:
         """Hold all answers from now on: the transport has enough."""

@@ -59,7 +59,7 @@ from mnemosyned.assembly import GRPC_ENGINES, Hooks
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.config import ObserveConfig
-from mnemosyned.observe.metrics import new_registry, show_certificates_end
+from mnemosyned.observe.metrics import ConnectionCollector, new_registry, show_certificates_end
 from mnemosyned.security import api_keys
 from mnemosyned.security.api_keys import Callers
 from mnemosyned.security.config import AuthConfig, TlsConfig
@@ -202,7 +202,10 @@ class _Daemon:
         """Open both ports. Raises StartFailed, with neither port open."""
         grpc, files = self._config[GrpcConfig], assembly.tls_files(self._config)
         node = self._parts.node
-        engine = GRPC_ENGINES[grpc.engine](self._parts.table, assembly.engine_options(self._config))
+        options = assembly.engine_options(self._config)
+        engine = GRPC_ENGINES[grpc.engine](self._parts.table, options)
+        if grpc.engine == "h2":
+            self._registry.register(ConnectionCollector(options.stats))
         # The contract's rule; 0 stands for any free port, for both.
         admin_port = grpc.port and grpc.port + 1
         try:

@@ -44,6 +44,7 @@ from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
 
 SERVICE_NAME: Final = "grpc.health.v1.Health"
+_MAX_MESSAGE_BYTES: Final = 16 * 1024
 
 
 class Health:
@@ -62,7 +63,8 @@ class Health:
         """Serve Check, List and Watch."""
         table.add_unary(SERVICE_NAME, "Check", self._check)
         table.add_unary(SERVICE_NAME, "List", self._list)
-        table.add_stream(SERVICE_NAME, "Watch", self._watch)
+        # A name of a service, of any client: it needs no room for more.
+        table.add_stream(SERVICE_NAME, "Watch", self._watch, max_message_bytes=_MAX_MESSAGE_BYTES)
 
     def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001  # the state itself
         """Change the state and wake the watchers; nothing happens once closed.

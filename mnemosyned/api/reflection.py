@@ -22,6 +22,7 @@ from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
 
 _V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
+_MAX_MESSAGE_BYTES: Final = 16 * 1024  # the name of a file or a symbol
 _V1: Final = "grpc.reflection.v1.ServerReflection"
 
 
@@ -37,7 +38,7 @@ def add_to(table: MethodTable, services: frozenset[str]) -> None:
             yield response.SerializeToString()
 
     for version in (_V1ALPHA, _V1):
-        table.add_stream(version, "ServerReflectionInfo", handle)
+        table.add_stream(version, "ServerReflectionInfo", handle, max_message_bytes=_MAX_MESSAGE_BYTES)
 
 
 @cache

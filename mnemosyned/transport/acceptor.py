@@ -45,9 +45,12 @@ Accepted = Callable[[socket.socket, Any], None]
 class Acceptor:
     """The listening sockets of one address."""
 
-    def __init__(self, sockets: Sequence[socket.socket], accepted: Accepted) -> None:
-        """Own sockets that listen; nothing is accepted before `begin`."""
-        self.failures: Counter[str] = Counter()  # of `accept`, by the name of the error
+    def __init__(self, sockets: Sequence[socket.socket], accepted: Accepted, failures: Counter[str]) -> None:
+        """Own sockets that listen; nothing is accepted before `begin`.
+
+        `failures` counts those of `accept`, by the name of the error.
+        """
+        self._failures = failures
         self._sockets = list(sockets)
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
@@ -96,7 +99,7 @@ class Acceptor:
 
     def _failed(self, listener: socket.socket, exc: OSError) -> None:
         name = errno.errorcode.get(exc.errno or 0, "unknown")
-        self.failures[name] += 1
+        self._failures[name] += 1
         left_out = self._limiter.take(self._loop.time())
         if left_out is not None:
             log.warning("accept_failed", extra={"error": exc.strerror or name, "left_out": left_out})

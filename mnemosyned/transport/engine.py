@@ -73,6 +73,7 @@ class EngineOptions:
     send_timeout_s: float = 20.0  # in which a client must take something of what waits for it
     max_unsent_bytes: int = 256 * 1024**2  # answers that clients have not taken, over all connections
     max_request_bytes: int = 256 * 1024**2  # requests that are not complete, over all connections
+    stats: ConnectionStats = field(default_factory=ConnectionStats)
     tls: TlsFiles | None = None  # they have been read once, and were valid
 
     @property

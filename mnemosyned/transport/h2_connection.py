@@ -30,23 +30,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import random
 import re
 import ssl
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final, cast
 
-from aio.deadline import NO_DEADLINE, Deadline
 from http2.frames import CLIENT_PREFACE
 from http2.messages import HEADER_BYTES, announced_bytes, framed, head, only_message
-from http2.outbox import Headers, Tally
-from http2.server import ServerConnection, ServerLimits, Stream
+from http2.outbox import Headers
+from http2.server import ServerConnection
 from mnemosyned.errors import MessageTooLarge, MnemosyneError, Overloaded, Unimplemented
 from mnemosyned.security.certificates import names_of
-from mnemosyned.transport import frame
 from mnemosyned.transport.call import (
     ClientGone,
     Failure,
@@ -58,21 +56,30 @@ from mnemosyned.transport.call import (
     refuse,
 )
 from mnemosyned.transport.engine import host_port
+from mnemosyned.transport.h2_call import (
+    CONTENT_TYPE,
+    GRPC,
+    Call,
+    StreamWork,
+    UnaryWork,
+    failure_headers,
+    frame_reader,
+    is_grpc_type,
+    status_headers,
+)
+from mnemosyned.transport.h2_server import Server
 from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 
 log = logging.getLogger(__name__)
 
-_GRPC: Final = b"application/grpc"
-_CONTENT_TYPE: Final = (b"content-type", _GRPC)
-_OK_HEAD: Final[Headers] = [_CONTENT_TYPE]
+_OK_HEAD: Final[Headers] = [CONTENT_TYPE]
 _OK_TRAILERS: Final[Headers] = [(b"grpc-status", b"0")]
 
 _LINGER_S: Final = 2.0
+_AGE_JITTER: Final = 0.1
 _HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a pause
-_STREAM_HIGH_WATER_BYTES: Final = 64 * 1024  # held of one streaming answer, before its handler waits
 
 _SHARED_BYTES: Final = 64 * 1024  # from here on a message is sent in pieces, and not copied
-_MAX_STREAM_MESSAGES: Final = 1000  # of one stream, that its handler has not taken
 
 # A request line of HTTP/1, or its beginning.
 _HTTP_1: Final = re.compile(rb"[A-Z]{3,10} ")
@@ -84,94 +91,13 @@ _HTTP_1_ANSWER: Final = (
 _PLAIN_TEXT: Final = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Server:
-    """What all connections of one engine share."""
-
-    limits: ServerLimits
-    unary: dict[bytes, UnaryMethod]  # by path, as it comes
-    streams: dict[bytes, StreamMethod]
-    max_message_bytes: int  # of a request, where its method has no limit of its own
-    max_unsent_bytes: int  # of answers that clients have not taken, over all connections
-    max_request_bytes: int  # of requests that are not complete, over all connections
-    connections: set[Connection] = field(default_factory=set)
-    unsent_total: Tally = field(default_factory=Tally)
-    request_total: Tally = field(default_factory=Tally)
-
-    def relieve(self) -> None:
-        """Close the connections that hold the most, until all together hold no more than they may."""
-        while self.unsent_total.size_bytes > self.max_unsent_bytes:
-            worst = max(self.connections, key=lambda connection: connection.unsent_bytes)
-            log.warning("answers_unread", extra={"peer": worst.peer, "bytes": worst.unsent_bytes})
-            worst.abort()
-
-
-class Call(Stream):
-    """Call on a stream of HTTP/2. Headers are read when they are asked for: most calls need one or two."""
-
-    __slots__ = ("_fields", "connection")
-
-    # Set before any handler sees the call. `Stream.work` is the task of a call that waits, if it does.
-    connection: Connection
-    # The headers by name: made when metadata is first asked for, which most calls for this node never do.
-    _fields: dict[bytes, bytes]
-
-    @property
-    def path(self) -> str:
-        """The path, for people."""
-        return self.target.decode(errors="replace")
-
-    @property
-    def is_grpc(self) -> bool:
-        """Whether the request is what every client of gRPC sends: a POST of its type that takes trailers."""
-        is_type = takes_trailers = False
-        for name, value in self.headers:
-            if name == b"content-type":
-                is_type = value == _GRPC or _is_grpc_type(value)
-            elif name == b"te":
-                takes_trailers = value == b"trailers"
-        return is_type and takes_trailers and self.method == b"POST"
-
-    @property
-    def peer(self) -> str:
-        """See Call."""
-        return self.connection.peer
-
-    def header(self, wanted: bytes) -> bytes | None:
-        """Return the first value of a header."""
-        for name, value in self.headers:
-            if name == wanted:
-                return value
-        return None
-
-    @property
-    def deadline(self) -> Deadline:
-        """See Call."""
-        value = self.header(b"grpc-timeout")
-        # `moved_s` is when the last part of the request came, which for most requests is all of it.
-        return NO_DEADLINE if value is None else Deadline(self.moved_s + frame.timeout_s(value))
-
-    @property
-    def certificate_names(self) -> tuple[str, ...]:
-        """See Call."""
-        return self.connection.certificate_names
-
-    def metadata(self, key: str) -> str | None:
-        """See Call."""
-        try:
-            fields = self._fields
-        except AttributeError:
-            # The first value of a name counts.
-            fields = self._fields = dict(reversed(list(self.headers)))
-        value = fields.get(key.encode())
-        return None if value is None else value.decode(errors="replace")
-
-
 class Connection(asyncio.Protocol):
     """The protocol of one connection."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, forget: Callable[[], None] = lambda: None) -> None:
+        """`forget` is called when the connection is gone."""
         self._server = server
+        self._forget = forget
         self._unary = server.unary
         self._max_message_bytes = server.max_message_bytes
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # before anything else
@@ -182,6 +108,7 @@ class Connection(asyncio.Protocol):
         self._flush_is_due = False
         self._is_writable = True
         self._closing_since_s: float | None = None
+        self._has_ended = False  # the client sends no more, and may wait for answers
         self._certificate_names: tuple[str, ...] | None = None
         self.peer = ""
         self.closed = asyncio.Event()
@@ -195,14 +122,20 @@ class Connection(asyncio.Protocol):
         address = transport.get_extra_info("peername")
         self.peer = host_port(address[0], address[1]) if isinstance(address, tuple) else "unix"
         server = self._server
+        limits = server.limits
+        if limits.max_age_s != math.inf:
+            # Not all at once, though they may all have been opened at once.
+            jitter = random.uniform(1 - _AGE_JITTER, 1 + _AGE_JITTER)  # noqa: S311  # no secret
+            limits = replace(limits, max_age_s=limits.max_age_s * jitter)
         self._http = ServerConnection(
             Call,
-            server.limits,
+            limits,
             time.monotonic(),
             unsent_total=server.unsent_total,
             request_total=server.request_total,
         )
         server.connections.add(self)
+        server.stats.open = len(server.connections)
 
     def data_received(self, data: bytes) -> None:
         """Take what has arrived, and answer what can be answered at once."""
@@ -219,8 +152,9 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Take note that the client sends no more; False closes the connection."""
-        # Returning False closes the transport. A client that has shut its side may still wait for answers.
-        return self._closing_since_s is None and bool(self._http.streams) and not self._has_tls
+        self._has_ended = True
+        has_tls = self._transport.get_extra_info("ssl_object") is not None
+        return self._closing_since_s is None and bool(self._http.streams) and not has_tls
 
     def pause_writing(self) -> None:
         """Hold answers from now on."""
@@ -235,10 +169,14 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, _exc: Exception | None) -> None:
         """Stop all work for the client."""
-        self._server.connections.discard(self)
+        server = self._server
+        server.connections.discard(self)
+        server.stats.open = len(server.connections)
+        server.stats.ended[self._http.reason or "client"] += 1
         for call in list(self._http.streams.values()):
             self._cancel(call)
         self._http.abandon()
+        self._forget()
         self.closed.set()
 
     # What the engine calls.
@@ -247,6 +185,10 @@ class Connection(asyncio.Protocol):
     def unsent_bytes(self) -> int:
         """How many bytes of answers the client has not taken."""
         return self._http.unsent_bytes
+
+    def still_since_s(self) -> float:
+        """Return since when the client has taken nothing of some answer; infinity if nothing waits."""
+        return self._http.still_since_s()
 
     def retire(self, reason: str) -> None:
         """Ask the client to open no more streams, and close when those that are open are answered."""
@@ -282,8 +224,12 @@ class Connection(asyncio.Protocol):
             # A client that may still turn out to speak HTTP/1 gets no SETTINGS.
             self._flush(now_s)
 
-    def abort(self) -> None:
+    def abort(self, reason: str) -> None:
         """Close at once, whatever is unsent."""
+        self._http.reason = reason
+        for call in list(self._http.streams.values()):
+            self._cancel(call)
+        self._http.abandon()
         self._transport.abort()
 
     # Calls.
@@ -317,7 +263,7 @@ class Connection(asyncio.Protocol):
         elif isinstance(outcome, Failure | tuple):
             self._answer(call, outcome)
         else:
-            call.work = _UnaryWork(self._loop.create_task(self._finish(call, outcome)))
+            call.work = UnaryWork(self._loop.create_task(self._finish(call, outcome)))
 
     async def _finish(self, call: Call, working: Coroutine[Any, Any, Outcome]) -> None:
         self._answer(call, await working)
@@ -343,7 +289,7 @@ class Connection(asyncio.Protocol):
         """Take the beginning of a request, a part of one that streams, or a reset."""
         if call.is_reset:
             self._cancel(call)
-        elif isinstance(call.work, _StreamWork):
+        elif isinstance(call.work, StreamWork):
             call.work.feed(bytes(self._http.take_body(call)), is_last=call.is_complete)
         elif call.work is None and not call.is_answered:
             call.connection = self
@@ -356,17 +302,15 @@ class Connection(asyncio.Protocol):
     def _check_incomplete(self, method: UnaryMethod, call: Call) -> None:
         """Refuse a request as soon as it is known to be too large; its rest need not come."""
         limit_bytes = method.max_message_bytes or self._max_message_bytes
-        if call.is_refused:
+        if call.is_refused or self._server.request_total.size_bytes > self._server.max_request_bytes:
             self._refuse_body(method, call, Overloaded("mnemosyned: too many requests are incomplete"))
         elif announced_bytes(call.body) > HEADER_BYTES + limit_bytes:
             text = f"mnemosyned: message is larger than {limit_bytes} bytes"
             self._refuse_body(method, call, MessageTooLarge(text))
-        elif self._server.request_total.size_bytes > self._server.max_request_bytes:
-            self._refuse_body(method, call, Overloaded("mnemosyned: too many requests are incomplete"))
 
     def _only_message(self, call: Call, limit_bytes: int) -> bytes:
         """Return the message of a body that is compressed, too large or damaged. Raises what is wrong."""
-        reader = _frame_reader(call, limit_bytes)
+        reader = frame_reader(call, limit_bytes)
         messages = reader.feed(bytes(self._http.take_body(call)))
         reader.end()
         if len(messages) != 1:
@@ -383,8 +327,8 @@ class Connection(asyncio.Protocol):
         stream = self._server.streams.get(call.target)
         if call.method != b"POST":
             self._answer_plainly(call, 405, [(b"allow", b"POST")])
-        elif not _is_grpc_type(call.header(b"content-type") or b""):
-            self._answer_plainly(call, 415, [(b"accept-post", _GRPC)])
+        elif not is_grpc_type(call.header(b"content-type") or b""):
+            self._answer_plainly(call, 415, [(b"accept-post", GRPC)])
         elif not call.is_grpc:
             exc = Unimplemented("mnemosyned: the request lacks `te: trailers`")
             self._send_failure(call, refuse(call.path, call, exc))
@@ -393,12 +337,12 @@ class Connection(asyncio.Protocol):
             self._send_failure(call, refuse(call.path, call, exc))
         else:
             limit_bytes = stream.max_message_bytes or self._max_message_bytes
-            work = _StreamWork(self, call, _frame_reader(call, limit_bytes))
+            work = StreamWork(call, frame_reader(call, limit_bytes))
             work.feed(bytes(self._http.take_body(call)), is_last=call.is_complete)
             call.work = work
             work.task = self._loop.create_task(self._run_stream(stream, call, work))
 
-    async def _run_stream(self, method: StreamMethod, call: Call, work: _StreamWork) -> None:
+    async def _run_stream(self, method: StreamMethod, call: Call, work: StreamWork) -> None:
         try:
             failure = await invoke_stream(method, work.messages(), call, work.send)
         except ClientGone:
@@ -410,7 +354,7 @@ class Connection(asyncio.Protocol):
         else:
             if not call.is_answered:
                 self._http.answer_head(call, 200, _OK_HEAD)
-            self._http.answer_end(call, _OK_TRAILERS if failure is None else _status_headers(failure))
+            self._http.answer_end(call, _OK_TRAILERS if failure is None else status_headers(failure))
         self._flush_soon()
 
     def send_part(self, call: Call, message: bytes) -> None:
@@ -425,7 +369,7 @@ class Connection(asyncio.Protocol):
         return self._http.unsent_of(call)
 
     def _send_failure(self, call: Call, failure: Failure) -> None:
-        self._http.answer_head(call, 200, _failure_headers(failure), ends=True)
+        self._http.answer_head(call, 200, failure_headers(failure), ends=True)
 
     def _answer_plainly(self, call: Call, status: int, headers: Headers) -> None:
         self._http.answer_head(call, status, [(b"content-type", b"text/plain"), *headers])
@@ -442,25 +386,22 @@ class Connection(asyncio.Protocol):
         """Write within this turn of the event loop, together with what else is answered in it."""
         if not self._flush_is_due:
             self._flush_is_due = True
-            self._loop.call_soon(self._flush_now)
+            self._loop.call_soon(self._flush)
 
-    def _flush_now(self) -> None:
-        self._flush_is_due = False
-        self._flush(time.monotonic())
-
-    def _flush(self, now_s: float) -> None:
+    def _flush(self, now_s: float = 0.0) -> None:
         """Write what there is, as long as the transport takes it, and close if that was the last."""
-        http = self._http
+        self._flush_is_due = False
+        http, now_s = self._http, now_s or time.monotonic()
         while not self._transport.is_closing():
             output, emptied = http.output(now_s)
             if output:
                 self._transport.write(output)
             for call in emptied:
-                if isinstance(call.work, _StreamWork):
+                if isinstance(call.work, StreamWork):
                     call.work.wake()
             if not self._begin_waiting(now_s) and not (output and http.has_held and self._is_writable):
                 break
-        if http.is_over:
+        if http.is_over or (self._has_ended and not http.streams):
             self._close()
 
     def _begin_waiting(self, now_s: float) -> bool:
@@ -497,13 +438,10 @@ class Connection(asyncio.Protocol):
             return False
         if _HTTP_1.match(data):
             self._transport.write(_HTTP_1_ANSWER)
+        self._http.reason = "http1" if _HTTP_1.match(data) else "protocol"
         self._http.is_over = True
         self._close()
         return False
-
-    @property
-    def _has_tls(self) -> bool:
-        return self._transport.get_extra_info("ssl_object") is not None
 
     @property
     def certificate_names(self) -> tuple[str, ...]:
@@ -514,97 +452,3 @@ class Connection(asyncio.Protocol):
             pem = ssl.DER_cert_to_PEM_cert(certificate) if certificate else ""
             self._certificate_names = names_of(pem) if pem else ()
         return self._certificate_names
-
-
-class _UnaryWork:
-    """A unary call that waits for something."""
-
-    __slots__ = ("_task",)
-
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self._task = task
-
-    def cancel(self) -> None:
-        self._task.cancel()
-
-
-class _StreamWork:
-    """A call whose method streams: the messages that have come, and the handler's task."""
-
-    def __init__(self, connection: Connection, call: Call, reader: frame.FrameReader) -> None:
-        self.task: asyncio.Task[None] | None = None
-        self._connection = connection
-        self._call = call
-        self._reader = reader
-        self._messages: deque[bytes] = deque()
-        self._error: MnemosyneError | None = None
-        self._is_last = False
-        self._news = asyncio.Event()
-        self._emptied = asyncio.Event()
-
-    def feed(self, body: bytes, *, is_last: bool) -> None:
-        """Take a part of the request in."""
-        self._is_last = is_last
-        if self._error is None:
-            try:
-                self._messages.extend(self._reader.feed(body))
-                if is_last:
-                    self._reader.end()
-            except MnemosyneError as exc:
-                self._error = exc
-            if len(self._messages) > _MAX_STREAM_MESSAGES:
-                self._error = Overloaded("mnemosyned: too many messages are not answered")
-        self._news.set()
-
-    async def messages(self) -> AsyncIterator[bytes]:
-        """Yield the messages as they come. Raises what is wrong with the next one."""
-        while True:
-            while self._messages:
-                yield self._messages.popleft()
-            if self._error is not None:
-                raise self._error
-            if self._is_last:
-                return
-            self._news.clear()
-            await self._news.wait()
-
-    async def send(self, message: bytes) -> None:
-        """Send a message, and wait until the client has taken most of what was sent before."""
-        if self._call.is_reset:
-            raise ClientGone
-        self._connection.send_part(self._call, message)
-        while self._connection.unsent_of(self._call) > _STREAM_HIGH_WATER_BYTES:
-            self._emptied.clear()
-            await self._emptied.wait()
-
-    def wake(self) -> None:
-        """Take note that nothing is held of the answer any more."""
-        self._emptied.set()
-
-    def cancel(self) -> None:
-        """Stop the handler."""
-        if self.task is not None:
-            self.task.cancel()
-
-
-def _is_grpc_type(content_type: bytes) -> bool:
-    return content_type == _GRPC or content_type.lower().startswith((_GRPC + b"+", _GRPC + b";"))
-
-
-def _frame_reader(call: Call, max_message_bytes: int) -> frame.FrameReader:
-    encoding = call.header(b"grpc-encoding") or b""
-    return frame.FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
-
-
-def _status_headers(failure: Failure) -> Headers:
-    return [
-        (b"grpc-status", str(failure.code.value).encode()),
-        (b"grpc-message", frame.status_message(failure.text)),
-    ]
-
-
-# Most failures are alike, and may come in floods. The cache holds texts of errors, hence its bound.
-@lru_cache(maxsize=64)
-def _failure_headers(failure: Failure) -> Headers:
-    # gRPC's Trailers-Only form: a single block of headers.
-    return [_CONTENT_TYPE, *_status_headers(failure), (b"grpc-accept-encoding", frame.ACCEPTED_ENCODINGS)]

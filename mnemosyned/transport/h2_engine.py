@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
 import time
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 from aio.periodic import run_periodically
+from aio.rate_limit import LogRateLimiter
 from aio.tasks import Tasks
 from http2.core import MAX_STREAMS
 from http2.server import ServerLimits
@@ -31,7 +34,8 @@ from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import TlsMaterial, grpc_context
 from mnemosyned.transport.acceptor import Acceptor, open_sockets
 from mnemosyned.transport.engine import MAX_METADATA_BYTES, EngineOptions, ListenFailed
-from mnemosyned.transport.h2_connection import Connection, Server
+from mnemosyned.transport.h2_connection import Connection
+from mnemosyned.transport.h2_server import Server
 from mnemosyned.transport.methods import MethodTable
 
 log = logging.getLogger(__name__)
@@ -52,7 +56,11 @@ class H2Engine:
         self._server: Server | None = None
         self._tls: ssl.SSLContext | None = None
         self._acceptor: Acceptor | None = None
-        self._handshakes = Tasks("handshake")
+        self._accepted_count = 0  # of the open ones, and those in their handshake
+        self._accepted_from: Counter[str] = Counter()  # the same by address
+        self._refusals = LogRateLimiter()
+        # As many as connections: the bound of connections is the one that counts.
+        self._handshakes = Tasks("handshake", max_tasks=options.max_connections)
         self._checking: asyncio.Task[Any] | None = None
 
     async def start(self) -> int:
@@ -66,7 +74,7 @@ class H2Engine:
             reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
             raise ListenFailed(f"cannot listen on {options.address}: {reason}") from exc
         self._server = _new_server(self._table, options)
-        self._acceptor = Acceptor(sockets, self._accepted)
+        self._acceptor = Acceptor(sockets, self._accepted, options.stats.accept_failures)
         self._acceptor.begin()
         self._checking = asyncio.create_task(
             run_periodically("connections_check", self._check, period_s=lambda: _CHECK_S)
@@ -96,7 +104,7 @@ class H2Engine:
             connection.expel("mnemosyned: the server stops")
         await self._wait_until_closed(_LAST_WORDS_S)
         for connection in self._connections():
-            connection.abort()
+            connection.abort("drain")
         self._checking.cancel()
         await asyncio.gather(self._checking, return_exceptions=True)
 
@@ -111,18 +119,34 @@ class H2Engine:
 
     def _accepted(self, accepted: socket.socket, address: Any) -> None:  # noqa: ANN401  # of any family
         host = address[0] if isinstance(address, tuple) else ""
-        if len(self._connections()) + len(self._handshakes) >= self._options.max_connections:
+        self._accepted_count += 1
+        self._accepted_from[host] += 1
+        if self._is_full(host) or self._handshakes.spawn(self._serve(accepted, host)) is None:
             accepted.close()
-            return
-        if self._handshakes.spawn(self._serve(accepted, host)) is None:
-            accepted.close()
+            self._forget(host)
+            self._options.stats.ended["limit"] += 1
+            left_out = self._refusals.take(time.monotonic())
+            if left_out is not None:
+                log.warning("connection_refused", extra={"peer": host, "left_out": left_out})
+
+    def _is_full(self, host: str) -> bool:
+        options, most_of_one = self._options, self._options.max_connections_per_address
+        if self._accepted_count > options.max_connections:
+            return True
+        return bool(most_of_one and host) and self._accepted_from[host] > most_of_one
+
+    def _forget(self, host: str) -> None:
+        self._accepted_count -= 1
+        self._accepted_from[host] -= 1
+        if not self._accepted_from[host]:
+            del self._accepted_from[host]
 
     async def _serve(self, accepted: socket.socket, host: str) -> None:
         assert self._server is not None
         _set_options(accepted)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                partial(Connection, self._server),
+                partial(Connection, self._server, partial(self._forget, host)),
                 accepted,
                 ssl=self._tls,
                 ssl_handshake_timeout=_HANDSHAKE_S if self._tls else None,
@@ -130,12 +154,17 @@ class H2Engine:
         except (OSError, TimeoutError) as exc:
             # The client is gone, or does not speak TLS, or has no certificate that we accept.
             log.debug("handshake_failed", extra={"peer": host, "error": str(exc)})
+            self._options.stats.ended["handshake"] += 1
             accepted.close()
+            self._forget(host)
 
     async def _check(self) -> None:
         now_s = time.monotonic()
         for connection in self._connections():
             connection.check(now_s)
+        if self._server is not None:
+            self._server.relieve()
+            self._options.stats.unsent_bytes = self._server.unsent_total.size_bytes
 
 
 def _new_server(table: MethodTable, options: EngineOptions) -> Server:
@@ -144,7 +173,10 @@ def _new_server(table: MethodTable, options: EngineOptions) -> Server:
             max_streams=min(options.max_streams, MAX_STREAMS),
             max_header_bytes=MAX_METADATA_BYTES,
             send_s=options.send_timeout_s,
+            max_age_s=options.max_age_s or math.inf,
+            grace_s=options.drain_timeout_s,
         ),
+        stats=options.stats,
         unary={path.encode(): method for path, method in table.unary.items()},
         streams={path.encode(): method for path, method in table.streams.items()},
         max_message_bytes=options.max_message_bytes,

@@ -1,0 +1,215 @@
+"""One call on a stream of HTTP/2: what its headers say, who works for it, and how it ends.
+
+    Stream (http2/server.py) <── Call ── work ──> UnaryWork: the task of a call that waits
+                                          └─────> StreamWork: a call that streams, its messages and its task
+
+A Call is made for each request, so it does as little as it can: headers are read when they are asked for, and
+a call that is answered at once has no work at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from functools import lru_cache
+from typing import Final, Protocol
+
+from aio.deadline import NO_DEADLINE, Deadline
+from http2.outbox import Headers
+from http2.server import Stream
+from mnemosyned.errors import MnemosyneError, Overloaded
+from mnemosyned.transport import frame
+from mnemosyned.transport.call import ClientGone, Failure
+
+GRPC: Final = b"application/grpc"
+CONTENT_TYPE: Final = (b"content-type", GRPC)
+_HIGH_WATER_BYTES: Final = 64 * 1024  # held of one streaming answer, before its handler waits
+_MAX_QUEUED_BYTES: Final = 1024 * 1024  # of the messages of one call that its handler has not taken
+_MAX_QUEUED: Final = 1000  # such messages
+
+
+class Way(Protocol):
+    """The connection, as a call sees it."""
+
+    peer: str
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        ...
+
+    def send_part(self, call: Call, message: bytes) -> None:
+        """Send one message of a streaming answer, or hold it."""
+        ...
+
+    def unsent_of(self, call: Call) -> int:
+        """Return how many bytes of a call's answer wait."""
+        ...
+
+
+class Call(Stream):
+    """Call on a stream of HTTP/2. Headers are read when they are asked for: most calls need one or two."""
+
+    __slots__ = ("_fields", "connection")
+
+    connection: Way  # set before any handler sees the call
+    # The headers by name: made when metadata is first asked for, which most calls for this node never do.
+    _fields: dict[bytes, bytes]
+
+    @property
+    def path(self) -> str:
+        """The path, for people."""
+        return self.target.decode(errors="replace")
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether the request is what every client of gRPC sends: a POST of its type that takes trailers."""
+        is_type = takes_trailers = False
+        for name, value in self.headers:
+            if name == b"content-type":
+                is_type = value == GRPC or is_grpc_type(value)
+            elif name == b"te":
+                takes_trailers = value == b"trailers"
+        return is_type and takes_trailers and self.method == b"POST"
+
+    @property
+    def peer(self) -> str:
+        """See Call."""
+        return self.connection.peer
+
+    def header(self, wanted: bytes) -> bytes | None:
+        """Return the first value of a header."""
+        for name, value in self.headers:
+            if name == wanted:
+                return value
+        return None
+
+    @property
+    def deadline(self) -> Deadline:
+        """See Call."""
+        value = self.header(b"grpc-timeout")
+        return NO_DEADLINE if value is None else Deadline(self.arrived_s + frame.timeout_s(value))
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """See Call."""
+        return self.connection.certificate_names
+
+    def metadata(self, key: str) -> str | None:
+        """See Call."""
+        try:
+            fields = self._fields
+        except AttributeError:
+            # The first value of a name counts.
+            fields = self._fields = dict(reversed(list(self.headers)))
+        value = fields.get(key.encode())
+        return None if value is None else value.decode(errors="replace")
+
+
+class UnaryWork:
+    """A unary call that waits for something."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    def cancel(self) -> None:
+        """Stop the handler."""
+        self._task.cancel()
+
+
+class StreamWork:
+    """A call whose method streams: the messages that have come, and the handler's task."""
+
+    def __init__(self, call: Call, reader: frame.FrameReader) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._call = call
+        self._reader = reader
+        self._messages: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._error: MnemosyneError | None = None
+        self._is_last = False
+        self._news = asyncio.Event()
+        self._emptied = asyncio.Event()
+
+    def feed(self, body: bytes, *, is_last: bool) -> None:
+        """Take a part of the request in."""
+        self._is_last = is_last
+        if self._error is None:
+            try:
+                self._enqueue(self._reader.feed(body))
+                if is_last:
+                    self._reader.end()
+            except MnemosyneError as exc:
+                self._error = exc
+        self._news.set()
+
+    def _enqueue(self, messages: list[bytes]) -> None:
+        self._messages.extend(messages)
+        self._queued_bytes += sum(map(len, messages))
+        # A single message may be as large as its method allows.
+        if len(self._messages) > _MAX_QUEUED or (
+            len(self._messages) > 1 and self._queued_bytes > _MAX_QUEUED_BYTES
+        ):
+            self._messages.clear()
+            raise Overloaded("mnemosyned: too many messages are not answered")
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """Yield the messages as they come. Raises what is wrong with the next one."""
+        while True:
+            while self._messages:
+                message = self._messages.popleft()
+                self._queued_bytes -= len(message)
+                yield message
+            if self._error is not None:
+                raise self._error
+            if self._is_last:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    async def send(self, message: bytes) -> None:
+        """Send a message, and wait until the client has taken most of what was sent before."""
+        if self._call.is_reset:
+            raise ClientGone
+        self._call.connection.send_part(self._call, message)
+        while self._call.connection.unsent_of(self._call) > _HIGH_WATER_BYTES:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def wake(self) -> None:
+        """Take note that nothing is held of the answer any more."""
+        self._emptied.set()
+
+    def cancel(self) -> None:
+        """Stop the handler."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+def is_grpc_type(content_type: bytes) -> bool:
+    """Tell whether a content type is gRPC's."""
+    return content_type == GRPC or content_type.lower().startswith((GRPC + b"+", GRPC + b";"))
+
+
+def frame_reader(call: Call, max_message_bytes: int) -> frame.FrameReader:
+    """Return a reader of a call's messages."""
+    encoding = call.header(b"grpc-encoding") or b""
+    return frame.FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
+
+
+def status_headers(failure: Failure) -> Headers:
+    """Return the trailers of a call that has failed."""
+    return [
+        (b"grpc-status", str(failure.code.value).encode()),
+        (b"grpc-message", frame.status_message(failure.text)),
+    ]
+
+
+# Most failures are alike, and may come in floods. The cache holds texts of errors, hence its bound.
+@lru_cache(maxsize=64)
+def failure_headers(failure: Failure) -> Headers:
+    """Return the only block of headers of a call that has failed: gRPC's Trailers-Only form."""
+    return [CONTENT_TYPE, *status_headers(failure), (b"grpc-accept-encoding", frame.ACCEPTED_ENCODINGS)]
