@@ -78,6 +78,7 @@ _REFUSED_STREAM: Final = 7
 _CANCEL: Final = 8
 _ENHANCE_YOUR_CALM: Final = 11
 _PROTOCOL_ERROR: Final = 1
+_FRAME_SIZE_ERROR: Final = 6
 _HIGHEST_STREAM: Final = 2**31 - 1
 
 _GOODBYE: Final = b"goodbye!"
@@ -241,8 +242,8 @@ class ServerConnection(Generic[S]):
             if part:
                 self._core.receive_data(part)
                 self._take_events(news, now_s)
-        except MalformedFrame:
-            self._fail("protocol", _PROTOCOL_ERROR)
+        except MalformedFrame as exc:
+            self._fail("protocol", _FRAME_SIZE_ERROR if exc.is_too_large else _PROTOCOL_ERROR)
         except AdmissionFull:
             self._fail("flood", _ENHANCE_YOUR_CALM)
         except ProtocolViolated:
