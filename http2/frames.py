@@ -33,6 +33,7 @@ PRIORITY: Final = 2
 RST_STREAM: Final = 3
 SETTINGS: Final = 4
 PING: Final = 6
+WINDOW_UPDATE: Final = 8
 CONTINUATION: Final = 9
 
 END_STREAM: Final = 0x1
@@ -202,7 +203,7 @@ def reset_at(chunk: bytes, at: int) -> int:
 
 def _is_readable(chunk: bytes, at: int, wanted_bytes: int) -> bool:
     """Tell whether so much of a payload is there; a frame shorter than that has all it will have."""
-    size_bytes = min(_length_and_type(chunk, at)[0] >> 8, wanted_bytes)
+    size_bytes: int = min(_length_and_type(chunk, at)[0] >> 8, wanted_bytes)
     return at + FRAME_HEADER_BYTES + size_bytes <= len(chunk)
 
 
