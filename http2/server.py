@@ -340,11 +340,11 @@ class ServerConnection(Generic[S]):
                 self._take_rare(event, news, now_s)
 
     def _is_refused(self, stream: S) -> bool:
-        if self._phase is Phase.CLOSING:
-            self._core.stream(stream.id).reset(_REFUSED_STREAM)
-            return True
         if self._admission.reset_ids and stream.id in self._admission.reset_ids:
             self._output += cancel(self._core, stream.id, _CANCEL)
+            return True
+        if self._phase is Phase.CLOSING:
+            self._core.stream(stream.id).reset(_REFUSED_STREAM)
             return True
         return False
 
@@ -352,11 +352,16 @@ class ServerConnection(Generic[S]):
         if isinstance(event, Settings):
             self.has_preface = True
         elif isinstance(event, RstStream):
-            # By the library, which found the stream at fault.
-            self._highest_id = max(self._highest_id, event.stream_id)
+            # By the library, which found the stream at fault. It counts the stream, too.
+            if event.stream_id > self._highest_id:
+                self._opened += 1
+                self._highest_id = event.stream_id
             self._reset(event.stream_id, news)
-        elif isinstance(event, Ping) and event.data == _GOODBYE and self._phase is Phase.RETIRING:
+        elif isinstance(event, Ping) and self._is_farewell(event):
             self._close(now_s)
+
+    def _is_farewell(self, ping: Ping) -> bool:
+        return ping.ack and ping.data == _GOODBYE and self._phase is Phase.RETIRING
 
     def _append(self, stream: S, data: bytes) -> None:
         """Add to a body that comes in several parts, unless a bound is passed."""
@@ -557,12 +562,11 @@ class ServerConnection(Generic[S]):
 
     def _reset_late(self, now_s: float) -> list[S]:
         limits = self._limits
-        stuck = self._outbox.stuck_since(now_s - limits.send_s)
-        if stuck and len(stuck) == len(self._outbox):
-            # The peer takes nothing at all.
+        since_s = now_s - limits.send_s
+        if self._outbox.is_stuck_since(since_s):
             self._fail("send_timeout", _CANCEL)
             return []
-        late = [self.streams[stream_id] for stream_id in stuck]
+        late = [self.streams[stream_id] for stream_id in self._outbox.stuck_since(since_s)]
         late += [
             stream
             for stream in self.streams.values()

@@ -72,7 +72,7 @@ WHOLE = scan(EVERYTHING)
 
 
 def test_what_brings_no_request_is_counted() -> None:
-    # SETTINGS, PING, WINDOW_UPDATE, PRIORITY, the small DATA, the unknown frame, 2 RST_STREAM, 2 CONTINUATION.
+    # SETTINGS, PING, WINDOW_UPDATE, PRIORITY, small DATA, what is unknown, 2 RST_STREAM, 2 CONTINUATION.
     assert Seen(EVERYTHING, 10, [3, 7], None) == WHOLE
 
 
