@@ -367,12 +367,14 @@ class ServerConnection(Generic[S]):
         """Add to a body that comes in several parts, unless a bound is passed."""
         if stream.is_refused:
             return
-        if self._request_bytes + len(data) > self._limits.max_request_bytes:
+        # The first part of a body is not counted until a second one comes: most bodies come as one.
+        first_bytes = len(stream.body) if isinstance(stream.body, bytes) else 0
+        if self._request_bytes + first_bytes + len(data) > self._limits.max_request_bytes:
             self.take_body(stream)
             stream.is_refused = True
             return
         if isinstance(stream.body, bytes):
-            self._count(stream, len(stream.body))
+            self._count(stream, first_bytes)
             stream.body = bytearray(stream.body)
         stream.body += data
         self._count(stream, len(data))
