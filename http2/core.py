@@ -19,6 +19,8 @@ tests/http2/test_gaps.py fails as soon as the gap is closed, and names what may 
     themselves are accepted                          |
     trailers of a stream that was reset end the      | nothing: clients of gRPC send no trailers
     connection                                       |
+    an acknowledgement is taken for the SETTINGS     | nothing: the connection ends at `preface_s`
+    that a client must send first                    |
     a client's `:scheme` is always https             | nothing: servers of gRPC do not look at it
 """
 

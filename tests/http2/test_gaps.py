@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator
 import pytest
 import zttp
 from raw_http2 import (
+    ACK,
     CANCEL,
     DATA,
     END_HEADERS,
     END_STREAM,
     HAS_PRIORITY,
     HEADERS,
+    MAGIC,
     PREFACE,
     PRIORITY,
     REFUSED_STREAM,
     REQUEST_BLOCK,
+    SETTINGS,
     block,
     frame,
     frames_of,
@@ -202,6 +205,13 @@ def test_trailers_of_a_stream_that_was_reset_end_the_connection(core: Core) -> N
     trailers = frame(HEADERS, END_HEADERS | END_STREAM, 1, block([(b"a", b"b")]))
 
     assert is_refused(core, trailers), "they are ignored: delete the row in the table in http2/core.py"
+
+
+def test_an_acknowledgement_is_taken_for_the_first_settings() -> None:
+    core = zttp.Connection(zttp.SERVER, zttp.HTTP2)
+    core.initiate_connection()
+
+    assert not is_refused(core, MAGIC + frame(SETTINGS, ACK, 0)), "refused: delete the row in http2/core.py"
 
 
 def test_a_client_says_https_on_a_plain_connection() -> None:

@@ -345,6 +345,19 @@ def test_a_connection_retires_before_the_library_ends_it() -> None:
     assert len(server.answered) == RETIRE_AFTER_STREAMS + 1
 
 
+def test_a_peer_that_has_shut_its_side_gets_its_answers() -> None:
+    server = Server()
+    server.receive(PREFACE + request(1, headers=HOLD) + open_request(3))
+
+    assert [stream.id for stream in server.http.end_input()] == [3]
+
+    assert resets_of(server.flush()) == [(3, CANCEL)]
+    assert not server.http.is_over
+    server.answer(server.held[1])
+    server.flush()
+    assert server.http.is_over
+
+
 def test_what_is_held_is_forgotten_with_the_connection() -> None:
     server = Server()
     server.receive(MAGIC + settings((4, 0)) + request(1, headers=big(1000)) + open_request(3))
