@@ -210,9 +210,14 @@ class Connection(asyncio.Protocol):
         self._flush(now_s)
 
     def eof_received(self) -> bool:
-        """Take note that the client sends no more; False closes the connection."""
-        # Returning False closes the transport. A client that has shut its side may still wait for answers.
-        return self._closing_since_s is None and bool(self._http.streams) and not self._has_tls
+        """Take note that the client sends no more; False closes the transport."""
+        if self._closing_since_s is not None or self._has_tls or not self._http.streams:
+            return False
+        # A client that has shut its side may still wait for answers.
+        for call in self._http.end_input():
+            self._cancel(call)
+        self._flush(time.monotonic())
+        return bool(self._http.streams)
 
     def pause_writing(self) -> None:
         """Hold answers from now on."""
@@ -317,7 +322,7 @@ class Connection(asyncio.Protocol):
         self._flush_soon()
 
     def _answer(self, call: Call, outcome: Outcome) -> None:
-        if call.is_reset:
+        if call.is_reset or call.is_answered:
             return
         now_s = time.monotonic()
         if isinstance(outcome, bytes) and len(outcome) < _SHARED_BYTES:
@@ -472,7 +477,7 @@ class Connection(asyncio.Protocol):
         for call in list(self._http.streams.values()):
             self._cancel(call)
         self._http.abandon()
-        if self._is_writable and self._transport.can_write_eof():
+        if self._is_writable and self._transport.can_write_eof() and not self._http.is_half_closed:
             self._transport.write_eof()
         elif self._is_writable:
             self._transport.close()
@@ -518,7 +523,8 @@ class _UnaryWork:
         self._task = task
 
     def cancel(self) -> None:
-        self._task.cancel()
+        # After the task's first step: before it, the work would never begin, and never be counted out.
+        self._task.get_loop().call_soon(self._task.cancel)
 
 
 class _StreamWork:
