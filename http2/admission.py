@@ -5,7 +5,7 @@ A client learns the limit from our SETTINGS, and may have opened any number of s
 does refuse them, so their frames are kept from it:
 
     HEADERS of a stream beyond the limit ──> wait, and with them all later HEADERS and CONTINUATION
-    other frames of a stream that waits ───> wait behind its HEADERS
+    DATA, WINDOW_UPDATE of such a stream ──> wait behind its HEADERS
     everything else ───────────────────────> the library, at once
 
 Later HEADERS wait too, because the compression of headers depends on their sequence. Everything else must not
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from http2.frames import CONTINUATION, HEADERS, Frame
+from http2.frames import CONTINUATION, DATA, HEADERS, WINDOW_UPDATE, Frame
 
 # For some thousands of requests, all of them sent before the SETTINGS arrived.
 _MAX_BYTES: Final = 1024 * 1024
@@ -66,7 +66,7 @@ class Admission:
                     self._frames[frame.stream_id] = []
             if self._order and frame.kind in {HEADERS, CONTINUATION}:
                 self._keep(self._order[-1], frame)
-            elif frame.stream_id in self._frames:
+            elif frame.stream_id in self._frames and frame.kind in {DATA, WINDOW_UPDATE}:
                 self._keep(frame.stream_id, frame)
             else:
                 passed.append(frame.data)

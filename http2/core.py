@@ -8,13 +8,19 @@ tests/http2/test_gaps.py fails as soon as the gap is closed, and names what may 
     gap in zttp 0.0.35                               | what we do about it
     -------------------------------------------------+----------------------------------------------------
     a server's connection ends after 4,096 streams   | GOAWAY long before, at RETIRE_AFTER_STREAMS
-    a connection ends after 256 RST_STREAM           | RST_STREAM is kept from it: `cancel`
-    its SETTINGS cannot be set                       | we write the frame: `preface`
-    129 streams at once are refused                  | MAX_STREAMS bounds `-grpc.max-streams`
-    no bound on PING, SETTINGS, PRIORITY and others  | they are counted (frames.py)
+    a connection ends after 256 RST_STREAM, of the   | RST_STREAM is kept from it: `cancel`
+    peer or of its own for malformed requests        |
+    its SETTINGS cannot be set                       | we write the frame: `server_core`
+    129 streams at once are refused                  | MAX_STREAMS bounds `-grpc.max-streams`; further ones
+                                                     | wait (admission.py)
+    no bound on PING, SETTINGS, PRIORITY and others  | they are counted (frames.py, purse.py)
     bodies without a window are kept without a bound | bodies wait in our Outbox (outbox.py)
     PRIORITY on stream 0 and streams that depend on  | refused (frames.py)
     themselves are accepted                          |
+    trailers of a stream that was reset end the      | nothing: clients of gRPC send no trailers
+    connection                                       |
+    an acknowledgement is taken for the SETTINGS     | nothing: the connection ends at `preface_s`
+    that a client must send first                    |
     a client's `:scheme` is always https             | nothing: servers of gRPC do not look at it
 """
 

@@ -33,6 +33,7 @@ PRIORITY: Final = 2
 RST_STREAM: Final = 3
 SETTINGS: Final = 4
 PING: Final = 6
+WINDOW_UPDATE: Final = 8
 CONTINUATION: Final = 9
 
 END_STREAM: Final = 0x1
@@ -43,6 +44,8 @@ PADDED: Final = 0x8
 
 # DATA of fewer bytes counts as work without use, unless it ends its stream.
 _SMALL_BYTES: Final = 256
+_PRIORITY_BYTES: Final = 5
+_MAX_FRAME_BYTES: Final = 16_384  # what our SETTINGS leave it at
 _STREAM_BITS: Final = 0x7FFF_FFFF
 _RST_STREAM_LENGTH: Final = b"\0\0\4"
 
@@ -51,7 +54,12 @@ _stream = Struct(">I").unpack_from
 
 
 class MalformedFrame(Exception):
-    """A frame that RFC 9113 forbids and the library accepts; the text says which."""
+    """A frame that RFC 9113 forbids and the library does not refuse; the text says which."""
+
+    def __init__(self, text: str, *, is_too_large: bool = False) -> None:
+        """`is_too_large`: the frame's size is the error, which has a code of its own."""
+        super().__init__(text)
+        self.is_too_large = is_too_large
 
 
 class Frame(NamedTuple):
@@ -111,15 +119,17 @@ class FrameScanner:
                 if word < _SMALL_BYTES << 8 and not flags & END_STREAM:
                     self.overhead += 1
             elif kind == HEADERS:
+                if (flags & HAS_PRIORITY or not flags & END_HEADERS) and not self._take_unusual_headers(
+                    chunk, at, flags
+                ):
+                    break
                 requests += 1
-                if flags & HAS_PRIORITY or not flags & END_HEADERS:
-                    self._take_unusual_headers(chunk, at, flags)
             elif not self._take_other(kind, flags, chunk, at):
                 break
             at += FRAME_HEADER_BYTES + (word >> 8)
         self.requests = requests
         if at < end:
-            # Less than a header, or a RST_STREAM without its end.
+            # Less than the header of a frame, or less than `_is_readable` asks for.
             chunk, self._tail = chunk[:at], chunk[at:]
             end = at
         self._skip = at - end
@@ -130,40 +140,59 @@ class FrameScanner:
             self.partial_since_s = now_s
         return chunk
 
-    def _take_unusual_headers(self, chunk: bytes, at: int, flags: int) -> None:
-        self._block_is_open = not flags & END_HEADERS
+    def _take_unusual_headers(self, chunk: bytes, at: int, flags: int) -> bool:
+        """Take HEADERS with a priority or without their end; False: more of them must come first."""
         if flags & HAS_PRIORITY:
-            _check_dependency(chunk, at, at + FRAME_HEADER_BYTES + (1 if flags & PADDED else 0))
+            padding_bytes = 1 if flags & PADDED else 0
+            if not _is_readable(chunk, at, padding_bytes + _PRIORITY_BYTES):
+                return False
+            _check_dependency(chunk, at, padding_bytes)
+        self._block_is_open = not flags & END_HEADERS
+        return True
 
     def _take_other(self, kind: int, flags: int, chunk: bytes, at: int) -> bool:
         """Take a frame that is neither DATA nor HEADERS; False: more of it must come first."""
-        self.overhead += 1
         if kind == CONTINUATION:
             self._block_is_open = not flags & END_HEADERS
         elif kind == PRIORITY:
+            if not _is_readable(chunk, at, _PRIORITY_BYTES):
+                return False
             _check_priority(chunk, at)
-        elif kind == RST_STREAM and not self._block_is_open:
+        elif kind == RST_STREAM and not self._block_is_open and chunk[at : at + 3] == _RST_STREAM_LENGTH:
             if at + RST_STREAM_BYTES > len(chunk):
                 return False
-            if chunk[at : at + 3] == _RST_STREAM_LENGTH:
-                self.resets.append(at)
+            self.resets.append(at)
+        self.overhead += 1
         return True
 
     def cut(self, part: bytes, at: int) -> tuple[bytes, list[Frame]]:
         """Cut the last part of what `scan` returned into whole frames, the first of which begins at `at`.
 
         Returns what is before that, and the frames. A frame without its end is kept, to begin the next chunk.
+
+        Raises:
+            MalformedFrame: that frame is larger than any may be, so its end is not waited for.
         """
         before, frames, end = part[:at], [], len(part)
         while at + FRAME_HEADER_BYTES <= end:
             word, stream_id = _length_and_type(part, at)[0], _stream(part, at + 5)[0] & _STREAM_BITS
             after = at + FRAME_HEADER_BYTES + (word >> 8)
             if after > end:
-                self._tail, self._skip = part[at:] + self._tail, 0
+                self._keep(part[at:])
                 break
             frames.append(Frame(word & 0xFF, stream_id, part[at:after]))
             at = after
         return before, frames
+
+    def _keep(self, partial: bytes) -> None:
+        word, flags = _length_and_type(partial)[0], partial[4]
+        if word >> 8 > _MAX_FRAME_BYTES:
+            raise MalformedFrame("a frame is too large", is_too_large=True)
+        kind = word & 0xFF
+        if kind != HEADERS and (kind != DATA or (word < _SMALL_BYTES << 8 and not flags & END_STREAM)):
+            # It is counted once more when the rest of it has come.
+            self.overhead -= 1
+        self._tail, self._skip = partial + self._tail, 0
 
 
 def reset_at(chunk: bytes, at: int) -> int:
@@ -172,13 +201,22 @@ def reset_at(chunk: bytes, at: int) -> int:
     return stream_id
 
 
+def _is_readable(chunk: bytes, at: int, wanted_bytes: int) -> bool:
+    """Tell whether so much of a payload is there; a frame shorter than that has all it will have."""
+    size_bytes: int = min(_length_and_type(chunk, at)[0] >> 8, wanted_bytes)
+    return at + FRAME_HEADER_BYTES + size_bytes <= len(chunk)
+
+
 def _check_priority(chunk: bytes, at: int) -> None:
     if _stream(chunk, at + 5)[0] & _STREAM_BITS == 0:
         raise MalformedFrame("PRIORITY on stream 0")
-    _check_dependency(chunk, at, at + FRAME_HEADER_BYTES)
+    _check_dependency(chunk, at, 0)
 
 
-def _check_dependency(chunk: bytes, at: int, dependency_at: int) -> None:
-    # A dependency that is cut off by the end of the chunk is not worth to wait for: it has no effect.
-    if dependency_at + 4 <= len(chunk) and chunk[at + 5 : at + 9] == chunk[dependency_at : dependency_at + 4]:
+def _check_dependency(chunk: bytes, at: int, padding_bytes: int) -> None:
+    if _length_and_type(chunk, at)[0] >> 8 < padding_bytes + _PRIORITY_BYTES:
+        # The library refuses it for its size.
+        return
+    dependency = _stream(chunk, at + FRAME_HEADER_BYTES + padding_bytes)[0] & _STREAM_BITS
+    if dependency == _stream(chunk, at + 5)[0] & _STREAM_BITS:
         raise MalformedFrame("a stream depends on itself")

@@ -53,7 +53,16 @@ class _Held:
 class Outbox:
     """What one connection is to send."""
 
-    __slots__ = ("_core", "_held", "_is_paused", "_room_bytes", "_total", "sent_bytes", "unsent_bytes")
+    __slots__ = (
+        "_core",
+        "_held",
+        "_is_paused",
+        "_moved_s",
+        "_room_bytes",
+        "_total",
+        "sent_bytes",
+        "unsent_bytes",
+    )
 
     def __init__(self, core: Core, total: Tally) -> None:
         """`total` counts the held bytes of all connections that share it."""
@@ -61,6 +70,7 @@ class Outbox:
         self._held: dict[int, _Held] = {}  # by stream; the first has the next turn
         self._is_paused = False
         self._room_bytes = _TURN_BYTES  # of this turn; none while the transport has asked for a pause
+        self._moved_s = 0.0  # when the peer last took some of what is held, or nothing was held
         self._total = total
         self.unsent_bytes = 0
         self.sent_bytes = 0  # up to the last turn
@@ -98,6 +108,8 @@ class Outbox:
         """Keep a part of a body until there is room."""
         held = self._held.get(stream_id)
         if held is None:
+            if not self._held:
+                self._moved_s = now_s
             held = self._held[stream_id] = _Held(sender, now_s)
         for piece in pieces:
             if piece:
@@ -131,7 +143,7 @@ class Outbox:
             for stream_id, held in list(self._held.items()):
                 took_bytes = self._frame_slice(held)
                 if took_bytes:
-                    held.moved_s = now_s
+                    held.moved_s = self._moved_s = now_s
                     is_moving = True
                 if not held.size_bytes:
                     if held.ends:
@@ -155,9 +167,21 @@ class Outbox:
         for stream_id in list(self._held):
             self.drop(stream_id)
 
+    def is_stuck_since(self, instant_s: float) -> bool:
+        """Tell whether the peer has taken nothing at all since an instant, while something was held."""
+        return bool(self._held) and self._moved_s <= instant_s
+
     def stuck_since(self, instant_s: float) -> list[int]:
-        """Return the streams of which the peer has taken nothing since an instant."""
-        return [stream_id for stream_id, held in self._held.items() if held.moved_s <= instant_s]
+        """Return the streams whose windows the peer keeps shut since an instant.
+
+        A stream with an open window waits for its turn among others, or for the window of the connection.
+        That is no fault of the stream.
+        """
+        return [
+            stream_id
+            for stream_id, held in self._held.items()
+            if held.moved_s <= instant_s and (held.sender.send_window or 0) <= 0
+        ]
 
     def still_since_s(self) -> float:
         """Return since when the peer has taken nothing of some stream; infinity if nothing is held."""

@@ -23,6 +23,7 @@ The connection
   peer has seen the GOAWAY.
 - CLOSING: a second GOAWAY names the last stream that was accepted. Later ones are refused with
   REFUSED_STREAM, which says that nothing was done, so that the peer may repeat them elsewhere.
+- A peer that has shut its side gets its answers; then the connection is over, in any phase.
 - Reasons to retire: a drain, the connection's age, and RETIRE_AFTER_STREAMS (core.py).
 
 The bounds
@@ -78,6 +79,7 @@ _REFUSED_STREAM: Final = 7
 _CANCEL: Final = 8
 _ENHANCE_YOUR_CALM: Final = 11
 _PROTOCOL_ERROR: Final = 1
+_FRAME_SIZE_ERROR: Final = 6
 _HIGHEST_STREAM: Final = 2**31 - 1
 
 _GOODBYE: Final = b"goodbye!"
@@ -177,6 +179,7 @@ class ServerConnection(Generic[S]):
         "_waiting",
         "begun_s",
         "has_preface",
+        "is_half_closed",
         "is_over",
         "moved_s",
         "reason",
@@ -214,6 +217,7 @@ class ServerConnection(Generic[S]):
         self._paused_since_s: float | None = None
         self.streams: dict[int, S] = {}  # accepted, and not forgotten
         self.has_preface = False
+        self.is_half_closed = False  # the peer sends no more
         self.is_over = False  # send the last output, then close
         self.reason = ""  # why it is over or retires: one word, for a metric
         self.begun_s = now_s
@@ -243,8 +247,8 @@ class ServerConnection(Generic[S]):
             if part:
                 self._core.receive_data(part)
                 self._take_events(news, now_s)
-        except MalformedFrame:
-            self._fail("protocol", _PROTOCOL_ERROR)
+        except MalformedFrame as exc:
+            self._fail("protocol", _FRAME_SIZE_ERROR if exc.is_too_large else _PROTOCOL_ERROR)
         except AdmissionFull:
             self._fail("flood", _ENHANCE_YOUR_CALM)
         except ProtocolViolated:
@@ -270,6 +274,17 @@ class ServerConnection(Generic[S]):
             except ProtocolViolated:
                 self._fail("protocol", None)
         return news
+
+    def end_input(self) -> list[S]:
+        """Take note that the peer sends no more; return the streams that were reset for it.
+
+        Their requests can never become complete. The others are answered, then the connection is over.
+        """
+        self.is_half_closed = True
+        incomplete = [stream for stream in self.streams.values() if not stream.is_complete]
+        for stream in incomplete:
+            self.cancel(stream)
+        return incomplete
 
     def _cut(self, part: bytes, news: list[S], now_s: float) -> bytes:
         """Take each RST_STREAM, and what comes before it; return what the library may have of the rest."""
@@ -341,11 +356,11 @@ class ServerConnection(Generic[S]):
                 self._take_rare(event, news, now_s)
 
     def _is_refused(self, stream: S) -> bool:
-        if self._phase is Phase.CLOSING:
-            self._core.stream(stream.id).reset(_REFUSED_STREAM)
-            return True
         if self._admission.reset_ids and stream.id in self._admission.reset_ids:
             self._output += cancel(self._core, stream.id, _CANCEL)
+            return True
+        if self._phase is Phase.CLOSING:
+            self._core.stream(stream.id).reset(_REFUSED_STREAM)
             return True
         return False
 
@@ -353,22 +368,29 @@ class ServerConnection(Generic[S]):
         if isinstance(event, Settings):
             self.has_preface = True
         elif isinstance(event, RstStream):
-            # By the library, which found the stream at fault.
-            self._highest_id = max(self._highest_id, event.stream_id)
+            # By the library, which found the stream at fault. It counts the stream, too.
+            if event.stream_id > self._highest_id:
+                self._opened += 1
+                self._highest_id = event.stream_id
             self._reset(event.stream_id, news)
-        elif isinstance(event, Ping) and event.data == _GOODBYE and self._phase is Phase.RETIRING:
+        elif isinstance(event, Ping) and self._is_farewell(event):
             self._close(now_s)
+
+    def _is_farewell(self, ping: Ping) -> bool:
+        return ping.ack and ping.data == _GOODBYE and self._phase is Phase.RETIRING
 
     def _append(self, stream: S, data: bytes) -> None:
         """Add to a body that comes in several parts, unless a bound is passed."""
         if stream.is_refused:
             return
-        if self._request_bytes + len(data) > self._limits.max_request_bytes:
+        # The first part of a body is not counted until a second one comes: most bodies come as one.
+        first_bytes = len(stream.body) if isinstance(stream.body, bytes) else 0
+        if self._request_bytes + first_bytes + len(data) > self._limits.max_request_bytes:
             self.take_body(stream)
             stream.is_refused = True
             return
         if isinstance(stream.body, bytes):
-            self._count(stream, len(stream.body))
+            self._count(stream, first_bytes)
             stream.body = bytearray(stream.body)
         stream.body += data
         self._count(stream, len(data))
@@ -518,7 +540,9 @@ class ServerConnection(Generic[S]):
         data = self._core.data_to_send()
         if self._output:
             data, self._output = self._output + data, b""
-        if self._phase is Phase.CLOSING and not self.streams:
+        if not self.streams and (
+            self._phase is Phase.CLOSING or (self.is_half_closed and not self._admission)
+        ):
             self.is_over = True
         return data, emptied
 
@@ -534,23 +558,40 @@ class ServerConnection(Generic[S]):
 
     def check(self, now_s: float) -> list[S]:
         """Keep the bounds of time, once a second; return the streams that were reset for them."""
-        limits = self._limits
-        partial_since_s, paused_since_s = self._scanner.partial_since_s, self._paused_since_s
         if self.is_over:
             return []
+        late = self._too_late(now_s)
+        if late is not None:
+            self._fail(*late)
+            return []
+        self._check_age(now_s)
+        if self.is_half_closed:
+            # A peer that is gone looks like one that still reads, until something is sent to it.
+            self._output += _PING_FRAME
+        return self._reset_late(now_s)
+
+    def _too_late(self, now_s: float) -> tuple[str, int] | None:
+        """Return the reason and the code if the connection ends for what did not come in time."""
+        limits = self._limits
+        partial_since_s, paused_since_s = self._scanner.partial_since_s, self._paused_since_s
         if not self.has_preface and now_s - self.begun_s > limits.preface_s:
-            self._fail("preface_timeout", _PROTOCOL_ERROR)
-        elif partial_since_s is not None and now_s - partial_since_s > limits.frame_s:
-            self._fail("frame_timeout", _PROTOCOL_ERROR)
-        elif paused_since_s is not None and now_s - paused_since_s > limits.send_s:
-            self._fail("send_timeout", _CANCEL)
-        elif self._phase is Phase.OPEN and now_s - self.begun_s > limits.max_age_s:
-            self.retire("age", now_s)
-        elif self._phase is Phase.OPEN and not self.streams and now_s - self.moved_s > limits.idle_s:
-            self.retire("idle", now_s)
-        elif self._phase is Phase.RETIRING and now_s - self._phase_s > _GOODBYE_S:
+            return "preface_timeout", _PROTOCOL_ERROR
+        if partial_since_s is not None and now_s - partial_since_s > limits.frame_s:
+            return "frame_timeout", _PROTOCOL_ERROR
+        if paused_since_s is not None and now_s - paused_since_s > limits.send_s:
+            return "send_timeout", _CANCEL
+        if self._outbox.is_stuck_since(now_s - limits.send_s):
+            return "send_timeout", _CANCEL
+        return None
+
+    def _check_age(self, now_s: float) -> None:
+        limits = self._limits
+        if self._phase is Phase.RETIRING and now_s - self._phase_s > _GOODBYE_S:
             self._close(now_s)
-        return [] if self.is_over else self._reset_late(now_s)
+        elif now_s - self.begun_s > limits.max_age_s:
+            self.retire("age", now_s)
+        elif not self.streams and now_s - self.moved_s > limits.idle_s:
+            self.retire("idle", now_s)
 
     def is_overdue(self, now_s: float) -> bool:
         """Tell whether streams are still open long after the connection became too old."""
@@ -563,10 +604,6 @@ class ServerConnection(Generic[S]):
     def _reset_late(self, now_s: float) -> list[S]:
         limits = self._limits
         stuck = self._outbox.stuck_since(now_s - limits.send_s)
-        if stuck and len(stuck) == len(self._outbox):
-            # The peer takes nothing at all.
-            self._fail("send_timeout", _CANCEL)
-            return []
         late = [self.streams[stream_id] for stream_id in stuck]
         late += [
             stream

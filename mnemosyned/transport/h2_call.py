@@ -117,7 +117,8 @@ class UnaryWork:
 
     def cancel(self) -> None:
         """Stop the handler."""
-        self._task.cancel()
+        # After the task's first step: before it, the work would never begin, and never be counted out.
+        self._task.get_loop().call_soon(self._task.cancel)
 
 
 class StreamWork:

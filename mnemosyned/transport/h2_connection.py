@@ -108,7 +108,6 @@ class Connection(asyncio.Protocol):
         self._flush_is_due = False
         self._is_writable = True
         self._closing_since_s: float | None = None
-        self._has_ended = False  # the client sends no more, and may wait for answers
         self._certificate_names: tuple[str, ...] | None = None
         self.peer = ""
         self.closed = asyncio.Event()
@@ -151,10 +150,15 @@ class Connection(asyncio.Protocol):
         self._flush(now_s)
 
     def eof_received(self) -> bool:
-        """Take note that the client sends no more; False closes the connection."""
-        self._has_ended = True
+        """Take note that the client sends no more; False closes the transport."""
         has_tls = self._transport.get_extra_info("ssl_object") is not None
-        return self._closing_since_s is None and bool(self._http.streams) and not has_tls
+        if self._closing_since_s is not None or has_tls or not self._http.streams:
+            return False
+        # A client that has shut its side may still wait for answers.
+        for call in self._http.end_input():
+            self._cancel(call)
+        self._flush()
+        return bool(self._http.streams)
 
     def pause_writing(self) -> None:
         """Hold answers from now on."""
@@ -270,7 +274,7 @@ class Connection(asyncio.Protocol):
         self._flush_soon()
 
     def _answer(self, call: Call, outcome: Outcome) -> None:
-        if call.is_reset:
+        if call.is_reset or call.is_answered:
             return
         now_s = time.monotonic()
         if isinstance(outcome, bytes) and len(outcome) < _SHARED_BYTES:
@@ -401,7 +405,7 @@ class Connection(asyncio.Protocol):
                     call.work.wake()
             if not self._begin_waiting(now_s) and not (output and http.has_held and self._is_writable):
                 break
-        if http.is_over or (self._has_ended and not http.streams):
+        if http.is_over:
             self._close()
 
     def _begin_waiting(self, now_s: float) -> bool:
@@ -420,7 +424,7 @@ class Connection(asyncio.Protocol):
         for call in list(self._http.streams.values()):
             self._cancel(call)
         self._http.abandon()
-        if self._is_writable and self._transport.can_write_eof():
+        if self._is_writable and self._transport.can_write_eof() and not self._http.is_half_closed:
             self._transport.write_eof()
         elif self._is_writable:
             self._transport.close()

@@ -50,9 +50,13 @@ _KEEP_ALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT
 class H2Engine:
     """Engine on http2/."""
 
-    def __init__(self, table: MethodTable, options: EngineOptions) -> None:
+    def __init__(
+        self, table: MethodTable, options: EngineOptions, *, limits: ServerLimits | None = None
+    ) -> None:
+        """`limits` bound each connection, where they are not to be what `options` ask for."""
         self._table = table
         self._options = options
+        self._limits = limits or _limits(options)
         self._server: Server | None = None
         self._tls: ssl.SSLContext | None = None
         self._acceptor: Acceptor | None = None
@@ -73,7 +77,7 @@ class H2Engine:
         except (OSError, FilesUnusable) as exc:
             reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
             raise ListenFailed(f"cannot listen on {options.address}: {reason}") from exc
-        self._server = _new_server(self._table, options)
+        self._server = _new_server(self._table, options, self._limits)
         self._acceptor = Acceptor(sockets, self._accepted, options.stats.accept_failures)
         self._acceptor.begin()
         self._checking = asyncio.create_task(
@@ -167,15 +171,19 @@ class H2Engine:
             self._options.stats.unsent_bytes = self._server.unsent_total.size_bytes
 
 
-def _new_server(table: MethodTable, options: EngineOptions) -> Server:
+def _limits(options: EngineOptions) -> ServerLimits:
+    return ServerLimits(
+        max_streams=min(options.max_streams, MAX_STREAMS),
+        max_header_bytes=MAX_METADATA_BYTES,
+        send_s=options.send_timeout_s,
+        max_age_s=options.max_age_s or math.inf,
+        grace_s=options.drain_timeout_s,
+    )
+
+
+def _new_server(table: MethodTable, options: EngineOptions, limits: ServerLimits) -> Server:
     return Server(
-        limits=ServerLimits(
-            max_streams=min(options.max_streams, MAX_STREAMS),
-            max_header_bytes=MAX_METADATA_BYTES,
-            send_s=options.send_timeout_s,
-            max_age_s=options.max_age_s or math.inf,
-            grace_s=options.drain_timeout_s,
-        ),
+        limits=limits,
         stats=options.stats,
         unary={path.encode(): method for path, method in table.unary.items()},
         streams={path.encode(): method for path, method in table.streams.items()},
