@@ -38,7 +38,6 @@ from toy_engines import ECHO, HELLO, WAIT, Toy
 from http2.server import ServerLimits
 from mnemosyned.transport.engine import ConnectionStats
 from mnemosyned.transport.h2_connection import Connection
-from mnemosyned.transport.h2_connection import Server as Shared
 from mnemosyned.transport.h2_server import Server as Shared
 
 LIMITS: Final = ServerLimits(
