@@ -109,7 +109,7 @@ def _mutated(draw: st.DrawFn) -> bytes:
                 pieces[at:at] = [piece, piece]
             elif how == "moved":
                 pieces.insert(draw(st.integers(0, len(pieces))), piece)
-            elif how == "damaged":
+            elif how == "damaged" and piece:
                 bit = draw(st.integers(0, 8 * min(len(piece), 60) - 1))
                 damaged = bytearray(piece)
                 damaged[bit // 8] ^= 1 << bit % 8
