@@ -33,11 +33,12 @@ class AdmissionFull(Exception):
 class Admission:
     """The requests of one connection that wait, in their sequence."""
 
-    __slots__ = ("_frames", "_order", "_size_bytes", "reset_ids")
+    __slots__ = ("_frames", "_highest_id", "_order", "_size_bytes", "reset_ids")
 
     def __init__(self) -> None:
         self._frames: dict[int, list[bytes]] = {}  # by stream
         self._order: deque[int] = deque()
+        self._highest_id = 0  # of any stream that has waited
         self._size_bytes = 0
         # Streams that the client has reset. Their HEADERS must still be decoded, in their turn.
         self.reset_ids: set[int] = set()
@@ -49,11 +50,14 @@ class Admission:
         return len(self._order)
 
     def pass_on(self, frames: Iterable[Frame], *, room: int, highest_id: int) -> bytes:
-        """Return the frames that need not wait, where there is room for so many streams above `highest_id`.
+        """Return the frames that need not wait, where there is room for so many streams.
+
+        A stream is new if its number is above those that wait, and above `highest_id`.
 
         Raises:
             AdmissionFull: too much waits.
         """
+        highest_id = max(highest_id, self._highest_id)
         passed: list[bytes] = []
         for frame in frames:
             is_new = frame.kind == HEADERS and frame.stream_id > highest_id
@@ -63,6 +67,7 @@ class Admission:
                     room -= 1
                 else:
                     self._order.append(frame.stream_id)
+                    self._highest_id = frame.stream_id
                     self._frames[frame.stream_id] = []
             if self._order and frame.kind in {HEADERS, CONTINUATION}:
                 self._keep(self._order[-1], frame)

@@ -54,6 +54,17 @@ def test_headers_of_an_open_stream_wait_behind_those_that_came_before() -> None:
     assert admission.next(1) == request(3) + trailers
 
 
+def test_headers_of_a_stream_that_waits_are_no_new_stream() -> None:
+    admission = Admission()
+    trailers = frame(HEADERS, END_HEADERS, 3, b"")
+    admission.pass_on(frames(open_request(3) + request(5)), room=0, highest_id=1)
+
+    assert admission.pass_on(frames(trailers), room=0, highest_id=1) == b""
+
+    assert len(admission) == 2
+    assert admission.next(2) == open_request(3) + request(5) + trailers
+
+
 def test_data_of_an_open_stream_does_not_wait() -> None:
     data = frame(DATA, 0, 1, b"x")
 
