@@ -184,26 +184,36 @@ class Batcher(Generic[Item, Result]):
         return batch
 
     async def _run_batch(self, batch: list[_Waiting[Item, Result]]) -> None:
-        work = asyncio.ensure_future(self._run([waiting.item for waiting in batch]))
-        callers = len(batch)
-
-        def leave(answer: asyncio.Future[Result]) -> None:
-            nonlocal callers
-            callers -= answer.cancelled()
-            if not callers and self._limits.is_abandonable:
-                work.cancel()
-
-        for waiting in batch:
-            waiting.answer.add_done_callback(leave)
+        work = self._run([waiting.item for waiting in batch])
+        if self._limits.is_abandonable:
+            work = asyncio.ensure_future(work)
+            _cancelled_without_callers(work, batch)
         try:
             _settle(batch, await work)
         except asyncio.CancelledError:
-            work.cancel()
+            if isinstance(work, asyncio.Future):
+                work.cancel()
             _abandon(batch)
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # a worker is a task
                 raise
         except Exception as exc:  # noqa: BLE001  # the root of the work: every caller gets it
             _fail(batch, exc)
+
+
+def _cancelled_without_callers(
+    work: asyncio.Future[Sequence[Result | Exception]], batch: list[_Waiting[Item, Result]]
+) -> None:
+    """Have the work of a batch cancelled when all its callers are gone."""
+    callers = len(batch)
+
+    def leave(answer: asyncio.Future[Result]) -> None:
+        nonlocal callers
+        callers -= answer.cancelled()
+        if not callers:
+            work.cancel()
+
+    for waiting in batch:
+        waiting.answer.add_done_callback(leave)
 
 
 def _settle(batch: list[_Waiting[Item, Result]], results: Sequence[Result | Exception]) -> None:

@@ -388,7 +388,10 @@ class Connection(asyncio.Protocol):
 
     def _flush_soon(self) -> None:
         """Write within this turn of the event loop, together with what else is answered in it."""
-        if not self._flush_is_due:
+        if not self._http.streams:
+            # Nothing else will be answered.
+            self._flush()
+        elif not self._flush_is_due:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
 
