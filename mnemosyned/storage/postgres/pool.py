@@ -197,7 +197,7 @@ class PostgresPool:
             raise StorageUnavailable("mnemosyned: storage: not connected")
         while self._kept:
             connection = self._kept.pop()
-            if not connection.is_closed():
+            if _is_open(connection):
                 return connection
             await self._release(connection, is_idle=False)
         self._acquiring += 1
@@ -220,6 +220,14 @@ class PostgresPool:
 
     def _size(self) -> int:
         return 0 if self._pool is None else self._pool.get_size()
+
+
+def _is_open(connection: PoolConnectionProxy[Record]) -> bool:
+    try:
+        return not connection.is_closed()
+    except asyncpg.InterfaceError:
+        # It broke, and the pool has taken it back by itself.
+        return False
 
 
 async def _create_pool(options: PostgresOptions) -> Pool[Record]:
