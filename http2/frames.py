@@ -87,7 +87,7 @@ class FrameScanner:
 
     def __init__(self, *, preface_bytes: int) -> None:
         """`preface_bytes` come before the first frame."""
-        self.overhead = 0  # frames that brought no request; whoever counts them sets it back
+        self.overhead = 0  # frames that brought no request, since the reader of this number set it to 0
         self.begun_requests = 0  # 1 if the last chunk may begin with the end of HEADERS
         self.requests = 0  # HEADERS in the last chunk, and that one
         self.resets: list[int] = []  # where in the last chunk a RST_STREAM begins

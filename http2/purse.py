@@ -8,8 +8,8 @@ and one whose deadlines pass resets streams. So such frames are paid from a purs
 - it fills with time, and with what the peer was answered;
 - when it is empty, the peer has sent thousands of frames for nothing.
 
-Full, it pays for the deadlines that pass while this process stands still: 128 streams each 20 ms, for a
-second and a half.
+Full, it pays for the deadlines that pass while this process is stalled: 128 streams each 20 ms, for a second
+and a half.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Purse:
     __slots__ = ("_frames", "_paid_s", "_sent_bytes", "answers")
 
     def __init__(self, now_s: float) -> None:
-        self.answers = 0  # since the purse was last opened; whoever answers counts them here
+        self.answers = 0  # since the last payment; the connection counts them here
         self._frames = _FRAMES
         self._paid_s = now_s
         self._sent_bytes = 0

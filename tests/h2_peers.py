@@ -9,7 +9,8 @@ import h2.settings
 from raw_http2 import request_headers
 
 from http2.outbox import Headers, Tally
-from http2.server import ServerConnection, ServerLimits, Stream
+from http2.server import ServerConnection
+from http2.stream import ServerLimits, Stream
 
 OK: Headers = [(b"content-type", b"application/grpc")]
 TRAILERS: Headers = [(b"grpc-status", b"0")]

@@ -21,7 +21,7 @@ from raw_http2 import (
 )
 
 from http2.messages import framed
-from http2.server import ServerLimits
+from http2.stream import ServerLimits
 from mnemosyned.transport.call import Call, MethodStats
 from mnemosyned.transport.engine import EngineOptions
 from mnemosyned.transport.h2_engine import H2Engine

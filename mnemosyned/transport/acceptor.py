@@ -5,11 +5,11 @@
                                └── pause ─┴── an error: counted, logged
 
 A server must outlive what `accept` can fail with. The process is out of files, a client has gone before its
-turn, a firewall refuses, an interface goes down: none of these is for ever, and none harms the connections
+turn, a firewall refuses, an interface goes down: each of these passes, and none harms the connections
 that are open. So every error is followed by a pause, and then by another try. asyncio's own servers end for
 good after most of these errors, which is why the accepting is done here.
 
-A Unix socket is a file. One that a dead process has left is replaced, one that somebody listens on is not.
+A Unix socket is a file. One that a dead process has left is replaced; one that a process listens on is not.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> Outcome | C
     """Return the response or why there is none, or a coroutine that does; only it raises, its cancellation.
 
     A response that the handler returns at once is sent even if the deadline has passed: it costs less than
-    asking what time it is. Whoever gets a coroutine must await it: the call counts as in flight until then.
+    asking what time it is. A coroutine must be awaited: the call counts as in flight until it ends.
     """
     method.stats.begin()
     started_s = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from aio.deadline import NO_DEADLINE, Deadline
 from http2.outbox import Headers
-from http2.server import Stream
+from http2.stream import Stream
 from mnemosyned.errors import MnemosyneError, Overloaded
 from mnemosyned.transport import frame
 from mnemosyned.transport.call import ClientGone, Failure

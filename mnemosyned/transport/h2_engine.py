@@ -8,8 +8,8 @@ The engine holds what belongs to all connections: the listening sockets, the cer
 and the bounds that hold for all of them together. A connection beyond `-grpc.max-connections` is closed at
 once, so that its client turns to another node.
 
-New TLS files make a new context, which new connections get. Those that are open keep theirs: nothing is
-closed, and nothing listens anew.
+New TLS files make a new context, which new connections get. Open connections keep theirs: nothing is closed,
+and the sockets go on listening.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from aio.periodic import run_periodically
 from aio.rate_limit import LogRateLimiter
 from aio.tasks import Tasks
 from http2.core import MAX_STREAMS
-from http2.server import ServerLimits
+from http2.stream import ServerLimits
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import TlsMaterial, grpc_context
 from mnemosyned.transport.acceptor import Acceptor, open_sockets
@@ -198,7 +198,7 @@ def _set_options(accepted: socket.socket) -> None:
         return
     with suppress(OSError):
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A client whose host has died sends no end: its connection would stay for ever.
+        # A client whose host has died sends no end: its connection would stay.
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEP_ALIVE:
             if hasattr(socket, name):

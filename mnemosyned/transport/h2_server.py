@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from http2.outbox import Tally
-from http2.server import ServerLimits
+from http2.stream import ServerLimits
 from mnemosyned.transport.engine import ConnectionStats
 from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 

@@ -40,7 +40,7 @@ from toy_engines import (
 )
 
 from http2.messages import framed
-from http2.server import ServerLimits
+from http2.stream import ServerLimits
 
 SHORT = ServerLimits(preface_s=0.5, frame_s=0.5, body_s=0.5, idle_s=0.5, send_s=0.5)
 _SOON_S = 6.0

@@ -35,7 +35,7 @@ from raw_http2 import (
 )
 from toy_engines import ECHO, HELLO, WAIT, Toy
 
-from http2.server import ServerLimits
+from http2.stream import ServerLimits
 from mnemosyned.transport.engine import ConnectionStats
 from mnemosyned.transport.h2_connection import Connection
 from mnemosyned.transport.h2_server import Server as Shared

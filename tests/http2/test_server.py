@@ -34,7 +34,8 @@ from raw_http2 import (
 )
 
 from http2.core import RETIRE_AFTER_STREAMS
-from http2.server import Phase, ServerLimits
+from http2.server import Phase
+from http2.stream import ServerLimits
 
 HIGHEST = 2**31 - 1
 HOLD = block(request_headers(b"/hold"))
