@@ -421,7 +421,7 @@ class Connection(asyncio.Protocol):
         return bool(admitted) or waiting is not None
 
     def _close(self) -> None:
-        if self._closing_since_s is not None:
+        if self._closing_since_s is not None or self._transport.is_closing():
             return
         self._closing_since_s = time.monotonic()
         for call in list(self._http.streams.values()):
