@@ -5,7 +5,6 @@ server.py has the states of a stream, and what happens beyond each bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +53,7 @@ class Stream:
         self.id = request.stream_id
         self.method = request.method
         self.target = request.target  # as it was sent: not decoded
-        self.headers: Iterable[tuple[bytes, bytes]] = request.headers
+        self.headers: list[tuple[bytes, bytes]] = request.headers  # type: ignore[assignment]  # not of HTTP/1
         self.body: bytes | bytearray = b""  # what has arrived of it, and was not taken
         self.is_complete = request.end_stream
         self.is_refused = False  # its body passed a bound; what came of it is dropped

@@ -101,8 +101,11 @@ class Call(Stream):
         try:
             fields = self._fields
         except AttributeError:
-            # The first value of a name counts.
-            fields = self._fields = dict(reversed(list(self.headers)))
+            fields = dict(self.headers)
+            if len(fields) < len(self.headers):
+                # The first value of a name counts.
+                fields = dict(reversed(self.headers))
+            self._fields = fields
         value = fields.get(key.encode())
         return None if value is None else value.decode(errors="replace")
 
