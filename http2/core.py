@@ -21,7 +21,11 @@ tests/http2/test_gaps.py fails as soon as the gap is closed, and names what may 
     connection                                       |
     an acknowledgement is taken for the SETTINGS     | nothing: the connection ends at `preface_s`
     that a client must send first                    |
+    a client's connection ends after 256 RST_STREAM  | it dials again (cluster/channel.py)
+    of its server                                    |
     a client's `:scheme` is always https             | nothing: servers of gRPC do not look at it
+    DATA of requests that wait uses up the window of | nothing: 64 KiB of them before our SETTINGS may hold
+    the connection, and cannot be granted back       | up incomplete requests until `body_s`
 """
 
 from __future__ import annotations
