@@ -44,12 +44,15 @@ PADDED: Final = 0x8
 
 # DATA of fewer bytes counts as work without use, unless it ends its stream.
 _SMALL_BYTES: Final = 256
+_SMALL_WORD: Final = _SMALL_BYTES << 8
+_UNUSUAL: Final = END_HEADERS | HAS_PRIORITY
 _PRIORITY_BYTES: Final = 5
 _MAX_FRAME_BYTES: Final = 16_384  # what our SETTINGS leave it at
 _STREAM_BITS: Final = 0x7FFF_FFFF
 _RST_STREAM_LENGTH: Final = b"\0\0\4"
 
-_length_and_type = Struct(">I").unpack_from
+# The three bytes of the length and the byte of the type, as one number; and the flags.
+_word_and_flags = Struct(">IB").unpack_from
 _stream = Struct(">I").unpack_from
 
 
@@ -112,16 +115,15 @@ class FrameScanner:
         at, end = self._skip, len(chunk)
         self.began_at = at
         self.begun_requests = requests = 1 if at or had_open_block else 0
-        while at + FRAME_HEADER_BYTES <= end:
-            word, flags = _length_and_type(chunk, at)[0], chunk[at + 4]
+        last = end - FRAME_HEADER_BYTES
+        while at <= last:
+            word, flags = _word_and_flags(chunk, at)
             kind = word & 0xFF
             if kind == DATA:
-                if word < _SMALL_BYTES << 8 and not flags & END_STREAM:
+                if word < _SMALL_WORD and not flags & END_STREAM:
                     self.overhead += 1
             elif kind == HEADERS:
-                if (flags & HAS_PRIORITY or not flags & END_HEADERS) and not self._take_unusual_headers(
-                    chunk, at, flags
-                ):
+                if flags & _UNUSUAL != END_HEADERS and not self._take_unusual_headers(chunk, at, flags):
                     break
                 requests += 1
             elif not self._take_other(kind, flags, chunk, at):
@@ -175,7 +177,7 @@ class FrameScanner:
         """
         before, frames, end = part[:at], [], len(part)
         while at + FRAME_HEADER_BYTES <= end:
-            word, stream_id = _length_and_type(part, at)[0], _stream(part, at + 5)[0] & _STREAM_BITS
+            word, stream_id = _word_and_flags(part, at)[0], _stream(part, at + 5)[0] & _STREAM_BITS
             after = at + FRAME_HEADER_BYTES + (word >> 8)
             if after > end:
                 self._keep(part[at:])
@@ -185,7 +187,7 @@ class FrameScanner:
         return before, frames
 
     def _keep(self, partial: bytes) -> None:
-        word, flags = _length_and_type(partial)[0], partial[4]
+        word, flags = _word_and_flags(partial)
         if word >> 8 > _MAX_FRAME_BYTES:
             raise MalformedFrame("a frame is too large", is_too_large=True)
         kind = word & 0xFF
@@ -203,7 +205,7 @@ def reset_at(chunk: bytes, at: int) -> int:
 
 def _is_readable(chunk: bytes, at: int, wanted_bytes: int) -> bool:
     """Tell whether so much of a payload is there; a frame shorter than that has all it will have."""
-    size_bytes: int = min(_length_and_type(chunk, at)[0] >> 8, wanted_bytes)
+    size_bytes: int = min(_word_and_flags(chunk, at)[0] >> 8, wanted_bytes)
     return at + FRAME_HEADER_BYTES + size_bytes <= len(chunk)
 
 
@@ -214,7 +216,7 @@ def _check_priority(chunk: bytes, at: int) -> None:
 
 
 def _check_dependency(chunk: bytes, at: int, padding_bytes: int) -> None:
-    if _length_and_type(chunk, at)[0] >> 8 < padding_bytes + _PRIORITY_BYTES:
+    if _word_and_flags(chunk, at)[0] >> 8 < padding_bytes + _PRIORITY_BYTES:
         # The library refuses it for its size.
         return
     dependency = _stream(chunk, at + FRAME_HEADER_BYTES + padding_bytes)[0] & _STREAM_BITS

@@ -16,9 +16,12 @@ The first byte is 0 or 1. If it is 1, the header `grpc-encoding` names the compr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import Final
 
 HEADER_BYTES: Final = 5
+
+_flag_and_length = Struct(">BI").unpack_from
 
 
 def framed(message: bytes) -> bytes:
@@ -33,7 +36,8 @@ def head(pieces: Sequence[bytes]) -> bytes:
 
 def only_message(body: bytes | bytearray) -> bytes | None:
     """Return the message of a body that is one whole, uncompressed frame; None for any other."""
-    if body[:1] != b"\0" or len(body) != HEADER_BYTES + int.from_bytes(body[1:HEADER_BYTES], "big"):
+    size_bytes = len(body) - HEADER_BYTES
+    if size_bytes < 0 or _flag_and_length(body) != (0, size_bytes):
         return None
     return bytes(body[HEADER_BYTES:])
 

@@ -107,6 +107,7 @@ class ServerConnection(Generic[S]):
         "_highest_id",
         "_last_id",
         "_limits",
+        "_may_refuse",
         "_opened",
         "_outbox",
         "_output",
@@ -149,6 +150,7 @@ class ServerConnection(Generic[S]):
         self._waiting: deque[S] = deque()  # complete, and not begun because too much is unsent
         self._admission = Admission()
         self._chunk = 0
+        self._may_refuse = False  # there may be a reason to refuse a new stream
         self._opened = 0
         self._highest_id = 0  # of any stream that the peer has opened
         self._last_id = 0  # of those that were accepted
@@ -250,6 +252,7 @@ class ServerConnection(Generic[S]):
         """Take a RST_STREAM; False: its stream was never opened, so the library shall refuse it."""
         if stream_id in self._admission:
             self._admission.reset_ids.add(stream_id)
+            self._may_refuse = True
         elif stream_id > self._highest_id or not stream_id & 1:
             return False
         elif stream_id in self.streams:
@@ -271,9 +274,8 @@ class ServerConnection(Generic[S]):
                     self._append(stream, event.data)
                 else:
                     stream.body = event.data
-                stream.moved_s = now_s
                 if stream.chunk != chunk:
-                    stream.chunk = chunk
+                    stream.chunk, stream.moved_s = chunk, now_s
                     news.append(stream)
             elif isinstance(event, EndOfMessage):
                 stream = streams.get(event.stream_id)
@@ -286,7 +288,7 @@ class ServerConnection(Generic[S]):
                 self._opened += 1
                 stream = self._stream_type(event, now_s)
                 self._highest_id = stream.id
-                if self._is_refused(stream):
+                if self._may_refuse and self._is_refused(stream):
                     continue
                 self._last_id = stream.id
                 streams[stream.id] = stream
@@ -390,7 +392,11 @@ class ServerConnection(Generic[S]):
         if self._outbox.fits(sender, stream.id, len(body)):
             sender.send_data(body)
             sender.end_message(trailers)
-            self._forget_answered(stream)
+            if stream.is_complete and not stream.counted_bytes:
+                # Nothing is held of it, so this is all that there is to forget.
+                del self.streams[stream.id]
+            else:
+                self._forget_answered(stream)
         else:
             stream.is_answered = stream.is_ended = True
             self._outbox.hold(sender, stream.id, (body,), now_s)
@@ -559,6 +565,7 @@ class ServerConnection(Generic[S]):
     def _close(self, now_s: float) -> None:
         """Accept no further stream, and say which was the last."""
         self._phase, self._phase_s = Phase.CLOSING, now_s
+        self._may_refuse = True
         self._core.close(_NO_ERROR, self._last_id)
 
     def _fail(self, reason: str, code: int | None) -> None:

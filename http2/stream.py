@@ -31,38 +31,21 @@ class ServerLimits:
 class Stream:
     """One request and its answer. The protocol class derives from it, to have one object for each call."""
 
-    __slots__ = (
-        "arrived_s",
-        "body",
-        "chunk",
-        "counted_bytes",
-        "headers",
-        "id",
-        "is_answered",
-        "is_complete",
-        "is_ended",
-        "is_refused",
-        "is_reset",
-        "method",
-        "moved_s",
-        "target",
-        "work",
-    )
+    # What most requests never come to is a default of the class: that is half of the cost of making a Stream.
+    body: bytes | bytearray = b""  # what has arrived of it, and was not taken
+    is_refused = False  # its body passed a bound; what came of it is dropped
+    is_answered = False  # its answer has begun
+    is_ended = False  # its answer is complete, but may be held
+    is_reset = False  # by the peer, or for a bound: work for it may stop
+    work: Any = None  # the protocol class's own: what works for it
+    counted_bytes = 0  # for ServerConnection: how much of the body counts as incomplete
+    chunk = 0  # for ServerConnection: which chunk last brought news
 
     def __init__(self, request: Request, now_s: float) -> None:
         self.id = request.stream_id
         self.method = request.method
         self.target = request.target  # as it was sent: not decoded
         self.headers: list[tuple[bytes, bytes]] = request.headers  # type: ignore[assignment]  # not of HTTP/1
-        self.body: bytes | bytearray = b""  # what has arrived of it, and was not taken
         self.is_complete = request.end_stream
-        self.is_refused = False  # its body passed a bound; what came of it is dropped
-        self.is_answered = False  # its answer has begun
-        self.is_ended = False  # its answer is complete, but may be held
-        self.is_reset = False  # by the peer, or for a bound: work for it may stop
         self.arrived_s = now_s
-        self.moved_s = now_s  # when the last part of it arrived
-        self.work: Any = None  # the protocol class's own: what works for it
-        # For ServerConnection: how much of the body counts as incomplete, and which chunk last brought news.
-        self.counted_bytes = 0
-        self.chunk = 0
+        self.moved_s = now_s  # when the last chunk with a part of it arrived

@@ -175,8 +175,11 @@ def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> Outcome | C
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return fail(method, call, exc, started_s)
     # Not `isinstance(response, Coroutine)`: a check against an abstract class is slower than the rest.
-    if isinstance(response, bytes | tuple):
-        _succeed(method, call, started_s)
+    if isinstance(response, bytes) or isinstance(response, tuple):  # noqa: SIM101  # faster than both at once
+        elapsed_s = time.perf_counter() - started_s
+        method.stats.end_ok(elapsed_s)
+        if log.isEnabledFor(logging.DEBUG):
+            _log_success(method, call, elapsed_s)
         return response
     return _awaited(method, call, response, started_s)
 
@@ -191,15 +194,15 @@ async def _awaited(
         raise
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return fail(method, call, exc, started_s)
-    _succeed(method, call, started_s)
-    return encoded
-
-
-def _succeed(method: UnaryMethod, call: Call, started_s: float) -> None:
     elapsed_s = time.perf_counter() - started_s
     method.stats.end_ok(elapsed_s)
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("rpc", extra=_fields(method, call, StatusCode.OK, elapsed_s))
+        _log_success(method, call, elapsed_s)
+    return encoded
+
+
+def _log_success(method: UnaryMethod, call: Call, elapsed_s: float) -> None:
+    log.debug("rpc", extra=_fields(method, call, StatusCode.OK, elapsed_s))
 
 
 async def invoke_stream(

@@ -51,11 +51,9 @@ class Way(Protocol):
 class Call(Stream):
     """Call on a stream of HTTP/2. Headers are read when they are asked for: most calls need one or two."""
 
-    __slots__ = ("_fields", "connection")
-
     connection: Way  # set before any handler sees the call
     # The headers by name: made when metadata is first asked for, which most calls for this node never do.
-    _fields: dict[bytes, bytes]
+    _fields: dict[bytes, bytes] | None = None
 
     @property
     def path(self) -> str:
@@ -71,7 +69,11 @@ class Call(Stream):
                 is_type = value == GRPC or is_grpc_type(value)
             elif name == b"te":
                 takes_trailers = value == b"trailers"
-        return is_type and takes_trailers and self.method == b"POST"
+            else:
+                continue
+            if is_type and takes_trailers:
+                return self.method == b"POST"
+        return False
 
     @property
     def peer(self) -> str:
@@ -98,9 +100,8 @@ class Call(Stream):
 
     def metadata(self, key: str) -> str | None:
         """See Call."""
-        try:
-            fields = self._fields
-        except AttributeError:
+        fields = self._fields
+        if fields is None:
             fields = dict(self.headers)
             if len(fields) < len(self.headers):
                 # The first value of a name counts.
