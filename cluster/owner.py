@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 from aio.batcher import Batcher, BatchLimits
 from cluster.breaker import Breaker
@@ -61,22 +61,24 @@ class Owner:
         """Whether the peer answers, as far as is known, and has missed no change."""
         return self.breaker.is_closed and not self.pending
 
-    async def forward(self, item: pb.Item, *, is_write: bool, try_s: float) -> pb.Answer | ClusterError:
+    def forward(
+        self, item: pb.Item, *, is_write: bool, try_s: float
+    ) -> Coroutine[Any, Any, pb.Answer | ClusterError]:
         """Return the peer's answer to one call, or the failure of the batch that the call was in.
 
         Raises:
             PeerSkipped: too many calls wait for the peer.
         """
         # Longer than the stream, which runs until the item's own deadline: see STREAM_GRACE_S.
-        return await _submitted(self._writes if is_write else self._reads, item, try_s + STREAM_GRACE_S)
+        return _submitted(self._writes if is_write else self._reads, item, try_s + STREAM_GRACE_S)
 
-    async def notify(self, token: str, *, tell_s: float) -> ClusterError | None:
+    def notify(self, token: str, *, tell_s: float) -> Coroutine[Any, Any, ClusterError | None]:
         """Have the peer drop its copy; return the failure if that is not known to have happened.
 
         Raises:
             PeerSkipped: too many tokens wait for the peer.
         """
-        return await _submitted(self._notices, token, tell_s)
+        return _submitted(self._notices, token, tell_s)
 
     def take_stream(self, address: str) -> ForwardStream | None:
         """Return an idle stream to this address, the last one used; None if there is none.

@@ -54,6 +54,7 @@ class Call(Stream):
     connection: Way  # set before any handler sees the call
     # The headers by name: made when metadata is first asked for, which most calls for this node never do.
     _fields: dict[bytes, bytes] | None = None
+    _deadline: Deadline | None = None  # once it was asked for, which a call that waits does twice
 
     @property
     def path(self) -> str:
@@ -90,8 +91,12 @@ class Call(Stream):
     @property
     def deadline(self) -> Deadline:
         """See Call."""
-        value = self.header(b"grpc-timeout")
-        return NO_DEADLINE if value is None else Deadline(self.arrived_s + frame.timeout_s(value))
+        if self._deadline is None:
+            value = self.header(b"grpc-timeout")
+            self._deadline = (
+                NO_DEADLINE if value is None else Deadline(self.arrived_s + frame.timeout_s(value))
+            )
+        return self._deadline
 
     @property
     def certificate_names(self) -> tuple[str, ...]:
