@@ -23,7 +23,7 @@ How a connection ends
 - By `expel`: what is left is answered UNAVAILABLE.
 - By the client: every task is cancelled.
 
-What speaks something else than HTTP/2 gets an answer that can be read, if it is HTTP/1, and is closed.
+A client that speaks something else than HTTP/2 gets an answer if it is HTTP/1 (http1.py), and is closed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import asyncio
 import logging
 import math
 import random
-import re
 import ssl
 import time
 from collections.abc import Callable, Coroutine
@@ -45,6 +44,7 @@ from http2.outbox import Headers
 from http2.server import ServerConnection
 from mnemosyned.errors import MessageTooLarge, MnemosyneError, Overloaded, Unimplemented
 from mnemosyned.security.certificates import names_of
+from mnemosyned.transport import http1
 from mnemosyned.transport.call import (
     ClientGone,
     Failure,
@@ -81,13 +81,6 @@ _HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a 
 
 _SHARED_BYTES: Final = 64 * 1024  # from here on a message is sent in pieces, and not copied
 
-# A request line of HTTP/1, or its beginning.
-_HTTP_1: Final = re.compile(rb"[A-Z]{3,10} ")
-_HTTP_1_TEXT: Final = b"mnemosyned speaks gRPC (HTTP/2) here; its admin pages are on the next port\n"
-_HTTP_1_ANSWER: Final = (
-    b"HTTP/1.1 505 HTTP Version Not Supported\r\nconnection: close\r\ncontent-type: text/plain\r\n"
-    b"content-length: %d\r\n\r\n%b" % (len(_HTTP_1_TEXT), _HTTP_1_TEXT)
-)
 _PLAIN_TEXT: Final = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
 
 
@@ -443,9 +436,10 @@ class Connection(asyncio.Protocol):
         if CLIENT_PREFACE.startswith(data):
             self._first = data
             return False
-        if _HTTP_1.match(data):
-            self._transport.write(_HTTP_1_ANSWER)
-        self._http.reason = "http1" if _HTTP_1.match(data) else "protocol"
+        answer = http1.answer_to(data)
+        if answer:
+            self._transport.write(answer)
+        self._http.reason = "http1" if answer else "protocol"
         self._http.is_over = True
         self._close()
         return False
