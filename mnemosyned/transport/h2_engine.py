@@ -75,8 +75,7 @@ class H2Engine:
                 self._tls = grpc_context(options.tls)
             sockets = await open_sockets(options.host, options.port)
         except (OSError, FilesUnusable) as exc:
-            reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
-            raise ListenFailed(f"cannot listen on {options.address}: {reason}") from exc
+            raise ListenFailed(f"cannot listen on {options.address}: {_reason(exc)}") from exc
         self._server = _new_server(self._table, options, self._limits)
         self._acceptor = Acceptor(sockets, self._accepted, options.stats.accept_failures)
         self._acceptor.begin()
@@ -169,6 +168,12 @@ class H2Engine:
         if self._server is not None:
             self._server.relieve()
             self._options.stats.unsent_bytes = self._server.unsent_total.size_bytes
+
+
+def _reason(exc: OSError | FilesUnusable) -> str:
+    # The text of `socket.create_server` repeats the address.
+    text = exc.strerror if isinstance(exc, OSError) else None
+    return (text or str(exc)).partition(" (while ")[0]
 
 
 def _limits(options: EngineOptions) -> ServerLimits:

@@ -16,6 +16,7 @@ import asyncpg
 import grpc
 import pytest
 import trustme
+from clusters import free_ports
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from mnemosynerpc.session_pb2 import (
@@ -163,17 +164,20 @@ def test_a_taken_port_ends_the_start_with_one_line(engine: str) -> None:
         with Daemon(*flags) as daemon:
             assert daemon.end() == 1
 
-    assert f"cannot listen on 127.0.0.1:{port}" in daemon.log
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use\n" in daemon.log
     assert "Traceback" not in daemon.log
 
 
 def test_a_taken_admin_port_ends_the_start_with_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with Daemon("-storage=memory", f"-port={port - 1}") as daemon:
-            assert daemon.end() == 1
+    # Both are free until one is taken here: a port of the system's choice has a neighbour that may be in use.
+    (port,) = free_ports(1)
+    with (
+        socket.create_server(("127.0.0.1", port + 1)),
+        Daemon("-storage=memory", f"-port={port}") as daemon,
+    ):
+        assert daemon.end() == 1
 
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in daemon.log
+    assert f"cannot listen on 127.0.0.1:{port + 1}: Address already in use" in daemon.log
     assert "Traceback" not in daemon.log
 
 
