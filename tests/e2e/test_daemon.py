@@ -164,7 +164,8 @@ def test_a_taken_port_ends_the_start_with_one_line(engine: str) -> None:
         with Daemon(*flags) as daemon:
             assert daemon.end() == 1
 
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use\n" in daemon.log
+    assert f"cannot listen on 127.0.0.1:{port}" in daemon.log
+    assert "attempting" not in daemon.log
     assert "Traceback" not in daemon.log
 
 
