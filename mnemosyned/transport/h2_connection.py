@@ -359,7 +359,7 @@ class Connection(asyncio.Protocol):
         if not call.is_answered:
             self._http.answer_head(call, 200, _OK_HEAD)
         self._http.answer_part(call, (framed(message),), time.monotonic())
-        self._flush_soon()
+        self._flush()
 
     def unsent_of(self, call: Call) -> int:
         """Return how many bytes of a call's answer wait."""
