@@ -144,9 +144,12 @@ class StreamWork:
         self._news = asyncio.Event()
         self._emptied = asyncio.Event()
 
-    def feed(self, body: bytes, *, is_last: bool) -> None:
-        """Take a part of the request in."""
-        self._is_last = is_last
+    def feed(self, body: bytes) -> None:
+        """Take a part of the request in, and its end if the call is complete."""
+        self._is_last = is_last = self._call.is_complete
+        if self._call.is_refused:
+            # Parts of it were dropped, so what follows is no frame any more.
+            self._error = Overloaded("mnemosyned: too many requests are incomplete")
         if self._error is None:
             try:
                 self._enqueue(self._reader.feed(body))

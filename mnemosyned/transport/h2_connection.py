@@ -81,6 +81,7 @@ _HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a 
 
 _SHARED_BYTES: Final = 64 * 1024  # from here on a message is sent in pieces, and not copied
 
+_INCOMPLETE: Final = "mnemosyned: too many requests are incomplete"
 _PLAIN_TEXT: Final = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
 
 
@@ -287,7 +288,7 @@ class Connection(asyncio.Protocol):
         if call.is_reset:
             self._cancel(call)
         elif isinstance(call.work, StreamWork):
-            call.work.feed(bytes(self._http.take_body(call)), is_last=call.is_complete)
+            call.work.feed(bytes(self._http.take_body(call)))
         elif call.work is None and not call.is_answered:
             call.connection = self
             method = self._unary.get(call.target)
@@ -300,13 +301,15 @@ class Connection(asyncio.Protocol):
         """Refuse a request as soon as it is known to be too large; its rest need not come."""
         limit_bytes = method.max_message_bytes or self._max_message_bytes
         if call.is_refused or self._server.request_total.size_bytes > self._server.max_request_bytes:
-            self._refuse_body(method, call, Overloaded("mnemosyned: too many requests are incomplete"))
+            self._refuse_body(method, call, Overloaded(_INCOMPLETE))
         elif announced_bytes(call.body) > HEADER_BYTES + limit_bytes:
             text = f"mnemosyned: message is larger than {limit_bytes} bytes"
             self._refuse_body(method, call, MessageTooLarge(text))
 
     def _only_message(self, call: Call, limit_bytes: int) -> bytes:
         """Return the message of a body that is compressed, too large or damaged. Raises what is wrong."""
+        if call.is_refused:
+            raise Overloaded(_INCOMPLETE)
         reader = frame_reader(call, limit_bytes)
         messages = reader.feed(bytes(self._http.take_body(call)))
         reader.end()
@@ -335,7 +338,7 @@ class Connection(asyncio.Protocol):
         else:
             limit_bytes = stream.max_message_bytes or self._max_message_bytes
             work = StreamWork(call, frame_reader(call, limit_bytes))
-            work.feed(bytes(self._http.take_body(call)), is_last=call.is_complete)
+            work.feed(bytes(self._http.take_body(call)))
             call.work = work
             work.task = self._loop.create_task(self._run_stream(stream, call, work))
 

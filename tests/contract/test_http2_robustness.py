@@ -11,6 +11,7 @@ import pytest
 from raw_http2 import (
     CANCEL,
     DATA,
+    END_STREAM,
     ENHANCE_YOUR_CALM,
     GOAWAY,
     HEADERS,
@@ -19,10 +20,12 @@ from raw_http2 import (
     PRIORITY,
     PROTOCOL_ERROR,
     RST_STREAM,
+    block,
     frame,
     open_request,
     ping,
     request,
+    request_headers,
     rst_stream,
     settings,
     window_update,
@@ -218,3 +221,15 @@ async def test_thousands_of_requests_at_once_are_all_answered(toy: Toy) -> None:
 
     assert client.sent.count(HELLO) == 3000
     assert not client.is_closed
+
+
+@pytest.mark.parametrize("method", [b"Echo", b"Chat"])
+async def test_a_request_that_passes_the_bound_as_it_ends_is_refused_for_that(method: bytes) -> None:
+    body, headers = framed(b"x" * 115), block(request_headers(b"/toy.Toy/" + method))
+    whole = frame(DATA, 0, 1, body[:60]) + frame(DATA, END_STREAM, 1, body[60:])
+    async with toy_engine(ServerLimits(max_request_bytes=100)) as toy, raw_client(toy) as client:
+        client.send(open_request(1, headers) + whole)
+        answer = await client.until_ended(1)
+
+        assert b"\x0bgrpc-status\x0214" in b"".join(sent.payload for sent in answer if sent.kind == HEADERS)
+        await assert_served(toy)
