@@ -26,7 +26,10 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from http2.core import (
+    CANCEL,
     NEED_DATA,
+    NO_ERROR,
+    REFUSED_STREAM,
     Data,
     EndOfMessage,
     GoAway,
@@ -39,9 +42,6 @@ from http2.core import (
 )
 from http2.outbox import Headers, Outbox, Tally
 
-_NO_ERROR: Final = 0
-_CANCEL: Final = 8
-_REFUSED_STREAM: Final = 7
 _MAX_CONCURRENT_STREAMS: Final = 3
 _UNKNOWN_MAX_STREAMS: Final = 100  # RFC 9113, section 6.5.2, recommends that servers accept as many
 
@@ -139,7 +139,7 @@ class ClientConnection:
         if self.streams.pop(stream.id, None) is not None:
             self._outbox.drop(stream.id)
             if not self.is_over:
-                stream.sender.reset(_CANCEL)
+                stream.sender.reset(CANCEL)
 
     def receive(self, chunk: bytes) -> list[ClientStream]:
         """Take bytes in; return the streams that have news, each once. If the server errs, it is over."""
@@ -159,7 +159,7 @@ class ClientConnection:
         self.is_over = True
         lost = list(self.streams.values())
         for stream in lost:
-            stream.reset_code = _CANCEL
+            stream.reset_code = CANCEL
         self.streams.clear()
         self._outbox.clear()
         return lost
@@ -174,10 +174,6 @@ class ClientConnection:
     def pause(self, *, is_paused: bool) -> None:
         """Hold all bodies from now on, or go on: as the transport wants."""
         self._outbox.pause(is_paused)
-
-    def stuck_since(self, instant_s: float) -> bool:
-        """Tell whether the server has taken nothing of some request since an instant."""
-        return bool(self._outbox.stuck_since(instant_s))
 
     def _take_events(self, news: list[ClientStream]) -> None:
         while True:
@@ -210,7 +206,7 @@ class ClientConnection:
             if isinstance(event, EndOfMessage):
                 stream.trailers, stream.is_complete = event.trailers, True
                 if not stream.is_finished:
-                    stream.sender.reset(_NO_ERROR)
+                    stream.sender.reset(NO_ERROR)
             else:
                 stream.reset_code = event.error_code
             del self.streams[stream.id]
@@ -220,7 +216,7 @@ class ClientConnection:
         self.is_retiring = True
         for stream in list(self.streams.values()):
             if stream.id > event.last_stream_id:
-                stream.reset_code = _REFUSED_STREAM
+                stream.reset_code = REFUSED_STREAM
                 del self.streams[stream.id]
                 self._outbox.drop(stream.id)
                 if stream.chunk != self._chunk:

@@ -49,8 +49,14 @@ from zttp import ProtocolError as ProtocolViolated
 from zttp import Stream as Sender
 
 __all__ = [
+    "CANCEL",
+    "ENHANCE_YOUR_CALM",
+    "FRAME_SIZE_ERROR",
     "MAX_STREAMS",
     "NEED_DATA",
+    "NO_ERROR",
+    "PROTOCOL_ERROR",
+    "REFUSED_STREAM",
     "RETIRE_AFTER_STREAMS",
     "Core",
     "Data",
@@ -70,6 +76,14 @@ __all__ = [
 ]
 
 Core = zttp.H2Connection
+
+# RFC 9113, section 7.
+NO_ERROR: Final = 0
+PROTOCOL_ERROR: Final = 1
+FRAME_SIZE_ERROR: Final = 6
+REFUSED_STREAM: Final = 7
+CANCEL: Final = 8
+ENHANCE_YOUR_CALM: Final = 11
 
 MAX_STREAMS: Final = 128  # at once; more are refused by zttp with REFUSED_STREAM
 # Clients need a moment until they see the GOAWAY. In it, one of them may open up to MAX_STREAMS a round trip.

@@ -56,7 +56,13 @@ from typing import Final, Generic, TypeVar
 
 from http2.admission import Admission, AdmissionFull
 from http2.core import (
+    CANCEL,
+    ENHANCE_YOUR_CALM,
+    FRAME_SIZE_ERROR,
     NEED_DATA,
+    NO_ERROR,
+    PROTOCOL_ERROR,
+    REFUSED_STREAM,
     RETIRE_AFTER_STREAMS,
     Data,
     EndOfMessage,
@@ -73,12 +79,6 @@ from http2.outbox import Headers, Outbox, Tally
 from http2.purse import Purse
 from http2.stream import ServerLimits, Stream
 
-_NO_ERROR: Final = 0
-_REFUSED_STREAM: Final = 7
-_CANCEL: Final = 8
-_ENHANCE_YOUR_CALM: Final = 11
-_PROTOCOL_ERROR: Final = 1
-_FRAME_SIZE_ERROR: Final = 6
 _HIGHEST_STREAM: Final = 2**31 - 1
 
 _GOODBYE: Final = b"goodbye!"
@@ -192,16 +192,16 @@ class ServerConnection(Generic[S]):
                 self._core.receive_data(part)
                 self._take_events(news, now_s)
         except MalformedFrame as exc:
-            self._fail("protocol", _FRAME_SIZE_ERROR if exc.is_too_large else _PROTOCOL_ERROR)
+            self._fail("protocol", FRAME_SIZE_ERROR if exc.is_too_large else PROTOCOL_ERROR)
         except AdmissionFull:
-            self._fail("flood", _ENHANCE_YOUR_CALM)
+            self._fail("flood", ENHANCE_YOUR_CALM)
         except ProtocolViolated:
             # The library has written the GOAWAY.
             self._fail("protocol", None)
         if scanner.overhead:
             frames, scanner.overhead = scanner.overhead, 0
             if not self._purse.pay(frames, now_s, sent_bytes=self._outbox.sent_bytes):
-                self._fail("flood", _ENHANCE_YOUR_CALM)
+                self._fail("flood", ENHANCE_YOUR_CALM)
         if self._opened > RETIRE_AFTER_STREAMS and self._phase is Phase.OPEN:
             self.retire("streams", now_s)
         return news
@@ -256,7 +256,7 @@ class ServerConnection(Generic[S]):
         elif stream_id > self._highest_id or not stream_id & 1:
             return False
         elif stream_id in self.streams:
-            self._output += cancel(self._core, stream_id, _CANCEL)
+            self._output += cancel(self._core, stream_id, CANCEL)
             self._reset(stream_id, news)
         return True
 
@@ -301,10 +301,10 @@ class ServerConnection(Generic[S]):
 
     def _is_refused(self, stream: S) -> bool:
         if self._admission.reset_ids and stream.id in self._admission.reset_ids:
-            self._output += cancel(self._core, stream.id, _CANCEL)
+            self._output += cancel(self._core, stream.id, CANCEL)
             return True
         if self._phase is Phase.CLOSING:
-            self._core.stream(stream.id).reset(_REFUSED_STREAM)
+            self._core.stream(stream.id).reset(REFUSED_STREAM)
             return True
         return False
 
@@ -432,7 +432,7 @@ class ServerConnection(Generic[S]):
         """Return how many bytes of an answer are held."""
         return self._outbox.unsent_of(stream.id)
 
-    def cancel(self, stream: S, code: int = _CANCEL) -> None:
+    def cancel(self, stream: S, code: int = CANCEL) -> None:
         """End a stream without an answer, or in the middle of it."""
         if stream.id in self.streams:
             self._core.stream(stream.id).reset(code)
@@ -442,7 +442,7 @@ class ServerConnection(Generic[S]):
     def _forget_answered(self, stream: S) -> None:
         if not stream.is_complete:
             # The peer need not send the rest of its request (RFC 9113, section 8.1).
-            self._core.stream(stream.id).reset(_NO_ERROR)
+            self._core.stream(stream.id).reset(NO_ERROR)
         self._forget(stream)
 
     # What is sent.
@@ -501,7 +501,7 @@ class ServerConnection(Generic[S]):
         if self._phase is Phase.OPEN and not self.is_over:
             self.reason = reason
             self._phase, self._phase_s = Phase.RETIRING, now_s
-            self._core.close(_NO_ERROR, _HIGHEST_STREAM)
+            self._core.close(NO_ERROR, _HIGHEST_STREAM)
             self._output += self._core.data_to_send() + _PING_FRAME
 
     def check(self, now_s: float) -> list[S]:
@@ -523,13 +523,13 @@ class ServerConnection(Generic[S]):
         limits = self._limits
         partial_since_s, paused_since_s = self._scanner.partial_since_s, self._paused_since_s
         if not self.has_preface and now_s - self.begun_s > limits.preface_s:
-            return "preface_timeout", _PROTOCOL_ERROR
+            return "preface_timeout", PROTOCOL_ERROR
         if partial_since_s is not None and now_s - partial_since_s > limits.frame_s:
-            return "frame_timeout", _PROTOCOL_ERROR
+            return "frame_timeout", PROTOCOL_ERROR
         if paused_since_s is not None and now_s - paused_since_s > limits.send_s:
-            return "send_timeout", _CANCEL
+            return "send_timeout", CANCEL
         if self._outbox.is_stuck_since(now_s - limits.send_s):
-            return "send_timeout", _CANCEL
+            return "send_timeout", CANCEL
         return None
 
     def _check_age(self, now_s: float) -> None:
@@ -566,7 +566,7 @@ class ServerConnection(Generic[S]):
         """Accept no further stream, and say which was the last."""
         self._phase, self._phase_s = Phase.CLOSING, now_s
         self._may_refuse = True
-        self._core.close(_NO_ERROR, self._last_id)
+        self._core.close(NO_ERROR, self._last_id)
 
     def _fail(self, reason: str, code: int | None) -> None:
         """End the connection; None: the library has written the GOAWAY."""
