@@ -90,6 +90,18 @@ async def test_an_old_connection_is_replaced_and_no_call_fails(node: Node) -> No
     await channel.close()
 
 
+async def test_connections_that_were_opened_together_do_not_become_too_old_together() -> None:
+    async with serving(MemoryStore(), "h2", flags=["-grpc.max-age=100s"]) as node:
+        channels = await connected(node, 5)
+        assert isinstance(node.engine, H2Engine)
+        ages = {connection._http._limits.max_age_s for connection in node.engine._connections()}
+        for channel in channels:
+            await channel.close()
+
+    assert len(ages) == 5
+    assert all(90 <= age <= 110 for age in ages)
+
+
 async def test_an_age_of_zero_is_no_limit() -> None:
     async with serving(MemoryStore(), "h2", flags=["-grpc.max-age=0"]) as node:
         (channel,) = await connected(node, 1)
