@@ -100,8 +100,10 @@ def run(config: Config) -> None:
     Raises:
         StartFailed: the daemon could not start, or the storage refused it.
     """
+    # grpcio's core reads the variable when it is first imported. By default it writes a line of its own about
+    # each malformed header of a client, without a bound.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if config[GrpcConfig].is_debug:
-        # grpcio's core reads the variable when it is first used, so it is set before any channel is made.
         os.environ["GRPC_VERBOSITY"] = "debug"
         logging.getLogger("mnemosyned.transport").setLevel(logging.DEBUG)
     try:

@@ -53,6 +53,9 @@ _RPC_BUCKETS_S: Final = (
 # Characters. Enough for any usual form of identifier; the client chooses it, so it needs a bound.
 _MAX_REQUEST_ID: Final = 200
 
+# Without the path: it may contain a token, and this text reaches the logs of clients and proxies.
+UNKNOWN_METHOD: Final = "mnemosyned: unknown method"
+
 # What a client can cause as often as it likes; a deadline is its own choice.
 _CALLERS_FAULT: Final = frozenset({
     StatusCode.UNAUTHENTICATED,
@@ -247,15 +250,15 @@ def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started
     return failure
 
 
-def refuse(path: str, call: Call, exc: MnemosyneError) -> Failure:
+def refuse(call: Call, exc: MnemosyneError) -> Failure:
     """Log a call to no method of ours. Not counted: clients choose the paths, so labels would have no bound.
 
-    All such calls share one limit of log lines.
+    The path is not in the log, because it may contain a token. All such calls share one limit of log lines.
     """
     failure = failure_of(exc)
     left_out = _REFUSALS.take(time.perf_counter())
     if left_out is not None:
-        fields: dict[str, object] = {"method": path[:200], "peer": call.peer, "error": failure.text}
+        fields: dict[str, object] = {"peer": call.peer, "error": failure.text}
         log.info("rpc_refused", extra=fields | _left_out(left_out))
     return failure
 

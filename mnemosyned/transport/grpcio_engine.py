@@ -34,13 +34,21 @@ from mnemosyned.security.certificates import names_of
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsMaterial
 from mnemosyned.transport.acceptor import remove_left_socket
-from mnemosyned.transport.call import Failure, fail, invoke_stream, invoke_unary, refuse
+from mnemosyned.transport.call import (
+    UNKNOWN_METHOD,
+    Failure,
+    fail,
+    invoke_stream,
+    invoke_unary,
+    refuse,
+)
 from mnemosyned.transport.engine import (
     MAX_METADATA_BYTES,
     UNIX_PREFIX,
     EngineOptions,
     ListenFailed,
 )
+from mnemosyned.transport.grpcio_server import Handlers, RegisteredServer
 from mnemosyned.transport.methods import MethodTable, StreamMethod, UnaryMethod
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
@@ -53,19 +61,9 @@ class GrpcioEngine:
     def __init__(self, table: MethodTable, options: EngineOptions) -> None:
         self._options = options
         self._identity: grpc.ServerCertificateConfiguration | None = None
-        self._server = grpc.aio.server(
-            options=[
-                # Otherwise two daemons could listen on one port, and each would get half of its connections.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", _largest_limit(table, options)),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.max_concurrent_streams", options.max_streams),
-                ("grpc.max_allowed_incoming_connections", options.max_connections),
-            ]
+        self._server = RegisteredServer(
+            _channel_arguments(table, options), _handlers(table, options.max_message_bytes), _refuse
         )
-        self._server.add_generic_rpc_handlers((_Handlers(table, options.max_message_bytes),))
 
     async def start(self) -> int:
         """See Engine."""
@@ -89,6 +87,7 @@ class GrpcioEngine:
     async def drain(self) -> None:
         """See Engine."""
         await self._server.stop(self._options.drain_timeout_s)
+        await self._server.close_refusals()
 
     def _credentials(self, material: TlsMaterial) -> grpc.ServerCredentials:
         self._identity = identity = _identity(material)
@@ -123,21 +122,29 @@ class _GrpcioCall:
         return None
 
 
-class _Handlers(grpc.GenericRpcHandler):
-    """Finds the handler of a path; grpcio asks it at each call."""
+def _handlers(table: MethodTable, max_message_bytes: int) -> Handlers:
+    unary: Handlers = {
+        path: grpc.unary_unary_rpc_method_handler(_unary(method, max_message_bytes))
+        for path, method in table.unary.items()
+    }
+    streams: Handlers = {
+        path: grpc.stream_stream_rpc_method_handler(_stream(method, max_message_bytes))
+        for path, method in table.streams.items()
+    }
+    return unary | streams
 
-    def __init__(self, table: MethodTable, max_message_bytes: int) -> None:
-        self._by_path: dict[str, Any] = {
-            path: grpc.unary_unary_rpc_method_handler(_unary(method, max_message_bytes))
-            for path, method in table.unary.items()
-        }
-        for path, method in table.streams.items():
-            self._by_path[path] = grpc.stream_stream_rpc_method_handler(_stream(method, max_message_bytes))
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:  # noqa: ANN401  # a handler
-        path = handler_call_details.method
-        # With None grpcio would answer UNIMPLEMENTED itself, and the log would have nothing of the call.
-        return self._by_path.get(path) or grpc.stream_stream_rpc_method_handler(_unknown(path))
+def _channel_arguments(table: MethodTable, options: EngineOptions) -> list[tuple[str, int]]:
+    return [
+        # Otherwise two daemons could listen on one port, and each would get half of its connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", _largest_limit(table, options)),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_concurrent_streams", options.max_streams),
+        ("grpc.max_allowed_incoming_connections", options.max_connections),
+    ]
 
 
 def _largest_limit(table: MethodTable, options: EngineOptions) -> int:
@@ -194,13 +201,8 @@ def _check_size(message: bytes, limit_bytes: int) -> None:
         raise MessageTooLarge(f"mnemosyned: a message of {len(message)} bytes, over {limit_bytes}")
 
 
-# As a stream, since the call may be of any kind: a stream takes any number of messages.
-def _unknown(path: str) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
-    async def behaviour(_: AsyncIterator[bytes], context: Context) -> None:
-        exc = Unimplemented(f"mnemosyned: unknown method {path[:200]}")
-        await _abort(context, refuse(path, _GrpcioCall(context), exc))
-
-    return behaviour
+async def _refuse(context: Context) -> None:
+    await _abort(context, refuse(_GrpcioCall(context), Unimplemented(UNKNOWN_METHOD)))
 
 
 async def _abort(context: Context, failure: Failure) -> NoReturn:

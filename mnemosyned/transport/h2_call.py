@@ -57,21 +57,20 @@ class Call(Stream):
     _deadline: Deadline | None = None  # once it was asked for, which a call that waits does twice
 
     @property
-    def path(self) -> str:
-        """The path, for people."""
-        return self.target.decode(errors="replace")
-
-    @property
     def is_grpc(self) -> bool:
         """Whether the request is what every client of gRPC sends: a POST of its type that takes trailers."""
         is_type = takes_trailers = False
         for name, value in self.headers:
             if name == b"content-type":
                 is_type = value == GRPC or is_grpc_type(value)
+                is_valid = is_type
             elif name == b"te":
-                takes_trailers = value == b"trailers"
+                takes_trailers = is_valid = value == b"trailers"
             else:
                 continue
+            # A second value does not mend a first one, which a proxy may have decided by.
+            if not is_valid:
+                return False
             if is_type and takes_trailers:
                 return self.method == b"POST"
         return False

@@ -46,6 +46,7 @@ from mnemosyned.errors import MessageTooLarge, MnemosyneError, Overloaded, Unimp
 from mnemosyned.security.certificates import names_of
 from mnemosyned.transport import http1
 from mnemosyned.transport.call import (
+    UNKNOWN_METHOD,
     ClientGone,
     Failure,
     Outcome,
@@ -331,10 +332,9 @@ class Connection(asyncio.Protocol):
             self._answer_plainly(call, 415, [(b"accept-post", GRPC)])
         elif not call.is_grpc:
             exc = Unimplemented("mnemosyned: the request lacks `te: trailers`")
-            self._send_failure(call, refuse(call.path, call, exc))
+            self._send_failure(call, refuse(call, exc))
         elif stream is None:
-            exc = Unimplemented(f"mnemosyned: unknown method {call.path[:200]}")
-            self._send_failure(call, refuse(call.path, call, exc))
+            self._send_failure(call, refuse(call, Unimplemented(UNKNOWN_METHOD)))
         else:
             limit_bytes = stream.max_message_bytes or self._max_message_bytes
             work = StreamWork(call, frame_reader(call, limit_bytes))

@@ -338,7 +338,8 @@ async def test_an_unknown_method_or_service_is_unimplemented(node: Node, path: s
     code, text = await failure(node.channel.unary_unary(path)(b""))
 
     assert code is StatusCode.UNIMPLEMENTED
-    assert text == f"mnemosyned: unknown method {path}"
+    # The path may contain a token, and texts of statuses are logged by clients and proxies.
+    assert text == "mnemosyned: unknown method"
 
 
 @pytest.mark.parametrize("method", ["Get", "Start", "SetValue", "List", "Delete", "Abandon", "Exists"])
