@@ -218,5 +218,4 @@ async def test_a_token_in_a_path_is_in_no_log_line(node: Node, caplog: pytest.Lo
 
     # The test's own client logs what it sends.
     lines = [it for it in caplog.records if it.name.startswith(("mnemosyned", "grpc"))]
-    assert [line.getMessage() for line in lines].count("rpc_refused") >= 1
     assert not [line for line in lines if TOKEN.decode() in str(line.__dict__)]
