@@ -12,6 +12,7 @@ secret. The signature covers the node's name, so it cannot be replayed to anothe
 - Standard output has the result only, as text or as JSON (`-o json`). Errors go to standard error, one line.
 - No command repeats a token, a secret or a password, since shells and terminals keep what is printed.
 - Proxies in the environment (`http_proxy`, …) are ignored: nodes are addresses inside the cluster's network.
+- Texts of nodes are made printable: a node that is not ours may answer, and a terminal obeys escape codes.
 - No retries. A person or a script sees at once what a node answers now; each request ends after 5 s.
 
 The page may come from a node of another version, so the commands use only fields that `admin/cluster.py`
@@ -32,8 +33,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 
@@ -45,6 +47,7 @@ from mnemosyned.commands.arguments import CommandParser
 from mnemosyned.config.flags import ConfigError
 from mnemosyned.config.parsers import boolean, node_address
 from mnemosyned.node_config import ClusterConfig
+from mnemosyned.observe.printable import printable, printable_value
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import client_context
 
@@ -73,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         content, text, exit_code = arguments.run(arguments)
     except Unanswered as exc:
-        sys.stderr.write(f"mnemosyned: {exc}\n")
+        sys.stderr.write(f"mnemosyned: {printable(str(exc))}\n")
         return 1
     except ConfigError as exc:
         sys.stderr.write(f"mnemosyned: {exc}\n")
@@ -319,7 +322,7 @@ def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
     )
     try:
         with direct.open(url, timeout=_TIMEOUT_S) as response:
-            page: Page = json.load(response)
+            page = cast("Page", printable_value(json.load(response)))
     except urllib.error.HTTPError as exc:
         exc.close()
         is_unknown = exc.code == HTTPStatus.NOT_FOUND
@@ -329,7 +332,7 @@ def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
         raise Unanswered(
             f"admin port {where}: {getattr(exc.reason, 'strerror', None) or exc.reason}"
         ) from None
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, HTTPException) as exc:
         raise Unanswered(f"admin port {where}: {exc or type(exc).__name__}") from None
     return page
 

@@ -14,20 +14,27 @@ Secrets. No module logs a token, a bag or an address of the storage; a token is 
   secret.
 - Loggers of libraries that would log keys or statements have a least level, also under `-log.level=debug`.
 
+Strangers. Any field may hold what a client, another node or a file has sent. Characters that forge a line or
+drive a terminal are escaped in all three forms (printable.py). A traceback in development has many lines, and
+each of them is indented.
+
 Failing to log never fails a call: a closed pipe at the other end of the stream loses lines.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import Final, TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from mnemosyned import __version__
+from mnemosyned.observe.printable import printable, printable_block, printable_json
 
 _LEVEL_BY_NAME: Final = {
     "debug": logging.DEBUG,
@@ -44,6 +51,7 @@ _SEVERITY_BY_LEVEL: Final = {"warn": "WARNING", "warning": "WARNING", "exception
 _SECRET_FIELDS: Final = {
     "token", "access_token", "refresh_token", "bag", "dsn", "password", "authorization", "secret",
 }  # fmt: skip
+_TRACEBACK_INDENT: Final = "    | "
 LEAST_LEVEL_BY_LOGGER: Final = {
     # Logs keys at debug, and our keys are tokens.
     "aiocache": logging.INFO,
@@ -103,7 +111,7 @@ def _production(_: TextIO) -> list[Processor]:
         structlog.processors.format_exc_info,
         structlog.processors.EventRenamer("msg"),
         _first("ts", "level", "logger", "msg"),
-        structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+        _json,
     ]
 
 
@@ -114,16 +122,15 @@ def _stackdriver(_: TextIO) -> list[Processor]:
         structlog.processors.EventRenamer("message"),
         _as_google_names_it,
         _first("severity", "eventTime", "message", "serviceContext"),
-        structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+        _json,
     ]
 
 
 def _development(stream: TextIO) -> list[Processor]:
     return [
         structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-        structlog.dev.ConsoleRenderer(
-            colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-        ),
+        _as_printable,
+        structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=_printable_traceback),
     ]
 
 
@@ -139,6 +146,25 @@ def _without_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     for name in _SECRET_FIELDS & event.keys():
         event[name] = "[redacted]"
     return event
+
+
+def _json(_: WrappedLogger, __: str, event: EventDict) -> str:
+    return printable_json(json.dumps(event, ensure_ascii=False, default=str))
+
+
+def _as_printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = printable(value)
+        elif name != "exc_info" and not isinstance(value, bool | int | float | None):
+            event[name] = printable(repr(value))
+    return event
+
+
+def _printable_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    stream.write("\n" + printable_block(text.getvalue().lstrip("\n"), _TRACEBACK_INDENT))
 
 
 def _as_google_names_it(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

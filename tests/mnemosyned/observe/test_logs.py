@@ -134,3 +134,27 @@ def test_a_fingerprint_names_a_token_without_revealing_it() -> None:
     assert fingerprint("token") == fingerprint("token")
     assert fingerprint("token") != fingerprint("other")
     assert len(fingerprint("token")) == 12
+
+
+HOSTILE = "a\x00\x1b[31m\x7f\x85\x9b31m\u202e\u2028\u2029\u200b\ufeff\ud800\U000e0041\r\n{forged}\t"
+
+
+@pytest.mark.parametrize("environment", ["production", "development", "stackdriver"])
+def test_no_field_forges_a_line_or_drives_a_terminal(environment: str) -> None:
+    stream = configured(environment)
+    log.info("event", extra={"text": HOSTILE, "list": [HOSTILE], "error": OSError(HOSTILE), "n": 1})
+    log.info("of a library: %s", HOSTILE)
+
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("environment", ["production", "development", "stackdriver"])
+def test_the_text_of_an_error_forges_no_line(environment: str) -> None:
+    stream = configured(environment)
+    log.error("failed", exc_info=ValueError(HOSTILE))
+
+    first, *others = stream.getvalue().splitlines()
+    assert all(line.isprintable() for line in (first, *others))
+    assert all(line.startswith("    | ") for line in others)
