@@ -33,13 +33,13 @@ class AdmissionFull(Exception):
 class Admission:
     """The requests of one connection that wait, in their sequence."""
 
-    __slots__ = ("_frames", "_highest_id", "_order", "_size_bytes", "reset_ids")
+    __slots__ = ("_frames", "_highest_id", "_order", "reset_ids", "size_bytes")
 
     def __init__(self) -> None:
         self._frames: dict[int, list[bytes]] = {}  # by stream
         self._order: deque[int] = deque()
         self._highest_id = 0  # of any stream that has waited
-        self._size_bytes = 0
+        self.size_bytes = 0  # of all that waits
         # Streams that the client has reset. Their HEADERS must still be decoded, in their turn.
         self.reset_ids: set[int] = set()
 
@@ -83,11 +83,11 @@ class Admission:
         while self._order and room > 0:
             room -= 1
             admitted += self._frames.pop(self._order.popleft())
-        self._size_bytes -= sum(map(len, admitted))
+        self.size_bytes -= sum(map(len, admitted))
         return b"".join(admitted)
 
     def _keep(self, stream_id: int, frame: Frame) -> None:
         self._frames[stream_id].append(frame.data)
-        self._size_bytes += len(frame.data)
-        if self._size_bytes > _MAX_BYTES:
+        self.size_bytes += len(frame.data)
+        if self.size_bytes > _MAX_BYTES:
             raise AdmissionFull

@@ -10,8 +10,8 @@ HTTP/2 cuts a connection into frames (RFC 9113, section 4):
 Most chunks that arrive hold HEADERS and DATA alone, and are passed on as they are. The scanner is here for
 the rest:
 
-- Frames that cost work and bring no request are counted, so that a peer that floods with them can be told
-  from one that works. Among them is DATA so small that its frame is most of it.
+- Frames that cost work and bring no request are counted, by what they cost. So a peer that floods with them
+  can be told from one that works. Among them is DATA so small that its frame is most of it.
 - RST_STREAM is found, so that it can be kept from the library, which counts it against a limit of its own.
 - The beginning of a frame that does not end is noticed, and a block of headers without its end.
 
@@ -45,6 +45,7 @@ PADDED: Final = 0x8
 # DATA of fewer bytes counts as work without use, unless it ends its stream.
 _SMALL_BYTES: Final = 256
 _SMALL_WORD: Final = _SMALL_BYTES << 8
+_BYTES_OF_COST: Final = 64  # a frame costs 1 more for so many bytes: SETTINGS may have thousands of entries
 _UNUSUAL: Final = END_HEADERS | HAS_PRIORITY
 _PRIORITY_BYTES: Final = 5
 _MAX_FRAME_BYTES: Final = 16_384  # what our SETTINGS leave it at
@@ -90,7 +91,9 @@ class FrameScanner:
 
     def __init__(self, *, preface_bytes: int) -> None:
         """`preface_bytes` come before the first frame."""
-        self.overhead = 0  # frames that brought no request, since the reader of this number set it to 0
+        self.overhead = (
+            0  # cost of frames that brought no request, since the reader of this number set it to 0
+        )
         self.begun_requests = 0  # 1 if the last chunk may begin with the end of HEADERS
         self.requests = 0  # HEADERS in the last chunk, and that one
         self.resets: list[int] = []  # where in the last chunk a RST_STREAM begins
@@ -164,7 +167,7 @@ class FrameScanner:
             if at + RST_STREAM_BYTES > len(chunk):
                 return False
             self.resets.append(at)
-        self.overhead += 1
+        self.overhead += 1 + (_word_and_flags(chunk, at)[0] >> 8) // _BYTES_OF_COST
         return True
 
     def cut(self, part: bytes, at: int) -> tuple[bytes, list[Frame]]:
@@ -193,7 +196,7 @@ class FrameScanner:
         kind = word & 0xFF
         if kind != HEADERS and (kind != DATA or (word < _SMALL_BYTES << 8 and not flags & END_STREAM)):
             # It is counted once more when the rest of it has come.
-            self.overhead -= 1
+            self.overhead -= 1 if kind == DATA else 1 + (word >> 8) // _BYTES_OF_COST
         self._tail, self._skip = partial + self._tail, 0
 
 

@@ -49,6 +49,7 @@ Rules for editing:
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -77,7 +78,7 @@ from http2.core import (
 from http2.frames import CLIENT_PREFACE, RST_STREAM_BYTES, FrameScanner, MalformedFrame, reset_at
 from http2.outbox import Headers, Outbox, Tally
 from http2.purse import Purse
-from http2.stream import ServerLimits, Stream
+from http2.stream import STREAM_BYTES, ServerLimits, Stream
 
 _HIGHEST_STREAM: Final = 2**31 - 1
 
@@ -102,8 +103,10 @@ class ServerConnection(Generic[S]):
 
     __slots__ = (
         "_admission",
+        "_admission_bytes",
         "_chunk",
         "_core",
+        "_counted_bytes",
         "_highest_id",
         "_last_id",
         "_limits",
@@ -154,7 +157,9 @@ class ServerConnection(Generic[S]):
         self._opened = 0
         self._highest_id = 0  # of any stream that the peer has opened
         self._last_id = 0  # of those that were accepted
-        self._request_bytes = 0
+        self._request_bytes = 0  # of bodies
+        self._counted_bytes = 0  # the same and what else requests cost, as in the total
+        self._admission_bytes = 0  # of what waits, as counted
         self._purse = Purse(now_s)
         self._phase = Phase.OPEN
         self._phase_s = now_s
@@ -188,6 +193,7 @@ class ServerConnection(Generic[S]):
                 or len(self.streams) + scanner.requests > self._limits.max_streams
             ):
                 part = self._cut(part, news, now_s)
+                self._count_admission()
             if part:
                 self._core.receive_data(part)
                 self._take_events(news, now_s)
@@ -217,6 +223,7 @@ class ServerConnection(Generic[S]):
                 self._take_events(news, now_s)
             except ProtocolViolated:
                 self._fail("protocol", None)
+            self._count_admission()
         return news
 
     def end_input(self) -> list[S]:
@@ -327,28 +334,52 @@ class ServerConnection(Generic[S]):
         """Add to a body that comes in several parts, unless a bound is passed."""
         if stream.is_refused:
             return
-        # The first part of a body is not counted until a second one comes: most bodies come as one.
-        first_bytes = len(stream.body) if isinstance(stream.body, bytes) else 0
-        if self._request_bytes + first_bytes + len(data) > self._limits.max_request_bytes:
+        self._count_body(stream)
+        if self._request_bytes + len(data) > self._limits.max_request_bytes:
             self.take_body(stream)
             stream.is_refused = True
             return
         if isinstance(stream.body, bytes):
-            self._count(stream, first_bytes)
             stream.body = bytearray(stream.body)
         stream.body += data
-        self._count(stream, len(data))
+        self._count_body(stream)
 
-    def _count(self, stream: S, size_bytes: int) -> None:
-        stream.counted_bytes += size_bytes
-        self._request_bytes += size_bytes
-        self._request_total.size_bytes += size_bytes
+    def _count_body(self, stream: S) -> None:
+        # The first part of a body is not counted until a second one comes: most bodies come as one.
+        more_bytes = len(stream.body) - stream.counted_body_bytes
+        stream.counted_body_bytes += more_bytes
+        self._request_bytes += more_bytes
+        self.count(stream, more_bytes)
+
+    def count_incomplete(self, stream: S) -> None:
+        """Count what a request holds that is not complete, or waits: itself, and the first part of its body.
+
+        Most requests come whole in one chunk, and are never counted.
+        """
+        if not stream.is_counted and stream.id in self.streams:
+            stream.is_counted = True
+            self.count(stream, STREAM_BYTES)
+        self._count_body(stream)
+
+    def count(self, stream: S, size_bytes: int) -> None:
+        """Count more bytes of a request in the total, or with a number below zero fewer."""
+        if stream.id in self.streams:
+            stream.counted_bytes += size_bytes
+            self._counted_bytes += size_bytes
+            self._request_total.size_bytes += size_bytes
+
+    def _count_admission(self) -> None:
+        """Take into the totals what waits before it is any request's."""
+        more_bytes = self._admission.size_bytes - self._admission_bytes
+        if more_bytes:
+            self._admission_bytes += more_bytes
+            self._request_total.size_bytes += more_bytes
 
     def take_body(self, stream: S) -> bytes | bytearray:
         """Return what has arrived of a body since it was last taken."""
         body, stream.body = stream.body, b""
-        if stream.counted_bytes:
-            self._count(stream, -stream.counted_bytes)
+        if stream.counted_body_bytes:
+            self._count_body(stream)
         return body
 
     def _reset(self, stream_id: int, news: list[S]) -> None:
@@ -361,11 +392,12 @@ class ServerConnection(Generic[S]):
                 news.append(stream)
 
     def _forget(self, stream: S) -> None:
+        if stream.counted_bytes:
+            self.take_body(stream)
+            self.count(stream, -stream.counted_bytes)
         del self.streams[stream.id]
         if self._outbox:
             self._outbox.drop(stream.id)
-        if stream.counted_bytes:
-            self.take_body(stream)
 
     # What is answered.
 
@@ -494,6 +526,18 @@ class ServerConnection(Generic[S]):
             self.is_over = True
         return data, emptied
 
+    @property
+    def request_bytes(self) -> int:
+        """How many bytes of requests are held that are not complete, or wait."""
+        return self._counted_bytes + self._admission_bytes
+
+    def incomplete_since_s(self) -> float:
+        """Return when the oldest of these requests arrived; infinity if there is none."""
+        since_s = min(
+            (stream.arrived_s for stream in self.streams.values() if stream.counted_bytes), default=math.inf
+        )
+        return min(since_s, self.begun_s) if self._admission_bytes else since_s
+
     # How it ends.
 
     def retire(self, reason: str, now_s: float) -> None:
@@ -580,6 +624,8 @@ class ServerConnection(Generic[S]):
         """Forget all that is held: the connection is gone."""
         self.is_over = True
         self._outbox.clear()
+        self._admission = Admission()
+        self._count_admission()
         for stream in list(self.streams.values()):
             self._forget(stream)
             stream.is_reset = True

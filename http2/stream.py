@@ -6,9 +6,13 @@ server.py has the states of a stream, and what happens beyond each bound.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from http2.core import MAX_STREAMS, Request
+
+# What a request costs besides its body, about, while it is not complete or waits: its headers, what works for
+# it, and its state in the library.
+STREAM_BYTES: Final = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +42,11 @@ class Stream:
     is_ended = False  # its answer is complete, but may be held
     is_reset = False  # by the peer, or for a bound: work for it may stop
     work: Any = None  # the protocol class's own: what works for it
-    counted_bytes = 0  # for ServerConnection: how much of the body counts as incomplete
+    # For ServerConnection: how much counts as incomplete, how much of that is `body`, and whether
+    # STREAM_BYTES are in it.
+    counted_bytes = 0
+    counted_body_bytes = 0
+    is_counted = False
     chunk = 0  # for ServerConnection: which chunk last brought news
 
     def __init__(self, request: Request, now_s: float) -> None:

@@ -164,6 +164,7 @@ def engine_options(config: Config) -> EngineOptions:
         max_streams=grpc.max_streams,
         max_connections=grpc.max_connections,
         max_connections_per_address=grpc.max_connections_per_address,
+        handshake_timeout_s=grpc.handshake_timeout_s,
         drain_timeout_s=grpc.drain_timeout_s,
         max_age_s=grpc.max_age_s,
         send_timeout_s=grpc.send_timeout_s,

@@ -42,9 +42,14 @@ from mnemosyned.api.session_manager import parsed
 from mnemosyned.errors import Unimplemented, UnknownService
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.places import StreamPlaces
 
 SERVICE_NAME: Final = "grpc.health.v1.Health"
 _MAX_MESSAGE_BYTES: Final = 16 * 1024
+# A client has one on each of its connections; a proxy may have those of several clients.
+_MAX_WATCHES: Final = 16
+# As many as connections by default. A change wakes all of them, in about 0.2 s.
+_MAX_ALL_WATCHES: Final = 10_000
 
 
 class Health:
@@ -58,6 +63,7 @@ class Health:
         self._is_serving = False
         self._is_closed = False
         self._changed = asyncio.Event()
+        self._places = StreamPlaces(per_connection=_MAX_WATCHES, total=_MAX_ALL_WATCHES)
 
     def add_to(self, table: MethodTable) -> None:
         """Serve Check, List and Watch."""
@@ -99,7 +105,12 @@ class Health:
         response: bytes = HealthListResponse(statuses=statuses).SerializeToString()
         return response
 
-    async def _watch(self, messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
+    async def _watch(self, messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        with self._places.take(call):
+            async for response in self._watched(messages):
+                yield response
+
+    async def _watched(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         request = parsed(HealthCheckRequest, await only(messages))
         last = b""
         while True:

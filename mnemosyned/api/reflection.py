@@ -20,16 +20,26 @@ from typing import Any, Final
 from mnemosyned.api.session_manager import parsed
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.places import StreamPlaces
 
 _V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 _MAX_MESSAGE_BYTES: Final = 16 * 1024  # the name of a file or a symbol
+# A tool has one for as long as it runs.
+_MAX_STREAMS: Final = 4
+_MAX_ALL_STREAMS: Final = 100
 _V1: Final = "grpc.reflection.v1.ServerReflection"
 
 
 def add_to(table: MethodTable, services: frozenset[str]) -> None:
     """Serve both versions; they describe the named services and themselves."""
+    places = StreamPlaces(per_connection=_MAX_STREAMS, total=_MAX_ALL_STREAMS)
 
-    async def handle(messages: AsyncIterator[bytes], _: Call) -> AsyncIterator[bytes]:
+    async def handle(messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+        with places.take(call):
+            async for response in answers(messages):
+                yield response
+
+    async def answers(messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         # On a thread: it imports packages.
         servicer = await asyncio.to_thread(_servicer, services)
         # The servicer is made for a server of grpcio, but uses nothing of its context.

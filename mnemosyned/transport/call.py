@@ -7,12 +7,12 @@ An engine makes a `Call`, finds its method in the table (`methods.py`), and has 
     -------------------------+----------------------------+------------------------------------------------
     nothing                  | OK                         | `rpc` at DEBUG
     an error of the caller   | as in status.py            | `rpc_failed` at INFO, at most 100 a second
-    another error of ours    | as in status.py            | `rpc_failed` at WARNING
+    another error of ours    | as in status.py            | `rpc_failed` at WARNING, limited too
     any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, with the traceback
     CancelledError           | none is sent               | `rpc_failed` at INFO, as CANCELLED, limited too
 
-Why only the caller's errors are limited: a client can cause any number of them, and a log line costs more
-than the call. The other two kinds are rare, or are the reason why the log is read.
+All but bugs are limited: a client can cause any number of them, also UNAVAILABLE by what it overloads, and a
+log line costs more than the call.
 
 The hot path. A cached Get enters `invoke_unary`, its handler, and nothing else of this module. Therefore:
 
@@ -239,14 +239,11 @@ def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started
     elapsed_s = time.perf_counter() - started_s
     failure = failure_of(exc)
     method.stats.end(failure.code.name, elapsed_s)
-    if failure.code in _CALLERS_FAULT:
-        _log_within_budget(method, call, failure.code, elapsed_s, error=failure.text)
-        return failure
-    fields = _fields(method, call, failure.code, elapsed_s)
     if failure.is_bug:
-        log.error("rpc_failed", extra=fields, exc_info=exc)
+        log.error("rpc_failed", extra=_fields(method, call, failure.code, elapsed_s), exc_info=exc)
     else:
-        log.warning("rpc_failed", extra=fields | {"error": failure.text})
+        level = logging.INFO if failure.code in _CALLERS_FAULT else logging.WARNING
+        _log_within_budget(method, call, failure.code, elapsed_s, level=level, error=failure.text)
     return failure
 
 
@@ -315,11 +312,18 @@ def _count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: 
 
 
 def _log_within_budget(
-    method: UnaryMethod | StreamMethod, call: Call, code: StatusCode, elapsed_s: float, **more: str
+    method: UnaryMethod | StreamMethod,
+    call: Call,
+    code: StatusCode,
+    elapsed_s: float,
+    *,
+    level: int = logging.INFO,
+    **more: str,
 ) -> None:
     left_out = method.log_limiter.take(time.perf_counter())
     if left_out is not None:
-        log.info("rpc_failed", extra=_fields(method, call, code, elapsed_s) | more | _left_out(left_out))
+        fields = _fields(method, call, code, elapsed_s) | more | _left_out(left_out)
+        log.log(level, "rpc_failed", extra=fields)
 
 
 def _left_out(count: int) -> dict[str, object]:

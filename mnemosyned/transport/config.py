@@ -62,6 +62,12 @@ class GrpcConfig(Section):
         integer(0, 2**31 - 1),
         "connections from one address, with h2; 0: no limit of their own, as behind a balancer",
     )
+    handshake_timeout_s: float = setting(
+        "grpc.handshake-timeout",
+        "10s",
+        duration(1),
+        "time in which a new connection must finish TLS and begin HTTP/2",
+    )
     max_age_s: float = setting(
         "grpc.max-age",
         "1h",

@@ -70,9 +70,10 @@ class EngineOptions:
     max_connections_per_address: int = 0  # 0: no limit of their own
     drain_timeout_s: float
     max_age_s: float = 0.0  # of a connection, give or take a tenth; 0: no limit
+    handshake_timeout_s: float = 10.0  # for TLS, and then for the beginning of HTTP/2
     send_timeout_s: float = 20.0  # in which a client must take something of what waits for it
-    max_unsent_bytes: int = 256 * 1024**2  # answers that clients have not taken, over all connections
-    max_request_bytes: int = 256 * 1024**2  # requests that are not complete, over all connections
+    max_unsent_bytes: int = 128 * 1024**2  # answers that clients have not taken, over all connections
+    max_request_bytes: int = 128 * 1024**2  # requests that are not complete, over all connections
     stats: ConnectionStats = field(default_factory=ConnectionStats)
     tls: TlsFiles | None = None  # they have been read once, and were valid
 

@@ -66,6 +66,11 @@ class FrameReader:
         self._max_message_bytes = max_message_bytes
         self._buffer = bytearray()
 
+    @property
+    def held_bytes(self) -> int:
+        """How much of a message that is not complete is held."""
+        return len(self._buffer)
+
     def feed(self, body: bytes) -> list[bytes]:
         """Take bytes in; return the messages that they complete. Raises as the class says."""
         self._buffer += body

@@ -10,7 +10,7 @@ grpcio differs from the port's ideal:
 - It has one limit for the size of messages, for all methods. The largest limit of any method is given to it,
   and each method's own limit is checked once the message is in memory.
 - It knows `-tls.client-auth` none and require, not optional (transport/config.py refuses that at the start).
-- It has no limit of connections for an address, of their age, or of the time for which answers wait.
+- It has no limit of connections for an address, or of the bytes of requests that are not complete.
 - It does not tell how many connections are open.
 - It asks for the certificate at each handshake. New TLS files thus need no new server, and connections with
   the former certificate stay open.
@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import grpc
 
@@ -50,6 +50,11 @@ from mnemosyned.transport.engine import (
 )
 from mnemosyned.transport.grpcio_server import Handlers, RegisteredServer
 from mnemosyned.transport.methods import MethodTable, StreamMethod, UnaryMethod
+
+_IDLE_MS: Final = 600_000
+_KEEPALIVE_MS: Final = 60_000
+_MIN_PING_MS: Final = 5_000
+_NEVER_MS: Final = 2**31 - 1
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
 Context = Any
@@ -144,6 +149,18 @@ def _channel_arguments(table: MethodTable, options: EngineOptions) -> list[tuple
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_concurrent_streams", options.max_streams),
         ("grpc.max_allowed_incoming_connections", options.max_connections),
+        # From the accept to the client's SETTINGS; 120 s by default.
+        ("grpc.server_handshake_timeout_ms", round(options.handshake_timeout_s * 1000)),
+        # The client is asked to reconnect, as h2 does.
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+        ("grpc.max_connection_age_ms", round(options.max_age_s * 1000) or _NEVER_MS),
+        ("grpc.max_connection_age_grace_ms", round(options.drain_timeout_s * 1000)),
+        # A client whose host has died sends no end, and its connection would stay.
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", round(options.send_timeout_s * 1000)),
+        # PING more often than this three times ends the connection with ENHANCE_YOUR_CALM.
+        ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS),
+        ("grpc.http2.max_ping_strikes", 2),
     ]
 
 

@@ -43,6 +43,10 @@ class Way(Protocol):
         """Send one message of a streaming answer, or hold it."""
         ...
 
+    def count(self, call: Call, size_bytes: int) -> None:
+        """Count more bytes of a call's request that wait, or with a number below zero fewer."""
+        ...
+
     def unsent_of(self, call: Call) -> int:
         """Return how many bytes of a call's answer wait."""
         ...
@@ -138,6 +142,7 @@ class StreamWork:
         self._reader = reader
         self._messages: deque[bytes] = deque()
         self._queued_bytes = 0
+        self._counted_bytes = 0
         self._error: MnemosyneError | None = None
         self._is_last = False
         self._news = asyncio.Event()
@@ -156,7 +161,14 @@ class StreamWork:
                     self._reader.end()
             except MnemosyneError as exc:
                 self._error = exc
+        self._count()
         self._news.set()
+
+    def _count(self) -> None:
+        held_bytes = self._queued_bytes + self._reader.held_bytes
+        if held_bytes != self._counted_bytes:
+            self._call.connection.count(self._call, held_bytes - self._counted_bytes)
+            self._counted_bytes = held_bytes
 
     def _enqueue(self, messages: list[bytes]) -> None:
         self._messages.extend(messages)
@@ -166,6 +178,7 @@ class StreamWork:
             len(self._messages) > 1 and self._queued_bytes > _MAX_QUEUED_BYTES
         ):
             self._messages.clear()
+            self._queued_bytes = 0
             raise Overloaded("mnemosyned: too many messages are not answered")
 
     async def messages(self) -> AsyncIterator[bytes]:
@@ -174,6 +187,7 @@ class StreamWork:
             while self._messages:
                 message = self._messages.popleft()
                 self._queued_bytes -= len(message)
+                self._count()
                 yield message
             if self._error is not None:
                 raise self._error

@@ -35,6 +35,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -57,6 +58,7 @@ from mnemosyned.transport.call import (
     refuse,
 )
 from mnemosyned.transport.engine import host_port
+from mnemosyned.transport.h2_backlog import SLICE_BYTES
 from mnemosyned.transport.h2_call import (
     CONTENT_TYPE,
     GRPC,
@@ -101,6 +103,7 @@ class Connection(asyncio.Protocol):
         self._first = b""  # before it is known whether the client speaks HTTP/2
         self._is_http2 = False
         self._flush_is_due = False
+        self._at_once_bytes = SLICE_BYTES  # so much input is taken without a turn in the backlog
         self._is_writable = True
         self._closing_since_s: float | None = None
         self._certificate_names: tuple[str, ...] | None = None
@@ -133,6 +136,24 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what has arrived, and answer what can be answered at once."""
+        if len(data) > self._at_once_bytes:
+            self._server.backlog.put(self, data)
+        else:
+            self.take_input(data)
+
+    def hold_input(self, is_held: bool) -> None:  # noqa: FBT001  # the state itself
+        """See Taker."""
+        self._at_once_bytes = -1 if is_held else SLICE_BYTES
+        if self._transport.is_closing():
+            return
+        with suppress(NotImplementedError):  # asyncio allows a transport that cannot pause
+            if is_held:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def take_input(self, data: bytes) -> None:
+        """See Taker."""
         if self._closing_since_s is not None:
             # Discarded: see the top of this module.
             return
@@ -146,6 +167,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Take note that the client sends no more; False closes the transport."""
+        self._server.backlog.drain(self)
         has_tls = self._transport.get_extra_info("ssl_object") is not None
         if self._closing_since_s is not None or has_tls or not self._http.streams:
             return False
@@ -169,6 +191,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         """Stop all work for the client."""
         server = self._server
+        server.backlog.drop(self)
         server.connections.discard(self)
         server.stats.open = len(server.connections)
         server.stats.ended[self._http.reason or "client"] += 1
@@ -184,6 +207,15 @@ class Connection(asyncio.Protocol):
     def unsent_bytes(self) -> int:
         """How many bytes of answers the client has not taken."""
         return self._http.unsent_bytes
+
+    @property
+    def request_bytes(self) -> int:
+        """How many bytes of requests are held that are not complete, or wait."""
+        return self._http.request_bytes
+
+    def incomplete_since_s(self) -> float:
+        """Return when the oldest of these requests arrived; infinity if there is none."""
+        return self._http.incomplete_since_s()
 
     def still_since_s(self) -> float:
         """Return since when the client has taken nothing of some answer; infinity if nothing waits."""
@@ -290,18 +322,21 @@ class Connection(asyncio.Protocol):
             self._cancel(call)
         elif isinstance(call.work, StreamWork):
             call.work.feed(bytes(self._http.take_body(call)))
+            self._server.relieve_requests()
         elif call.work is None and not call.is_answered:
             call.connection = self
             method = self._unary.get(call.target)
+            self._http.count_incomplete(call)
             if method is None:
                 self._begin_other(call)
             elif call.body or call.is_refused:
                 self._check_incomplete(method, call)
+            self._server.relieve_requests()
 
     def _check_incomplete(self, method: UnaryMethod, call: Call) -> None:
         """Refuse a request as soon as it is known to be too large; its rest need not come."""
         limit_bytes = method.max_message_bytes or self._max_message_bytes
-        if call.is_refused or self._server.request_total.size_bytes > self._server.max_request_bytes:
+        if call.is_refused:
             self._refuse_body(method, call, Overloaded(_INCOMPLETE))
         elif announced_bytes(call.body) > HEADER_BYTES + limit_bytes:
             text = f"mnemosyned: message is larger than {limit_bytes} bytes"
@@ -337,6 +372,7 @@ class Connection(asyncio.Protocol):
             self._send_failure(call, refuse(call, Unimplemented(UNKNOWN_METHOD)))
         else:
             limit_bytes = stream.max_message_bytes or self._max_message_bytes
+            self._http.count_incomplete(call)
             work = StreamWork(call, frame_reader(call, limit_bytes))
             work.feed(bytes(self._http.take_body(call)))
             call.work = work
@@ -363,6 +399,10 @@ class Connection(asyncio.Protocol):
             self._http.answer_head(call, 200, _OK_HEAD)
         self._http.answer_part(call, (framed(message),), time.monotonic())
         self._flush()
+
+    def count(self, call: Call, size_bytes: int) -> None:
+        """Count more bytes of a call's request that wait, or with a number below zero fewer."""
+        self._http.count(call, size_bytes)
 
     def unsent_of(self, call: Call) -> int:
         """Return how many bytes of a call's answer wait."""
@@ -392,17 +432,31 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def _flush(self, now_s: float = 0.0) -> None:
-        """Write what there is, as long as the transport takes it, and close if that was the last."""
+        """Write what there is; a client that is behind with reading gets it in its turn."""
         self._flush_is_due = False
-        http, now_s = self._http, now_s or time.monotonic()
-        while not self._transport.is_closing():
+        if self._http.has_held:
+            self._server.backlog.put_sender(self)
+        else:
+            self._write(now_s or time.monotonic())
+
+    def send_held(self) -> None:
+        """See Taker."""
+        self._write(time.monotonic())
+
+    def _write(self, now_s: float) -> None:
+        """Write one turn's worth, begin what has waited for that, and close if that was the last."""
+        http = self._http
+        has_more = True
+        while has_more and not self._transport.is_closing():
             output, emptied = http.output(now_s)
             if output:
                 self._transport.write(output)
             for call in emptied:
                 if isinstance(call.work, StreamWork):
                     call.work.wake()
-            if not self._begin_waiting(now_s) and not (output and http.has_held and self._is_writable):
+            has_more = self._begin_waiting(now_s)
+            if http.has_held and (has_more or (output and self._is_writable)):
+                self._server.backlog.put_sender(self)
                 break
         if http.is_over:
             self._close()

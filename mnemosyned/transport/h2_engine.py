@@ -41,7 +41,6 @@ from mnemosyned.transport.methods import MethodTable
 log = logging.getLogger(__name__)
 
 _CHECK_S: Final = 1.0
-_HANDSHAKE_S: Final = 10.0
 _LAST_HANDSHAKES_S: Final = 1.0
 _LAST_WORDS_S: Final = 2.0  # for clients to read the last answers
 _KEEP_ALIVE: Final = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
@@ -152,7 +151,7 @@ class H2Engine:
                 partial(Connection, self._server, partial(self._forget, host)),
                 accepted,
                 ssl=self._tls,
-                ssl_handshake_timeout=_HANDSHAKE_S if self._tls else None,
+                ssl_handshake_timeout=self._options.handshake_timeout_s if self._tls else None,
             )
         except (OSError, TimeoutError) as exc:
             # The client is gone, or does not speak TLS, or has no certificate that we accept.
@@ -180,6 +179,7 @@ def _limits(options: EngineOptions) -> ServerLimits:
     return ServerLimits(
         max_streams=min(options.max_streams, MAX_STREAMS),
         max_header_bytes=MAX_METADATA_BYTES,
+        preface_s=options.handshake_timeout_s,
         send_s=options.send_timeout_s,
         max_age_s=options.max_age_s or math.inf,
         grace_s=options.drain_timeout_s,

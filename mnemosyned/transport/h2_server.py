@@ -7,18 +7,23 @@ many clients that each stay within their own bound could still fill the memory t
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from aio.rate_limit import LogRateLimiter
 from http2.outbox import Tally
 from http2.stream import ServerLimits
 from mnemosyned.transport.engine import ConnectionStats
+from mnemosyned.transport.h2_backlog import Backlog
 from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 
 if TYPE_CHECKING:
     from mnemosyned.transport.h2_connection import Connection
 
 log = logging.getLogger(__name__)
+
+_RELIEVED: Final = 0.9  # of the bound, when incomplete requests have passed it
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -35,6 +40,8 @@ class Server:
     connections: set[Connection] = field(default_factory=set)
     unsent_total: Tally = field(default_factory=Tally)
     request_total: Tally = field(default_factory=Tally)
+    relief_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
+    backlog: Backlog = field(default_factory=Backlog)
 
     def relieve(self) -> None:
         """Close connections until all together hold no more than they may.
@@ -44,5 +51,26 @@ class Server:
         """
         while self.unsent_total.size_bytes > self.max_unsent_bytes:
             worst = min(self.connections, key=lambda connection: connection.still_since_s())
-            log.warning("answers_unread", extra={"peer": worst.peer, "bytes": worst.unsent_bytes})
+            left_out = self.relief_limiter.take(time.monotonic())
+            if left_out is not None:
+                fields = {"peer": worst.peer, "bytes": worst.unsent_bytes, "left_out": left_out}
+                log.warning("answers_unread", extra=fields)
             worst.abort("unread")
+
+    def relieve_requests(self) -> None:
+        """Close connections if all together hold more of requests than they may.
+
+        First those with the oldest request that is not complete: an upload ends, and an attack waits. More
+        are closed than must be, so that the search for them is worth its time.
+        """
+        if self.request_total.size_bytes <= self.max_request_bytes:
+            return
+        holders = [it for it in self.connections if it.request_bytes]
+        for worst in sorted(holders, key=lambda connection: connection.incomplete_since_s()):
+            if self.request_total.size_bytes <= self.max_request_bytes * _RELIEVED:
+                return
+            left_out = self.relief_limiter.take(time.monotonic())
+            if left_out is not None:
+                fields = {"peer": worst.peer, "bytes": worst.request_bytes, "left_out": left_out}
+                log.warning("requests_incomplete", extra=fields)
+            worst.abort("incomplete")
