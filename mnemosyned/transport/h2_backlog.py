@@ -18,7 +18,8 @@ import asyncio
 import time
 from typing import Final, Protocol
 
-SLICE_BYTES: Final = 16 * 1024
+AT_ONCE_BYTES: Final = 2048  # up to here input is little: some dozens of requests
+_SLICE_BYTES: Final = 8 * 1024
 _TURN_S: Final = 0.003
 
 
@@ -98,7 +99,7 @@ class Backlog:
     def _take_slice(self) -> None:
         taker = next(iter(self._waiting))
         data, at = self._waiting.pop(taker)
-        after = at + SLICE_BYTES
+        after = at + _SLICE_BYTES
         if after < len(data):
             # Before it takes the slice, after which it may be gone.
             self._waiting[taker] = (data, after)

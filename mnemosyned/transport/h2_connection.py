@@ -58,7 +58,7 @@ from mnemosyned.transport.call import (
     refuse,
 )
 from mnemosyned.transport.engine import host_port
-from mnemosyned.transport.h2_backlog import SLICE_BYTES
+from mnemosyned.transport.h2_backlog import AT_ONCE_BYTES
 from mnemosyned.transport.h2_call import (
     CONTENT_TYPE,
     GRPC,
@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
         self._first = b""  # before it is known whether the client speaks HTTP/2
         self._is_http2 = False
         self._flush_is_due = False
-        self._at_once_bytes = SLICE_BYTES  # so much input is taken without a turn in the backlog
+        self._at_once_bytes = AT_ONCE_BYTES  # so much input is taken without a turn in the backlog
         self._is_writable = True
         self._closing_since_s: float | None = None
         self._certificate_names: tuple[str, ...] | None = None
@@ -143,7 +143,7 @@ class Connection(asyncio.Protocol):
 
     def hold_input(self, is_held: bool) -> None:  # noqa: FBT001  # the state itself
         """See Taker."""
-        self._at_once_bytes = -1 if is_held else SLICE_BYTES
+        self._at_once_bytes = -1 if is_held else AT_ONCE_BYTES
         if self._transport.is_closing():
             return
         with suppress(NotImplementedError):  # asyncio allows a transport that cannot pause

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import h2.connection
 import h2.events
 import h2.settings
@@ -35,7 +37,7 @@ from raw_http2 import (
 
 from http2.core import RETIRE_AFTER_STREAMS
 from http2.server import Phase
-from http2.stream import ServerLimits
+from http2.stream import STREAM_BYTES, ServerLimits
 
 HIGHEST = 2**31 - 1
 HOLD = block(request_headers(b"/hold"))
@@ -228,6 +230,41 @@ def test_the_incomplete_bytes_of_a_connection_are_bounded() -> None:
     assert server.incomplete.size_bytes == 0
     server.receive(frame(DATA, 1, 3, b"end"))
     assert server.answered == [3]
+    assert server.incomplete.size_bytes == 0
+
+
+def test_a_request_counts_in_the_total_until_it_is_forgotten() -> None:
+    server = Server()
+    server.receive(PREFACE + open_request(1) + frame(DATA, 0, 1, bytes(900)))
+    [stream] = server.http.streams.values()
+    assert server.incomplete.size_bytes == 0
+
+    server.http.count_incomplete(stream)
+    server.http.count_incomplete(stream)
+    assert server.incomplete.size_bytes == STREAM_BYTES + 900
+    server.http.take_body(stream)
+    assert server.incomplete.size_bytes == STREAM_BYTES
+    server.receive(frame(DATA, 0, 1, bytes(50)) + frame(DATA, 0, 1, bytes(50)))
+    server.http.count(stream, 10)
+    assert server.incomplete.size_bytes == STREAM_BYTES + 110
+    assert server.http.request_bytes == STREAM_BYTES + 110
+    assert server.http.incomplete_since_s() == server.now_s
+
+    server.http.cancel(stream)
+    server.http.count(stream, -10)
+    assert server.incomplete.size_bytes == 0
+    assert server.http.incomplete_since_s() == math.inf
+
+
+def test_requests_beyond_the_limit_of_streams_count_in_the_total() -> None:
+    server = Server(ServerLimits(max_streams=1))
+    waiting = request(3, bytes(500))
+    server.receive(PREFACE + request(1, headers=HOLD) + waiting)
+
+    assert server.incomplete.size_bytes == len(waiting)
+    server.answer(server.held[1])
+    server.flush()
+    assert server.answered == [1, 3]
     assert server.incomplete.size_bytes == 0
 
 
