@@ -38,7 +38,7 @@ from typing import Final
 
 from aio.tasks import Tasks
 from cluster import discovery, wire
-from cluster.errors import ClusterError, PeerRefused, PeerUnreachable
+from cluster.errors import ClusterError, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
 from cluster.identity import Identity
 from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send
@@ -350,6 +350,8 @@ class Gossip:
                 self.probe(send.packet.target)
         except PeerRefused as exc:
             self._log_refusal("peer_refuses_us", send.address, str(exc))
+        except PeerUnproven as exc:
+            self._log_refusal("peer_unproven", send.address, str(exc))
         except ClusterError as exc:
             log.debug("packet_lost", extra={"address": send.address, "error": str(exc)})
         else:

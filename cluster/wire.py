@@ -11,15 +11,16 @@ meant before there was such a field: an empty address is the name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import MalformedPacket
 from cluster.member import Kind, Member, Packet, Phase, State, Update
 from cluster.peerpb import peer_pb2 as pb
 from cluster.table import MAX_MEMBERS
 
+AnyMessage = TypeVar("AnyMessage", bound=Message)
 _MAX_PORT: Final = 65_535
 _MAX_NAME: Final = 300  # of a host name, 253, and a port
 # Far beyond any clock and any count of refutations; above it arithmetic would leave 64 bits.
@@ -41,35 +42,33 @@ def response(packet: Packet | None, refusal: str = "") -> bytes:
 
 def parse_request(body: bytes) -> tuple[pb.Origin, Packet]:
     """Return what a GossipRequest holds. Raises MalformedPacket."""
-    message = pb.GossipRequest()
-    _parse(message, body)
+    message = parsed(pb.GossipRequest, body)
     return message.origin, _packet(message.packet)
 
 
 def parse_response(body: bytes) -> tuple[Packet | None, str]:
     """Return a GossipResponse's packet and refusal. Raises MalformedPacket."""
-    message = pb.GossipResponse()
-    _parse(message, body)
+    message = parsed(pb.GossipResponse, body)
     packet = _packet(message.packet) if message.HasField("packet") else None
     return packet, message.refusal
 
 
 def parse_answers(body: bytes, count: int) -> Sequence[pb.Answer]:
-    """Return the answers of a ForwardResponse to that many items. Raises MalformedPacket."""
-    response = pb.ForwardResponse()
-    _parse(response, body)
+    """Return the answers to that many items. Raises MalformedPacket."""
+    response = parsed(pb.Answers, body)
     if len(response.answers) != count:
         # Answers belong to items by their place alone, so each of these might be for another call.
         raise MalformedPacket(f"{len(response.answers)} answers to {count} items")
     return response.answers
 
 
-def _parse(message: pb.GossipRequest | pb.GossipResponse | pb.ForwardResponse, body: bytes) -> None:
+def parsed(kind: type[AnyMessage], body: bytes) -> AnyMessage:
+    """Return a message of this kind. Raises MalformedPacket."""
     try:
-        message.ParseFromString(body)
+        return kind.FromString(body)
     except DecodeError:
         # Without protobuf's own text, which may quote the message.
-        raise MalformedPacket(f"not a valid {message.DESCRIPTOR.full_name}") from None
+        raise MalformedPacket(f"not a valid {kind.DESCRIPTOR.full_name}") from None
 
 
 def _message(packet: Packet) -> pb.Packet:

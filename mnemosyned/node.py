@@ -57,7 +57,7 @@ from cluster.forward import Forwarder
 from cluster.gossip import Gossip
 from cluster.identity import Identity
 from cluster.member import Member, Phase, State
-from cluster.peer_auth import PeerAuth
+from cluster.peer_auth import PROCESS_BYTES, PeerAuth
 from cluster.peers import SERVICE_NAME, Peers
 from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService
@@ -173,7 +173,11 @@ class ClusterNode:
         self._clock = clock
         self._bound: _Sessions | None = None
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
-        self.peer_auth = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
+        self.peer_auth = PeerAuth(
+            [secret.encode() for secret in options.secrets],
+            options.peer_names,
+            process=os.urandom(PROCESS_BYTES),
+        )
         self._peers = Peers(self.peer_auth, self.client_stats, server_name=self._host_at)
         self.forwarder = Forwarder(self._peers, storage_now_us=clock.now_us, remember_s=options.cache_ttl_s)
         # Not active: no node tells this one of writes yet, so it must keep no copies.
@@ -230,18 +234,20 @@ class ClusterNode:
         `calls` handles what peers forward. `stop` begins the drain of this daemon; a peer's Leave calls it.
         """
         self._service = PeerService(
+            self._options.listen,
+            self.peer_auth,
             self._joined,
             calls,
             storage_now_us=self._clock.now_us,
             drop=self._sessions.coherence.drop_copies,
             stop=stop,
         )
-        self._service.add_to(table, self.peer_auth, max_message_bytes=self._options.max_message_bytes)
+        self._service.add_to(table, max_message_bytes=self._options.max_message_bytes)
 
     async def run(self) -> None:
         """Join the cluster and stay in it, until cancelled. The storage must be open, but may fail."""
         options = self._options
-        if options.seeds and not self.peer_auth.reaches_elsewhere:
+        if options.seeds and not self.peer_auth.demands_proof:
             log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
         identity = Identity(label=options.label, storage_fingerprint=await self._storage_identity())
         me = Member(

@@ -110,10 +110,10 @@ def test_a_table_beyond_all_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_answers_are_as_many_as_the_items() -> None:
-    body = pb.ForwardResponse(answers=[pb.Answer(text="a"), pb.Answer(text="b")]).SerializeToString()
+    body = pb.Answers(answers=[pb.Answer(text="a"), pb.Answer(text="b")]).SerializeToString()
 
     assert [answer.text for answer in wire.parse_answers(body, 2)] == ["a", "b"]
     with pytest.raises(MalformedPacket, match="2 answers to 3 items"):
         wire.parse_answers(body, 3)
-    with pytest.raises(MalformedPacket, match="ForwardResponse"):
+    with pytest.raises(MalformedPacket, match="Answers"):
         wire.parse_answers(b"\xff\xff", 1)
