@@ -30,10 +30,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, Final, cast
 from urllib.parse import unquote_to_bytes
 
@@ -87,12 +89,14 @@ class Channel:
         tls: ssl.SSLContext | None = None,
         server_name: str = "",
         introduce: Callable[[Channel, Wire], Awaitable[Any]] = _no_introduction,
+        may_dial: Callable[[str], bool] = lambda _: True,
     ) -> None:
         """Dial nothing yet.
 
         - Over TLS the server's certificate must be for `server_name`.
         - `introduce` is awaited with each new connection; what it returns goes with the calls on it. If it
           raises, the connection is closed, and the calls that wait for it fail.
+        - `may_dial` is asked for what a host name stands for; an address is dialled as it is.
         """
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
@@ -100,6 +104,7 @@ class Channel:
         self._tls = tls
         self._server_name = server_name
         self._introduce = introduce
+        self._may_dial = may_dial
         self._wire: Wire | None = None
         self._retiring: set[Wire] = set()
         self._dialling: asyncio.Task[None] | None = None
@@ -228,7 +233,7 @@ class Channel:
             async with asyncio.timeout(_CONNECT_S):
                 _, wire = await asyncio.get_running_loop().create_connection(
                     lambda: Wire(self._room),
-                    self._host,
+                    await self._resolved(),
                     self._port,
                     ssl=self._tls,
                     server_hostname=self._server_name if self._tls else None,
@@ -252,6 +257,17 @@ class Channel:
             if wire is not None and self._wire is not wire:
                 wire.abort()
             self._dialling = None
+
+    async def _resolved(self) -> str:
+        """Return the address to dial. Raises OSError."""
+        if _is_ip(self._host):
+            return self._host
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        for *_, address in found:
+            if self._may_dial(str(address[0])):
+                return str(address[0])
+        raise OSError(f"{self._host} stands for no address that may be a node's")
 
     def _lost(self, wire: Wire) -> None:
         self._retiring.discard(wire)
@@ -466,6 +482,14 @@ class Wire(asyncio.Protocol):
     def _close_if_done(self) -> None:
         if self.http.is_over or (self.http.is_retiring and not self.http.streams):
             self._transport.close()
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _first_message(received: bytearray) -> bytes | None:

@@ -98,8 +98,14 @@ class Peers:
         stats_by_method: Mapping[str, CallStats],
         *,
         server_name: Callable[[str], str] = lambda address: address.rpartition(":")[0],
+        may_dial: Callable[[str], bool] = lambda _: True,
     ) -> None:
-        """`server_name` returns, over TLS, the name that an address's certificate must have."""
+        """Open no connection yet.
+
+        - `server_name` returns, over TLS, the name that an address's certificate must have.
+        - `may_dial` tells whether a node may be where a host name leads.
+        """
+        self._may_dial = may_dial
         self._auth = peer_auth
         self._stats_by_method = stats_by_method
         self._server_name = server_name
@@ -194,6 +200,7 @@ class Peers:
                 # Peers are dialled by address, and their certificates are for names.
                 server_name=self._server_name(address).strip("[]"),
                 introduce=partial(self._introduce, callee),
+                may_dial=self._may_dial,
             )
             connection = _Connection(channel, callee, answered_s=time.monotonic())
             self._connections[address, channel_kind] = connection

@@ -64,7 +64,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from aio.deadline import Deadline
@@ -73,6 +74,7 @@ from cluster.gossip import Gossip
 from cluster.peer_auth import HELLO, METADATA_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
+from cluster.wire import max_request_bytes
 from http2.status import StatusCode
 from mnemosyned.api import session_manager
 from mnemosyned.api.session_manager import parsed
@@ -104,6 +106,8 @@ _CLOCK_ERROR_US: Final = 50_000
 # the answers beyond this limit from the storage.
 _MAX_RESPONSE_BYTES: Final = 32 * 1024**2
 _MS_PER_S: Final = 1000
+
+_Handler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
 
 
 class PeerService:
@@ -142,16 +146,19 @@ class PeerService:
         self._waiting: set[asyncio.Task[Any]] = set()  # tasks of the streams without a batch under way
         self._is_closed = False
 
-    def add_to(self, table: MethodTable, *, max_message_bytes: int) -> None:
-        """Add the methods to a table, behind the guard; `max_message_bytes` is the limit for clients."""
-        handlers: dict[str, Callable[[bytes, Call], bytes]] = {
-            "Gossip": self._receive_packet,
-            "Invalidate": self._invalidate,
-            "Leave": self._leave,
-        }
+    def add_to(self, table: MethodTable, *, max_message_bytes: int, max_members: int) -> None:
+        """Add the methods to a table, behind the guard.
+
+        `max_message_bytes` is the limit for clients, `max_members` the bound of a cluster.
+        """
         limit = max(_MAX_MESSAGE_BYTES, max_message_bytes + _ITEM_OVERHEAD_BYTES)
-        for name, handle in handlers.items():
-            table.add_unary(SERVICE_NAME, name, self._guarded(name, handle), max_message_bytes=limit)
+        handlers: dict[str, tuple[_Handler, int]] = {
+            "Gossip": (self._receive_packet, max_request_bytes(max_members)),
+            "Invalidate": (self._invalidate, limit),
+            "Leave": (self._leave, _MAX_HELLO_BYTES),
+        }
+        for name, (handle, max_bytes) in handlers.items():
+            table.add_unary(SERVICE_NAME, name, self._guarded(name, handle), max_message_bytes=max_bytes)
         table.add_unary(SERVICE_NAME, HELLO, self._hello, max_message_bytes=_MAX_HELLO_BYTES)
         table.add_stream(SERVICE_NAME, "Forward", self._forward, max_message_bytes=limit)
 
@@ -164,14 +171,22 @@ class PeerService:
         for task in self._waiting:
             task.cancel()
 
-    def _guarded(self, method: str, handle: Callable[[bytes, Call], bytes]) -> UnaryHandler:
+    def _guarded(self, method: str, handle: _Handler) -> UnaryHandler:
         """Return a handler that answers peers only, each with a proof."""
 
-        def guarded(message: bytes, call: Call) -> bytes:
+        def guarded(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
             key = self._checked(method, message, call)
             answer = handle(message, call)
-            seal = key.seal(call.metadata(METADATA_KEY) or "", answer)
-            return pb.SealedAnswer(answer=answer, seal=seal).SerializeToString()
+            signature = call.metadata(METADATA_KEY) or ""
+            return (
+                _sealed(answer, key, signature)
+                if isinstance(answer, bytes)
+                else later(answer, key, signature)
+            )
+
+        async def later(answer: Coroutine[Any, Any, bytes], key: PeerKey, signature: str) -> bytes:
+            with _malformed_as_status():
+                return _sealed(await answer, key, signature)
 
         return guarded
 
@@ -202,11 +217,9 @@ class PeerService:
         proof = self._peer_auth.proof(call.metadata(METADATA_KEY) or "", key)
         return pb.HelloResponse(process=self._peer_auth.process, proof=proof).SerializeToString()
 
-    def _receive_packet(self, message: bytes, _: Call) -> bytes:
-        try:
+    def _receive_packet(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
+        with _malformed_as_status():
             return self._gossip().answer(message)
-        except MalformedPacket as exc:
-            raise MalformedMessage(f"mnemosyned: {exc}") from None
 
     async def _forward(self, messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         # The opening signs an empty body, since no batch is there yet. It is accepted once, and each seal
@@ -321,6 +334,18 @@ class _ForwardedCall:
         if key not in {"request_id", "traceparent", "tracestate"}:
             return None
         return getattr(self._item, key) or None
+
+
+@contextmanager
+def _malformed_as_status() -> Iterator[None]:
+    try:
+        yield
+    except MalformedPacket as exc:
+        raise MalformedMessage(f"mnemosyned: {exc}") from None
+
+
+def _sealed(answer: bytes, key: PeerKey, signature: str) -> bytes:
+    return pb.SealedAnswer(answer=answer, seal=key.seal(signature, answer)).SerializeToString()
 
 
 def _as_status(exc: UnauthenticatedPeer) -> Unauthenticated:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from cluster.addresses import is_address
 from mnemosyned.config.duration import format_duration, parse_duration
 from mnemosyned.config.flags import ConfigError
 
@@ -96,8 +97,7 @@ def host(text: str) -> str:
 
 def node_address(text: str) -> str:
     """Read host:port."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", text, re.ASCII)
-    if match is None or not 0 < int(match[2]) < 2**16:
+    if not is_address(text):
         raise ValueError(f"{text!r} is not an address of the form host:port")
     return text
 

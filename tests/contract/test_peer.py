@@ -32,7 +32,7 @@ from mnemosyned.transport.call import Call
 
 SERVICE = "mnemosynepeer.Peer"
 METHODS = ["Gossip", "Invalidate", "Leave"]
-STRANGER = Member("192.0.2.9:1", "192.0.2.9:1", 1, 0, State.ALIVE, Phase.ACTIVE, 99)
+STRANGER = Member("127.0.0.9:1", "127.0.0.9:1", 1, 0, State.ALIVE, Phase.ACTIVE, 99)
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -315,7 +315,7 @@ async def test_a_node_of_another_cluster_is_told_why_it_is_refused(
     word = "label" if "cluster_label" in changed else "databases"
     invalidate = pb.InvalidateRequest(origin=foreign, tokens=["t"]).SerializeToString()
     packet = Packet(Kind.SYNC, STRANGER)
-    answer, refusal = wire.parse_response(await ask(peer, "Gossip", wire.request(packet, foreign)))
+    answer, _, refusal = wire.parse_response(await ask(peer, "Gossip", wire.request(packet, foreign)))
 
     assert answer is None
     assert word in refusal
@@ -328,14 +328,16 @@ async def test_a_node_of_another_cluster_is_told_why_it_is_refused(
     assert len(peer.node.gossip.swim.table) == 1
 
 
-async def test_a_member_is_answered_and_known(peer: Peer, origin: pb.Origin) -> None:
+async def test_a_node_is_answered_and_no_member_before_it_answers(peer: Peer, origin: pb.Origin) -> None:
     packet = Packet(Kind.SYNC, STRANGER._replace(phase=Phase.JOINING))
-    answer, _ = wire.parse_response(await ask(peer, "Gossip", wire.request(packet, origin)))
+    answer, _, _ = wire.parse_response(await ask(peer, "Gossip", wire.request(packet, origin)))
 
     assert answer is not None
     assert answer.kind is Kind.SYNC_REPLY
     assert answer.sender.name == peer.address
-    assert peer.node.probes() == {STRANGER.name: "SERVING"}
+    assert peer.node.gossip is not None
+    await until(lambda: peer.node.gossip.introductions.failed == 1)  # type: ignore[union-attr]
+    assert peer.node.probes() == {}
 
 
 @pytest.mark.parametrize("method", METHODS)
