@@ -126,15 +126,22 @@ class Channel:
         wire = await self.ready(timeout_s)
         return await self.call_on(wire, path, metadata, message, timeout_s=at_s - time.monotonic())
 
-    async def call_on(
-        self, wire: Wire, path: bytes, metadata: Headers, message: bytes, *, timeout_s: float
+    async def call_on(  # a call's parts
+        self,
+        wire: Wire,
+        path: bytes,
+        metadata: Headers,
+        message: bytes,
+        *,
+        timeout_s: float,
+        max_bytes: int = _MAX_MESSAGE_BYTES,
     ) -> bytes:
         """Return the answer to one message on a connection that `ready` has just returned.
 
         Nothing may be awaited in between. Raises as `call` does.
         """
         answer: asyncio.Future[bytes] = wire.loop.create_future()
-        stream = wire.open(path, self._headers(metadata), _Unary(answer))
+        stream = wire.open(path, self._headers(metadata), _Unary(answer, max_bytes))
         wire.send(stream, framed(message), is_last=True)
         self.expiry.add(answer, timeout_s)
         try:
@@ -361,8 +368,9 @@ class ChannelStream:
 class _Unary:
     """Waits for the answer of one call."""
 
-    def __init__(self, answer: asyncio.Future[bytes]) -> None:
+    def __init__(self, answer: asyncio.Future[bytes], max_bytes: int) -> None:
         self._answer = answer
+        self._max_bytes = max_bytes
 
     def take_news(self, stream: ClientStream) -> None:
         if self._answer.done():
@@ -376,7 +384,7 @@ class _Unary:
                 self._answer.set_exception(CallFailed(StatusCode.INTERNAL, "the answer is no message"))
             else:
                 self._answer.set_result(message)
-        elif announced_bytes(stream.body) > _MAX_MESSAGE_BYTES:
+        elif announced_bytes(stream.body) > self._max_bytes:
             self._answer.set_exception(CallFailed(StatusCode.RESOURCE_EXHAUSTED, "the answer is too large"))
 
 

@@ -51,7 +51,8 @@ from http2.outbox import Headers
 from http2.status import StatusCode
 
 SERVICE_NAME: Final = "mnemosynepeer.Peer"
-_MAX_CONNECTIONS: Final = 512
+_MAX_CONNECTIONS: Final = 4096  # two to each member of the largest usual cluster, and more
+_MAX_HELLO_BYTES: Final = 1024  # of an answer of who has proved nothing yet
 _HELLO_S: Final = 1.0  # no more than the dial that it belongs to (channel.py)
 # The peer is alive and says no. Everything else may be a broken connection or a peer that is about to end.
 _REFUSALS: Final = frozenset({
@@ -221,7 +222,9 @@ class Peers:
         if self._auth.has_secret:
             body = pb.HelloRequest(callee=callee).SerializeToString()
             greeting = self._auth.greeting(body, now_ms=_now_ms(), nonce=os.urandom(NONCE_BYTES))
-            answer = await channel.call_on(wire, _path(HELLO), _metadata(greeting), body, timeout_s=_HELLO_S)
+            answer = await channel.call_on(
+                wire, _path(HELLO), _metadata(greeting), body, timeout_s=_HELLO_S, max_bytes=_MAX_HELLO_BYTES
+            )
             hello = parsed(pb.HelloResponse, answer)
             process, proof = hello.process, hello.proof
         if proof:
