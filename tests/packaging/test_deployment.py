@@ -74,6 +74,10 @@ ALERTS = {
         {'mnemosyned_cluster_members{state="dead"}': "1x30"},
         {'mnemosyned_cluster_members{state="left"}': "1x30"},
     ),
+    "MnemosynedUnprovenPeers": (
+        {"mnemosyned_cluster_unproven_total": "0x10 0+1x20"},
+        {"mnemosyned_cluster_unproven_total": "0x20 1x10"},
+    ),
     "MnemosynedCertificateEnds": (
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{7 * 86400}x30"},
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{8 * 86400}x30"},
