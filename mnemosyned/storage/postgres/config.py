@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from mnemosyned.config.flags import ConfigError, Section, setting
-from mnemosyned.config.parsers import duration, file_name, integer, words_in
+from mnemosyned.config.parsers import duration, integer, secret_file, words_in
 
 # PostgreSQL cuts longer names off without an error, and two long names could then mean one table.
 _MAX_IDENTIFIER_BYTES: Final = 63
@@ -48,7 +48,10 @@ class PostgresConfig(Section):
         is_secret=True,
     )
     address_file: str = setting(
-        "postgres.address.file", "", file_name, "file with the URL instead, such as a mounted secret"
+        "postgres.address.file",
+        "",
+        secret_file,
+        "file with the URL instead, such as a mounted secret",
     )
     schema: str = setting("postgres.schema", "mnemosyne", identifier, "schema of the table")
     table: str = setting("postgres.table", "session", identifier, "table of the sessions")
