@@ -33,6 +33,9 @@ S = TypeVar("S", bound=Section)
 # What Kubernetes puts into MNEMOSYNED_PORT when there is a Service of our name.
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 
+# An address without a password, as that of a private server. The rest of such a file may be public.
+_ADDRESS: Final = re.compile(r"embedded:.*|\w+://(?!.*(password|:[^/]*@)).*", re.DOTALL)
+
 
 class Config:
     """What the daemon runs with: one value of each section, found by its type."""
@@ -170,8 +173,17 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
         )
         self._flags = flags
         self.file_with_secret = ""
+        self._refusal: ConfigError | None = None
 
     def _open(self, path: str) -> IO[str]:
+        # The library puts a text of its own before that of any error here, and gives it to `error`.
+        try:
+            return self._opened(path)
+        except ConfigError as exc:
+            self._refusal = exc
+            raise
+
+    def _opened(self, path: str) -> IO[str]:
         """Return the content of the configuration file. Raises ConfigError."""
         try:
             content = read_bytes(path, holds_secret=False, max_bytes=MAX_CONFIG_BYTES)
@@ -182,7 +194,7 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
         except FileRefused as exc:
             raise ConfigError(f"config file {path}: it is not valid {_syntax(path)}: {exc}") from None
         stream.name = path  # the library asks for it, as of any file
-        has_secret = any(self._is_secret(name) for name in _settings_in(stream))
+        has_secret = any(self._is_secret(name, value) for name, value in _settings_in(stream).items())
         stream.seek(0)
         if has_secret:
             self.file_with_secret = path
@@ -193,12 +205,14 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
                 raise ConfigError(f"config file {path}, which has a secret: {exc}") from None
         return stream
 
-    def _is_secret(self, name: str) -> bool:
-        flag = self._flags.get(name)
-        return flag is not None and flag.is_secret
+    def _is_secret(self, name: str, value: str | list[str]) -> bool:
+        flag, texts = self._flags.get(name), [value] if isinstance(value, str) else value
+        return flag is not None and flag.is_secret and not all(map(_ADDRESS.fullmatch, texts))
 
     def error(self, message: str) -> NoReturn:
         # Only a config file can cause this: arguments are normalised.
+        if self._refusal is not None:
+            raise self._refusal from None
         unknown = re.search(r"unrecognized arguments: --([^=\s]+)", message)
         if unknown is not None:
             name = unknown[1]
