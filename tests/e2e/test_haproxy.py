@@ -1,4 +1,4 @@
-"""HAProxy in front of three nodes, configured as in deploy/: it balances calls, and keeps clients from peers."""
+"""HAProxy in front of nodes, configured as in deploy/: it balances calls, and refuses those of peers."""
 
 from __future__ import annotations
 
