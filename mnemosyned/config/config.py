@@ -47,12 +47,10 @@ class Config:
 
     def secret_files(self) -> dict[str, str]:
         """Return the files with secrets that the daemon reads, by the names of the flags that name them."""
-        found = {"config": self._secret_file}
-        for kind, section in self._sections.items():
-            for field, flag in flags_of(kind).items():
-                if flag.is_secret_file:
-                    found[flag.name] = getattr(section, field)
-        return {name: path for name, path in found.items() if path}
+        found = {"config": self._secret_file} if self._secret_file else {}
+        for section in self._sections.values():
+            found |= section.secret_files()
+        return found
 
     def __getitem__(self, section: type[S]) -> S:
         return cast("S", self._sections[section])

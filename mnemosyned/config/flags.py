@@ -101,6 +101,15 @@ class Section:
         """
         return self
 
+    def secret_files(self) -> dict[str, str]:
+        """Return the files with secrets that this section names, by the flag that names them."""
+        names = {
+            flag.name: getattr(self, field)
+            for field, flag in flags_of(type(self)).items()
+            if flag.is_secret_file
+        }
+        return {name: path for name, path in names.items() if path}
+
     def check(self, config: Config) -> None:
         """Check what concerns several settings, also of other sections. Raises ConfigError."""
 

@@ -541,3 +541,17 @@ def test_the_members_are_bounded() -> None:
     assert parse([], {})[ClusterConfig].max_members == 1000
     for count in ("1", "65537", "-5", "many"):
         assert "from 2 to 65536" in complaint(f"-cluster.max-members={count}")
+
+
+@pytest.mark.parametrize("parameter", ["sslkey", "passfile"])
+def test_a_file_in_the_address_of_the_database_is_a_file_with_a_secret(
+    tmp_path: Path, parameter: str
+) -> None:
+    path = written(tmp_path, "x", 0o600)
+    address = f"-postgres.address=postgres://u:hunter2@h/d?sslmode=require&{parameter}={path}"
+
+    assert parse([address], {}).secret_files() == {f"postgres.address ({parameter})": path}
+    Path(path).chmod(0o602)
+    text = complaint(address)
+    assert text.startswith(f"flag -postgres.address: its {parameter}, {path}: other users may write it")
+    assert "hunter2" not in text
