@@ -62,7 +62,7 @@ from mnemosyned.errors import MnemosyneError
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.observe.metrics import new_registry, show_certificates_end
-from mnemosyned.ports import Ports, admin_host, open_ports
+from mnemosyned.ports import Ports, admin_host, is_plaintext_exposed, open_ports
 from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.sessions.cleanup import run_cleanup
@@ -318,7 +318,7 @@ class _Daemon:
             log.warning(
                 "anybody_may_call", extra={"host": grpc.host, "flags": "-auth.keys, -tls.client-auth"}
             )
-        if config[ClusterConfig].is_exposed(config):
+        if is_plaintext_exposed(config):
             log.warning("cluster_without_tls", extra={"flags": "-tls, -cluster.plaintext"})
         if not storage.engine.capabilities.is_durable:
             log.warning("storage_forgets_all_sessions_at_exit", extra={"storage": storage.name})

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
 
-from cluster.peer_auth import is_loopback
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import (
     boolean,
@@ -150,14 +149,6 @@ class ClusterConfig(Section):
         for name, taken in (("gRPC", grpc.port), ("admin", grpc.port + 1)):
             if port == taken:
                 raise ConfigError(f"flag -cluster.bind: {self.bind} is the {name} port of this node (-port)")
-
-    def is_exposed(self, config: Config) -> bool:
-        """Tell whether nodes of other hosts call this node without TLS or -cluster.plaintext."""
-        if not self.listen or not config[StorageConfig].engine.capabilities.is_shared:
-            return False
-        host = split_address(self.bind)[0] if self.bind else config[GrpcConfig].host
-        is_local = is_loopback(host) or host.startswith("unix:")
-        return not (is_local or config[TlsConfig].is_on or self.is_plaintext)
 
 
 def split_address(address: str) -> tuple[str, int]:

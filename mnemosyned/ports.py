@@ -10,7 +10,7 @@
 The peers' port has an engine of its own with the same limits and the same TLS files. So a firewall or a proxy
 can keep clients from the Peer service by the port alone, and a flood of clients takes no connection of peers.
 
-All ports are opened before the storage is, or none is.
+All ports are opened before the storage. If one of them cannot be opened, the others are closed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from typing import TYPE_CHECKING
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
+from cluster.peer_auth import is_loopback
 from mnemosyned import assembly
 from mnemosyned.admin.server import AdminServer
 from mnemosyned.assembly import GRPC_ENGINES
 from mnemosyned.node_config import ClusterConfig, split_address
 from mnemosyned.observe.metrics import ConnectionCollector
+from mnemosyned.security.config import TlsConfig
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import admin_context
+from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.engine import (
     UNIX_PREFIX,
@@ -129,6 +132,15 @@ def admin_host(grpc: GrpcConfig) -> str:
     """Return where the admin port listens."""
     # A Unix socket is for gRPC alone, as is its file's mode: the admin port is always one of TCP.
     return "127.0.0.1" if grpc.host.startswith(UNIX_PREFIX) else grpc.host
+
+
+def is_plaintext_exposed(config: Config) -> bool:
+    """Tell whether nodes of other hosts call this node without TLS or `-cluster.plaintext`."""
+    cluster, is_shared = config[ClusterConfig], config[StorageConfig].engine.capabilities.is_shared
+    if not cluster.listen or not is_shared or config[TlsConfig].is_on or cluster.is_plaintext:
+        return False
+    host = split_address(cluster.bind)[0] if cluster.bind else config[GrpcConfig].host
+    return not (is_loopback(host) or host.startswith(UNIX_PREFIX))
 
 
 def _peers_options(options: EngineOptions, bind: str) -> EngineOptions:
