@@ -26,10 +26,11 @@ def main() -> int:
     hide_secrets(arguments, SECRET_FLAGS)
     # Only now: these imports take ten times as long as all before, and until here `ps` shows the secrets.
     from mnemosyned.commands import COMMANDS
-    from mnemosyned.security import core_dumps
 
     if arguments and arguments[0] in COMMANDS:
-        # They may read secrets and tokens too.
+        from mnemosyned.security import core_dumps
+
+        # Commands may read secrets and tokens too.
         core_dumps.forbid()
         return COMMANDS[arguments[0]].run(arguments[1:])
     return _serve(arguments)
