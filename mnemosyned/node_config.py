@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final, Self
 
 from mnemosyned.config.flags import ConfigError, Section, setting
@@ -39,7 +40,6 @@ from mnemosyned.transport.config import GrpcConfig
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
 
-_ANY_ADDRESS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # compared, not listened on
 _MAX_SECRETS: Final = 2  # each call is compared with all of them
 
 
@@ -158,5 +158,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    # A name is compared as a name: what it resolves to shows when the port is opened.
-    return one == other or bool({one, other} & _ANY_ADDRESS)
+    return one == other or _is_any_address(one) or _is_any_address(other)
+
+
+def _is_any_address(host: str) -> bool:
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        # What a name resolves to shows when the port is opened.
+        return False
