@@ -1,0 +1,133 @@
+"""Runs attacks one after the other, each on daemons of its own, and prints what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import asyncpg
+from redteam import (  # noqa: F401  # each registers its attacks
+    impostors,
+)
+from redteam.lab import ATTACKS, MAX_P99_MS, Attack, Broken, Lab, Outcome, Void
+
+from mnemosyned.embedded.server import EmbeddedPostgres
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    attack: Attack
+    engine: str
+    outcome: Outcome
+    seconds: float
+
+
+def selected(words: Sequence[str], *, is_short: bool = False) -> list[Attack]:
+    """Return the attacks that have one of the words."""
+    return [
+        one
+        for one in ATTACKS
+        if (one.is_quick or not is_short)
+        and (not words or any(word in f"{one.kind} {one.name}" for word in words))
+    ]
+
+
+class Laboratory:
+    """A PostgreSQL and a directory for all attacks of a run."""
+
+    def __init__(self, server: EmbeddedPostgres | None = None) -> None:
+        """Use this server, or start one when an attack needs it."""
+        self._server = server
+        self._stack = ExitStack()
+        self._numbers = itertools.count()
+
+    def __enter__(self) -> Self:
+        self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        # A daemon that is started as another user reads its files here.
+        self._scratch.chmod(0o755)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.__exit__(*exc)  # type: ignore[arg-type]  # as it came
+
+    def run(self, attacks: Sequence[Attack], engines: Sequence[str]) -> list[Row]:
+        """Run each attack on each engine; print each line when it is known."""
+        rows: list[Row] = []
+        print(_HEAD, flush=True)  # noqa: T201  # a program
+        for one in attacks:
+            for engine in [engine for engine in engines if engine in one.engines]:
+                began_s = time.monotonic()
+                outcome = self.outcome(one, engine)
+                row = Row(attack=one, engine=engine, outcome=outcome, seconds=time.monotonic() - began_s)
+                rows.append(row)
+                print(_line(row), flush=True)  # noqa: T201  # a program
+        return rows
+
+    def outcome(self, attack: Attack, engine: str) -> Outcome:
+        """Run one attack; once more if the machine may have been too slow for the good client."""
+        if lacking := attack.needs():
+            return Outcome(verdict="skipped", reasons=[lacking])
+        outcome = self._outcome_once(attack, engine)
+        if outcome.verdict == "broken" and _is_slow_alone(outcome):
+            outcome = self._outcome_once(attack, engine)
+        return outcome
+
+    def _outcome_once(self, attack: Attack, engine: str) -> Outcome:
+        scratch = self._scratch / str(next(self._numbers))
+        scratch.mkdir()
+        with Lab(engine, self._new_database, scratch) as lab:
+            try:
+                attack.run(lab)
+            except Broken as exc:
+                return lab.outcome(verdict="broken", reason=str(exc))
+            except Void as exc:
+                return lab.outcome(verdict="void", reason=str(exc))
+            return lab.outcome()
+
+    def _new_database(self) -> str:
+        if self._server is None:
+            self._server = self._stack.enter_context(EmbeddedPostgres.start(self._scratch / "postgres"))
+        name = f"redteam_{next(self._numbers)}"
+        asyncio.run(_execute(self._server.dsn, f"CREATE DATABASE {name}"))
+        return f"{self._server.dsn.rpartition('/')[0]}/{name}"
+
+
+async def _execute(dsn: str, statement: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(statement)
+    await connection.close()
+
+
+def _is_slow_alone(outcome: Outcome) -> bool:
+    return len(outcome.reasons) == 1 and outcome.p99_ms >= MAX_P99_MS and "p99" in outcome.reasons[0]
+
+
+_HEAD = f"{'attack':76} {'engine':7} {'verdict':8} {'p99 ms':>7} {'failed':>7} {'RSS MB':>7} {'s':>5}"
+
+
+def _line(row: Row) -> str:
+    outcome = row.outcome
+    name = f"{row.attack.kind}: {row.attack.name}"
+    line = f"{name[:76]:76} {row.engine:7} {outcome.verdict:8} {outcome.p99_ms:7.1f}"
+    line += f" {outcome.failed:7} {outcome.rss_mb:7} {row.seconds:5.1f}"
+    return "\n".join([line, *(f"    {reason[:400]}" for reason in outcome.reasons)])
+
+
+def print_table(rows: Sequence[Row]) -> int:
+    """Print the sums; return the exit code."""
+    counts = {verdict: 0 for verdict in ("held", "broken", "void", "skipped")}
+    for row in rows:
+        counts[row.outcome.verdict] += 1
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))  # noqa: T201  # a program
+    sys.stdout.flush()
+    return 1 if counts["broken"] or counts["void"] else 0
