@@ -26,15 +26,15 @@ def main() -> int:
     options = parser.parse_args()
     # Daemons and their clients find the sources by themselves.
     os.environ.pop("PYTHONPATH", None)
-    attacks = selected(options.words, is_short=options.short)
+    attacks = selected(options.words, options.engine or ENGINES, is_short=options.short)
     if options.list:
-        for one in attacks:
-            print(f"{one.kind:12} {one.name}")  # noqa: T201  # a program
+        for one, engine in attacks:
+            print(f"{engine:7} {one.kind}: {one.name}")
         return 0
     if not attacks:
         parser.error(f"no attack of {len(ATTACKS)} has one of these words")
     with Laboratory() as laboratory:
-        rows = laboratory.run(attacks, options.engine or ENGINES)
+        rows = laboratory.run(attacks)
     return print_table(rows)
 
 
@@ -44,7 +44,9 @@ def enter_namespace() -> None:
         return
     os.environ[_INSIDE] = "1"
     command = 'ip link set lo up && exec "$0" -m redteam "$@"'
-    os.execvp("unshare", ["unshare", "--net", "sh", "-c", command, sys.executable, *sys.argv[1:]])
+    os.execvp(  # noqa: S606  # this very program, by words of its own
+        "unshare", ["unshare", "--net", "sh", "-c", command, sys.executable, *sys.argv[1:]]
+    )
 
 
 if __name__ == "__main__":

@@ -126,7 +126,11 @@ class FakeNode:
         )
 
     def replies(
-        self, method: str, metadata: Metadata, messages: Iterable[bytes], context: Any  # noqa: ANN401  # a ServicerContext
+        self,
+        method: str,
+        metadata: Metadata,
+        messages: Iterable[bytes],
+        context: Any,  # noqa: ANN401  # a ServicerContext
     ) -> Iterator[bytes]:
         """Answer one call of any kind."""
         is_first = True

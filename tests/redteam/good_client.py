@@ -218,7 +218,7 @@ class _Calls:
             "failures": dict(self._failures.most_common(5)),
         }
         self._took_s, self._failures = [], Counter()
-        print(json.dumps(report), flush=True)  # noqa: T201  # for the parent
+        print(json.dumps(report), flush=True)
 
 
 def _main(address: str, path: str, message: str, wanted: str, every_ms: str) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -36,6 +37,9 @@ ENGINES: Final = ("h2", "grpcio")
 # Of every session that an attack must not read, forge or end.
 SUBJECT: Final = f"{CANARY}-victim"
 _RING_S: Final = 20.0
+_START_S: Final = 30.0
+# The good client is watched for so long at least, in seconds: fewer calls have no 99th percentile.
+_LEAST_S: Final = 3.0
 
 
 class Broken(AssertionError):
@@ -59,7 +63,7 @@ class Attack:
     kind: str
     name: str
     run: Callable[[Lab], None]
-    is_quick: bool = False
+    quick_on: tuple[str, ...] = ()  # the engines on which the short form runs it
     engines: tuple[str, ...] = ENGINES
     needs: Callable[[], str] = str  # says what this machine lacks for it; empty if nothing
 
@@ -71,16 +75,14 @@ def attack(
     kind: str,
     name: str,
     *,
-    is_quick: bool = False,
+    quick_on: tuple[str, ...] = (),
     engines: tuple[str, ...] = ENGINES,
     needs: Callable[[], str] = str,
 ) -> Callable[[Callable[[Lab], None]], Callable[[Lab], None]]:
     """Register an attack."""
 
     def register(run: Callable[[Lab], None]) -> Callable[[Lab], None]:
-        ATTACKS.append(
-            Attack(kind=kind, name=name, run=run, is_quick=is_quick, engines=engines, needs=needs)
-        )
+        ATTACKS.append(Attack(kind=kind, name=name, run=run, quick_on=quick_on, engines=engines, needs=needs))
         return run
 
     return register
@@ -114,9 +116,11 @@ class Lab:
         self.engine = engine
         self.is_ours = engine == "h2"  # the engine of this project, whose bounds are its own
         self.scratch = scratch
+        self.dsn = ""  # of the last node with PostgreSQL
         self._new_database = new_database
         self._stack = ExitStack()
         self._watched: list[Watched] = []
+        self._watched_since_s = 0.0  # when the last good client began
 
     def __enter__(self) -> Self:
         take_leaks()
@@ -128,9 +132,15 @@ class Lab:
     def node(self, *flags: str, storage: str = "memory", watches: bool = True, **options: Any) -> Daemon:  # noqa: ANN401  # those of Daemon
         """Start a daemon without a cluster, with a good client."""
         if storage == "postgres":
-            flags = (f"-postgres.address={self._new_database()}", *flags)
-        daemon = Daemon(f"-grpc.engine={self.engine}", f"-storage={storage}", *flags, **options)
-        self._stack.enter_context(daemon).serving()
+            self.dsn = self._new_database()
+            flags = (f"-postgres.address={self.dsn}", *flags)
+        (port,) = free_ports(1)
+        own = (f"-grpc.engine={self.engine}", f"-storage={storage}", f"-port={port}")
+        daemon = self._stack.enter_context(Daemon(*own, *flags, **options))
+        # Not by a line of the log: its form is another one with -log.environment=development.
+        daemon.address, daemon.admin = f"127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"
+        if not wait_until(lambda: _is_ready(daemon), _START_S):
+            raise Void(f"the daemon does not start: {daemon.log[-1000:]}")
         _prefer(daemon)
         self._watched.append(Watched(daemon=daemon, clients=[]))
         if watches:
@@ -166,13 +176,12 @@ class Lab:
         self._add(watched, GoodClient(daemon.address, f"/{SERVICE}/Get", message, wanted=wanted))
         if starts:
             message = StartRequest(session=Session(subject_id=SUBJECT)).SerializeToString()
-            client = GoodClient(
-                daemon.address, f"/{SERVICE}/Start", message, wanted=wanted, every_ms=20.0
-            )
+            client = GoodClient(daemon.address, f"/{SERVICE}/Start", message, wanted=wanted, every_ms=20.0)
             self._add(watched, client)
         return token
 
     def _add(self, watched: Watched, client: GoodClient) -> None:
+        self._watched_since_s = time.monotonic()
         watched.clients.append(self._stack.enter_context(client))
 
     def may_end(self, daemon: Daemon) -> None:
@@ -184,6 +193,8 @@ class Lab:
     def outcome(self, *, verdict: str = "held", reason: str = "") -> Outcome:
         """Ask of all daemons what holds in any attack; call it once, at the end."""
         outcome = Outcome(verdict=verdict, reasons=[reason] if reason else [])
+        if verdict == "held":
+            time.sleep(max(0.0, self._watched_since_s + _LEAST_S - time.monotonic()))
         for one in self._watched:
             for client in one.clients:
                 _take_report(outcome, client.report())
@@ -194,6 +205,14 @@ class Lab:
         if outcome.reasons and outcome.verdict == "held":
             outcome.verdict = "broken"
         return outcome
+
+
+def _is_ready(daemon: Daemon) -> bool:
+    if daemon.process.poll() is not None:
+        raise Void(f"the daemon has ended: {daemon.log[-1000:]}")
+    with suppress(OSError):
+        return daemon.http("/healthr")[0] == HTTPStatus.OK
+    return False
 
 
 def _prefer(daemon: Daemon) -> None:
