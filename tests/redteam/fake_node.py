@@ -64,6 +64,7 @@ class FakeNode:
     name: str = ""  # of which node it pretends to be; its own address if not said
     honest: str = ""  # the address of a node to relay to, or to record
     table: Sequence[pb.Update] = ()  # told in each SYNC_REPLY
+    credentials: grpc.ServerCredentials | None = None  # for TLS
     heard: list[Heard] = field(default_factory=list)
     _recorded: dict[str, tuple[Metadata, bytes]] = field(default_factory=dict)
 
@@ -80,7 +81,10 @@ class FakeNode:
         end_s = time.monotonic() + within_s
         while True:
             try:
-                assert self._server.add_insecure_port(self.address)
+                if self.credentials is None:
+                    self._server.add_insecure_port(self.address)
+                else:
+                    self._server.add_secure_port(self.address, self.credentials)
             except RuntimeError:
                 if time.monotonic() > end_s:
                     raise

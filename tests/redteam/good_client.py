@@ -133,7 +133,8 @@ class _Connection:
             headers = dict(self._decoder.decode(payload))
             if flags & 1:
                 status = headers.get("grpc-status", f"HTTP {headers.get(':status')}")
-                return [(stream_id, str(status), self._bodies.pop(stream_id, b""))]
+                status = f"{status} {headers.get('grpc-message', '')}".rstrip()
+                return [(stream_id, status, self._bodies.pop(stream_id, b""))]
         return []
 
 

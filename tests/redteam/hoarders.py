@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import select
 import time
 from contextlib import suppress
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Final
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from raw_http2 import DATA, HEADERS, MAGIC, PREFACE, block, frame, open_request, settings
 from redteam.lab import SERVICE, Lab, attack, known_flags, require
-from redteam.raw import RawConnection, call, closed_all, dial_many, half_call, headers, prefixed
+from redteam.raw import RawConnection, call, closed_all, dial_many, half_call, headers, prefixed, ready
 
 _KIND: Final = "hoard"
 _HOLD_S: Final = 4.0
@@ -177,8 +176,7 @@ def _unread(first: bytes, lab: Lab) -> None:
 
 
 def _send_unread(client: RawConnection, data: bytes) -> None:
-    _, writable, _ = select.select([], [client.socket], [], 0)
-    if writable:
+    if ready([client.socket], 0, writes=True)[1]:
         with suppress(OSError):
             client.socket.send(data)
 

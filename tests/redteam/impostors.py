@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from functools import partial
 from typing import Final
 
 import grpc
+from certificates import Authority
 from clusters import SECRET, Cluster, free_ports
 from mnemosynerpc.session_pb2 import AbandonRequest, ExistsRequest, GetRequest, SetValueRequest
 from redteam.fake_node import FORGED, PROOFS, FakeNode
@@ -53,7 +55,7 @@ def _at_a_seed(proof: str, lab: Lab) -> None:
         wait_until(lambda: bool(fake.heard), 5.0)
     if not wait_until(lambda: bool(fake.heard), 10.0):
         raise Void("no node has asked the impostor")
-    _check_stranger(cluster, fake, cluster.names)
+    _check_stranger(lab, cluster, fake, cluster.names)
 
 
 def _at_a_dead_members_address(proof: str, lab: Lab) -> None:
@@ -65,7 +67,7 @@ def _at_a_dead_members_address(proof: str, lab: Lab) -> None:
     lab.watch(cluster.daemons[first])
     kill(lab, cluster, dead)
     fake = lab.enter(FakeNode(int(dead.rpartition(":")[2]), proof, name=dead, honest=first))
-    _check_stranger(cluster, fake, (first, second))
+    _check_stranger(lab, cluster, fake, (first, second))
 
 
 for _proof in PROOFS:
@@ -91,12 +93,12 @@ def _recorded_bytes(lab: Lab) -> None:
         lab.launch(cluster, name)
     lab.launch(cluster, dead, f"-port={own_port}")
     require(rings_are(cluster, cluster.names, cluster.names), "the honest nodes do not find one another")
-    _work(cluster, (first, second))
+    _work(lab, cluster, (first, second))
     lab.watch(cluster.daemons[first])
     recorder.stop()
     kill(lab, cluster, dead)
     lab.enter(Replayer(port, recorder.connections))
-    _check_sessions(cluster, (first, second))
+    _check_sessions(lab, cluster, (first, second))
     _check_members(cluster, (first, second))
 
 
@@ -113,7 +115,7 @@ def _on_the_path(lab: Lab) -> None:
     # is no promise: a machine on the path can stop traffic.
     rings_are(cluster, cluster.names, [first], 5.0)
     lab.watch(cluster.daemons[first])
-    _check_sessions(cluster, [first])
+    _check_sessions(lab, cluster, [first])
 
 
 def kill(lab: Lab, cluster: Cluster, name: str) -> None:
@@ -124,11 +126,11 @@ def kill(lab: Lab, cluster: Cluster, name: str) -> None:
     daemon.process.wait(10)
 
 
-def _check_stranger(cluster: Cluster, fake: FakeNode, honest: Sequence[str]) -> None:
-    tokens = _check_sessions(cluster, honest)
+def _check_stranger(lab: Lab, cluster: Cluster, fake: FakeNode, honest: Sequence[str]) -> None:
+    tokens = _check_sessions(lab, cluster, honest)
     _check_members(cluster, honest)
     # What was asked again, and what the nodes did meanwhile.
-    tokens += _check_sessions(cluster, honest)
+    tokens += _check_sessions(lab, cluster, honest)
     sent = fake.all_bytes
     leaked = [token for token in tokens if token.encode() in sent]
     require(not leaked, f"the impostor was sent {len(leaked)} of {len(tokens)} tokens")
@@ -145,22 +147,22 @@ def _check_members(cluster: Cluster, honest: Sequence[str]) -> None:
         require(live <= set(honest), f"the impostor is a member: {name} has {sorted(live)}")
 
 
-def _check_sessions(cluster: Cluster, honest: Sequence[str]) -> list[str]:
+def _check_sessions(lab: Lab, cluster: Cluster, honest: Sequence[str]) -> list[str]:
     """Start, read, change and end sessions through the honest nodes; return their tokens."""
     tokens: list[str] = []
     for number in range(_SESSIONS):
-        with cluster.daemons[honest[number % len(honest)]].stub() as stub:
+        with lab.stub(cluster.daemons[honest[number % len(honest)]]) as stub:
             tokens.append(start(stub))
     require(all(len(token) == 128 and len(set(token)) > 1 for token in tokens), "a Start was forged")
     for name in honest:
-        _check_reads(cluster, name, tokens)
-    _check_ends(cluster, honest, tokens[:5])
+        _check_reads(lab, cluster, name, tokens)
+    _check_ends(lab, cluster, honest, tokens[:5])
     return tokens
 
 
-def _check_reads(cluster: Cluster, name: str, tokens: Sequence[str]) -> None:
+def _check_reads(lab: Lab, cluster: Cluster, name: str, tokens: Sequence[str]) -> None:
     forged, failures = 0, []
-    with cluster.daemons[name].stub() as stub:
+    with lab.stub(cluster.daemons[name]) as stub:
         for token in tokens:
             try:
                 session = stub.Get(GetRequest(access_token=token), timeout=_TIMEOUT_S).session
@@ -175,25 +177,25 @@ def _check_reads(cluster: Cluster, name: str, tokens: Sequence[str]) -> None:
     require(not failures, f"{len(failures)} of {len(tokens)} reads at {name} failed: {set(failures)}")
 
 
-def _check_ends(cluster: Cluster, honest: Sequence[str], tokens: Sequence[str]) -> None:
+def _check_ends(lab: Lab, cluster: Cluster, honest: Sequence[str], tokens: Sequence[str]) -> None:
     alive: list[str] = []
     for number, token in enumerate(tokens):
-        with cluster.daemons[honest[number % len(honest)]].stub() as stub, suppress(grpc.RpcError):
+        with lab.stub(cluster.daemons[honest[number % len(honest)]]) as stub, suppress(grpc.RpcError):
             stub.Abandon(AbandonRequest(access_token=token), timeout=_TIMEOUT_S)
         for name in honest:
-            with cluster.daemons[name].stub() as stub, suppress(grpc.RpcError):
+            with lab.stub(cluster.daemons[name]) as stub, suppress(grpc.RpcError):
                 stub.Get(GetRequest(access_token=token), timeout=_TIMEOUT_S)
                 alive.append(token)
-            with cluster.daemons[name].stub() as stub, suppress(grpc.RpcError):
+            with lab.stub(cluster.daemons[name]) as stub, suppress(grpc.RpcError):
                 if stub.Exists(ExistsRequest(access_token=token), timeout=_TIMEOUT_S).value:
                     alive.append(token)
     require(not alive, f"{len(set(alive))} of {len(tokens)} ended sessions are still answered")
 
 
-def _work(cluster: Cluster, names: Sequence[str]) -> None:
+def _work(lab: Lab, cluster: Cluster, names: Sequence[str]) -> None:
     """Make calls of every kind, so that nodes talk to one another."""
     for name in names:
-        with cluster.daemons[name].stub() as stub:
+        with lab.stub(cluster.daemons[name]) as stub:
             for token in [start(stub) for _ in range(10)]:
                 stub.Get(GetRequest(access_token=token), timeout=_TIMEOUT_S)
                 stub.Abandon(AbandonRequest(access_token=token), timeout=_TIMEOUT_S)
@@ -210,5 +212,47 @@ def _silent(lab: Lab) -> None:
     lab.watch(cluster.daemons[first])
     kill(lab, cluster, dead)
     lab.enter(socket.create_server(("127.0.0.1", int(dead.rpartition(":")[2])), reuse_port=False))
-    _check_sessions(cluster, (first, second))
+    _check_sessions(lab, cluster, (first, second))
     _check_members(cluster, (first, second))
+
+
+# By what certificate the impostor is known: none of these is a node's.
+_CERTIFICATES: Final = ("none", "another authority", "a client's name", "a name that looks like a node's")
+_NODE_NAME: Final = "node.nodes.example"
+
+
+def _by_certificate(certificate: str, lab: Lab) -> None:
+    authority = Authority(lab.scratch / "ca")
+    flags = [*authority.flags("127.0.0.1", _NODE_NAME), "-tls.peer-names=*.nodes.example"]
+    cluster = lab.cluster(2, *flags, secret="")
+    first, second = cluster.names
+    (port,) = free_ports(1)
+    fake = lab.enter(FakeNode(port, "none", credentials=_credentials(certificate, lab, authority)))
+    lab.credentials = authority.credentials()
+    context = ssl.create_default_context(cafile=str(authority.path))
+    for name, seeds in ((first, [second]), (second, [first, fake.address])):
+        lab.launch(cluster, name, seeds=seeds).context = context
+    rings_are(cluster, cluster.names, cluster.names, 5.0)
+    # It may be dialled; without a node's certificate it must not be spoken to.
+    _check_stranger(lab, cluster, fake, cluster.names)
+
+
+def _credentials(certificate: str, lab: Lab, authority: Authority) -> grpc.ServerCredentials | None:
+    if certificate == "none":
+        return None
+    if certificate == "another authority":
+        authority = Authority(lab.scratch / "another")
+    name = {
+        "another authority": _NODE_NAME,
+        "a client's name": "shop.example",
+        "a name that looks like a node's": "x.node.nodes.example",
+    }[certificate]
+    directory = authority.issue("127.0.0.1", name, at="impostor")
+    pair = ((directory / "key.pem").read_bytes(), (directory / "crt.pem").read_bytes())
+    return grpc.ssl_server_credentials([pair])
+
+
+for _certificate in _CERTIFICATES:
+    attack(_KIND, f"at a seed's address, with TLS, its certificate: {_certificate}")(
+        partial(_by_certificate, _certificate)
+    )

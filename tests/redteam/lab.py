@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -117,6 +117,7 @@ class Lab:
         self.is_ours = engine == "h2"  # the engine of this project, whose bounds are its own
         self.scratch = scratch
         self.dsn = ""  # of the last node with PostgreSQL
+        self.credentials: grpc.ChannelCredentials | None = None  # with which clients dial
         self._new_database = new_database
         self._stack = ExitStack()
         self._watched: list[Watched] = []
@@ -163,6 +164,16 @@ class Lab:
     def enter(self, context: Any) -> Any:  # noqa: ANN401  # any context manager
         """Enter what is to end with this attack."""
         return self._stack.enter_context(context)
+
+    @contextmanager
+    def stub(self, daemon: Daemon) -> Iterator[SessionManagerStub]:
+        """Lend a client, over TLS if the daemons of this lab have it."""
+        if self.credentials is None:
+            with daemon.stub() as stub:
+                yield stub
+            return
+        with grpc.secure_channel(daemon.address, self.credentials) as channel:
+            yield SessionManagerStub(channel)
 
     def watch(self, daemon: Daemon, *, starts: bool = False) -> str:
         """Give a daemon a good client that reads a session of its own cache; return that session's token.

@@ -10,9 +10,10 @@ from typing import Final
 import grpc
 from mnemosynerpc.session_pb2 import GetRequest
 from processes import Daemon
+from raw_http2 import PREFACE
 from redteam import log_lines
-from redteam.lab import SERVICE, Lab, attack, require
-from redteam.raw import RawConnection, call, headers
+from redteam.lab import ENGINES, SERVICE, Lab, attack, require
+from redteam.raw import RawConnection, call, closed_all, headers
 
 _KIND: Final = "log"
 _INJECTED: Final = log_lines.INJECTED
@@ -34,7 +35,8 @@ _TEXTS: Final = (
     f'"}}\n{{"msg": "{_INJECTED}"}}',
     f"{_INJECTED}\U000e0041\U000e007f",
 )
-_RAW: Final = (b"\x1b[31m", b"\x9b31m", b"\xff\xfe", b"\xc2\x9b31m", b"\xed\xa0\x80", b"\xe2\x80\xae")
+_RAW: Final = (b"\x1b[31m", b"\xc2\x9b31m", b"\xe2\x80\xae")
+_NO_TEXT: Final = (b"\x9b31m", b"\xff\xfe", b"\xed\xa0\x80", b"\x80", b"\xc3")
 _NAMES: Final = (
     b"x-request-id",
     b"request_id",
@@ -67,16 +69,22 @@ def _send(daemon: Daemon, pairs: list[tuple[bytes, bytes]], message: bytes = b""
 
 def _injection(environment: str, level: str, lab: Lab) -> None:
     daemon = _node(lab, environment, level)
-    for value in _values():
-        _send(daemon, headers(b"/" + value))
-        _send(daemon, headers(f"/{SERVICE}/".encode() + value))
-        _send(daemon, headers(f"/{SERVICE}/Get".encode(), value))
-    for name in _NAMES:
-        many = [call(headers(f"/{SERVICE}/Get".encode(), b"POST", (name, value)), b"") for value in _values()]
-        for one in many:
-            with RawConnection(daemon.address) as client:
-                client.send(one)
-                client.answer(1, within_s=0.3)
+    get = f"/{SERVICE}/Get".encode()
+    requests = [
+        call(pairs, b"")
+        for value in _values()
+        for pairs in (
+            headers(b"/" + value),
+            headers(f"/{SERVICE}/".encode() + value),
+            headers(get, value),
+            *(headers(get, b"POST", (name, value)) for name in _NAMES),
+        )
+    ]
+    # Each on a connection of its own, since a daemon may end the connection for it.
+    clients = [RawConnection(daemon.address, PREFACE + one) for one in requests]
+    closed_all(clients, 1.0)
+    for client in clients:
+        client.close()
     with grpc.insecure_channel(daemon.address) as channel:
         # What the session itself says, with a request that fails.
         for text in _TEXTS:
@@ -89,6 +97,29 @@ def _injection(environment: str, level: str, lab: Lab) -> None:
         with RawConnection(daemon.address, first) as client:
             client.wait_closed(0.5)
     time.sleep(0.3)  # for the last lines
+    log_lines.check(daemon)
+
+
+@attack(_KIND, "bytes that are no text, in every place", quick_on=ENGINES)
+def _no_text(lab: Lab) -> None:
+    daemon = lab.node()
+    get = f"/{SERVICE}/Get".encode()
+    for value in _NO_TEXT:
+        for pairs in (
+            headers(b"/" + value),
+            headers(get + value),
+            headers(get, value),
+            headers(get, b"POST", (b":authority", value)),
+            headers(get, b"POST", (value, b"x")),
+            *(headers(get, b"POST", (name, value)) for name in _NAMES),
+        ):
+            try:
+                client = RawConnection(daemon.address, PREFACE + call(pairs, b""))
+            except OSError:
+                require(False, f"the port is closed after {pairs[2:]}")
+            else:
+                client.wait_closed(0.02)
+                client.close()
     log_lines.check(daemon)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -63,9 +64,9 @@ class RawConnection:
         end_s = time.monotonic() + within_s
         left = memoryview(data)
         while left and not self.is_closed and time.monotonic() < end_s:
-            readable, writable, _ = select.select([self.socket], [self.socket], [], 0.1)
+            readable, writable = ready([self.socket], 0.1, writes=True)
             if readable:
-                self._read()
+                self.read()
             if writable and not self.is_closed:
                 try:
                     left = left[self.socket.send(left[:_READ]) :]
@@ -88,9 +89,8 @@ class RawConnection:
         """Read until the daemon closes; tell whether it did."""
         end_s = time.monotonic() + within_s
         while not self.is_closed and time.monotonic() < end_s:
-            readable, _, _ = select.select([self.socket], [], [], 0.1)
-            if readable:
-                self._read()
+            if ready([self.socket], 0.1)[0]:
+                self.read()
         return self.is_closed
 
     def frames(self) -> list[Sent]:
@@ -142,7 +142,8 @@ class RawConnection:
         """Close at once."""
         self.socket.close()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take what has come."""
         try:
             data = self.socket.recv(_READ)
         except BlockingIOError:
@@ -157,6 +158,22 @@ class RawConnection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def ready(
+    sockets: Sequence[socket.socket], seconds: float, *, writes: bool = False
+) -> tuple[set[int], set[int]]:
+    """Wait for any of them; return the file descriptors that can be read, and written."""
+    # Not `select`, which knows no more than 1,024 files.
+    poll = select.poll()
+    for one in sockets:
+        poll.register(one, select.POLLIN | (select.POLLOUT if writes else 0))
+    events = poll.poll(seconds * 1000)
+    closed = select.POLLIN | select.POLLHUP | select.POLLERR
+    return (
+        {number for number, event in events if event & closed},
+        {number for number, event in events if event & select.POLLOUT},
+    )
 
 
 def headers(path: bytes, method: bytes = b"POST", *extra: tuple[bytes, bytes]) -> Pairs:
@@ -184,10 +201,10 @@ def closed_all(connections: list[RawConnection], within_s: float) -> int:
     end_s = time.monotonic() + within_s
     still = [one for one in connections if not one.is_closed]
     while still and time.monotonic() < end_s:
-        readable, _, _ = select.select([one.socket for one in still], [], [], 0.2)
+        readable, _ = ready([one.socket for one in still], 0.2)
         for one in still:
-            if one.socket in readable:
-                one._read()
+            if one.socket.fileno() in readable:
+                one.read()
                 one.received = b""
         still = [one for one in still if not one.is_closed]
     return len(still)

@@ -23,6 +23,7 @@ from redteam import (  # noqa: F401  # each registers its attacks
     hoarders,
     impostors,
     logging_attacks,
+    messages,
     paths,
     replays,
     strangers,
