@@ -6,10 +6,12 @@ calls are signed. What it puts where a proof belongs is its Proof:
     none        nothing
     other       a signature and a MAC with a secret of its own
     echo        the caller's own signature and seal, in all places where a proof may be
+    wrapped     the same, with the answers of a batch as one field, as the batch is in a request
     mirror      the request's own bytes as the answer, with the caller's metadata
     recorded    what an honest node has answered to the same method before, with its metadata
     relay       what an honest node answers to this very request, with its metadata
-    altered     the same, with this node's name in the place of the honest one, and forged answers to calls
+    reflected   the same, with the asking node itself as the honest one
+    altered     as relay, with this node's name in the place of the honest one, and forged answers to calls
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from mnemosynerpc.session_pb2 import (
 
 from cluster.peerpb import peer_pb2 as pb
 
-PROOFS: Final = ("none", "other", "echo", "mirror", "recorded", "relay", "altered")
+PROOFS: Final = (
+    "none", "other", "echo", "wrapped", "mirror", "recorded", "relay", "reflected", "altered",
+)  # fmt: skip
 FORGED: Final = "ADMIN-forged"
 SERVICE: Final = "mnemosynepeer.Peer"
 _PING, _ACK, _PING_REQUEST, _GOSSIP, _SYNC, _SYNC_REPLY = 1, 2, 3, 5, 6, 7
@@ -154,18 +158,18 @@ class FakeNode:
             return _own(metadata), body
         if self.proof == "recorded" and method in self._recorded:
             return self._recorded[method]
-        if self.proof in ("recorded", "relay", "altered"):
+        if self.proof in ("recorded", "relay", "reflected", "altered"):
             relayed = self._relay(method, metadata, body)
             if relayed is not None:
                 self._recorded.setdefault(method, relayed)
                 if self.proof == "altered":
                     return relayed[0], self._altered(method, body, relayed[1])
                 return relayed
-        seal = _seal_of(body) if self.proof == "echo" else b"\x07" * 32
-        forged = self._forged(method, body, seal)
+        echoes = self.proof in ("echo", "wrapped")
+        forged = self._forged(method, body, _seal_of(body) if echoes else b"\x07" * 32)
         if self.proof == "other":
             return _signed(method, forged), forged
-        return (_own(metadata) if self.proof == "echo" else ()), forged
+        return (_own(metadata) if echoes else ()), forged
 
     def _relay(self, method: str, metadata: Metadata, body: bytes) -> tuple[Metadata, bytes] | None:
         if self._channel is None or method == "Forward":
@@ -190,7 +194,7 @@ class FakeNode:
         if method == "Gossip":
             return self._forged_gossip(body)
         if method == "Forward":
-            return _forged_forward(body, seal)
+            return _forged_forward(body, seal, is_wrapped=self.proof == "wrapped")
         return b"" if method in ("Invalidate", "Leave") else body
 
     def _forged_gossip(self, body: bytes) -> bytes:
@@ -243,14 +247,13 @@ def _seal_of(body: bytes) -> bytes:
     return b""
 
 
-def _forged_forward(body: bytes, seal: bytes) -> bytes:
+def _forged_forward(body: bytes, seal: bytes, *, is_wrapped: bool) -> bytes:
     """Return answers in which every session is that of ADMIN."""
     items: Sequence[pb.Item] = ()
     with suppress(DecodeError):
         items = pb.Batch.FromString(pb.ForwardRequest.FromString(body).batch).items
     answers = b"".join(_field(1, _answer(item)) for item in items)
-    # The same answers a second time, wrapped as a request's batch is, with a seal behind them.
-    return answers if not seal else answers + _field(15, answers) + _field(2, seal)
+    return (_field(1, answers) if is_wrapped else answers) + (_field(2, seal) if seal else b"")
 
 
 def _answer(item: pb.Item) -> bytes:

@@ -46,7 +46,8 @@ def _at_a_seed(proof: str, lab: Lab) -> None:
     cluster = lab.cluster(2)
     first, second = cluster.names
     (port,) = free_ports(1)
-    fake = lab.enter(FakeNode(port, proof, honest=first))
+    # Only the second node asks the impostor.
+    fake = lab.enter(FakeNode(port, proof, honest=second if proof == "reflected" else first))
     lab.launch(cluster, first, seeds=[second])
     lab.launch(cluster, second, seeds=[first, fake.address])
     lab.watch(cluster.daemons[first])
@@ -223,12 +224,13 @@ _NODE_NAME: Final = "node.nodes.example"
 
 def _by_certificate(certificate: str, lab: Lab) -> None:
     authority = Authority(lab.scratch / "ca")
-    flags = [*authority.flags("127.0.0.1", _NODE_NAME), "-tls.peer-names=*.nodes.example"]
+    flags = [*authority.flags("127.0.0.1", _NODE_NAME), "-tls.client-auth=require"]
+    flags.append("-tls.peer-names=*.nodes.example")
     cluster = lab.cluster(2, *flags, secret="")
     first, second = cluster.names
     (port,) = free_ports(1)
     fake = lab.enter(FakeNode(port, "none", credentials=_credentials(certificate, lab, authority)))
-    lab.credentials = authority.credentials()
+    lab.credentials = authority.credentials("shop.example")
     context = ssl.create_default_context(cafile=str(authority.path))
     for name, seeds in ((first, [second]), (second, [first, fake.address])):
         lab.launch(cluster, name, seeds=seeds).context = context
