@@ -106,8 +106,8 @@ class Laboratory:
             except grpc.RpcError as exc:
                 text = f"an honest call failed: {code_of(exc).name} {exc}"
                 return lab.outcome(verdict="broken", reason=text.replace("\n", " "))
-            except ConnectionRefusedError:
-                return lab.outcome(verdict="broken", reason="the port of a daemon is closed")
+            except (ConnectionRefusedError, TimeoutError):
+                return lab.outcome(verdict="broken", reason="a port of a daemon does not answer")
             except (AssertionError, OSError) as exc:
                 # Void, or what the tests' own helpers say when a daemon does not start.
                 return lab.outcome(verdict="void", reason=f"{type(exc).__name__}: {exc}")
