@@ -92,7 +92,7 @@ drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill 
 redteam: $(VENV)/dev.stamp ## attack daemons of this checkout, and print what held; ARGS='impostor --engine h2'
 	PYTHONPATH=tests $(BIN)/python -m redteam $(ARGS)
 
-redteam-short: $(VENV)/dev.stamp ## one or two attacks of each kind, in about a minute
+redteam-short: $(VENV)/dev.stamp ## some attacks of each kind, in about a minute
 	PYTHONPATH=tests $(BIN)/python -m redteam --short $(ARGS)
 
 soak: $(VENV)/dev.stamp ## make 10,000,000 calls on connections that stay open, or N; memory must not grow

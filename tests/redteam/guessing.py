@@ -7,14 +7,13 @@ import re
 import secrets
 import statistics
 import time
-from functools import partial
 from typing import Final
 
 import grpc
 from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest
 from processes import Daemon, mnemosyned
 from raw_http2 import RST_STREAM
-from redteam.lab import SERVICE, Lab, attack, own_session, require, wait_until
+from redteam.lab import SERVICE, Lab, attack, own_session, require
 from redteam.raw import RawConnection, call, headers
 
 _KIND: Final = "guess"
@@ -40,7 +39,9 @@ def _guess(daemon: Daemon, method: str, count: int) -> int:
             )
         )
         stream_id += 2 * _A_CONNECTION
-        wait_until(partial(_has_answers, client), 5.0)
+        end_s = time.monotonic() + 5.0
+        while not _has_answers(client) and time.monotonic() < end_s:
+            pass
         found += client.received.count(b"\x0bgrpc-status\x010") if method != "Exists" else 0
     client.close()
     return found

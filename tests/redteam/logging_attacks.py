@@ -12,7 +12,7 @@ from mnemosynerpc.session_pb2 import GetRequest
 from processes import Daemon
 from raw_http2 import PREFACE
 from redteam import log_lines
-from redteam.lab import ENGINES, SERVICE, Lab, attack, require
+from redteam.lab import SERVICE, Lab, attack, require
 from redteam.raw import RawConnection, call, closed_all, headers
 
 _KIND: Final = "log"
@@ -100,7 +100,7 @@ def _injection(environment: str, level: str, lab: Lab) -> None:
     log_lines.check(daemon)
 
 
-@attack(_KIND, "bytes that are no text, in every place", quick_on=ENGINES)
+@attack(_KIND, "bytes that are no text, in every place", quick_on=("grpcio",))
 def _no_text(lab: Lab) -> None:
     daemon = lab.node()
     get = f"/{SERVICE}/Get".encode()

@@ -95,7 +95,7 @@ def _wait_for_window(client: RawConnection, sent: int) -> None:
 
 
 for _name in _MESSAGES:
-    attack(_KIND, _name, quick_on=("h2",) if _name.startswith("a bag of two") else ())(partial(_heavy, _name))
+    attack(_KIND, _name)(partial(_heavy, _name))
 
 
 @attack(_KIND, "random frames on 300 connections")

@@ -11,7 +11,7 @@ import grpc
 from mnemosynerpc.session_pb2 import DeleteRequest, ExistsRequest, Session, StartRequest
 from processes import Daemon, mnemosyned
 from raw_http2 import HEADERS, Pairs, block, frame
-from redteam.lab import ENGINES, SERVICE, SUBJECT, Lab, Void, attack, require, start
+from redteam.lab import SERVICE, SUBJECT, Lab, Void, attack, require, start
 from redteam.raw import Answer, RawConnection, call, headers, prefixed
 
 _KIND: Final = "path"
@@ -103,7 +103,7 @@ class _Victims:
             ]
 
 
-@attack(_KIND, "other spellings of a method's path", quick_on=ENGINES)
+@attack(_KIND, "other spellings of a method's path", quick_on=("h2",))
 def _spellings(lab: Lab) -> None:
     daemon = lab.node()
     _require_reach(daemon)
@@ -217,7 +217,7 @@ for _size in (16_385 + 200, 20_000, 60_000):
     attack(
         _KIND,
         f"HEADERS of {_size} bytes, over SETTINGS_MAX_FRAME_SIZE",
-        quick_on=ENGINES if _size == 20_000 else (),
+        quick_on=("grpcio",) if _size == 20_000 else (),
     )(partial(_large_frame, HEADERS, _size))
 attack(_KIND, "DATA over SETTINGS_MAX_FRAME_SIZE")(partial(_large_frame, 0, 40_000))
 

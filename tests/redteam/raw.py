@@ -89,7 +89,7 @@ class RawConnection:
         """Read until the daemon closes; tell whether it did."""
         end_s = time.monotonic() + within_s
         while not self.is_closed and time.monotonic() < end_s:
-            if ready([self.socket], 0.1)[0]:
+            if ready([self.socket], min(0.1, within_s))[0]:
                 self.read()
         return self.is_closed
 

@@ -59,9 +59,10 @@ def selected(
 class Laboratory:
     """A PostgreSQL and a directory for all attacks of a run."""
 
-    def __init__(self, server: EmbeddedPostgres | None = None) -> None:
-        """Use this server, or start one when an attack needs it."""
-        self._server = server
+    def __init__(self, *, least_s: float = 3.0) -> None:
+        """See Lab for `least_s`."""
+        self._least_s = least_s
+        self._server: EmbeddedPostgres | None = None  # started when an attack needs it
         self._stack = ExitStack()
         self._numbers = itertools.count()
 
@@ -98,7 +99,7 @@ class Laboratory:
     def _outcome_once(self, attack: Attack, engine: str) -> Outcome:
         scratch = self._scratch / str(next(self._numbers))
         scratch.mkdir()
-        with Lab(engine, self._new_database, scratch) as lab:
+        with Lab(engine, self._new_database, scratch, least_s=self._least_s) as lab:
             try:
                 attack.run(lab)
             except Broken as exc:
