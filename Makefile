@@ -11,7 +11,7 @@ PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench hops flood drill simulate fuzz soak wheel lock clean
+.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench hops flood drill redteam redteam-short simulate fuzz soak wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,12 @@ flood: $(VENV)/dev.stamp ## read cached sessions while 10,000 unknown tokens a s
 
 drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill -n 20', see --help
 	$(BIN)/python tests/bench/drill.py $(ARGS)
+
+redteam: $(VENV)/dev.stamp ## attack daemons of this checkout, and print what held; ARGS='impostor --engine h2'
+	PYTHONPATH=tests $(BIN)/python -m redteam $(ARGS)
+
+redteam-short: $(VENV)/dev.stamp ## some attacks of each kind, in about a minute
+	PYTHONPATH=tests $(BIN)/python -m redteam --short $(ARGS)
 
 soak: $(VENV)/dev.stamp ## make 10,000,000 calls on connections that stay open, or N; memory must not grow
 	$(BIN)/python tests/bench/soak.py -n $(or $(N),10000000) $(ARGS)

@@ -16,7 +16,8 @@ The shell around them performs, on asyncio. Read the pure modules first, in this
 4. `swim`: the membership protocol. It opens with the theory.
 5. `ring`, `view`, `view_change`, `routing`: from members to owners, and from a token to a place.
 6. `breaker`, `pending_invalidations`: what a node remembers of a peer that does not answer.
-7. `peer_auth`, `identity`, `wire`, `errors`: what is believed, and how it looks as bytes.
+7. `peer_auth`, `identity`, `introductions`, `addresses`, `wire`, `errors`: what is believed, and how it looks
+   as bytes.
 8. `timing`: the constants that depend on one another, with their inequalities.
 
 Then the shell:
@@ -43,6 +44,7 @@ Which file answers which question:
   `forward.Forwarder.invalidate`.
 - What happens to copies while the ring changes? `view_change`, `view.View.has_settled`, `forward`,
   `_hand_over`.
+- When does a process become a member? `introductions`. Which addresses are dialled? `addresses`.
 - What does the cluster's secret protect? `peer_auth`. Why does a node refuse another one? `identity`.
 - How are nodes of two releases compatible? `wire`, and `proto/peer.proto`.
 """

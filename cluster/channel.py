@@ -1,10 +1,12 @@
 """A channel to one address: gRPC calls over one connection of HTTP/2, dialled when it is needed.
 
     call() ────────┐
-                   ├──> Channel ──> _Wire (asyncio protocol) ──> ClientConnection (http2/client.py) ──> socket
+                   ├──> Channel ──> Wire (asyncio protocol) ──> ClientConnection (http2/client.py) ──> socket
     open_stream() ─┘       |
                            └── dials; after a failure not before a pause has passed
 
+- A new connection is introduced before any call uses it: the owner of the channel finds out who is at the
+  other end, by the certificate or by a call of its own. Without an introduction there is no connection.
 - All calls of a channel share its connection. When the server asks for a new one (GOAWAY), calls under way
   finish on the old one, and new calls go to a new one.
 - A call that finds no connection waits for the dial, as long as its time-out allows. While a dial that failed
@@ -18,6 +20,7 @@ What a call can end with:
     an answer                                            | the message
     another status than OK                               | CallFailed
     no connection, or it broke, or the server reset it   | ConnectionLost
+    no introduction                                      | IntroductionFailed
     no answer in time                                    | TimeoutError; the stream is reset
 
 On the wire this is gRPC as every server knows it, so that a node of an earlier release can be the peer.
@@ -27,11 +30,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Final, cast
+from ipaddress import ip_address
+from typing import Any, Final, cast
 from urllib.parse import unquote_to_bytes
 
 from aio.expiry import Expiry
@@ -62,51 +67,106 @@ class ConnectionLost(Exception):
     """There was no connection, or it ended before the answer; the text is for people."""
 
 
+class IntroductionFailed(Exception):
+    """There was a connection, and `introduce` raised `reason`."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+async def _no_introduction(_channel: Channel, _wire: Wire) -> None:
+    pass
+
+
 class Channel:
     """Calls to one address."""
 
-    def __init__(self, address: str, *, tls: ssl.SSLContext | None = None, server_name: str = "") -> None:
-        """Dial nothing yet. Over TLS the server's certificate must be for `server_name`."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: ssl.SSLContext | None = None,
+        server_name: str = "",
+        introduce: Callable[[Channel, Wire], Awaitable[Any]] = _no_introduction,
+        may_dial: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        """Dial nothing yet.
+
+        - Over TLS the server's certificate must be for `server_name`.
+        - `introduce` is awaited with each new connection; what it returns goes with the calls on it. If it
+          raises, the connection is closed, and the calls that wait for it fail.
+        - `may_dial` is asked for what a host name stands for; an address is dialled as it is.
+        """
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
         self._authority = (b"host", address.encode())
         self._tls = tls
         self._server_name = server_name
-        self._wire: _Wire | None = None
-        self._retiring: set[_Wire] = set()
+        self._introduce = introduce
+        self._may_dial = may_dial
+        self._wire: Wire | None = None
+        self._retiring: set[Wire] = set()
         self._dialling: asyncio.Task[None] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._dial_after_s = 0.0
-        self._failure = ""  # why the last dial failed
+        # Of the last dial.
+        self._failure: ConnectionLost | IntroductionFailed = ConnectionLost("the channel is closed")
         self._tasks = Tasks("dial")
         self.expiry = Expiry()
         self._room = asyncio.Event()  # a stream may have ended
         self.is_closed = False
 
     async def call(self, path: bytes, metadata: Headers, message: bytes, *, timeout_s: float) -> bytes:
-        """Return the answer to one message. Raises CallFailed, ConnectionLost or TimeoutError."""
+        """Return the answer to one message.
+
+        Raises CallFailed, ConnectionLost, IntroductionFailed or TimeoutError.
+        """
         at_s = time.monotonic() + timeout_s
         wire = await self.ready(timeout_s)
+        return await self.call_on(wire, path, metadata, message, timeout_s=at_s - time.monotonic())
+
+    async def call_on(  # a call's parts
+        self,
+        wire: Wire,
+        path: bytes,
+        metadata: Headers,
+        message: bytes,
+        *,
+        timeout_s: float,
+        max_bytes: int = _MAX_MESSAGE_BYTES,
+    ) -> bytes:
+        """Return the answer to one message on a connection that `ready` has just returned.
+
+        Nothing may be awaited in between. Raises as `call` does.
+        """
         answer: asyncio.Future[bytes] = wire.loop.create_future()
-        stream = wire.open(path, self.headers(metadata), _Unary(answer))
+        stream = wire.open(path, self._headers(metadata), _Unary(answer, max_bytes))
         wire.send(stream, framed(message), is_last=True)
-        self.expiry.add(answer, at_s - time.monotonic())
+        self.expiry.add(answer, timeout_s)
         try:
             return await answer
         finally:
             # Nothing if the server has ended the stream.
             wire.cancel(stream)
 
-    def open_stream(self, path: bytes, metadata: Headers) -> ChannelStream:
-        """Return a stream of messages; it is opened with the first of them."""
-        return ChannelStream(self, path, metadata)
+    def open_stream(self, path: bytes, open_with: Callable[[Any], Headers]) -> ChannelStream:
+        """Return a stream of messages; it is opened with the first of them.
+
+        `open_with` gets what the introduction of the stream's connection returned, and returns the metadata.
+        """
+        return ChannelStream(self, path, open_with)
+
+    def open_on(self, wire: Wire, path: bytes, metadata: Headers, work: Work) -> ClientStream:
+        """Begin a request on a connection that `ready` has just returned."""
+        return wire.open(path, self._headers(metadata), work)
 
     async def until_lost(self) -> None:
         """Return when the connection is lost that there is, or that can be made."""
         while not self.is_closed:
             try:
                 wire = await self.ready(_CONNECT_S)
-            except (ConnectionLost, TimeoutError):
+            except (ConnectionLost, IntroductionFailed, TimeoutError):
                 await asyncio.sleep(max(self._dial_after_s - time.monotonic(), _FIRST_PAUSE_S))
             else:
                 await wire.lost.wait()
@@ -127,15 +187,15 @@ class Channel:
             wire.abort()
         self.expiry.close()
 
-    def headers(self, metadata: Headers) -> Headers:
-        """Return the headers of a request."""
+    def _headers(self, metadata: Headers) -> Headers:
         return [self._authority, *_HEADERS, *metadata]
 
-    async def ready(self, timeout_s: float) -> _Wire:
+    async def ready(self, timeout_s: float) -> Wire:
         """Return a connection that takes a stream now.
 
         Raises:
             ConnectionLost: none can be made, or the last dial failed a moment ago.
+            IntroductionFailed: the same, for a server that was not what the channel's owner wants.
             TimeoutError: none could be made in time, or the server takes no further stream yet.
         """
         wire = self._wire
@@ -152,7 +212,7 @@ class Channel:
                     self._room.clear()
                     await self._room.wait()
 
-    def _current(self) -> _Wire | None:
+    def _current(self) -> Wire | None:
         """Return the connection for new calls, if there is one; one that retires is set aside."""
         wire = self._wire
         if wire is not None and (wire.http.is_retiring or wire.http.is_over):
@@ -166,38 +226,57 @@ class Channel:
         """Have a connection made, together with all others that want one. Raises ConnectionLost."""
         if self._dialling is None:
             if self.is_closed or time.monotonic() < self._dial_after_s:
-                raise ConnectionLost(self._failure or "the channel is closed")
+                raise self._failure.with_traceback(None)
             self._dialling = self._tasks.spawn(self._connect())
         if self._dialling is not None:
             # Not awaited itself: the dial belongs to all calls that wait, and `close` may cancel it.
             await asyncio.wait([self._dialling])
         if self._wire is None:
-            raise ConnectionLost(self._failure or "the channel is closed")
+            raise self._failure.with_traceback(None)
 
     async def _connect(self) -> None:
+        wire: Wire | None = None
         try:
             async with asyncio.timeout(_CONNECT_S):
                 _, wire = await asyncio.get_running_loop().create_connection(
-                    lambda: _Wire(self._room),
-                    self._host,
+                    lambda: Wire(self._room),
+                    await self._resolved(),
                     self._port,
                     ssl=self._tls,
                     server_hostname=self._server_name if self._tls else None,
                 )
-        except (OSError, TimeoutError) as exc:
-            self._failure = str(exc) or "no answer to the dial"
+                wire.introduction = await self._introduce(self, wire)
+        except Exception as exc:  # noqa: BLE001  # what `introduce` raises is for the calls that wait
+            if isinstance(exc, OSError | TimeoutError | ConnectionLost):
+                self._failure = ConnectionLost(str(exc) or "no answer to the dial")
+            else:
+                self._failure = IntroductionFailed(exc)
             self._dial_after_s = time.monotonic() + self._pause_s * random.uniform(  # noqa: S311  # only jitter
                 1 - _JITTER, 1 + _JITTER
             )
             self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
         else:
-            self._pause_s, self._failure = _FIRST_PAUSE_S, ""
+            self._pause_s, self._failure = _FIRST_PAUSE_S, ConnectionLost("the connection is lost")
             wire.lost_to = self._lost
-            self._wire = wire
+            if not wire.lost.is_set():
+                self._wire = wire
         finally:
+            if wire is not None and self._wire is not wire:
+                wire.abort()
             self._dialling = None
 
-    def _lost(self, wire: _Wire) -> None:
+    async def _resolved(self) -> str:
+        """Return the address to dial. Raises OSError."""
+        if _is_ip(self._host):
+            return self._host
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        for *_, address in found:
+            if self._may_dial(str(address[0])):
+                return str(address[0])
+        raise OSError(f"{self._host} stands for no address that may be a node's")
+
+    def _lost(self, wire: Wire) -> None:
         self._retiring.discard(wire)
         if self._wire is wire:
             self._wire = None
@@ -206,11 +285,11 @@ class Channel:
 class ChannelStream:
     """A stream on which each message is answered before the next is sent."""
 
-    def __init__(self, channel: Channel, path: bytes, metadata: Headers) -> None:
+    def __init__(self, channel: Channel, path: bytes, open_with: Callable[[Any], Headers]) -> None:
         self._channel = channel
         self._path = path
-        self._metadata = metadata
-        self._wire: _Wire | None = None
+        self._open_with = open_with
+        self._wire: Wire | None = None
         self._stream: ClientStream | None = None
         self._waiter: asyncio.Future[bytes] | None = None
         self._received = bytearray()
@@ -221,24 +300,30 @@ class ChannelStream:
         """Whether the server waits for a message, as far as is known, on a connection that will stay."""
         return not self._is_over and (self._wire is None or not self._wire.http.is_retiring)
 
+    async def open(self, *, timeout_s: float) -> None:
+        """Open the stream, if it is not open yet. Raises as `ask` does."""
+        if self._stream is not None:
+            return
+        try:
+            wire = self._wire = await self._channel.ready(timeout_s)
+        except BaseException:
+            self.cancel()
+            raise
+        metadata = self._open_with(wire.introduction)
+        self._stream = self._channel.open_on(wire, self._path, metadata, self)
+
     async def ask(self, message: bytes, *, timeout_s: float) -> bytes:
-        """Send a message and return the next one that comes; after a failure the stream is closed.
+        """Send a message on an open stream, and return the next one that comes; a failure closes the stream.
 
         Raises:
             CallFailed: the server has ended the stream with a status.
             ConnectionLost: no connection, or it broke, or the server has ended the stream.
             TimeoutError: no answer in time.
         """
-        if self._is_over:
+        wire, stream = self._wire, self._stream
+        if self._is_over or wire is None or stream is None:
             raise ConnectionLost("the stream is closed")
         try:
-            if self._stream is None or self._wire is None:
-                begun_s = time.monotonic()
-                wire = self._wire = await self._channel.ready(timeout_s)
-                stream = self._stream = wire.open(self._path, self._channel.headers(self._metadata), self)
-                timeout_s -= time.monotonic() - begun_s
-            else:
-                wire, stream = self._wire, self._stream
             waiter: asyncio.Future[bytes] = wire.loop.create_future()
             self._waiter = waiter
             self._channel.expiry.add(waiter, timeout_s)
@@ -283,8 +368,9 @@ class ChannelStream:
 class _Unary:
     """Waits for the answer of one call."""
 
-    def __init__(self, answer: asyncio.Future[bytes]) -> None:
+    def __init__(self, answer: asyncio.Future[bytes], max_bytes: int) -> None:
         self._answer = answer
+        self._max_bytes = max_bytes
 
     def take_news(self, stream: ClientStream) -> None:
         if self._answer.done():
@@ -298,21 +384,35 @@ class _Unary:
                 self._answer.set_exception(CallFailed(StatusCode.INTERNAL, "the answer is no message"))
             else:
                 self._answer.set_result(message)
-        elif announced_bytes(stream.body) > _MAX_MESSAGE_BYTES:
+        elif announced_bytes(stream.body) > self._max_bytes:
             self._answer.set_exception(CallFailed(StatusCode.RESOURCE_EXHAUSTED, "the answer is too large"))
 
 
-class _Wire(asyncio.Protocol):
+class Wire(asyncio.Protocol):
     """One connection: does what ClientConnection decides."""
 
     def __init__(self, room: asyncio.Event) -> None:
+        self.introduction: Any = None  # what the channel's `introduce` returned
         self.http = ClientConnection()
         self.loop = asyncio.get_running_loop()
         self.lost = asyncio.Event()
-        self.lost_to: Callable[[_Wire], None] = lambda _: None
+        self.lost_to: Callable[[Wire], None] = lambda _: None
         self._room = room
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # before anything else
         self._is_writable = True
+
+    @property
+    def host(self) -> str:
+        """The address that was dialled."""
+        return str(self._transport.get_extra_info("peername", ("",))[0])
+
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """The names in the server's certificate, which was verified; empty without TLS."""
+        tls = self._transport.get_extra_info("ssl_object")
+        certificate = None if tls is None else tls.getpeercert()
+        names = certificate.get("subjectAltName", ()) if certificate else ()
+        return tuple(value for kind, value in names if kind in {"DNS", "IP Address"})
 
     def open(self, path: bytes, headers: Headers, work: Work) -> ClientStream:
         """Begin a request; `send` sends it."""
@@ -390,6 +490,14 @@ class _Wire(asyncio.Protocol):
     def _close_if_done(self) -> None:
         if self.http.is_over or (self.http.is_retiring and not self.http.streams):
             self._transport.close()
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _first_message(received: bytearray) -> bytes | None:

@@ -28,9 +28,13 @@ class PeerRefused(ClusterError):
     """A peer answered, and refuses this node: it has another cluster label, storage or secret."""
 
 
+class PeerUnproven(ClusterError):
+    """A process answered in the peer's place, or the peer itself, without a proof: as no answer."""
+
+
 class MalformedPacket(ClusterError):
     """The bytes are no valid message of this protocol."""
 
 
 class UnauthenticatedPeer(ClusterError):
-    """A call to the peer service that no peer has signed."""
+    """A call, or an answer, that no node of this cluster has made."""

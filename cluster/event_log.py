@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 _WARNINGS: Final = frozenset({EventKind.SUSPECT, EventKind.DEAD, EventKind.CONFLICT})
 _PAUSE_S: Final = 10.0
+_MAX_LINES: Final = 50
 _MAX_REMEMBERED: Final = 512
 _MAX_SHOWN: Final = 300  # characters of what a foreign node sent
 
@@ -42,15 +43,23 @@ def log_event(event: Event) -> None:
 class RefusalLog:
     """Logs that a peer and this node refuse one another: at most one line per event and peer in 10 s.
 
-    Such a mistake in the settings repeats with every packet until it is mended.
+    Such a mistake in the settings repeats with every packet until it is mended. A stranger may send any name,
+    so all of them together get _MAX_LINES in that time.
     """
 
     def __init__(self) -> None:
         self._logged_s: dict[str, float] = {}  # by event and peer
+        self._since_s = -_PAUSE_S  # of `_lines`
+        self._lines = 0
 
     def write(self, event: str, peer: str, text: str, *, now: float) -> None:
         """Write the line unless one like it was written a short while ago."""
         if now - self._logged_s.get(event + peer, -_PAUSE_S) < _PAUSE_S:
+            return
+        if now - self._since_s >= _PAUSE_S:
+            self._since_s, self._lines = now, 0
+        self._lines += 1
+        if self._lines > _MAX_LINES:
             return
         if len(self._logged_s) >= _MAX_REMEMBERED:
             # A foreign node may send any name. A line too many is better than memory without a bound.

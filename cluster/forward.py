@@ -312,7 +312,7 @@ class Forwarder:
         owner, address = self._owner(name), self._address(name)
         # A stream may break between the look and the batch. That is a failed batch: the callers turn to the
         # storage, and a second try would take the time that they need for it.
-        stream = owner.take_stream(address) or self._peers.open_stream(address)
+        stream = owner.take_stream(address) or self._peers.open_stream(address, name)
         answer = await stream.ask(batch, timeout_s=timeout_s)
         # Only after an answer: a stream with a late answer in it must not be used again.
         owner.give_back(stream)
@@ -445,5 +445,10 @@ class Forwarder:
             )
             body = request.SerializeToString()
             await self._peers.call(
-                self._address(name), "Invalidate", body, timeout_s=try_s, channel_kind=ChannelKind.CALLS
+                self._address(name),
+                "Invalidate",
+                body,
+                timeout_s=try_s,
+                channel_kind=ChannelKind.CALLS,
+                callee=name,
             )

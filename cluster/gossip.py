@@ -12,7 +12,9 @@
 From `start` to `leave` and `announce_left`, or to `close`:
 
 - `start` joins. Without seeds this node is a cluster of its own at once.
-- `answer` handles packets of other nodes, and `probe` handles signs that a member may be dead. Such signs are
+- `answer` handles packets of other nodes. A sender that has not proved where it is gets an answer, is
+  believed nothing, and is asked itself (introductions.py).
+- `probe` handles signs that a member may be dead. Such signs are
   a lost connection, a packet that was not delivered, and a forwarded call that failed (forward.py).
 - `leave` gives up this node's tokens, `announce_left` says that the process ends.
 
@@ -30,18 +32,20 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from aio.tasks import Tasks
 from cluster import discovery, wire
-from cluster.errors import ClusterError, PeerRefused, PeerUnreachable
+from cluster.addresses import AddressRules
+from cluster.errors import ClusterError, MalformedPacket, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
 from cluster.identity import Identity
-from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send
+from cluster.introductions import Candidate, Introductions
+from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, Update
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import ChannelKind, Peers, is_refused
 from cluster.swim import Settings, Swim
@@ -65,6 +69,9 @@ _MAX_UNDER_WAY: Final = 512
 # Members to which a connection is held. In a larger cluster the rest are found out by probes alone.
 _MAX_CONNECTED: Final = 64
 _MAX_EVENTS: Final = 512
+# Claims of a table between two turns of the event loop, about 1 ms; and tables that wait for one another.
+_SLICE: Final = 64
+_MAX_TABLES_WAITING: Final = 8
 
 
 @dataclass(slots=True)
@@ -99,13 +106,25 @@ class Gossip:
         *,
         seeds: Sequence[str],
         on_view: Callable[[View], None],
+        may_vouch: bool,
         settings: Settings | None = None,
     ) -> None:
+        """Join nothing yet; `may_vouch` tells whether packets between nodes carry a proof."""
+        settings = settings or Settings()
+        rules = self._address_rules = AddressRules(seeds, own=me.address)
         self.counters = GossipCounters()
         self.events: deque[TimedEvent] = deque(maxlen=_MAX_EVENTS)
         self.view = alone(me.name, is_active=False)
         rng = Random()  # noqa: S311  # spreads load, guards nothing
-        self.swim = Swim(me, settings=settings or Settings(), rng=rng, now=time.monotonic())
+        self.swim = Swim(me, settings=settings, rng=rng, now=time.monotonic())
+        self.introductions = Introductions(
+            me.name,
+            may_vouch=may_vouch,
+            may_dial=rules.may_be_node,
+            max_candidates=settings.max_members,
+        )
+        self._one_table = asyncio.Semaphore(1)
+        self._tables_waiting = 0
         self._identity = identity
         self._origin = identity.message()
         self._peers = peers
@@ -134,9 +153,9 @@ class Gossip:
             self.swim.activate(now=time.monotonic())
             self._perform()
 
-    def answer(self, body: bytes) -> bytes:
-        """Return the answer to a GossipRequest. Raises MalformedPacket."""
-        origin, packet = wire.parse_request(body)
+    def answer(self, body: bytes) -> bytes | Coroutine[Any, Any, bytes]:
+        """Return the answer to a GossipRequest; later, if it has a long table. Raises MalformedPacket."""
+        origin, packet, table = wire.parse_request(body)
         self.counters.packets["in", packet.kind.name.lower()] += 1
         self.counters.payload_bytes["in"] += len(body)
         # Before the core sees it: a claim from another cluster would add that cluster's members.
@@ -144,13 +163,68 @@ class Gossip:
         if objection:
             self._log_refusal("peer_refused", packet.sender.name, objection)
             return wire.response(None, objection)
-        answer = self.swim.receive(packet, now=time.monotonic())
-        self._perform()
+        if len(table) > self.swim.settings.max_members:
+            raise MalformedPacket(f"a table of more than {self.swim.settings.max_members} members")
+        if len(table) <= _SLICE:
+            return self._response(self._receive(packet, wire.updates(table, 0, _SLICE)))
+        return self._answer_in_slices(packet, table)
+
+    async def _answer_in_slices(self, packet: Packet, table: wire.RawTable) -> bytes:
+        return self._response(await self._receive_in_slices(packet, table))
+
+    def _response(self, answer: Packet | None) -> bytes:
         response = wire.response(answer)
         if answer is not None:
             self.counters.packets["out", answer.kind.name.lower()] += 1
             self.counters.payload_bytes["out"] += len(response)
         return response
+
+    async def _receive_in_slices(
+        self, packet: Packet, table: wire.RawTable, *, dialled: str | None = None
+    ) -> Packet | None:
+        """Take in a packet with a long table, with turns of the event loop in between.
+
+        One table at a time: many of them together would fill each turn as one long table would.
+
+        Raises:
+            MalformedPacket: too many tables wait already.
+        """
+        if self._tables_waiting >= _MAX_TABLES_WAITING:
+            raise MalformedPacket("too many tables at once")
+        self._tables_waiting += 1
+        try:
+            async with self._one_table:
+                if self.is_proven(packet.sender, dialled):
+                    for start in range(0, len(table), _SLICE):
+                        part = wire.updates(table, start, start + _SLICE)
+                        now = time.monotonic()
+                        self.swim.learn(self.introductions.believed(part, self.swim.table, now=now), now=now)
+                        self._perform()
+                        await asyncio.sleep(0)
+                return self._receive(packet, (), dialled=dialled)
+        finally:
+            self._tables_waiting -= 1
+
+    def is_proven(self, sender: Member, dialled: str | None = None) -> bool:
+        """Tell whether a process has proved where it is, now or before."""
+        return sender.address == dialled or self.introductions.is_proven(self.swim.table, sender)
+
+    def _receive(
+        self, packet: Packet, table: Sequence[Update], *, dialled: str | None = None
+    ) -> Packet | None:
+        """Have the core take in what may be believed of a packet; return the answer to it.
+
+        `dialled` is the address of which the packet is the answer, if it is one.
+        """
+        now = time.monotonic()
+        sifted = self.introductions.sift(packet, self.swim.table, now=now, dialled=dialled)
+        if sifted is None:
+            answer = self.swim.answer_stranger(packet, now=now)
+        else:
+            self.swim.learn(self.introductions.believed(table, self.swim.table, now=now), now=now)
+            answer = self.swim.receive(sifted, now=now)
+        self._perform()
+        return answer
 
     def objection(self, origin: pb.Origin) -> str:
         """Return why a call with this origin must not be answered here; empty if it may be."""
@@ -209,6 +283,9 @@ class Gossip:
             self._record(event)
         for send in sends:
             self._tasks.spawn(self._deliver(send))
+        for candidate in () if self._is_closed else self.introductions.next():
+            if self._tasks.spawn(self._ask(candidate)) is None:
+                self.introductions.done(candidate, is_proven=False, now=time.monotonic())
         changes = self.swim.table.changes
         if changes != self._seen_changes and self._ring_timer is None and not self._is_closed:
             # A node that joins brings a table of many members: one ring for all of them, not one for each.
@@ -340,31 +417,44 @@ class Gossip:
         finally:
             del self._dials[name]
 
+    async def _ask(self, candidate: Candidate) -> None:
+        """Ask a candidate for its table: its answer proves where it is, and makes it a member."""
+        is_proven = False
+        try:
+            await self._deliver(self.swim.sync_with(candidate.address, candidate.name))
+            # Its answer has been taken in by then, if there was one.
+            held = self.swim.table.get(candidate.name)
+            is_proven = held is not None and not held.is_gone and held.address == candidate.address
+        finally:
+            self.introductions.done(candidate, is_proven=is_proven, now=time.monotonic())
+            if not is_proven:
+                self._forget_stranger(candidate)
+            if not self._is_closed:
+                self._perform()
+
+    def _forget_stranger(self, candidate: Candidate) -> None:
+        # Another member may be at that address.
+        if all(member.address != candidate.address for member in self._live_peers()):
+            self._peers.forget(candidate.address)
+        self._log_refusal("member_unproven", "", f"no proof of {candidate.name} at {candidate.address}")
+
     async def _deliver(self, send: Send) -> None:
         """Send a packet; hand its answer to the core. A packet that is lost is not sent again."""
         try:
-            answer = await self._exchange(send)
+            await self._exchange(send)
         except PeerUnreachable:
             # A sign of failure, unlike a time-out: the host may refuse.
             if send.packet.target:
                 self.probe(send.packet.target)
         except PeerRefused as exc:
             self._log_refusal("peer_refuses_us", send.address, str(exc))
+        except PeerUnproven as exc:
+            self._log_refusal("peer_unproven", send.address, str(exc))
         except ClusterError as exc:
             log.debug("packet_lost", extra={"address": send.address, "error": str(exc)})
-        else:
-            self._take_answer(send, answer)
 
-    def _take_answer(self, send: Send, answer: Packet | None) -> None:
-        if answer is not None:
-            self.swim.receive(answer, now=time.monotonic())
-            self._perform()
-        elif send.packet.kind == Kind.SYNC and not send.packet.target:
-            # Only this node itself gives no answer to its own sync: the seed leads back here.
-            self._own_addresses.add(send.address)
-
-    async def _exchange(self, send: Send) -> Packet | None:
-        """Return the answer to a packet; a node that doubts its own health waits longer for it.
+    async def _exchange(self, send: Send) -> None:
+        """Send a packet, and take its answer in; a node that doubts its own health waits longer for it.
 
         Raises:
             PeerRefused: the receiver takes this node for one of another cluster.
@@ -378,12 +468,21 @@ class Gossip:
             send.address, "Gossip", body, timeout_s=timeout_s, channel_kind=ChannelKind.GOSSIP
         )
         self.counters.payload_bytes["in"] += len(response)
-        answer, refusal = wire.parse_response(response)
+        answer, table, refusal = wire.parse_response(response)
         if refusal:
             raise PeerRefused(refusal)
-        if answer is not None:
-            self.counters.packets["in", answer.kind.name.lower()] += 1
-        return answer
+        if answer is None:
+            if send.packet.kind == Kind.SYNC and not send.packet.target:
+                # Only this node itself gives no answer to its own sync: the seed leads back here.
+                self._own_addresses.add(send.address)
+            return
+        self.counters.packets["in", answer.kind.name.lower()] += 1
+        if len(table) > self.swim.settings.max_members:
+            raise MalformedPacket(f"a table of more than {self.swim.settings.max_members} members")
+        if len(table) <= _SLICE:
+            self._receive(answer, wire.updates(table, 0, _SLICE), dialled=send.address)
+        else:
+            await self._receive_in_slices(answer, table, dialled=send.address)
 
     async def _join(self) -> None:
         """Ask the seeds until each is a member; serve alone while none is.
@@ -394,7 +493,8 @@ class Gossip:
         self._is_joining = True
         wait_s, longest_s = _JOIN_RETRY_S
         while await self._ask_seeds():
-            if self.swim.table.live == 1 and self.swim.me.phase == Phase.JOINING:
+            is_alone = self.swim.table.live == 1 and not self.introductions
+            if is_alone and self.swim.me.phase == Phase.JOINING:
                 log.warning("no_seed_answers", extra={"seeds": list(self._seeds)})
                 self.swim.activate(now=time.monotonic())
                 self._perform()
@@ -410,6 +510,7 @@ class Gossip:
         """Ask every seed that is no member; tell whether one is missing still."""
         self._seed_by_address = await discovery.addresses(self._foreign_seeds())
         found = list(self._seed_by_address)
+        self._address_rules.know(found)
         before = self._tasks.running()
         self.swim.join(self._unknown(found))
         self._perform()

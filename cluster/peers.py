@@ -8,11 +8,15 @@
 Two connections, because packets of gossip must not wait behind a megabyte of forwarded calls: a member would
 look dead because it is busy.
 
-Every failure leaves this module as one of three errors (errors.py):
+Each connection begins with Hello, in which both ends prove that they know the cluster's secret
+(peer_auth.py). Nothing else is sent before, and no answer is taken that is not sealed.
+
+Every failure leaves this module as one of four errors (errors.py):
 
 - PeerUnreachable: there was no connection, or it broke. The host may refuse, so it is worth a dial.
 - PeerTimeout: no answer in time. If the connection was silent for SILENCE_S, it is replaced.
 - PeerRefused: the peer answered, and does not take this node for one of its cluster.
+- PeerUnproven: what answered did not prove that it is a node of this cluster.
 """
 
 from __future__ import annotations
@@ -25,19 +29,31 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Final, Protocol
 
 from aio.tasks import Tasks
-from cluster.channel import CallFailed, Channel, ChannelStream, ConnectionLost
-from cluster.errors import ClusterError, PeerRefused, PeerTimeout, PeerUnreachable
-from cluster.peer_auth import METADATA_KEY, NONCE_BYTES, PeerAuth, StreamMac
+from cluster.channel import CallFailed, Channel, ChannelStream, ConnectionLost, IntroductionFailed, Wire
+from cluster.errors import (
+    ClusterError,
+    MalformedPacket,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnproven,
+    PeerUnreachable,
+    UnauthenticatedPeer,
+)
+from cluster.peer_auth import HELLO, METADATA_KEY, NO_KEY, NONCE_BYTES, PeerAuth, PeerKey, StreamMac
 from cluster.peerpb import peer_pb2 as pb
 from cluster.timing import CHANNEL_GRACE_S, DIAL_TIMEOUT_S, SILENCE_S
+from cluster.wire import parsed
 from http2.outbox import Headers
 from http2.status import StatusCode
 
 SERVICE_NAME: Final = "mnemosynepeer.Peer"
-_MAX_CONNECTIONS: Final = 512
+_MAX_CONNECTIONS: Final = 4096  # two to each member of the largest usual cluster, and more
+_MAX_HELLO_BYTES: Final = 1024  # of an answer of who has proved nothing yet
+_HELLO_S: Final = 1.0  # no more than the dial that it belongs to (channel.py)
 # The peer is alive and says no. Everything else may be a broken connection or a peer that is about to end.
 _REFUSALS: Final = frozenset({
     StatusCode.UNAUTHENTICATED,
@@ -70,6 +86,7 @@ class CallStats(Protocol):
 @dataclass(slots=True, eq=False)
 class _Connection:
     channel: Channel
+    callee: str  # the name of the node there; empty for any node of the cluster
     answered_s: float  # when it was opened, or the peer last answered on it
 
 
@@ -78,13 +95,19 @@ class Peers:
 
     def __init__(
         self,
-        trust: PeerAuth,
+        peer_auth: PeerAuth,
         stats_by_method: Mapping[str, CallStats],
         *,
         server_name: Callable[[str], str] = lambda address: address.rpartition(":")[0],
+        may_dial: Callable[[str], bool] = lambda _: True,
     ) -> None:
-        """`server_name` returns, over TLS, the name that an address's certificate must have."""
-        self._trust = trust
+        """Open no connection yet.
+
+        - `server_name` returns, over TLS, the name that an address's certificate must have.
+        - `may_dial` tells whether a node may be where a host name leads.
+        """
+        self._may_dial = may_dial
+        self._auth = peer_auth
         self._stats_by_method = stats_by_method
         self._server_name = server_name
         self._tls: ssl.SSLContext | None = None
@@ -103,28 +126,42 @@ class Peers:
             self._hang_up(address, channel_kind, grace_s=CHANNEL_GRACE_S)
 
     async def call(
-        self, address: str, method: str, body: bytes, *, timeout_s: float, channel_kind: ChannelKind
+        self,
+        address: str,
+        method: str,
+        body: bytes,
+        *,
+        timeout_s: float,
+        channel_kind: ChannelKind,
+        callee: str = "",
     ) -> bytes:
-        """Return a peer's answer.
+        """Return the answer of the node of this name; of any node there, if the name is empty.
 
         Raises:
             PeerUnreachable: no connection, or it broke.
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take this node for one of its cluster.
+            PeerUnproven: what answers there is not proved to be a node of this cluster.
         """
-        metadata = _metadata(self._signature(method, body))
         with self._counted(address, channel_kind, method):
-            channel = self._connection(address, channel_kind).channel
-            return await channel.call(_path(method), metadata, body, timeout_s=timeout_s)
+            channel = self._connection(address, channel_kind, callee).channel
+            until_s = time.monotonic() + timeout_s
+            wire = await channel.ready(timeout_s)
+            key: PeerKey = wire.introduction
+            signature = _signature(key, method, body)
+            answer = await channel.call_on(
+                wire, _path(method), _metadata(signature), body, timeout_s=until_s - time.monotonic()
+            )
+            sealed = parsed(pb.SealedAnswer, answer)
+            key.check_answer(signature, sealed.answer, sealed.seal)
+            return sealed.answer
 
-    def open_stream(self, address: str) -> ForwardStream:
-        """Open a stream of forwarded batches to a peer."""
-        connection = self._connection(address, ChannelKind.CALLS)
-        opening = self._signature("Forward", b"")
+    def open_stream(self, address: str, callee: str) -> ForwardStream:
+        """Return a stream of forwarded batches to the node of this name; its first batch opens it."""
+        connection = self._connection(address, ChannelKind.CALLS, callee)
         return ForwardStream(
             address,
-            connection.channel.open_stream(_path("Forward"), _metadata(opening)),
-            self._trust.stream_mac(opening),
+            connection.channel,
             is_current=lambda: self._connections.get((address, ChannelKind.CALLS)) is connection,
             counted=lambda: self._counted(address, ChannelKind.CALLS, "Forward"),
         )
@@ -148,18 +185,54 @@ class Peers:
         closing = self._closing.running()
         await asyncio.gather(*(connection.channel.close() for connection in connections), *closing)
 
-    def _connection(self, address: str, channel_kind: ChannelKind) -> _Connection:
+    def _connection(self, address: str, channel_kind: ChannelKind, callee: str = "") -> _Connection:
+        """Return the connection to an address; another node there than before gets another one."""
         connection = self._connections.get((address, channel_kind))
+        if connection is not None and callee not in ("", connection.callee):
+            self._hang_up(address, channel_kind)
+            connection = None
         if connection is None:
             if len(self._connections) >= _MAX_CONNECTIONS:
                 # The oldest address. If its peer is still there, the next call opens a connection.
                 self.forget(next(iter(self._connections))[0])
-            # Peers are dialled by address, and their certificates are for names.
-            name = self._server_name(address).strip("[]")
-            channel = Channel(address, tls=self._tls, server_name=name)
-            connection = _Connection(channel, answered_s=time.monotonic())
+            channel = Channel(
+                address,
+                tls=self._tls,
+                # Peers are dialled by address, and their certificates are for names.
+                server_name=self._server_name(address).strip("[]"),
+                introduce=partial(self._introduce, callee),
+                may_dial=self._may_dial,
+            )
+            connection = _Connection(channel, callee, answered_s=time.monotonic())
             self._connections[address, channel_kind] = connection
         return connection
+
+    async def _introduce(self, callee: str, channel: Channel, wire: Wire) -> PeerKey:
+        """Say Hello on a new connection; return the key for calls on it.
+
+        The Hello names its callee. Otherwise a process that took over the address of a dead node could pass
+        the Hello on to a live one, and read what follows.
+
+        Raises:
+            UnauthenticatedPeer: what answers there is no node of this cluster.
+            CallFailed: it refuses this node, or fails.
+        """
+        process = proof = b""
+        greeting = ""
+        if self._auth.has_secret:
+            body = pb.HelloRequest(callee=callee).SerializeToString()
+            greeting = self._auth.greeting(body, now_ms=_now_ms(), nonce=os.urandom(NONCE_BYTES))
+            answer = await channel.call_on(
+                wire, _path(HELLO), _metadata(greeting), body, timeout_s=_HELLO_S, max_bytes=_MAX_HELLO_BYTES
+            )
+            hello = parsed(pb.HelloResponse, answer)
+            process, proof = hello.process, hello.proof
+        if proof:
+            return self._auth.key_for(process, proof, greeting=greeting)
+        objection = self._auth.objection_to_callee(wire.certificate_names, wire.host)
+        if objection:
+            raise UnauthenticatedPeer(objection)
+        return NO_KEY
 
     def _hang_up(self, address: str, channel_kind: ChannelKind, *, grace_s: float = 0.0) -> None:
         """Close a connection in the background; the next call opens another at once."""
@@ -176,19 +249,17 @@ class Peers:
         try:
             yield
             code = StatusCode.OK
-            self._connection(address, channel_kind).answered_s = time.monotonic()
-        except CallFailed as exc:
-            code = exc.code
+            connection = self._connections.get((address, channel_kind))
+            if connection is not None:
+                connection.answered_s = time.monotonic()
+        except _FAILURES as exc:
+            code, error = _failure(exc)
             if code is StatusCode.DEADLINE_EXCEEDED:
                 self._doubt(address, channel_kind)
-            raise _translated(exc) from None
-        except TimeoutError:
-            code = StatusCode.DEADLINE_EXCEEDED
-            self._doubt(address, channel_kind)
-            raise PeerTimeout("no answer in time") from None
-        except ConnectionLost as exc:
-            code = StatusCode.UNAVAILABLE
-            raise PeerUnreachable(str(exc)) from None
+            if isinstance(exc, ClusterError):
+                # Something else speaks on this connection than what was introduced.
+                self._hang_up(address, channel_kind)
+            raise error from None
         finally:
             stats.end(code.name, time.perf_counter() - started_s)
 
@@ -202,10 +273,6 @@ class Peers:
         if connection is not None and time.monotonic() - connection.answered_s > SILENCE_S:
             self._hang_up(address, channel_kind)
 
-    def _signature(self, method: str, body: bytes) -> str:
-        now_ms = time.time_ns() // 1_000_000
-        return self._trust.sign(method, body, now_ms=now_ms, nonce=os.urandom(NONCE_BYTES))
-
 
 class ForwardStream:
     """A stream to one peer, on which each batch is answered before the next is sent.
@@ -218,8 +285,7 @@ class ForwardStream:
     def __init__(
         self,
         address: str,
-        stream: ChannelStream,
-        stream_mac: StreamMac,
+        channel: Channel,
         *,
         is_current: Callable[[], bool],
         counted: Callable[[], AbstractContextManager[None]],
@@ -229,8 +295,8 @@ class ForwardStream:
         `counted` counts what is awaited inside, and raises its failure as one of this package's errors.
         """
         self.address = address
-        self._stream = stream
-        self._stream_mac = stream_mac
+        self._stream: ChannelStream = channel.open_stream(_path("Forward"), self._open)
+        self._batches, self._answers = StreamMac(None), StreamMac(None)
         self._is_current = is_current
         self._counted = counted
 
@@ -240,16 +306,32 @@ class ForwardStream:
         return self._stream.is_open and self._is_current()
 
     async def ask(self, batch: bytes, *, timeout_s: float) -> bytes:
-        """Return the peer's answer to a serialized Batch; after a failure the stream is closed.
+        """Return the peer's answers to a serialized Batch; after a failure the stream is closed.
 
         Raises:
             PeerUnreachable: no connection, or it broke, or the peer ended the stream.
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take this node for one of its cluster.
+            PeerUnproven: what answers there is not proved to be a node of this cluster.
         """
-        request = pb.ForwardRequest(batch=batch, seal=self._stream_mac.seal(batch)).SerializeToString()
         with self._counted():
-            return await self._stream.ask(request, timeout_s=timeout_s)
+            until_s = time.monotonic() + timeout_s
+            await self._stream.open(timeout_s=timeout_s)
+            request = pb.ForwardRequest(batch=batch, seal=self._batches.seal(batch)).SerializeToString()
+            response = await self._stream.ask(request, timeout_s=until_s - time.monotonic())
+            try:
+                sealed = parsed(pb.ForwardResponse, response)
+                self._answers.check(sealed.seal, sealed.answers)
+            except ClusterError:
+                self._stream.cancel()
+                raise
+            return sealed.answers
+
+    def _open(self, key: PeerKey) -> Headers:
+        # An empty body, since no batch is there yet.
+        opening = _signature(key, "Forward", b"")
+        self._batches, self._answers = key.stream_macs(opening)
+        return _metadata(opening)
 
     def end(self) -> None:
         """Close the stream; no batch is under way on it."""
@@ -277,13 +359,40 @@ def _path(method: str) -> bytes:
     return f"/{SERVICE_NAME}/{method}".encode()
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _signature(key: PeerKey, method: str, body: bytes) -> str:
+    return key.sign(method, body, now_ms=_now_ms(), nonce=os.urandom(NONCE_BYTES))
+
+
 def _metadata(signature: str) -> Headers:
     return [(METADATA_KEY.encode(), signature.encode())] if signature else []
 
 
-def _translated(exc: CallFailed) -> ClusterError:
+_FAILURES: Final = (
+    CallFailed,
+    ConnectionLost,
+    IntroductionFailed,
+    MalformedPacket,
+    TimeoutError,
+    UnauthenticatedPeer,
+)
+
+
+def _failure(exc: BaseException) -> tuple[StatusCode, ClusterError]:
+    """Return the status to count for one of `_FAILURES`, and what it is for the callers of this module."""
+    if isinstance(exc, IntroductionFailed):
+        exc = exc.reason
+    if isinstance(exc, UnauthenticatedPeer | MalformedPacket):
+        return StatusCode.UNAUTHENTICATED, PeerUnproven(str(exc))
+    if isinstance(exc, TimeoutError):
+        return StatusCode.DEADLINE_EXCEEDED, PeerTimeout("no answer in time")
+    if not isinstance(exc, CallFailed):
+        return StatusCode.UNAVAILABLE, PeerUnreachable(str(exc))
     if exc.code is StatusCode.DEADLINE_EXCEEDED:
-        return PeerTimeout("no answer in time")
+        return exc.code, PeerTimeout("no answer in time")
     if exc.code in _REFUSALS:
-        return PeerRefused(str(exc))
-    return PeerUnreachable(f"{exc.code.name}: {exc}")
+        return exc.code, PeerRefused(str(exc))
+    return exc.code, PeerUnreachable(f"{exc.code.name}: {exc}")

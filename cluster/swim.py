@@ -8,6 +8,8 @@ sockets and the log. Chance comes from the generator that is passed in, so that 
 simulated cluster.
 
     shell -> core   receive(packet)   a packet came in; the return value is the answer to it
+                    learn(updates)    a part of a packet's table, before the packet itself
+                    answer_stranger(packet)   the same for a sender that is not known to be where it says
                     tick()            a deadline of `next_deadline` has passed
                     join(addresses)   ask seeds for their tables
                     refused(name)     a dial was refused: nothing listens at that address
@@ -127,7 +129,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 from cluster.dissemination import Dissemination
 from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, State, Update
 from cluster.suspicion import Suspicion
-from cluster.table import Base, ProbeOrder, Table
+from cluster.table import MAX_MEMBERS, Base, ProbeOrder, Table
 from cluster.timing import (
     DROP_JITTER_S,
     GOSSIP_INTERVAL_S,
@@ -154,6 +156,10 @@ _FIRST_GOSSIP_S: Final = 0.02
 _LAG_PER_POINT_S: Final = 0.25
 # Up to this many members, a node that leaves tells each one itself.
 _DIRECT_LEAVE: Final = 32
+# No member's incarnation rises by so much between two packets, and no clock is so many milliseconds off. One
+# packet with a greater number would leave its member none to refute with (`wire.MAX_NUMBER`).
+_MAX_JUMP: Final = 2**32
+_MAX_CLOCK_JUMP_MS: Final = 2**42
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +188,7 @@ class Settings:
     heal_interval_s: float = 15.0
     forget_dead_s: float = 24 * 3600.0  # a partition that lasts longer heals by the seeds alone
     forget_left_s: float = 3600.0  # by then no old claim about it is under way
+    max_members: int = MAX_MEMBERS  # joins beyond this are not believed
     max_gone: int = 1024  # members that went, the oldest forgotten first
     stabilise_s: float = 0.3  # from the first answer of a member until this node owns tokens
 
@@ -236,7 +243,7 @@ class Swim:
         self.settings = settings
         self.health_score = 0
         self.counters = Counters()
-        self.table = Table(base or Base())
+        self.table = Table(base or Base(), max_members=settings.max_members)
         self.wants_seeds = False  # the shell looks the seeds up again, and resets this
         self._rng = rng
         self._updates = Dissemination(self._is_current)
@@ -283,6 +290,10 @@ class Swim:
         """Ask the nodes at these addresses for their tables; their names are not known yet."""
         for address in addresses:
             self._send(address, Kind.SYNC, target="")
+
+    def sync_with(self, address: str, name: str) -> Send:
+        """Return a question for the table of the process of this name, which need not be a member yet."""
+        return Send(address, self._packet(Kind.SYNC, name))
 
     def activate(self, *, now: float) -> None:
         """Own tokens from now on.
@@ -331,6 +342,29 @@ class Swim:
         answer = self._answer(packet, now)
         self._compare_rings(packet, now)
         return answer
+
+    def learn(self, updates: Sequence[Update], *, now: float) -> None:
+        """Consider a part of the table that the next packet to `receive` comes with, for it may be long."""
+        for update in updates:
+            self._consider(update, now, is_sync=True)
+
+    def answer_stranger(self, packet: Packet, *, now: float) -> Packet | None:
+        """Answer a sender that has not proved where it is, and believe nothing of the packet.
+
+        A node that joins needs the table to find the members, and these must be able to find it.
+        """
+        if packet.sender.name == self.me.name or packet.target not in ("", self.me.name):
+            return None
+        match packet.kind:
+            case Kind.PING:
+                return self._packet(Kind.ACK, packet.sender.name, sequence=packet.sequence)
+            case Kind.SYNC:
+                self._prepare_to_own(now)
+                is_same = packet.members_hash == self.table.members_hash
+                table = () if is_same else self._whole_table()
+                return self._packet(Kind.SYNC_REPLY, packet.sender.name, table=table)
+            case _:
+                return None
 
     def refused(self, name: str, *, now: float) -> None:
         """Take note that the member's host refused a connection: nothing listens there.
@@ -533,6 +567,8 @@ class Swim:
             self._refute(update, now)
             return
         held = self.table.get(claim.name)
+        if held is not None and _is_out_of_bounds(claim, held):
+            return
         if held is not None and claim.version <= held.version:
             if held.state == State.SUSPECT and claim.version == held.version and update.accuser:
                 self._confirm(update, now)
@@ -568,6 +604,10 @@ class Swim:
 
         Returns False when the table has no room for another member.
         """
+        if len(self.table) >= self.settings.max_members and self.table.get(claim.name) is None:
+            # A member that lives is worth more than the memory of one that went.
+            for name in list(self._gone_since_s)[:1]:
+                self._forget(name)
         if not self.table.put(claim):
             return False
         if claim.state != State.SUSPECT:
@@ -686,6 +726,8 @@ class Swim:
         claim, me = update.member, self.me
         if me.state == State.LEFT:
             # The process ends. A refutation would bring it back into the tables.
+            return
+        if _is_out_of_bounds(claim, me):
             return
         if claim.instance != me.instance and claim.generation >= me.generation:
             self._meet_rival(claim, now)
@@ -927,7 +969,7 @@ class Swim:
         A SYNC to a dead member that answers begins a sync of both halves. Its target is empty because another
         process may have that address now.
         """
-        self._forget(now)
+        self._forget_old(now)
         # Three members of the cluster, on average, do so in one interval, however large the cluster is.
         if self._rng.random() * self.table.live >= 3:  # noqa: PLR2004  # as ringpop does
             return
@@ -941,7 +983,7 @@ class Swim:
         held = self.table.get(name)
         return held if held is not None and held.state == State.DEAD else None
 
-    def _forget(self, now: float) -> None:
+    def _forget_old(self, now: float) -> None:
         """Remove members that went long ago from the table, the oldest first.
 
         After that an old claim could bring such a member back. Hence the long times: the claim would have to
@@ -952,5 +994,15 @@ class Swim:
         for index, (name, since_s) in enumerate(list(self._gone_since_s.items())):
             keep_s = self.settings.forget_left_s if self._dead(name) is None else self.settings.forget_dead_s
             if index < excess or now - since_s >= keep_s:
-                self._gone_since_s.pop(name)
-                self.table.forget(name)
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._gone_since_s.pop(name)
+        self.table.forget(name)
+
+
+def _is_out_of_bounds(claim: Member, held: Member) -> bool:
+    return (
+        claim.generation > held.generation + _MAX_CLOCK_JUMP_MS
+        or claim.incarnation > held.incarnation + _MAX_JUMP
+    )

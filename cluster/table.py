@@ -18,7 +18,7 @@ from cluster.member import Member, claim_digest, name_digest
 if TYPE_CHECKING:
     from random import Random
 
-# Joins beyond this are not believed: more than any cluster, less than any memory.
+# The greatest bound that may be set: more than any cluster, less than any memory.
 MAX_MEMBERS: Final = 65_536
 # Random indices that `pick` tries for each member that it wants, before it looks through the whole table.
 _TRIES: Final = 8
@@ -43,8 +43,9 @@ class Base:
 class Table:
     """Members by name, this node itself among them."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, *, max_members: int = MAX_MEMBERS) -> None:
         self._base = base
+        self._max_members = max_members
         self._overlay: dict[str, Member] = {}
         # In the sequence of arrival, because the member at a random index must not depend on the process.
         self._added: list[str] = []
@@ -86,7 +87,7 @@ class Table:
         """
         held = self.get(member.name)
         if held is None:
-            if len(self) >= MAX_MEMBERS:
+            if len(self) >= self._max_members:
                 return False
             self._added.append(member.name)
         else:

@@ -11,19 +11,24 @@ meant before there was such a field: an empty address is the name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
+from cluster.addresses import MAX_NAME, is_address
 from cluster.errors import MalformedPacket
 from cluster.member import Kind, Member, Packet, Phase, State, Update
 from cluster.peerpb import peer_pb2 as pb
-from cluster.table import MAX_MEMBERS
 
-_MAX_PORT: Final = 65_535
-_MAX_NAME: Final = 300  # of a host name, 253, and a port
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+# More than a node sends along (swim.py, MAX_UPDATES).
+_MAX_UPDATES: Final = 64
 # Far beyond any clock and any count of refutations; above it arithmetic would leave 64 bits.
-_MAX_NUMBER: Final = 2**62
+MAX_NUMBER: Final = 2**62
+# Of one Update: two names, an accuser, and numbers.
+_UPDATE_BYTES: Final = 3 * MAX_NAME + 64
+
+RawTable = Sequence[pb.Update]
 
 
 def request(packet: Packet, origin: pb.Origin) -> bytes:
@@ -39,37 +44,49 @@ def response(packet: Packet | None, refusal: str = "") -> bytes:
     return message.SerializeToString()
 
 
-def parse_request(body: bytes) -> tuple[pb.Origin, Packet]:
-    """Return what a GossipRequest holds. Raises MalformedPacket."""
-    message = pb.GossipRequest()
-    _parse(message, body)
-    return message.origin, _packet(message.packet)
+def max_request_bytes(max_members: int) -> int:
+    """Return the size of the longest GossipRequest in a cluster of so many members."""
+    return (max_members + _MAX_UPDATES) * _UPDATE_BYTES + 4096
 
 
-def parse_response(body: bytes) -> tuple[Packet | None, str]:
-    """Return a GossipResponse's packet and refusal. Raises MalformedPacket."""
-    message = pb.GossipResponse()
-    _parse(message, body)
+def parse_request(body: bytes) -> tuple[pb.Origin, Packet, RawTable]:
+    """Return what a GossipRequest holds; its table is not in the packet, but apart for `updates`.
+
+    Raises:
+        MalformedPacket: it is none.
+    """
+    message = parsed(pb.GossipRequest, body)
+    return message.origin, _packet(message.packet), message.packet.table
+
+
+def parse_response(body: bytes) -> tuple[Packet | None, RawTable, str]:
+    """Return a GossipResponse's packet, its table apart, and the refusal. Raises MalformedPacket."""
+    message = parsed(pb.GossipResponse, body)
     packet = _packet(message.packet) if message.HasField("packet") else None
-    return packet, message.refusal
+    return packet, message.packet.table, message.refusal
+
+
+def updates(table: RawTable, start: int, stop: int) -> tuple[Update, ...]:
+    """Return a part of a table. Raises MalformedPacket."""
+    return tuple(map(_update, table[start:stop]))
 
 
 def parse_answers(body: bytes, count: int) -> Sequence[pb.Answer]:
-    """Return the answers of a ForwardResponse to that many items. Raises MalformedPacket."""
-    response = pb.ForwardResponse()
-    _parse(response, body)
+    """Return the answers to that many items. Raises MalformedPacket."""
+    response = parsed(pb.Answers, body)
     if len(response.answers) != count:
         # Answers belong to items by their place alone, so each of these might be for another call.
         raise MalformedPacket(f"{len(response.answers)} answers to {count} items")
     return response.answers
 
 
-def _parse(message: pb.GossipRequest | pb.GossipResponse | pb.ForwardResponse, body: bytes) -> None:
+def parsed(kind: type[AnyMessage], body: bytes) -> AnyMessage:
+    """Return a message of this kind. Raises MalformedPacket."""
     try:
-        message.ParseFromString(body)
+        return kind.FromString(body)
     except DecodeError:
         # Without protobuf's own text, which may quote the message.
-        raise MalformedPacket(f"not a valid {message.DESCRIPTOR.full_name}") from None
+        raise MalformedPacket(f"not a valid {kind.DESCRIPTOR.full_name}") from None
 
 
 def _message(packet: Packet) -> pb.Packet:
@@ -106,9 +123,8 @@ def _member_message(member: Member) -> pb.Member:
 
 
 def _packet(message: pb.Packet) -> Packet:
-    # A table is the only part without a bound of its own: the core reads MAX_UPDATES updates and no more.
-    if len(message.table) > MAX_MEMBERS:
-        raise MalformedPacket(f"a table of more than {MAX_MEMBERS} members")
+    if len(message.updates) > _MAX_UPDATES:
+        raise MalformedPacket(f"a packet with more than {_MAX_UPDATES} updates")
     try:
         kind = Kind(message.kind)
     except ValueError:
@@ -123,23 +139,22 @@ def _packet(message: pb.Packet) -> Packet:
         members_hash=message.members_hash,
         ring_hash=message.ring_hash,
         updates=tuple(map(_update, message.updates)),
-        table=tuple(map(_update, message.table)),
     )
 
 
 def _update(message: pb.Update) -> Update:
+    if message.accuser and not is_address(message.accuser):
+        raise MalformedPacket("an accuser whose name is not host:port")
     return Update(_member(message.member), message.accuser, message.is_refused)
 
 
 def _member(message: pb.Member) -> Member:
-    """Return a member, if its name and address can be dialled and its numbers leave room to refute."""
+    """Return a member, if its name and address can be dialled, and its numbers leave room to refute."""
     address = message.address or message.name
-    if not 0 < len(message.name) <= _MAX_NAME or len(address) > _MAX_NAME:
-        raise MalformedPacket("a member without a name, or with an endless one")
-    if not _is_address(address):
-        raise MalformedPacket("a member with an address that is not host:port")
+    if not is_address(message.name) or not is_address(address):
+        raise MalformedPacket("a member with a name or an address that is not host:port")
     # A refutation adds 1. Without a bound one packet could take the last number, and end all refutations.
-    if max(message.generation, message.incarnation) >= _MAX_NUMBER:
+    if max(message.generation, message.incarnation) >= MAX_NUMBER:
         raise MalformedPacket("a member whose generation or incarnation is out of bounds")
     try:
         state, phase = State(message.state), Phase(message.phase)
@@ -154,8 +169,3 @@ def _member(message: pb.Member) -> Member:
         phase=phase,
         instance=message.instance,
     )
-
-
-def _is_address(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) <= _MAX_PORT

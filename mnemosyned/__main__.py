@@ -28,6 +28,10 @@ def main() -> int:
     from mnemosyned.commands import COMMANDS
 
     if arguments and arguments[0] in COMMANDS:
+        from mnemosyned.security import core_dumps
+
+        # Commands may read secrets and tokens too.
+        core_dumps.forbid()
         return COMMANDS[arguments[0]].run(arguments[1:])
     return _serve(arguments)
 
@@ -44,9 +48,20 @@ def _serve(arguments: list[str]) -> int:
     except ConfigError as exc:
         return _complain(str(exc), 2)
     if config[RunConfig].only_checks:
-        sys.stdout.write("the configuration is valid\n")
-        return 0
+        return _check(config)
     return _run(config)
+
+
+def _check(config: Config) -> int:
+    from mnemosyned import configured_files
+
+    try:
+        warnings = configured_files.check(config)
+    except ConfigError as exc:
+        return _complain(str(exc), 2)
+    sys.stderr.write("".join(f"mnemosyned: warning: {text}\n" for text in warnings))
+    sys.stdout.write("the configuration is valid\n")
+    return 0
 
 
 def _run(config: Config) -> int:
@@ -55,9 +70,12 @@ def _run(config: Config) -> int:
     from mnemosyned.daemon import StartFailed, run
     from mnemosyned.observe import logs
     from mnemosyned.observe.config import ObserveConfig
+    from mnemosyned.security import core_dumps
 
     observe = config[ObserveConfig]
     logs.configure(observe.log_environment, observe.log_level, secret_flags=SECRET_FLAGS)
+    if not config[RunConfig].has_core_dumps:
+        core_dumps.forbid()
     try:
         run(config)
     except StartFailed as exc:

@@ -13,7 +13,7 @@ runs. Nothing here listens, runs or opens anything, so it needs no event loop an
                                                         |
                                            node.bind <──┴──> LocalRouter or ClusterRouter
                                                                   |
-                                  MethodTable of the port, MethodTable of forwarded calls
+                         MethodTables of the ports, MethodTable of forwarded calls
 
 Two knots decide the sequence:
 
@@ -106,6 +106,7 @@ class Parts:
     service: SessionService
     node: ClusterNode | None  # None: this daemon has no peers
     table: MethodTable  # what the gRPC port serves
+    peers: MethodTable | None  # what the peers' port serves; None: the gRPC port serves peers too
     forwarded: MethodTable  # what peers forward to this node
     health: Health
     upkeep: UpkeepMetrics
@@ -137,8 +138,8 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
     if node is not None:
         node.bind(storage=store, cache=cache, coherence=coherence, touches=touches, service=service)
     health = Health(_PUBLIC_SERVICES)
-    table, forwarded = _new_tables(service, node, health, hooks)
-    _register_calls(hooks.registry, table, node)
+    tables = _new_tables(service, node, health, hooks, has_own_port=bool(config[ClusterConfig].bind))
+    _register_calls(hooks.registry, tables, node)
     return Parts(
         store=store,
         clock=clock,
@@ -147,8 +148,9 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
         touches=touches,
         service=service,
         node=node,
-        table=table,
-        forwarded=forwarded,
+        table=tables.clients,
+        peers=tables.peers,
+        forwarded=tables.forwarded,
         health=health,
         upkeep=upkeep,
     )
@@ -243,40 +245,61 @@ def _bag_limits(config: Config) -> BagLimits:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tables:
+    clients: MethodTable
+    peers: MethodTable | None
+    forwarded: MethodTable  # what a forwarded call may call
+
+
 def _new_tables(
-    service: SessionService, node: ClusterNode | None, health: Health, hooks: Hooks
-) -> tuple[MethodTable, MethodTable]:
-    """Return what clients and peers may call on the port, and what a forwarded call may call.
+    service: SessionService, node: ClusterNode | None, health: Health, hooks: Hooks, *, has_own_port: bool
+) -> _Tables:
+    """Return what clients and peers may call, and what a forwarded call may call.
+
+    `has_own_port` is whether peers have a port of their own. Then the clients' table has no Peer service.
 
     Added in this sequence:
 
     1. The SessionManager, and for peers the Peer service.
     2. The guard around the SessionManager. Forwarded calls have none: they have passed it at the entry node.
-    3. Health and reflection, which need no credential.
+    3. Health and reflection, which need no credential. The peers' port has no reflection.
     4. Traces around everything, so that a refused call has a span too.
     """
-    table, forwarded = MethodTable(), MethodTable()
+    clients, forwarded = MethodTable(), MethodTable()
+    peers = MethodTable() if node is not None and has_own_port else None
     trace_context: Callable[[Call], Mapping[str, str]] = carried
     if hooks.tracing is not None:
         trace_context = hooks.tracing.context
     router = LocalRouter(service) if node is None else node.router(trace_context)
-    session_manager.add_to(table, router)
+    session_manager.add_to(clients, router)
     if node is not None:
         session_manager.add_to(forwarded, node.owner_router())
-        node.serve_peers(table, forwarded, stop=hooks.stop)
+        node.serve_peers(clients if peers is None else peers, forwarded, stop=hooks.stop)
     if hooks.callers is not None:
-        guard(table, hooks.callers, AuthMetrics(hooks.registry))
-    health.add_to(table)
-    reflection.add_to(table, _PUBLIC_SERVICES)
+        guard(clients, hooks.callers, AuthMetrics(hooks.registry))
+    health.add_to(clients)
+    reflection.add_to(clients, _PUBLIC_SERVICES)
     if hooks.tracing is not None:
-        hooks.tracing.trace(table)
-        hooks.tracing.trace(forwarded)
-    return table, forwarded
+        for table in (clients, forwarded, *([] if peers is None else [peers])):
+            hooks.tracing.trace(table)
+    if peers is not None:
+        _share(clients, peers, HEALTH)
+    return _Tables(clients=clients, peers=peers, forwarded=forwarded)
+
+
+def _share(one: MethodTable, other: MethodTable, service: str) -> None:
+    """Serve the methods of a service in another table too, counted together, since metrics name no port."""
+    prefix = f"/{service}/"
+    other.unary.update({path: method for path, method in one.unary.items() if path.startswith(prefix)})
+    other.streams.update({path: method for path, method in one.streams.items() if path.startswith(prefix)})
 
 
 # After all wrapping: a method's stats are those of its last wrapper.
-def _register_calls(registry: CollectorRegistry, table: MethodTable, node: ClusterNode | None) -> None:
-    registry.register(RpcCollector(table.stats()))
+def _register_calls(registry: CollectorRegistry, tables: _Tables, node: ClusterNode | None) -> None:
+    served = [*tables.clients.stats(), *([] if tables.peers is None else tables.peers.stats())]
+    # Each once: two ports share the methods of health.
+    registry.register(RpcCollector(list({id(stats): stats for stats in served}.values())))
     if node is not None:
         from mnemosyned.admin.cluster import ClusterCollector  # as in `_new_node`
 

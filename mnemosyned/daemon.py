@@ -6,8 +6,9 @@ Start
    any other thread or event loop exists.
 2. The parts (assembly.py). Files of TLS and of callers are read: an invalid one ends the start here, with one
    line that names the flag.
-3. The gRPC port, then the admin port. A port in use ends the start before the storage is touched. The ports
-   listen early, so that a balancer and `/healthr` get an answer while the storage is awaited.
+3. The gRPC port, the peers' port if there is one, then the admin port (ports.py). A port in use ends the
+   start before the storage is touched. The ports listen early, so that a balancer and `/healthr` get an
+   answer while the storage is awaited.
 4. The storage. An unavailable one is awaited without a limit: in a cluster all parts may start at once. One
    that refuses this daemon (a wrong password, a table of another form) ends it.
 5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
@@ -28,6 +29,7 @@ SIGTERM, SIGINT or a peer's Leave sets one event. The rest is `_drain` and the e
     the engine drains             | calls in flight finish; there are no new ones
     touches are flushed           | after the last call that could extend a session
     the peers are told            | only now no peer can have a call under way here
+    the peers' port drains        | peers that probe this node before they are told find it alive
     service, store                | after all that use them
     admin port                    | late, so that metrics and health show the drain
     spans are sent                | after the last call that could make one
@@ -45,7 +47,6 @@ import resource
 import signal
 import sys
 from contextlib import suppress
-from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final, cast
 
@@ -53,18 +54,17 @@ import uvloop
 
 from aio.periodic import run_periodically
 from cluster.peer_auth import is_loopback
-from mnemosyned import __version__, assembly
-from mnemosyned.admin.server import AdminServer, Readiness
-from mnemosyned.assembly import GRPC_ENGINES, Hooks
+from mnemosyned import __version__, assembly, configured_files
+from mnemosyned.admin.server import Readiness
+from mnemosyned.assembly import Hooks
+from mnemosyned.config.flags import ConfigError
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.config import ObserveConfig
-from mnemosyned.observe.metrics import ConnectionCollector, new_registry, show_certificates_end
-from mnemosyned.security import api_keys
-from mnemosyned.security.api_keys import Callers
+from mnemosyned.observe.metrics import new_registry, show_certificates_end
+from mnemosyned.ports import Ports, admin_host, is_plaintext_exposed, open_ports
 from mnemosyned.security.config import AuthConfig, TlsConfig
-from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
-from mnemosyned.security.tls import TlsMaterial, admin_context, tls_reloader
+from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.sessions.cleanup import run_cleanup
 from mnemosyned.sessions.config import SessionsConfig
 from mnemosyned.sessions.store import StorageRefused
@@ -72,13 +72,11 @@ from mnemosyned.storage.engines import PrivateServer, StorageConfig, Surrounding
 from mnemosyned.storage.hash_keys import warn_of_unknown_keys
 from mnemosyned.storage.health import StorageHealth
 from mnemosyned.transport.config import GrpcConfig
-from mnemosyned.transport.engine import UNIX_PREFIX, Engine, ListenFailed, host_port
+from mnemosyned.transport.engine import ListenFailed
 from mnemosyned.transport.traces import Tracing, TracingUnavailable
 
 if TYPE_CHECKING:
-    from mnemosyned.admin.server import Page
     from mnemosyned.config.config import Config
-    from mnemosyned.node import ClusterNode
     from mnemosyned.sessions.store import FullStore
 
 log = logging.getLogger(__name__)
@@ -150,8 +148,11 @@ class _Daemon:
         self._server = server
         self._registry = new_registry()
         self._stop = asyncio.Event()
-        self._tls = _new_tls_reloader(config)
-        self._keys = _new_keys_reloader(config)
+        try:
+            self._tls = configured_files.follow_tls(config)
+            self._keys = configured_files.follow_callers(config)
+        except ConfigError as exc:
+            raise StartFailed(str(exc)) from exc
         self._tracing = _new_tracing(config[ObserveConfig].tracing_address)
         self._hasher = token_hasher(config)
         store = new_store(config, Surroundings(registry=self._registry, server=server), self._hasher)
@@ -181,7 +182,7 @@ class _Daemon:
             StartFailed: a port cannot be listened on, or the storage refuses this daemon.
         """
         _set_on_signal(self._stop)
-        admin, engine = await self._listen()
+        ports = await self._listen()
         try:
             async with asyncio.TaskGroup() as group:
                 upkeep = group.create_task(self._open_and_keep_up())
@@ -189,10 +190,10 @@ class _Daemon:
                 upkeep.cancel()
         finally:
             # Also after an exception of the upkeep: calls in flight must not pay for a bug there.
-            await self._drain(engine)
+            await self._drain(ports)
             await self._parts.service.close()
             await self._parts.store.close()
-            admin.stop()
+            ports.admin.stop()
             if self._tracing is not None:
                 # On a thread: it blocks for seconds if the endpoint does not answer.
                 await asyncio.to_thread(self._tracing.close)
@@ -200,57 +201,16 @@ class _Daemon:
         if self._refusal:
             raise StartFailed(self._refusal)
 
-    async def _listen(self) -> tuple[AdminServer, Engine]:
-        """Open both ports. Raises StartFailed, with neither port open."""
-        grpc, files = self._config[GrpcConfig], assembly.tls_files(self._config)
-        node = self._parts.node
-        options = assembly.engine_options(self._config)
-        engine = GRPC_ENGINES[grpc.engine](self._parts.table, options)
-        if grpc.engine == "h2":
-            self._registry.register(ConnectionCollector(options.stats))
-        # The contract's rule; 0 stands for any free port, for both.
-        admin_port = grpc.port and grpc.port + 1
+    async def _listen(self) -> Ports:
+        """Open all ports. Raises StartFailed, with no port open."""
         try:
-            context = None if files is None else admin_context(files)
-            port = await engine.start()
-            admin = AdminServer.start(
-                _admin_host(grpc),
-                admin_port,
-                registry=self._registry,
-                readiness=self._readiness,
-                pages={} if node is None else {"/debug/cluster": _cluster_page(node)},
-                tls=context,
-            )
+            ports = await open_ports(self._config, self._parts, self._registry, self._readiness)
+            if self._tls is not None:
+                await ports.follow_tls(self._tls, self._config, self._parts.node)
         except (ListenFailed, FilesUnusable) as exc:
             raise StartFailed(str(exc)) from exc
-        except OSError as exc:
-            await engine.drain()
-            raise StartFailed(
-                f"cannot listen on {host_port(_admin_host(grpc), admin_port)}: {exc.strerror}"
-            ) from exc
-        if self._tls is not None:
-            await self._follow_tls(self._tls, admin, engine)
-        self._announce(port, admin.port)
-        return admin, engine
-
-    async def _follow_tls(
-        self, reloader: FileReloader[TlsMaterial], admin: AdminServer, engine: Engine
-    ) -> None:
-        """Have the admin port, the engine and the dials to peers take new TLS files, one after the other.
-
-        Each of them may be called twice with one change (security/file_reloader.py).
-        """
-        files = assembly.tls_files(self._config)
-        assert files is not None
-
-        async def reload_admin(_: TlsMaterial) -> None:
-            admin.serve_tls(admin_context(files))
-
-        reloader.followers += [reload_admin, engine.reload_tls]
-        node = self._parts.node
-        if node is not None:
-            await node.identify(reloader.content)
-            reloader.followers.append(node.identify)
+        self._announce(ports)
+        return ports
 
     async def _open_and_keep_up(self) -> None:
         """Open the storage, and then run all that repeats while calls are served; until cancelled.
@@ -299,23 +259,31 @@ class _Daemon:
         sys.stdout.write(self._welcome)
         sys.stdout.flush()
 
-    async def _drain(self, engine: Engine) -> None:
-        grpc, touches, node = self._config[GrpcConfig], self._parts.touches, self._parts.node
+    async def _drain(self, ports: Ports) -> None:
+        grpc, node = self._config[GrpcConfig], self._parts.node
         log.info("draining", extra={"timeout_s": grpc.drain_timeout_s})
         self._is_in_service = False
         self._parts.health.close()
         # Balancers have this long to see NOT_SERVING, and peers to route by another ring. Calls are answered
         # until both are over.
         await asyncio.gather(asyncio.sleep(grpc.drain_delay_s), self._leave())
-        await engine.drain()
+        await ports.engine.drain()
+        await self._flush_touches()
+        if node is not None:
+            await node.announce_left()
+        if ports.peers is not None:
+            await ports.peers.drain()
+            # A peer's last call may have been under way at the first flush.
+            await self._flush_touches()
+
+    async def _flush_touches(self) -> None:
+        touches = self._parts.touches
         try:
             async with asyncio.timeout(_LAST_FLUSH_S):
                 await touches.flush()
         except (MnemosyneError, TimeoutError):
             # These sessions expire up to a touch interval early. To wait longer would end in a SIGKILL.
             log.error("touches_lost", extra={"sessions": len(touches)})
-        if node is not None:
-            await node.announce_left()
 
     async def _leave(self) -> None:
         if self._parts.node is not None:
@@ -335,26 +303,30 @@ class _Daemon:
             },
         )
 
-    def _announce(self, port: int, admin_port: int) -> None:
+    def _announce(self, ports: Ports) -> None:
         """Log where the daemon listens, and warn of settings that are safe only for trials."""
         config, grpc, tls = self._config, self._config[GrpcConfig], self._config[TlsConfig]
         storage = config[StorageConfig]
         where = {
-            "grpc": host_port(grpc.host, port),
-            "admin": f"http{'s' if tls.is_on else ''}://{host_port(_admin_host(grpc), admin_port)}",
+            "grpc": ports.grpc_address,
+            **({"peers": ports.peers_address} if ports.peers_address else {}),
+            "admin": ports.admin_address,
             "storage": storage.name if self._server is None else str(self._server.directory),
         }
         log.info("serving", extra={"version": __version__, "engine": grpc.engine, **where})
         if not (
-            config[AuthConfig].keys_file or tls.client_auth == "require" or is_loopback(_admin_host(grpc))
+            config[AuthConfig].keys_file or tls.client_auth == "require" or is_loopback(admin_host(grpc))
         ):
             log.warning(
                 "anybody_may_call", extra={"host": grpc.host, "flags": "-auth.keys, -tls.client-auth"}
             )
+        if is_plaintext_exposed(config):
+            log.warning("cluster_without_tls", extra={"flags": "-tls, -cluster.plaintext"})
         if not storage.engine.capabilities.is_durable:
             log.warning("storage_forgets_all_sessions_at_exit", extra={"storage": storage.name})
         if not storage.engine.capabilities.is_shared and config[ClusterConfig].listen:
             log.warning("storage_is_for_a_single_node", extra={"storage": storage.name})
+        configured_files.warn(config, self._tls)
         if config[ObserveConfig].log_environment == "development":
             self._welcome = _WELCOME.format(version=__version__, python=sys.executable, **where)
 
@@ -370,42 +342,11 @@ mnemosyned {version}
 """
 
 
-def _cluster_page(node: ClusterNode) -> Page:
-    from mnemosyned.admin.cluster import page  # as in `assembly._new_node`
-
-    return partial(page, node)
-
-
-def _admin_host(grpc: GrpcConfig) -> str:
-    # A Unix socket is for gRPC alone, as is its file's mode: the admin port is always one of TCP.
-    return "127.0.0.1" if grpc.host.startswith(UNIX_PREFIX) else grpc.host
-
-
 def _new_tracing(endpoint: str) -> Tracing | None:
     try:
         return Tracing(endpoint) if endpoint else None
     except TracingUnavailable as exc:
         raise StartFailed(f"flag -tracing.agent.address: {exc}") from exc
-
-
-def _new_tls_reloader(config: Config) -> FileReloader[TlsMaterial] | None:
-    files = assembly.tls_files(config)
-    if files is None:
-        return None
-    try:
-        return tls_reloader(files)
-    except FilesUnusable as exc:
-        raise StartFailed(f"flag -tls: {exc}") from exc
-
-
-def _new_keys_reloader(config: Config) -> FileReloader[Callers] | None:
-    path = config[AuthConfig].keys_file
-    if not path:
-        return None
-    try:
-        return FileReloader("keys", [path], partial(api_keys.read, path))
-    except FilesUnusable as exc:
-        raise StartFailed(f"flag -auth.keys: {exc}") from exc
 
 
 async def _keep_running(server: PrivateServer) -> None:

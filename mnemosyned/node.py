@@ -53,12 +53,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cluster import discovery
+from cluster.addresses import AddressRules
 from cluster.forward import Forwarder
 from cluster.gossip import Gossip
 from cluster.identity import Identity
 from cluster.member import Member, Phase, State
-from cluster.peer_auth import PeerAuth
+from cluster.peer_auth import PROCESS_BYTES, PeerAuth
 from cluster.peers import SERVICE_NAME, Peers
+from cluster.swim import Settings
 from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService
 from mnemosyned.api.router import ClusterRouter, OwnerRouter
@@ -96,6 +98,7 @@ class NodeOptions:
     secrets: Sequence[str]  # the first signs, all are accepted
     peer_names: Sequence[str] = ()  # in the certificates of nodes
     max_message_bytes: int  # of a client's request, which may be forwarded
+    max_members: int = 1000  # that this cluster may have; the table of members has no more
     cache_ttl_s: float  # how long a peer may serve a copy that it could not be told to drop
 
 
@@ -173,8 +176,17 @@ class ClusterNode:
         self._clock = clock
         self._bound: _Sessions | None = None
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
-        self.peer_auth = PeerAuth([secret.encode() for secret in options.secrets], options.peer_names)
-        self._peers = Peers(self.peer_auth, self.client_stats, server_name=self._host_at)
+        self.peer_auth = PeerAuth(
+            [secret.encode() for secret in options.secrets],
+            options.peer_names,
+            process=os.urandom(PROCESS_BYTES),
+        )
+        self._peers = Peers(
+            self.peer_auth,
+            self.client_stats,
+            server_name=self._host_at,
+            may_dial=AddressRules(options.seeds, own=options.listen).may_dial,
+        )
         self.forwarder = Forwarder(self._peers, storage_now_us=clock.now_us, remember_s=options.cache_ttl_s)
         # Not active: no node tells this one of writes yet, so it must keep no copies.
         self.view = alone(options.listen, is_active=False)
@@ -230,18 +242,24 @@ class ClusterNode:
         `calls` handles what peers forward. `stop` begins the drain of this daemon; a peer's Leave calls it.
         """
         self._service = PeerService(
+            self._options.listen,
+            self.peer_auth,
             self._joined,
             calls,
             storage_now_us=self._clock.now_us,
             drop=self._sessions.coherence.drop_copies,
             stop=stop,
         )
-        self._service.add_to(table, self.peer_auth, max_message_bytes=self._options.max_message_bytes)
+        self._service.add_to(
+            table,
+            max_message_bytes=self._options.max_message_bytes,
+            max_members=self._options.max_members,
+        )
 
     async def run(self) -> None:
         """Join the cluster and stay in it, until cancelled. The storage must be open, but may fail."""
         options = self._options
-        if options.seeds and not self.peer_auth.reaches_elsewhere:
+        if options.seeds and not self.peer_auth.demands_proof:
             log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
         identity = Identity(label=options.label, storage_fingerprint=await self._storage_identity())
         me = Member(
@@ -255,7 +273,15 @@ class ClusterNode:
             # Tells two processes with one name apart, which is a mistake in the configuration.
             instance=int.from_bytes(os.urandom(8), "big") >> 1,
         )
-        self.gossip = Gossip(me, identity, self._peers, seeds=options.seeds, on_view=self._follow)
+        self.gossip = Gossip(
+            me,
+            identity,
+            self._peers,
+            seeds=options.seeds,
+            on_view=self._follow,
+            may_vouch=self.peer_auth.demands_proof,
+            settings=Settings(max_members=options.max_members),
+        )
         self.forwarder.bind(identity.message, self.gossip)
         self.gossip.start()
         await self.forwarder.run()

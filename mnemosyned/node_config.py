@@ -10,24 +10,32 @@ of the flag. Two secrets are accepted during a rotation:
                        (accepts both)         (signs with new)
 
 Each arrow is a restart of one node after the other. At every moment, all nodes accept what any node signs.
+
+By default the Peer service is on the gRPC port, where every client reaches it. With `-cluster.bind` it has a
+port of its own, which a firewall can close to clients (ports.py). Peers dial `-cluster.listen` in both cases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final, Self
 
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import (
-    file_name,
+    boolean,
+    integer,
     label,
     node_addresses,
     optional_node_address,
+    secret_file,
     secrets,
     words_in,
 )
+from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.storage.engines import StorageConfig
+from mnemosyned.transport.config import GrpcConfig
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -58,6 +66,12 @@ class ClusterConfig(Section):
         "addresses of other nodes, comma-separated; may be repeated; one name may have many addresses",
         is_list=True,
     )
+    bind: str = setting(
+        "cluster.bind",
+        "",
+        optional_node_address,
+        "address to listen on for peers, host:port; empty: peers and clients share the gRPC port",
+    )
     secret: tuple[str, ...] = setting(
         "cluster.secret",
         "",
@@ -67,10 +81,23 @@ class ClusterConfig(Section):
         is_list=True,
     )
     secret_file: str = setting(
-        "cluster.secret.file", "", file_name, "file with the secret, or with two in a rotation, one a line"
+        "cluster.secret.file",
+        "",
+        secret_file,
+        "file with the secret, or with two in a rotation, one a line",
     )
     label: str = setting(
         "cluster.label", "", label, "name of the cluster; nodes with another name are refused"
+    )
+
+    is_plaintext: bool = setting(
+        "cluster.plaintext",
+        "false",
+        boolean,
+        "nodes of other hosts may be called without TLS: there is no warning at the start",
+    )
+    max_members: int = setting(
+        "cluster.max-members", "1000", integer(2, 65_536), "most members that this node remembers"
     )
 
     # As seeds are given by one DNS name in Kubernetes, the own address may be among what a name resolves to.
@@ -103,3 +130,40 @@ class ClusterConfig(Section):
             raise ConfigError(
                 f"flag -cluster.secret: more than {_MAX_SECRETS} secrets; two are for a rotation"
             )
+        # Otherwise a caller without a key could call as a node, which no role limits.
+        has_proof = bool(self.secret or config[TlsConfig].peer_names)
+        if self.listen and config[AuthConfig].keys_file and not has_proof:
+            raise ConfigError(
+                "flag -cluster.listen: with -auth.keys, nodes need -cluster.secret.file or -tls.peer-names"
+            )
+        self._check_bind(config[GrpcConfig])
+
+    def _check_bind(self, grpc: GrpcConfig) -> None:
+        if not self.bind:
+            return
+        if not self.listen:
+            raise ConfigError("flag -cluster.bind is given, and -cluster.listen is not")
+        host, port = split_address(self.bind)
+        if not grpc.port or not _overlap(host, grpc.host):
+            return
+        for name, taken in (("gRPC", grpc.port), ("admin", grpc.port + 1)):
+            if port == taken:
+                raise ConfigError(f"flag -cluster.bind: {self.bind} is the {name} port of this node (-port)")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of host:port; IPv6 without its brackets."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or _is_any_address(one) or _is_any_address(other)
+
+
+def _is_any_address(host: str) -> bool:
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        # What a name resolves to shows when the port is opened.
+        return False

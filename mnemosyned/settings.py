@@ -38,7 +38,13 @@ class RunConfig(Section):
     EXAMPLE = "mnemosyned -config=/etc/mnemosyned.toml -check-config"
 
     only_checks: bool = setting(
-        "check-config", "false", boolean, "check flags, environment and file, and exit"
+        "check-config", "false", boolean, "check flags, environment and all files, and exit"
+    )
+    has_core_dumps: bool = setting(
+        "core-dumps",
+        "false",
+        boolean,
+        "allow core dumps and debuggers; a core dump has all cached sessions and secrets",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ async def peering(
                 cache=parts.cache,
                 service=parts.service,
                 stopped=stopped,
-                peer_auth=PeerAuth([secret.encode() for secret in secrets]),
+                peer_auth=PeerAuth([secret.encode() for secret in secrets], process=os.urandom(16)),
                 channel=channel,
                 stub=SessionManagerStub(channel),
                 run=run,

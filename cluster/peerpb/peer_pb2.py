@@ -24,43 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/peerpb/peer.proto\x12\rmnemosynepeer\"^\n\x06Origin\x12\x15\n\rcluster_label\x18\x01 \x01(\t\x12\x1b\n\x13storage_fingerprint\x18\x02 \x01(\x0c\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61llee\x18\x04 \x01(\t\"\x80\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\r\n\x05state\x18\x05 \x01(\r\x12\r\n\x05phase\x18\x06 \x01(\r\x12\x10\n\x08instance\x18\x07 \x01(\x06\"T\n\x06Update\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0f\n\x07\x61\x63\x63user\x18\x02 \x01(\t\x12\x12\n\nis_refused\x18\x03 \x01(\x08\"\xe7\x01\n\x06Packet\x12\x0c\n\x04kind\x18\x01 \x01(\r\x12%\n\x06sender\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x14\n\x0cmembers_hash\x18\x06 \x01(\x06\x12\x11\n\tring_hash\x18\x07 \x01(\x06\x12&\n\x07updates\x18\x08 \x03(\x0b\x32\x15.mnemosynepeer.Update\x12$\n\x05table\x18\t \x03(\x0b\x32\x15.mnemosynepeer.Update\"]\n\rGossipRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12%\n\x06packet\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Packet\"H\n\x0eGossipResponse\x12%\n\x06packet\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Packet\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"-\n\x0e\x46orwardRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"R\n\x05\x42\x61tch\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\"\n\x05items\x18\x02 \x03(\x0b\x32\x13.mnemosynepeer.Item\"\x8d\x01\n\x04Item\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x07 \x01(\x04\"9\n\x0f\x46orwardResponse\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.mnemosynepeer.Answer\"5\n\x06\x41nswer\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\x11InvalidateRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x12\n\neverything\x18\x03 \x01(\x08\"\x14\n\x12InvalidateResponse\"\x1c\n\x0cLeaveRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse2\xb2\x02\n\x04Peer\x12\x45\n\x06Gossip\x12\x1c.mnemosynepeer.GossipRequest\x1a\x1d.mnemosynepeer.GossipResponse\x12L\n\x07\x46orward\x12\x1d.mnemosynepeer.ForwardRequest\x1a\x1e.mnemosynepeer.ForwardResponse(\x01\x30\x01\x12Q\n\nInvalidate\x12 .mnemosynepeer.InvalidateRequest\x1a!.mnemosynepeer.InvalidateResponse\x12\x42\n\x05Leave\x12\x1b.mnemosynepeer.LeaveRequest\x1a\x1c.mnemosynepeer.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/peerpb/peer.proto\x12\rmnemosynepeer\"\x1e\n\x0cHelloRequest\x12\x0e\n\x06\x63\x61llee\x18\x01 \x01(\t\"/\n\rHelloResponse\x12\x0f\n\x07process\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\",\n\x0cSealedAnswer\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"^\n\x06Origin\x12\x15\n\rcluster_label\x18\x01 \x01(\t\x12\x1b\n\x13storage_fingerprint\x18\x02 \x01(\x0c\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61llee\x18\x04 \x01(\t\"\x80\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\r\n\x05state\x18\x05 \x01(\r\x12\r\n\x05phase\x18\x06 \x01(\r\x12\x10\n\x08instance\x18\x07 \x01(\x06\"T\n\x06Update\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0f\n\x07\x61\x63\x63user\x18\x02 \x01(\t\x12\x12\n\nis_refused\x18\x03 \x01(\x08\"\xe7\x01\n\x06Packet\x12\x0c\n\x04kind\x18\x01 \x01(\r\x12%\n\x06sender\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x14\n\x0cmembers_hash\x18\x06 \x01(\x06\x12\x11\n\tring_hash\x18\x07 \x01(\x06\x12&\n\x07updates\x18\x08 \x03(\x0b\x32\x15.mnemosynepeer.Update\x12$\n\x05table\x18\t \x03(\x0b\x32\x15.mnemosynepeer.Update\"]\n\rGossipRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12%\n\x06packet\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Packet\"H\n\x0eGossipResponse\x12%\n\x06packet\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Packet\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"-\n\x0e\x46orwardRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"R\n\x05\x42\x61tch\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\"\n\x05items\x18\x02 \x03(\x0b\x32\x13.mnemosynepeer.Item\"\x8d\x01\n\x04Item\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x07 \x01(\x04\"0\n\x0f\x46orwardResponse\x12\x0f\n\x07\x61nswers\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"1\n\x07\x41nswers\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.mnemosynepeer.Answer\"5\n\x06\x41nswer\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\x11InvalidateRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x12\n\neverything\x18\x03 \x01(\x08\"\x14\n\x12InvalidateResponse\"\x1c\n\x0cLeaveRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse2\xed\x02\n\x04Peer\x12\x42\n\x05Hello\x12\x1b.mnemosynepeer.HelloRequest\x1a\x1c.mnemosynepeer.HelloResponse\x12\x43\n\x06Gossip\x12\x1c.mnemosynepeer.GossipRequest\x1a\x1b.mnemosynepeer.SealedAnswer\x12L\n\x07\x46orward\x12\x1d.mnemosynepeer.ForwardRequest\x1a\x1e.mnemosynepeer.ForwardResponse(\x01\x30\x01\x12K\n\nInvalidate\x12 .mnemosynepeer.InvalidateRequest\x1a\x1b.mnemosynepeer.SealedAnswer\x12\x41\n\x05Leave\x12\x1b.mnemosynepeer.LeaveRequest\x1a\x1b.mnemosynepeer.SealedAnswerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.peerpb.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ORIGIN']._serialized_start=44
-  _globals['_ORIGIN']._serialized_end=138
-  _globals['_MEMBER']._serialized_start=141
-  _globals['_MEMBER']._serialized_end=269
-  _globals['_UPDATE']._serialized_start=271
-  _globals['_UPDATE']._serialized_end=355
-  _globals['_PACKET']._serialized_start=358
-  _globals['_PACKET']._serialized_end=589
-  _globals['_GOSSIPREQUEST']._serialized_start=591
-  _globals['_GOSSIPREQUEST']._serialized_end=684
-  _globals['_GOSSIPRESPONSE']._serialized_start=686
-  _globals['_GOSSIPRESPONSE']._serialized_end=758
-  _globals['_FORWARDREQUEST']._serialized_start=760
-  _globals['_FORWARDREQUEST']._serialized_end=805
-  _globals['_BATCH']._serialized_start=807
-  _globals['_BATCH']._serialized_end=889
-  _globals['_ITEM']._serialized_start=892
-  _globals['_ITEM']._serialized_end=1033
-  _globals['_FORWARDRESPONSE']._serialized_start=1035
-  _globals['_FORWARDRESPONSE']._serialized_end=1092
-  _globals['_ANSWER']._serialized_start=1094
-  _globals['_ANSWER']._serialized_end=1147
-  _globals['_INVALIDATEREQUEST']._serialized_start=1149
-  _globals['_INVALIDATEREQUEST']._serialized_end=1243
-  _globals['_INVALIDATERESPONSE']._serialized_start=1245
-  _globals['_INVALIDATERESPONSE']._serialized_end=1265
-  _globals['_LEAVEREQUEST']._serialized_start=1267
-  _globals['_LEAVEREQUEST']._serialized_end=1295
-  _globals['_LEAVERESPONSE']._serialized_start=1297
-  _globals['_LEAVERESPONSE']._serialized_end=1312
-  _globals['_PEER']._serialized_start=1315
-  _globals['_PEER']._serialized_end=1621
+  _globals['_HELLOREQUEST']._serialized_start=44
+  _globals['_HELLOREQUEST']._serialized_end=74
+  _globals['_HELLORESPONSE']._serialized_start=76
+  _globals['_HELLORESPONSE']._serialized_end=123
+  _globals['_SEALEDANSWER']._serialized_start=125
+  _globals['_SEALEDANSWER']._serialized_end=169
+  _globals['_ORIGIN']._serialized_start=171
+  _globals['_ORIGIN']._serialized_end=265
+  _globals['_MEMBER']._serialized_start=268
+  _globals['_MEMBER']._serialized_end=396
+  _globals['_UPDATE']._serialized_start=398
+  _globals['_UPDATE']._serialized_end=482
+  _globals['_PACKET']._serialized_start=485
+  _globals['_PACKET']._serialized_end=716
+  _globals['_GOSSIPREQUEST']._serialized_start=718
+  _globals['_GOSSIPREQUEST']._serialized_end=811
+  _globals['_GOSSIPRESPONSE']._serialized_start=813
+  _globals['_GOSSIPRESPONSE']._serialized_end=885
+  _globals['_FORWARDREQUEST']._serialized_start=887
+  _globals['_FORWARDREQUEST']._serialized_end=932
+  _globals['_BATCH']._serialized_start=934
+  _globals['_BATCH']._serialized_end=1016
+  _globals['_ITEM']._serialized_start=1019
+  _globals['_ITEM']._serialized_end=1160
+  _globals['_FORWARDRESPONSE']._serialized_start=1162
+  _globals['_FORWARDRESPONSE']._serialized_end=1210
+  _globals['_ANSWERS']._serialized_start=1212
+  _globals['_ANSWERS']._serialized_end=1261
+  _globals['_ANSWER']._serialized_start=1263
+  _globals['_ANSWER']._serialized_end=1316
+  _globals['_INVALIDATEREQUEST']._serialized_start=1318
+  _globals['_INVALIDATEREQUEST']._serialized_end=1412
+  _globals['_INVALIDATERESPONSE']._serialized_start=1414
+  _globals['_INVALIDATERESPONSE']._serialized_end=1434
+  _globals['_LEAVEREQUEST']._serialized_start=1436
+  _globals['_LEAVEREQUEST']._serialized_end=1464
+  _globals['_LEAVERESPONSE']._serialized_start=1466
+  _globals['_LEAVERESPONSE']._serialized_end=1481
+  _globals['_PEER']._serialized_start=1484
+  _globals['_PEER']._serialized_end=1849
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,28 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class HelloRequest(_message.Message):
+    __slots__ = ("callee",)
+    CALLEE_FIELD_NUMBER: _ClassVar[int]
+    callee: str
+    def __init__(self, callee: _Optional[str] = ...) -> None: ...
+
+class HelloResponse(_message.Message):
+    __slots__ = ("process", "proof")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    process: bytes
+    proof: bytes
+    def __init__(self, process: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class SealedAnswer(_message.Message):
+    __slots__ = ("answer", "seal")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
+    answer: bytes
+    seal: bytes
+    def __init__(self, answer: _Optional[bytes] = ..., seal: _Optional[bytes] = ...) -> None: ...
+
 class Origin(_message.Message):
     __slots__ = ("cluster_label", "storage_fingerprint", "protocol", "callee")
     CLUSTER_LABEL_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +140,14 @@ class Item(_message.Message):
     def __init__(self, method: _Optional[str] = ..., message: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., deadline_us: _Optional[int] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
+    __slots__ = ("answers", "seal")
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
+    answers: bytes
+    seal: bytes
+    def __init__(self, answers: _Optional[bytes] = ..., seal: _Optional[bytes] = ...) -> None: ...
+
+class Answers(_message.Message):
     __slots__ = ("answers",)
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     answers: _containers.RepeatedCompositeFieldContainer[Answer]

@@ -166,6 +166,9 @@ def _membership(gossip: Gossip) -> Iterator[Metric]:
         "The ring's fingerprint: equal on all nodes that route alike.",
         value={"fingerprint": ring.fingerprint},
     )
+    introductions = gossip.introductions
+    yield _gauge("candidates", "Processes that must still prove where they are.", len(introductions))
+    yield _counter("unproven", "Processes that did not prove where they are.", introductions.failed)
     yield _counter("ring_changes", "New rings.", gossip.counters.ring_changes)
     yield _gauge("health_score", "Lifeguard's local health: 0 is healthy, 8 is worst.", swim.health_score)
     yield _gauge("loop_lag_seconds", "How late the last membership timer fired.", gossip.counters.loop_lag_s)

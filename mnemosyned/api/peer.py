@@ -71,12 +71,13 @@ from typing import Any, Final
 from aio.deadline import Deadline
 from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
-from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
+from cluster.peer_auth import HELLO, METADATA_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME
+from cluster.wire import max_request_bytes
 from http2.status import StatusCode
 from mnemosyned.api import session_manager
-from mnemosyned.api.session_manager import Response, parsed
+from mnemosyned.api.session_manager import parsed
 from mnemosyned.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -90,10 +91,13 @@ from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 log = logging.getLogger(__name__)
 
-METHODS: Final = ("Gossip", "Forward", "Invalidate", "Leave")
+METHODS: Final = (HELLO, "Gossip", "Forward", "Invalidate", "Leave")
+# What a proxy adds. Behind a proxy on this node's own host every caller seems to be on this host.
+_PROXY_KEYS: Final = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 # A table of many thousand members fits. A batch may also be one request of the largest size that a client may
 # send, plus the fields of its item; `add_to` takes the larger of the two.
 _MAX_MESSAGE_BYTES: Final = 8 * 1024**2
+_MAX_HELLO_BYTES: Final = 1024
 _ITEM_OVERHEAD_BYTES: Final = 64 * 1024
 # More than two nodes' estimates of the storage's clock differ by (sessions/clock.py). A larger value would be
 # safe too, but it is taken from the time that a forwarded write has.
@@ -103,12 +107,16 @@ _CLOCK_ERROR_US: Final = 50_000
 _MAX_RESPONSE_BYTES: Final = 32 * 1024**2
 _MS_PER_S: Final = 1000
 
+_Handler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
+
 
 class PeerService:
     """Gossip, forwarded calls, invalidations and the order to leave; one for each node, on its event loop."""
 
     def __init__(
         self,
+        name: str,
+        peer_auth: PeerAuth,
         gossip: Callable[[], Gossip],
         calls: MethodTable,
         *,
@@ -116,8 +124,9 @@ class PeerService:
         drop: Callable[[Sequence[str] | None], None],
         stop: Callable[[], None],
     ) -> None:
-        """Wire the service to the parts of this node.
+        """Wire the service to the parts of the node of this name.
 
+        - `peer_auth` decides who is a peer, and proves the answers.
         - `gossip` returns the membership. It is asked with each call, because the port listens before the
           membership begins; until then it raises StorageUnavailable.
         - `calls` handles forwarded calls. It is not the table of clients: nothing in it forwards again, and
@@ -127,6 +136,8 @@ class PeerService:
           dropped, so that the answer confirms it.
         - `stop` begins the drain of this node, and returns at once.
         """
+        self._name = name
+        self._peer_auth = peer_auth
         self._gossip = gossip
         self._calls = calls
         self._storage_now_us = storage_now_us
@@ -135,21 +146,21 @@ class PeerService:
         self._waiting: set[asyncio.Task[Any]] = set()  # tasks of the streams without a batch under way
         self._is_closed = False
 
-    def add_to(self, table: MethodTable, peer_auth: PeerAuth, *, max_message_bytes: int) -> None:
-        """Add the methods to a table, behind the guard; `max_message_bytes` is the limit for clients."""
-        handlers: dict[str, UnaryHandler] = {
-            "Gossip": self._receive_packet,
-            "Invalidate": self._invalidate,
-            "Leave": self._leave,
-        }
+    def add_to(self, table: MethodTable, *, max_message_bytes: int, max_members: int) -> None:
+        """Add the methods to a table, behind the guard.
+
+        `max_message_bytes` is the limit for clients, `max_members` the bound of a cluster.
+        """
         limit = max(_MAX_MESSAGE_BYTES, max_message_bytes + _ITEM_OVERHEAD_BYTES)
-        for name, handle in handlers.items():
-            table.add_unary(SERVICE_NAME, name, _guarded(name, handle, peer_auth), max_message_bytes=limit)
-
-        def forward(messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
-            return self._forward(messages, call, peer_auth)
-
-        table.add_stream(SERVICE_NAME, "Forward", forward, max_message_bytes=limit)
+        handlers: dict[str, tuple[_Handler, int]] = {
+            "Gossip": (self._receive_packet, max_request_bytes(max_members)),
+            "Invalidate": (self._invalidate, limit),
+            "Leave": (self._leave, _MAX_HELLO_BYTES),
+        }
+        for name, (handle, max_bytes) in handlers.items():
+            table.add_unary(SERVICE_NAME, name, self._guarded(name, handle), max_message_bytes=max_bytes)
+        table.add_unary(SERVICE_NAME, HELLO, self._hello, max_message_bytes=_MAX_HELLO_BYTES)
+        table.add_stream(SERVICE_NAME, "Forward", self._forward, max_message_bytes=limit)
 
     def close(self) -> None:
         """End the streams of forwarded calls, now and from now on, each when its batch is answered.
@@ -160,28 +171,71 @@ class PeerService:
         for task in self._waiting:
             task.cancel()
 
-    def _receive_packet(self, message: bytes, _: Call) -> bytes:
-        try:
-            return self._gossip().answer(message)
-        except MalformedPacket as exc:
-            raise MalformedMessage(f"mnemosyned: {exc}") from None
+    def _guarded(self, method: str, handle: _Handler) -> UnaryHandler:
+        """Return a handler that answers peers only, each with a proof."""
 
-    async def _forward(
-        self, messages: AsyncIterator[bytes], call: Call, peer_auth: PeerAuth
-    ) -> AsyncIterator[bytes]:
+        def guarded(message: bytes, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
+            key = self._checked(method, message, call)
+            answer = handle(message, call)
+            signature = call.metadata(METADATA_KEY) or ""
+            return (
+                _sealed(answer, key, signature)
+                if isinstance(answer, bytes)
+                else later(answer, key, signature)
+            )
+
+        async def later(answer: Coroutine[Any, Any, bytes], key: PeerKey, signature: str) -> bytes:
+            with _malformed_as_status():
+                return _sealed(await answer, key, signature)
+
+        return guarded
+
+    def _checked(self, method: str, body: bytes, call: Call) -> PeerKey:
+        """Return the key for the answer to a peer. Raises Unauthenticated if the caller is none."""
+        if not self._peer_auth.demands_proof and any(map(call.metadata, _PROXY_KEYS)):
+            raise Unauthenticated(
+                "mnemosyned: this node has no -cluster.secret and takes no peers from a proxy"
+            )
+        try:
+            return self._peer_auth.check(
+                call.metadata(METADATA_KEY),
+                method,
+                body,
+                certificate_names=call.certificate_names,
+                peer=call.peer,
+                now_ms=time.time_ns() // 1_000_000,
+            )
+        except UnauthenticatedPeer as exc:
+            raise _as_status(exc) from None
+
+    def _hello(self, message: bytes, call: Call) -> bytes:
+        key = self._checked(HELLO, message, call)
+        callee = parsed(pb.HelloRequest, message).callee
+        if callee not in ("", self._name):
+            # With a proof from here, the caller would send what is for that node.
+            raise NotOurCluster(f"mnemosyned: this node is {self._name}, and the call is for another one")
+        proof = self._peer_auth.proof(call.metadata(METADATA_KEY) or "", key)
+        return pb.HelloResponse(process=self._peer_auth.process, proof=proof).SerializeToString()
+
+    def _receive_packet(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
+        with _malformed_as_status():
+            return self._gossip().answer(message)
+
+    async def _forward(self, messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         # The opening signs an empty body, since no batch is there yet. It is accepted once, and each seal
         # covers it: without it a batch of another stream could be played back here.
-        opening = call.metadata(METADATA_KEY)
-        _check(peer_auth, opening, "Forward", b"", call)
-        is_by_certificate = peer_auth.knows(call.certificate_names)
-        stream_mac = StreamMac([]) if is_by_certificate else peer_auth.stream_mac(opening or "")
+        key = self._checked("Forward", b"", call)
+        batches, answers = key.stream_macs(call.metadata(METADATA_KEY) or "")
         async for message in self._until_closed(messages):
             request = parsed(pb.ForwardRequest, message)
             # Before the batch is parsed: bytes of an unauthenticated peer should reach little code.
-            with _unauthenticated_as_status():
-                stream_mac.check(request.seal, request.batch)
-            response = self._handle_batch(parsed(pb.Batch, request.batch), call)
-            yield await response if isinstance(response, Coroutine) else response
+            try:
+                batches.check(request.seal, request.batch)
+            except UnauthenticatedPeer as exc:
+                raise _as_status(exc) from None
+            handled = self._handle_batch(parsed(pb.Batch, request.batch), call)
+            answer = await handled if isinstance(handled, Coroutine) else handled
+            yield pb.ForwardResponse(answers=answer, seal=answers.seal(answer)).SerializeToString()
 
     async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Yield the messages of a stream until the peer or `close` ends it."""
@@ -239,11 +293,13 @@ class PeerService:
         return pb.InvalidateResponse().SerializeToString()
 
     def _leave(self, message: bytes, call: Call) -> bytes:
-        # The command names its node, and not an origin: it knows no storage. The name also keeps a recorded
-        # call from ending another node, where the nonce of its signature was never seen.
-        request, name = parsed(pb.LeaveRequest, message), self._gossip().swim.me.name
-        if request.node != name:
-            raise NotOurCluster(f"mnemosyned: this node is {name}, and the call is for another one")
+        if not self._peer_auth.demands_proof:
+            raise Unauthenticated(
+                "mnemosyned: this node has neither -cluster.secret nor -tls.peer-names: end it by SIGTERM"
+            )
+        # The command names its node, and not an origin: it knows no storage.
+        if parsed(pb.LeaveRequest, message).node != self._name:
+            raise NotOurCluster(f"mnemosyned: this node is {self._name}, and the call is for another one")
         log.info("asked_to_leave", extra={"peer": call.peer})
         self._stop()
         return pb.LeaveResponse().SerializeToString()
@@ -280,29 +336,22 @@ class _ForwardedCall:
         return getattr(self._item, key) or None
 
 
-def _guarded(name: str, handle: UnaryHandler, peer_auth: PeerAuth) -> UnaryHandler:
-    def guarded(message: bytes, call: Call) -> Response:
-        _check(peer_auth, call.metadata(METADATA_KEY), name, message, call)
-        return handle(message, call)
-
-    return guarded
-
-
-def _check(peer_auth: PeerAuth, signature: str | None, method: str, body: bytes, call: Call) -> None:
-    """Return if the call is from a node of this cluster. Raises Unauthenticated."""
-    if not peer_auth.knows(call.certificate_names):
-        with _unauthenticated_as_status():
-            peer_auth.check(signature, method, body, peer=call.peer, now_ms=time.time_ns() // 1_000_000)
-
-
 @contextmanager
-def _unauthenticated_as_status() -> Iterator[None]:
-    # `cluster` has errors of its own, since it may not import the daemon's. The text helps the people who run
-    # the calling node; it says which setting to look at, and nothing of the secret.
+def _malformed_as_status() -> Iterator[None]:
     try:
         yield
-    except UnauthenticatedPeer as exc:
-        raise Unauthenticated(f"mnemosyned: {exc}") from None
+    except MalformedPacket as exc:
+        raise MalformedMessage(f"mnemosyned: {exc}") from None
+
+
+def _sealed(answer: bytes, key: PeerKey, signature: str) -> bytes:
+    return pb.SealedAnswer(answer=answer, seal=key.seal(signature, answer)).SerializeToString()
+
+
+def _as_status(exc: UnauthenticatedPeer) -> Unauthenticated:
+    # `cluster` has errors of its own, since it may not import the daemon's. The text helps the people who run
+    # the calling node; it says which setting to look at, and nothing of the secret.
+    return Unauthenticated(f"mnemosyned: {exc}")
 
 
 async def _gathered(begun: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -> bytes:
@@ -323,7 +372,7 @@ def _response(answers: list[pb.Answer]) -> bytes:
             # UNAVAILABLE sends the entry node to the storage (router.py). If the item was a write that is
             # done, the entry node's retry accepts that, as after a lost connection.
             answer.CopyFrom(_TOO_LARGE)
-    return pb.ForwardResponse(answers=answers).SerializeToString()
+    return pb.Answers(answers=answers).SerializeToString()
 
 
 _TOO_LARGE: Final = pb.Answer(

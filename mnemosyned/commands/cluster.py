@@ -6,7 +6,7 @@
 
 The admin port is the gRPC port + 1 (`daemon.py`), so one address names both. Reads need no secret but reach
 to that port. `leave` changes the cluster, so it is signed like a call between nodes, with the cluster's
-secret. The signature covers the node's name, so it cannot be replayed to another node.
+secret, and only the node of that name and process accepts it.
 
 - Exit codes: 0 healthy or done, 1 unhealthy or failed, 2 wrong usage.
 - Standard output has the result only, as text or as JSON (`-o json`). Errors go to standard error, one line.
@@ -22,26 +22,29 @@ promises to keep.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import ssl
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+<<<<<<< HEAD
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final, cast
+=======
+from typing import Any, Final
+>>>>>>> main
 
-import grpc
-
-from cluster.peer_auth import METADATA_KEY, NONCE_BYTES, PeerAuth
+from cluster.errors import ClusterError
+from cluster.peer_auth import PROCESS_BYTES, PeerAuth
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import SERVICE_NAME
+from cluster.peers import ChannelKind, Peers
 from mnemosyned import settings
 from mnemosyned.commands.arguments import CommandParser
 from mnemosyned.config.flags import ConfigError
@@ -250,51 +253,67 @@ def _troubles(page: Page | Unanswered, asked: Page) -> list[str]:
 
 def _leave(arguments: argparse.Namespace) -> Outcome:
     # The daemon's own parser reads the secret, so that flags, variables and files mean the same here. Without
-    # a secret the call is unsigned: a node accepts it with a node's certificate, or from its own host.
+    # a secret the call is unsigned: a node accepts it with a node's certificate only.
     flags = [f"-cluster.secret={arguments.secret}"] if arguments.secret else []
     flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
     secrets = settings.parse(flags, environ)[ClusterConfig].secret
-    peer_auth = PeerAuth([secret.encode() for secret in secrets])
     name = _page(arguments.node, _context(arguments))["node"]
-    _call_leave(arguments, name, peer_auth)
+    asyncio.run(_call_leave(arguments, name, secrets))
     return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
 
-def _call_leave(arguments: argparse.Namespace, name: str, peer_auth: PeerAuth) -> None:
+async def _call_leave(arguments: argparse.Namespace, name: str, secrets: Sequence[str]) -> None:
     """Ask the node to leave; it answers before it drains.
 
     The signature contains the time. The clocks of this machine and of the node may differ by 30 s.
 
     Raises:
-        Unanswered: the node is unreachable, or refuses the signature, the name or the certificate.
+        Unanswered: the node is unreachable, refuses the signature, the name or the certificate, or does not
+            prove that it is a node of this cluster.
     """
-    address = arguments.node
+    address, context = arguments.node, _peer_context(arguments)
+    # Over TLS the node has shown a certificate for the host that was asked for.
+    host = address.rpartition(":")[0].strip("[]")
+    names = () if context is None else (host,)
+    peer_auth = PeerAuth([secret.encode() for secret in secrets], names, process=os.urandom(PROCESS_BYTES))
+    peers = Peers(peer_auth, {"Leave": _Uncounted()}, server_name=lambda _: host)
+    if context is not None:
+        peers.identify(context)
     body = pb.LeaveRequest(node=name).SerializeToString()
-    nonce = os.urandom(NONCE_BYTES)
-    signature = peer_auth.sign("Leave", body, now_ms=time.time_ns() // 1_000_000, nonce=nonce)
-    metadata = ((METADATA_KEY, signature),) if signature else None
-    with _channel(arguments) as channel:
-        leave: Any = channel.unary_unary(f"/{SERVICE_NAME}/Leave")
-        try:
-            leave(body, timeout=_TIMEOUT_S, metadata=metadata)
-        except grpc.RpcError as exc:
-            code, text = exc.code(), exc.details() or ""
-            reason = text if code is grpc.StatusCode.UNAUTHENTICATED else f"{code.name}, {text}"
-            raise Unanswered(f"{address}: {reason.removeprefix('mnemosyned: ')}") from None
-
-
-def _channel(arguments: argparse.Namespace) -> grpc.Channel:
-    # grpcio reads `http_proxy` by itself unless it is told otherwise.
-    options = (("grpc.enable_http_proxy", 0),)
-    if _context(arguments) is None:
-        return grpc.insecure_channel(arguments.node, options=options)
-    paths = [getattr(arguments, name) for name in ("tls.ca", "tls.key", "tls.crt")]
     try:
-        pems = [Path(path).read_bytes() if path else None for path in paths]
-    except OSError as exc:
-        raise ConfigError(f"{exc.filename}: {exc.strerror}") from None
-    return grpc.secure_channel(arguments.node, grpc.ssl_channel_credentials(*pems), options=options)
+        await peers.call(
+            address, "Leave", body, timeout_s=_TIMEOUT_S, channel_kind=ChannelKind.CALLS, callee=name
+        )
+    except ClusterError as exc:
+        raise Unanswered(f"{address}: {str(exc).removeprefix('mnemosyned: ')}") from None
+    finally:
+        await peers.close()
+
+
+class _Uncounted:
+    """No one reads the metrics of a command."""
+
+    def begin(self) -> None:
+        pass
+
+    def end(self, code: str, elapsed_s: float) -> None:
+        pass
+
+
+def _peer_context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return how to call a node's Peer service, with the certificate to show; None: without TLS."""
+    context = _context(arguments)
+    if context is None:
+        return None
+    context.set_alpn_protocols(["h2"])
+    certificate, private_key = getattr(arguments, "tls.crt"), getattr(arguments, "tls.key")
+    if certificate:
+        try:
+            context.load_cert_chain(certificate, private_key or None)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigError(f"flag -tls.crt: {certificate}, {private_key}: {exc.strerror or exc}") from None
+    return context
 
 
 def _page_or_trouble(address: str, context: ssl.SSLContext | None) -> Page | Unanswered:

@@ -8,6 +8,7 @@ argparse's: one dash or two, no abbreviations, booleans without a value.
 from __future__ import annotations
 
 import difflib
+import io
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import IO, Any, Final, NoReturn, TypeVar, cast
 
 import configargparse
 
+from mnemosyned.config.files import MAX_CONFIG_BYTES, FileRefused, read_bytes, text_of
 from mnemosyned.config.flags import (
     ACTIONS,
     ENV_PREFIX,
@@ -31,12 +33,24 @@ S = TypeVar("S", bound=Section)
 # What Kubernetes puts into MNEMOSYNED_PORT when there is a Service of our name.
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://")
 
+# An address without a password, as that of a private server. The rest of such a file may be public.
+_ADDRESS: Final = re.compile(r"embedded:.*|\w+://(?!.*(password|:[^/]*@)).*", re.DOTALL)
+
 
 class Config:
     """What the daemon runs with: one value of each section, found by its type."""
 
-    def __init__(self, sections: Mapping[type[Section], Section]) -> None:
+    def __init__(self, sections: Mapping[type[Section], Section], *, secret_file: str = "") -> None:
+        """`secret_file` is the configuration file, if it has a secret."""
         self._sections = dict(sections)
+        self._secret_file = secret_file
+
+    def secret_files(self) -> dict[str, str]:
+        """Return the files with secrets that the daemon reads, by the names of the flags that name them."""
+        found = {"config": self._secret_file} if self._secret_file else {}
+        for section in self._sections.values():
+            found |= section.secret_files()
+        return found
 
     def __getitem__(self, section: type[S]) -> S:
         return cast("S", self._sections[section])
@@ -66,7 +80,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], sections: Sequence[ty
     found = parser.parse_args(arguments, env_vars=dict(_own_variables(environ, flags)))
     texts = {name: values for name, values in vars(found).items() if name != "config" and values}
     sources = _sources(arguments, environ, flags)
-    config = Config({section: _section(section, texts, sources) for section in sections})
+    config = Config(
+        {section: _section(section, texts, sources) for section in sections},
+        secret_file=parser.file_with_secret,
+    )
     for section in sections:
         config[section].check(config)
     return config
@@ -146,11 +163,54 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
     """ConfigArgParse with our errors in place of its exits."""
 
     def __init__(self, flags: Mapping[str, Flag]) -> None:
-        super().__init__(add_help=False, allow_abbrev=False, config_file_parser_class=_FileParser)
+        super().__init__(
+            add_help=False,
+            allow_abbrev=False,
+            config_file_parser_class=_FileParser,
+            config_file_open_func=self._open,
+        )
         self._flags = flags
+        self.file_with_secret = ""
+        self._refusal: ConfigError | None = None
+
+    def _open(self, path: str) -> IO[str]:
+        # The library puts a text of its own before that of any error here, and gives it to `error`.
+        try:
+            return self._opened(path)
+        except ConfigError as exc:
+            self._refusal = exc
+            raise
+
+    def _opened(self, path: str) -> IO[str]:
+        """Return the content of the configuration file. Raises ConfigError."""
+        try:
+            content = read_bytes(path, holds_secret=False, max_bytes=MAX_CONFIG_BYTES)
+        except FileRefused as exc:
+            raise ConfigError(f"config file {path}: {exc}") from None
+        try:
+            stream = io.StringIO(text_of(content))
+        except FileRefused as exc:
+            raise ConfigError(f"config file {path}: it is not valid {_syntax(path)}: {exc}") from None
+        stream.name = path  # the library asks for it, as of any file
+        has_secret = any(self._is_secret(name, value) for name, value in _settings_in(stream).items())
+        stream.seek(0)
+        if has_secret:
+            self.file_with_secret = path
+            try:
+                # Only now it is known that the stricter rule applies.
+                read_bytes(path, holds_secret=True, max_bytes=MAX_CONFIG_BYTES)
+            except FileRefused as exc:
+                raise ConfigError(f"config file {path}, which has a secret: {exc}") from None
+        return stream
+
+    def _is_secret(self, name: str, value: str | list[str]) -> bool:
+        flag, texts = self._flags.get(name), [value] if isinstance(value, str) else value
+        return flag is not None and flag.is_secret and not all(map(_ADDRESS.fullmatch, texts))
 
     def error(self, message: str) -> NoReturn:
         # Only a config file can cause this: arguments are normalised.
+        if self._refusal is not None:
+            raise self._refusal from None
         unknown = re.search(r"unrecognized arguments: --([^=\s]+)", message)
         if unknown is not None:
             name = unknown[1]
@@ -165,20 +225,29 @@ class _FileParser(configargparse.ConfigFileParser):  # type: ignore[misc]  # unt
         return ACTIONS["config"]
 
     def parse(self, stream: IO[str]) -> dict[str, str | list[str]]:
-        # Only with a file: it takes long to import.
-        import yaml
+        return _settings_in(stream)
 
-        name = str(stream.name)
-        syntax = "TOML" if name.endswith(".toml") else "YAML"
-        try:
-            text = stream.read()
-            tree = tomllib.loads(text) if syntax == "TOML" else yaml.safe_load(text)
-        except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError):
-            # Not the parser's own text: it quotes the line, which may hold a password.
-            raise ConfigError(f"config file {name}: it is not valid {syntax}") from None
+
+def _syntax(name: str) -> str:
+    return "TOML" if name.endswith(".toml") else "YAML"
+
+
+def _settings_in(stream: IO[str]) -> dict[str, str | list[str]]:
+    # Only with a file: it takes long to import.
+    import yaml
+
+    name = str(stream.name)
+    syntax = _syntax(name)
+    try:
+        text = stream.read()
+        tree = tomllib.loads(text) if syntax == "TOML" else yaml.safe_load(text)
         if not isinstance(tree or {}, dict):
             raise ConfigError(f"config file {name}: it is not a table of flags")
         return dict(_flattened(tree or {}, ""))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        # Not the parser's own text: it quotes the line, which may hold a password. PyYAML lets ValueError
+        # through for a date such as 2026-99-99. A YAML table may contain itself.
+        raise ConfigError(f"config file {name}: it is not valid {syntax}") from None
 
 
 def _flattened(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str | list[str]]]:

@@ -51,6 +51,7 @@ class Flag:
     is_secret: bool = False  # its value appears in no output: help, errors, logs, the process title
     is_list: bool = False  # its values add up when it is repeated
     is_boolean: bool = False  # it may stand without a value
+    is_secret_file: bool = False  # its value names a file with a secret (files.py)
     choices: tuple[str, ...] = ()  # what completion offers
 
     @property
@@ -78,6 +79,7 @@ def setting(  # one place says everything of a setting
         is_secret=is_secret,
         is_list=is_list,
         is_boolean=getattr(parse, "is_boolean", False),
+        is_secret_file=getattr(parse, "is_secret_file", False),
         choices=tuple(choices or getattr(parse, "choices", ())),
     )
     # To dataclasses it is a field without a default; to the type checker it is the field's value.
@@ -98,6 +100,15 @@ class Section:
         `sources` has each flag that was given, with words for where: flag, environment variable or file.
         """
         return self
+
+    def secret_files(self) -> dict[str, str]:
+        """Return the files with secrets that this section names, by the flag that names them."""
+        names = {
+            flag.name: getattr(self, field)
+            for field, flag in flags_of(type(self)).items()
+            if flag.is_secret_file
+        }
+        return {name: path for name, path in names.items() if path}
 
     def check(self, config: Config) -> None:
         """Check what concerns several settings, also of other sections. Raises ConfigError."""

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from cluster.addresses import is_address
 from mnemosyned.config.duration import format_duration, parse_duration
+from mnemosyned.config.files import MAX_WORDS_BYTES, FileRefused, read_bytes, words_of
 from mnemosyned.config.flags import ConfigError
 
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
@@ -96,8 +98,7 @@ def host(text: str) -> str:
 
 def node_address(text: str) -> str:
     """Read host:port."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]/]+):(\d{1,5})", text, re.ASCII)
-    if match is None or not 0 < int(match[2]) < 2**16:
+    if not is_address(text):
         raise ValueError(f"{text!r} is not an address of the form host:port")
     return text
 
@@ -138,24 +139,31 @@ def label(text: str) -> str:
 
 def file_name(text: str) -> str:
     """Read the name of a file; the error shows nothing, since the text may be what the file should hold."""
-    if "://" in text or "\n" in text or text.startswith(("mnk_", "sha256:")):
+    if "://" in text or "\n" in text or "\0" in text or text.startswith(("mnk_", "sha256:")):
         raise ValueError("it is not the name of a file, but perhaps what should be in one")
     return text
 
 
+def secret_file(text: str) -> str:
+    """Read the name of a file with a secret."""
+    return file_name(text)
+
+
+secret_file.is_secret_file = True  # type: ignore[attr-defined]  # read by `setting`
+
+
 def words_in(flag: str, path: str) -> list[str]:
-    """Return the words of the file that a flag names.
+    """Return the words of the file with a secret that a flag names.
 
     Raises:
-        ConfigError: it cannot be read, is not UTF-8, or is empty.
+        ConfigError: it cannot be read, a check of files.py refuses it, or it is empty.
     """
     try:
-        words = Path(path).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        words = words_of(read_bytes(path, holds_secret=True, max_bytes=MAX_WORDS_BYTES))
+    except FileRefused as exc:
         # A word alone may be the secret itself, given to the wrong flag.
-        shown = path if "/" in path else "its file"
-        raise ConfigError(f"flag -{flag}: {shown}: {reason}") from None
+        shown = path if "/" in path or Path(path).exists() else "its file"
+        raise ConfigError(f"flag -{flag}: {shown}: {exc}") from None
     if not words:
         raise ConfigError(f"flag -{flag}: {path}: it is empty")
     return words

@@ -23,10 +23,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 from typing import Final
 
 from cluster.peer_auth import matches_name
+from mnemosyned.config.files import FileRefused, read_bytes, text_of
 from mnemosyned.security.file_reloader import FilesUnusable
 
 _KEY_BYTES: Final = 32
@@ -76,13 +76,13 @@ def read(path: str) -> Callers:
     """Return the callers in a file.
 
     Raises:
-        FilesUnusable: the file cannot be read, has an invalid line, or has no caller or too many.
+        FilesUnusable: the file cannot be read, is refused by config/files.py, has an invalid line, or has no
+            caller or too many.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-        raise FilesUnusable(f"{path}: {reason}") from None
+        lines = text_of(read_bytes(path, holds_secret=True)).splitlines()
+    except FileRefused as exc:
+        raise FilesUnusable(f"{path}: {exc}") from None
     by_digest: dict[bytes, Role] = {}
     by_name: dict[str, Role] = {}
     for number, line in enumerate(lines, start=1):

@@ -9,6 +9,7 @@ cryptography is imported inside functions: it takes long to import, and only TLS
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 
@@ -37,12 +38,26 @@ def names_of(pem: str) -> tuple[str, ...]:
     return (*found.get_values_for_type(x509.DNSName), *addresses)
 
 
-def expires_at_s(pem: bytes) -> float:
-    """Return when the first certificate of a chain ends, seconds since the epoch.
+def validity_s(pem: bytes) -> tuple[float, float]:
+    """Return when the first certificate of a chain begins and ends, seconds since the epoch.
 
     Raises:
         ValueError: the bytes do not begin with a certificate.
     """
     from cryptography import x509
 
-    return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+    found = x509.load_pem_x509_certificate(pem)
+    return found.not_valid_before_utc.timestamp(), found.not_valid_after_utc.timestamp()
+
+
+def latest_end_s(pem: bytes) -> float:
+    """Return when the last of these certificates ends, seconds since the epoch; without one, infinity.
+
+    OpenSSL reads forms that cryptography does not, so what is not understood here counts as valid.
+    """
+    from cryptography import x509
+
+    try:
+        return max(one.not_valid_after_utc.timestamp() for one in x509.load_pem_x509_certificates(pem))
+    except ValueError:
+        return math.inf

@@ -2,8 +2,8 @@
 
 Files are named here and read elsewhere. Two kinds differ in when they take effect:
 
-- TLS files and the file of callers are read once a second (file_reloader.py). Here they are only opened, so
-  that a wrong path ends the start with one line that names the flag.
+- TLS files and the file of callers are read once a second (file_reloader.py). Here the TLS files are only
+  read, so that an unusable one ends the start with one line that names the flag.
 - The keys of tokens are read here, once. A change needs a restart: with another key every stored token has
   another name, so two nodes must not switch at different times without a rotation.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from mnemosyned.config.files import FileRefused, read_bytes
 from mnemosyned.config.flags import ConfigError, Section, setting
-from mnemosyned.config.parsers import boolean, file_name, host_names, one_of, words_in
+from mnemosyned.config.parsers import boolean, file_name, host_names, one_of, secret_file, words_in
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -34,7 +34,7 @@ class TlsConfig(Section):
 
     is_on: bool = setting("tls", "false", boolean, "serve both ports, and dial peers, over TLS")
     certificate: str = setting("tls.crt", "", file_name, "PEM file of this node's certificate chain")
-    private_key: str = setting("tls.key", "", file_name, "PEM file of the private key of -tls.crt")
+    private_key: str = setting("tls.key", "", secret_file, "PEM file of the private key of -tls.crt")
     authorities: str = setting(
         "tls.ca", "", file_name, "PEM file of the authorities that sign the certificates of clients and peers"
     )
@@ -80,7 +80,7 @@ class AuthConfig(Section):
     keys_file: str = setting(
         "auth.keys",
         "",
-        file_name,
+        secret_file,
         "file of callers, one a line: a role, and a key's hash or a certificate's name; empty: all may call",
     )
     token_protection: str = setting(
@@ -92,7 +92,7 @@ class AuthConfig(Section):
     token_key_file: str = setting(
         "token.key.file",
         "",
-        file_name,
+        secret_file,
         "file with the HMAC key, or with two keys in a rotation, one a line; the first is in use",
     )
     token_keys: tuple[str, ...] = field(default=(), repr=False)  # the content of `token_key_file`
@@ -122,6 +122,6 @@ class AuthConfig(Section):
 
 def _check_readable(name: str, path: str) -> None:
     try:
-        Path(path).open("rb").close()
-    except OSError as exc:
-        raise ConfigError(f"flag -{name}: {path}: {exc.strerror}") from None
+        read_bytes(path, holds_secret=name == "tls.key")
+    except FileRefused as exc:
+        raise ConfigError(f"flag -{name}: {path}: {exc}") from None

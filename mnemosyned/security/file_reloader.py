@@ -1,7 +1,8 @@
 """Files that take effect when they are replaced, without a restart: TLS files and the file of callers.
 
-Every second the stamps of the files are compared: time of change, size and inode. If one has changed, all
-files are read and checked together, and the followers take the new content.
+Every second the stamps of the files are compared: time of change, size, inode, mode and owner. If one has
+changed, all files are read and checked together, and the followers take the new content. The checks are those
+of the start, also of who may read and write a file (config/files.py).
 
     stamps as before ────────────────────────────────> nothing
     stamps differ ── read, check ── valid ── followers take it ──> new content, new stamps
@@ -31,10 +32,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 from aio.periodic import run_periodically
+from mnemosyned.config.files import exposure_of
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,17 @@ class FileReloader(Generic[Content]):
     followers are called once more, also those that have taken the change: taking it twice must do no harm.
     """
 
-    def __init__(self, name: str, paths: Sequence[str], read: Callable[[], Content]) -> None:
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[str],
+        read: Callable[[], Content],
+        *,
+        secret_paths: Sequence[str] = (),
+    ) -> None:
         """Read the files now; `name` begins the log's events. Empty paths are left out.
+
+        A new file of `secret_paths` that other users may read is taken, with a warning.
 
         Raises:
             FilesUnusable: by `read`. The caller ends the start: there is no older content to keep.
@@ -64,6 +75,7 @@ class FileReloader(Generic[Content]):
         self._name = name
         self._paths = [path for path in paths if path]
         self._read = read
+        self._secret_paths = secret_paths
         self._seen = self._stamps()
         self._complaint = ""
         self.content = read()
@@ -79,6 +91,8 @@ class FileReloader(Generic[Content]):
         """Have new files take effect if they are complete and valid; otherwise keep the old content."""
         stamps = self._stamps()
         if stamps == self._seen:
+            # Also after a change that was taken back: the same mistake once more is logged once more.
+            self._complaint = ""
             return
         try:
             # On a thread: a network file system may take its time, and checking a key costs milliseconds.
@@ -93,14 +107,24 @@ class FileReloader(Generic[Content]):
             return
         self._seen, self._complaint, self.content = stamps, "", content
         log.info("%s_reloaded", self._name, extra={"files": len(self._paths)})
+        log_exposures(dict.fromkeys(self._secret_paths, self._name))
 
-    def _stamps(self) -> list[tuple[int, int, int] | None]:
+    def _stamps(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def log_exposures(names_by_path: Mapping[str, str]) -> None:
+    """Warn of each file with a secret that other users may read or replace; the name says what it is for."""
+    for path, name in names_by_path.items():
+        exposure = exposure_of(path)
+        if exposure is not None:
+            log.warning(exposure.event, extra={"file": path, "used_for": name, "advice": exposure.advice})
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
     try:
         found = os.stat(path)  # noqa: PTH116  # follows links, which a Kubernetes secret is made of
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # Mode and owner, since `chmod` changes nothing else that is compared here.
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid

@@ -13,17 +13,20 @@ admin port do, may meet a still newer change; it then raises FilesUnusable, and 
 - `authorities` (`-tls.ca`) verify clients and peers. The admin port asks for no certificate, also if the gRPC
   port does: what scrapes metrics rarely has one.
 - A private key with a password is refused: OpenSSL would ask for the password on the terminal.
-- An expired certificate is served nevertheless. Clients refuse it; a metric shows its end beforehand.
+- An expired certificate is served nevertheless, with a warning at the start: clients refuse it, and a metric
+  shows its end beforehand. A new certificate that is not valid now does not replace a valid one.
 """
 
 from __future__ import annotations
 
 import ssl
+import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import Enum
-from pathlib import Path
 
-from mnemosyned.security.certificates import expires_at_s
+from mnemosyned.config.files import FileRefused, read_bytes
+from mnemosyned.security.certificates import latest_end_s, validity_s
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 
 
@@ -57,16 +60,17 @@ class TlsFiles:
         # OpenSSL's own checks; the context is not kept. The bytes are read after it, so a replacement in
         # between is not checked. The reloader then sees new stamps in the next second, and reads once more.
         _server_context(self)
-        certificate = _bytes_of(self.certificate)
+        certificate = _content_of(self.certificate)
         try:
-            ends_at_s = expires_at_s(certificate)
+            begins_at_s, ends_at_s = validity_s(certificate)
         except ValueError:
             raise FilesUnusable(f"{self.certificate}: it does not begin with a certificate") from None
         return TlsMaterial(
             certificate=certificate,
-            private_key=_bytes_of(self.private_key),
-            authorities=_bytes_of(self.authorities) if self.authorities else None,
+            private_key=_content_of(self.private_key, holds_secret=True),
+            authorities=_content_of(self.authorities) if self.authorities else None,
             client_auth=self.client_auth,
+            begins_at_s=begins_at_s,
             expires_at_s=ends_at_s,
             files=self,
         )
@@ -74,19 +78,45 @@ class TlsFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsMaterial:
-    """The content of the files at one time; `expires_at_s` is in seconds since the epoch."""
+    """The content of the files at one time; the certificate's times are in seconds since the epoch."""
 
     certificate: bytes
     private_key: bytes = field(repr=False)
     authorities: bytes | None
     client_auth: ClientAuth
+    begins_at_s: float
     expires_at_s: float
     files: TlsFiles  # from which it was read
+
+    def complaint(self, now_s: float) -> str:
+        """Return why clients refuse the certificate now; empty: its time is right."""
+        if now_s >= self.expires_at_s:
+            return f"{self.files.certificate}: the certificate expired at {_instant(self.expires_at_s)}"
+        if now_s < self.begins_at_s:
+            return f"{self.files.certificate}: the certificate is valid from {_instant(self.begins_at_s)}"
+        return ""
+
+    def authorities_complaint(self, now_s: float) -> str:
+        """Return why no certificate can be verified now; empty: at least one authority has not expired."""
+        if self.authorities is None or latest_end_s(self.authorities) > now_s:
+            return ""
+        return f"{self.files.authorities}: all its certificates have expired"
 
 
 def tls_reloader(files: TlsFiles) -> FileReloader[TlsMaterial]:
     """Return a reloader of the files' content. Raises FilesUnusable if they are invalid now."""
-    return FileReloader("tls", (files.certificate, files.private_key, files.authorities), files.read)
+    served_until_s = 0.0
+
+    def read() -> TlsMaterial:
+        nonlocal served_until_s
+        material, now_s = files.read(), time.time()
+        if material.complaint(now_s) and now_s < served_until_s:
+            raise FilesUnusable(material.complaint(now_s))
+        served_until_s = material.expires_at_s
+        return material
+
+    paths = (files.certificate, files.private_key, files.authorities)
+    return FileReloader("tls", paths, read, secret_paths=[files.private_key])
 
 
 def admin_context(files: TlsFiles) -> ssl.SSLContext:
@@ -118,6 +148,7 @@ def peer_context(files: TlsFiles) -> ssl.SSLContext:
     Raises:
         FilesUnusable: the files are invalid.
     """
+    _check(files)
     context = client_context(files.authorities)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -137,12 +168,15 @@ def client_context(authorities: str) -> ssl.SSLContext:
         FilesUnusable: the file cannot be read or is no PEM file.
     """
     try:
+        if authorities:
+            _content_of(authorities)
         return ssl.create_default_context(cafile=authorities or None)
     except OSError as exc:
         raise FilesUnusable(f"{authorities}: {_reason(exc)}") from None
 
 
 def _server_context(files: TlsFiles) -> ssl.SSLContext:
+    _check(files)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -162,11 +196,27 @@ def _no_password() -> str:
     raise ValueError("the private key is encrypted")
 
 
-def _bytes_of(path: str) -> bytes:
+def _check(files: TlsFiles) -> None:
+    # OpenSSL reads the paths itself, and would wait for the writer of a FIFO.
+    _content_of(files.certificate)
+    _content_of(files.private_key, holds_secret=True)
+    if files.authorities:
+        _content_of(files.authorities)
+
+
+def _content_of(path: str, *, holds_secret: bool = False) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as exc:
-        raise FilesUnusable(f"{path}: {_reason(exc)}") from None
+        content = read_bytes(path, holds_secret=holds_secret)
+    except FileRefused as exc:
+        raise FilesUnusable(f"{path}: {exc}") from None
+    # OpenSSL skips lines that it does not know: with a byte order mark, that of the first certificate.
+    if b"\0" in content or content.startswith(b"\xef\xbb\xbf"):
+        raise FilesUnusable(f"{path}: it is no PEM file: it has a NUL byte or a byte order mark")
+    return content
+
+
+def _instant(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=UTC).isoformat()
 
 
 def _reason(exc: Exception) -> str:

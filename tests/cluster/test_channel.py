@@ -413,7 +413,8 @@ async def test_a_stream_carries_one_message_after_another(server: Server, channe
         connection.http.send_data(stream_id, body)
 
     server.on_request = echo
-    stream = channel.open_stream(PATH, [])
+    stream = channel.open_stream(PATH, lambda _: [])
+    await stream.open(timeout_s=5)
     for number in range(100):
         assert await stream.ask(b"%d" % number, timeout_s=5) == b"%d" % number
 

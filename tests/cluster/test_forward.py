@@ -66,7 +66,7 @@ class FakeStream:
             raise
         items = pb.Batch.FromString(batch).items
         answers = [pb.Answer() for _ in items] if self._peer.answers is None else self._peer.answers
-        return pb.ForwardResponse(answers=answers).SerializeToString()
+        return pb.Answers(answers=answers).SerializeToString()
 
     def end(self) -> None:
         self._peer.ended += 1
@@ -76,14 +76,23 @@ class FakePeers:
     def __init__(self, peers: dict[str, Peer]) -> None:
         self._peers = peers
 
-    def open_stream(self, address: str) -> FakeStream:
+    def open_stream(self, address: str, callee: str) -> FakeStream:
+        assert callee
         self._peers[address].streams += 1
         return FakeStream(address, self._peers[address])
 
     async def call(
-        self, address: str, _method: str, body: bytes, *, timeout_s: float, channel_kind: object
+        self,
+        address: str,
+        _method: str,
+        body: bytes,
+        *,
+        timeout_s: float,
+        channel_kind: object,
+        callee: str,
     ) -> bytes:
         assert channel_kind
+        assert callee
         await self._peers[address].respond(timeout_s)
         request = pb.InvalidateRequest.FromString(body)
         self._peers[address].told += request.tokens

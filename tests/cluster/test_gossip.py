@@ -14,7 +14,8 @@ from cluster import wire
 from cluster.errors import MalformedPacket, PeerRefused, PeerTimeout, PeerUnreachable
 from cluster.gossip import Gossip
 from cluster.identity import Identity
-from cluster.member import EventKind, Kind, Member, Packet, Phase, State
+from cluster.member import EventKind, Kind, Member, Packet, Phase, State, Update
+from cluster.swim import Settings
 from cluster.view import View
 
 ME = Member("127.0.0.1:1", "127.0.0.1:1", 1, 0, State.ALIVE, Phase.JOINING, 7)
@@ -28,33 +29,61 @@ class FakePeers:
     def __init__(self) -> None:
         self.called: list[str] = []
         self.fails_with: Exception = PeerUnreachable("not there")
+        self.forgotten: list[str] = []
+        # By address: who proves to be there when asked for the first time.
+        self.proving: dict[str, Member] = {}
 
-    async def call(self, address: str, *_: object, **__: object) -> bytes:
+    async def call(self, address: str, _method: str, body: bytes, **_: object) -> bytes:
         self.called.append(address)
-        raise self.fails_with
+        _, packet, _ = wire.parse_request(body)
+        member = self.proving.get(address)
+        if member is None or packet.target != member.name:
+            raise self.fails_with
+        del self.proving[address]
+        return wire.response(Packet(Kind.SYNC_REPLY, member, target=ME.name))
 
     async def keep_connected(self, _address: str, _lost: object) -> None:
         await asyncio.Event().wait()
 
     def forget(self, address: str) -> None:
-        pass
+        self.forgotten.append(address)
 
 
 class Shell(Gossip):
-    def __init__(self, seeds: Sequence[str]) -> None:
+    def __init__(self, seeds: Sequence[str], *, may_vouch: bool = True, max_members: int = 1000) -> None:
         self.peers = FakePeers()
         self.views: list[View] = []
         # The fake does what a Gossip asks of Peers.
         fake: Any = self.peers
-        super().__init__(ME, IDENTITY, fake, seeds=seeds, on_view=self.views.append)
+        super().__init__(
+            ME,
+            IDENTITY,
+            fake,
+            seeds=seeds,
+            on_view=self.views.append,
+            may_vouch=may_vouch,
+            settings=Settings(max_members=max_members),
+        )
 
     def hear(self, packet: Packet) -> Packet | None:
-        return wire.parse_response(self.answer(wire.request(packet, IDENTITY.message())))[0]
+        """Have a packet of a node that is where it says."""
+        self.peers.proving[packet.sender.address] = packet.sender
+        return self.hear_stranger(packet)
+
+    async def meet(self, member: Member) -> None:
+        """Have a member join."""
+        self.hear(Packet(Kind.SYNC, member))
+        await until(lambda: self.introductions.is_proven(self.swim.table, member))
+
+    def hear_stranger(self, packet: Packet) -> Packet | None:
+        answer = self.answer(wire.request(packet, IDENTITY.message()))
+        assert isinstance(answer, bytes)
+        return wire.parse_response(answer)[0]
 
 
 @asynccontextmanager
-async def gossiping(*seeds: str) -> AsyncIterator[Shell]:
-    one = Shell(seeds)
+async def gossiping(*seeds: str, may_vouch: bool = True, max_members: int = 1000) -> AsyncIterator[Shell]:
+    one = Shell(seeds, may_vouch=may_vouch, max_members=max_members)
     one.start()
     try:
         yield one
@@ -100,7 +129,7 @@ async def test_a_node_that_is_joined_late_has_not_stalled() -> None:
 
 async def test_a_stalled_loop_is_noticed_and_the_inbox_read_first() -> None:
     async with gossiping() as one:
-        one.hear(Packet(Kind.SYNC, OTHER))
+        await one.meet(OTHER)
         assert one._timer is not None
         one._due_s -= 0.5
         one._timer.cancel()
@@ -229,7 +258,8 @@ async def test_a_packet_of_another_cluster_is_refused_and_a_refusal_logged_now_a
             answer = one.answer(wire.request(Packet(Kind.SYNC, OTHER), foreign.message()))
         await until(lambda: one.peers.called != [])
 
-        assert "'theirs' on the other" in wire.parse_response(answer)[1]
+        assert isinstance(answer, bytes)
+        assert "'theirs' on the other" in wire.parse_response(answer)[2]
         assert len(one.swim.table) == 1
         await until(lambda: {"peer_refused", "peer_refuses_us"} <= {one.message for one in caplog.records})
         assert [record.message for record in caplog.records].count("peer_refused") == 1
@@ -257,7 +287,7 @@ async def test_garbage_is_malformed() -> None:
 
 async def test_nothing_is_sent_after_the_end() -> None:
     async with gossiping() as one:
-        one.hear(Packet(Kind.SYNC, OTHER))
+        await one.meet(OTHER)
         await one.announce_left()
         called = len(one.peers.called)
         one.hear(Packet(Kind.GOSSIP, OTHER._replace(incarnation=5), target=ME.name))
@@ -273,11 +303,90 @@ async def test_the_name_at_an_address_is_that_of_the_live_member_there() -> None
     gone = OTHER._replace(name="former.example:1", address="10.0.0.5:1")
     there = OTHER._replace(name="present.example:1", address="10.0.0.5:1")
     async with gossiping("127.0.0.1:3") as one:
-        one.hear(Packet(Kind.SYNC, gone))
+        await one.meet(gone)
         one.hear(Packet(Kind.GOSSIP, gone._replace(state=State.DEAD), target=ME.name))
-        one.hear(Packet(Kind.SYNC, there))
-        await until(lambda: one.peers.called != [])
+        await one.meet(there)
 
         assert one.host_at("10.0.0.5:1") == "present.example"
         assert one.host_at("127.0.0.1:3") == "127.0.0.1"
         assert one.host_at("10.0.0.9:1") == "10.0.0.9"
+
+
+def made_up(count: int) -> list[Member]:
+    return [
+        OTHER._replace(name=f"127.0.0.2:{n}", address=f"127.0.0.2:{n}", instance=n) for n in range(1, count)
+    ]
+
+
+async def test_a_stranger_is_answered_and_nothing_that_it_says_is_believed() -> None:
+    async with gossiping() as one:
+        await until(lambda: one.view.is_active)
+        liar = OTHER._replace(address="127.0.0.1:3")
+        claims = tuple(map(Update, made_up(5)))
+        answer = one.hear_stranger(Packet(Kind.SYNC, liar, updates=claims, table=claims))
+        await until(lambda: one.introductions.failed == 1)
+
+        assert answer is not None
+        assert answer.kind is Kind.SYNC_REPLY
+        assert [member.name for member in one.swim.table] == [ME.name]
+        assert one.peers.called == ["127.0.0.1:3"]
+        assert one.peers.forgotten == ["127.0.0.1:3"]
+
+
+async def test_a_member_that_vouches_is_believed() -> None:
+    async with gossiping() as one:
+        await one.meet(OTHER)
+        called = len(one.peers.called)
+        friends = tuple(map(Update, made_up(200)))
+        request = wire.request(Packet(Kind.SYNC_PUSH, OTHER, table=friends), IDENTITY.message())
+        answer = one.answer(request)
+        assert not isinstance(answer, bytes)
+        await answer
+
+        assert len(one.swim.table) == 2 + len(friends)
+        assert {*one.peers.called[called:]} <= {friend.member.address for friend in friends} | {OTHER.address}
+
+
+async def test_without_a_proof_each_process_is_asked_itself_a_few_at_once() -> None:
+    async with gossiping(may_vouch=False) as one:
+        await until(lambda: one.view.is_active)
+        await one.meet(OTHER)
+        claims = made_up(300)
+        one.peers.proving = {claims[7].address: claims[7]}
+        request = wire.request(
+            Packet(Kind.SYNC_PUSH, OTHER, table=tuple(map(Update, claims))), IDENTITY.message()
+        )
+        answer = one.answer(request)
+        assert not isinstance(answer, bytes)
+        await answer
+        assert len(one.introductions._asked) <= 8
+        await until(lambda: not one.introductions)
+
+        assert {member.name for member in one.swim.table} == {ME.name, OTHER.name, claims[7].name}
+        assert one.introductions.failed == len(claims) - 1
+
+
+async def test_a_table_beyond_the_bound_and_too_many_tables_are_refused() -> None:
+    async with gossiping(max_members=98) as one:
+        await one.meet(OTHER)
+        large = Packet(Kind.SYNC_PUSH, OTHER, table=tuple(map(Update, made_up(100))))
+        with pytest.raises(MalformedPacket, match="more than 98 members"):
+            one.answer(wire.request(large, IDENTITY.message()))
+        large = large._replace(table=large.table[:98])
+        answers = [one.answer(wire.request(large, IDENTITY.message())) for _ in range(9)]
+        outcomes = await asyncio.gather(*answers, return_exceptions=True)  # type: ignore[arg-type]
+
+        assert [str(outcome) for outcome in outcomes if isinstance(outcome, Exception)] == [
+            "too many tables at once"
+        ]
+        assert one._tables_waiting == 0
+
+
+async def test_a_process_with_this_nodes_name_cannot_make_it_leave_without_a_proof() -> None:
+    async with gossiping(may_vouch=False) as one:
+        await until(lambda: one.view.is_active)
+        rival = ME._replace(generation=5, instance=2**62, phase=Phase.ACTIVE)
+        for _ in range(3):
+            one.hear_stranger(Packet(Kind.GOSSIP, rival._replace(generation=one.swim.me.generation + 5)))
+
+        assert one.swim.me.phase is Phase.ACTIVE

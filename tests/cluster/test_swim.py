@@ -140,9 +140,8 @@ def test_no_more_updates_are_read_than_are_ever_sent() -> None:
     assert len(one.table) == 2 + 16
 
 
-def test_a_full_table_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.table.MAX_MEMBERS", 2)
-    one = swim(A)
+def test_a_full_table_takes_no_more() -> None:
+    one = swim(A, settings=Settings(max_members=2))
     one.receive(gossip(B), now=NOW_S)
 
     assert one.table.get("b") is None

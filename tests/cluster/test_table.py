@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import table as tables
 from cluster.member import Member, Phase, State, names_digest
 from cluster.table import Base, ProbeOrder, Table
 
@@ -86,9 +85,10 @@ def test_what_a_view_is_made_of_is_counted_when_it_changes() -> None:
     assert one.changes == before + 2
 
 
-def test_there_is_room_for_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_MEMBERS", 2)
-    one = table(member("a"), member("b"))
+def test_there_is_room_for_so_many_and_no_more() -> None:
+    one = Table(Base(), max_members=2)
+    one.put(member("a"))
+    one.put(member("b"))
 
     assert not one.put(member("c"))
     assert one.put(member("b", inc=1))

@@ -25,15 +25,16 @@ from serving import ENGINES
 from cluster import wire
 from cluster.identity import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
-from cluster.peer_auth import METADATA_KEY, PeerAuth, StreamMac
+from cluster.peer_auth import METADATA_KEY, NO_KEY, PeerAuth, PeerKey, StreamMac
 from cluster.peerpb import peer_pb2 as pb
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.transport.call import Call
 
 SERVICE = "mnemosynepeer.Peer"
 METHODS = ["Gossip", "Invalidate", "Leave"]
-STRANGER = Member("192.0.2.9:1", "192.0.2.9:1", 1, 0, State.ALIVE, Phase.ACTIVE, 99)
+STRANGER = Member("127.0.0.9:1", "127.0.0.9:1", 1, 0, State.ALIVE, Phase.ACTIVE, 99)
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 
 
 @pytest.fixture
@@ -52,15 +53,32 @@ async def origin(store: MemoryStore, peer: Peer) -> pb.Origin:
     return Identity(label="", storage_fingerprint=await store.identity()).message(peer.address)
 
 
-def signed(trust: PeerAuth, method: str, body: bytes) -> str:
-    return trust.sign(method, body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(12))
+def nonced(key: PeerKey, method: str, body: bytes) -> str:
+    return key.sign(method, body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(12))
 
 
-async def call(peer: Peer, method: str, body: bytes, *, signature: str | None = None) -> bytes:
-    value = signed(peer.peer_auth, method, body) if signature is None else signature
-    metadata = ((METADATA_KEY, value),) if value else ()
+async def greeted(peer: Peer, caller: PeerAuth | None = None) -> PeerKey:
+    """The key of the calling process, after Hello."""
+    caller = caller or peer.peer_auth
+    body = pb.HelloRequest(callee=peer.address).SerializeToString()
+    greeting = caller.greeting(body, now_ms=time.time_ns() // 1_000_000, nonce=os.urandom(12))
+    hello = pb.HelloResponse.FromString(await call(peer, "Hello", body, signature=greeting))
+    return caller.key_for(hello.process, hello.proof, greeting=greeting)
+
+
+async def call(peer: Peer, method: str, body: bytes, *, signature: str) -> bytes:
+    metadata = ((METADATA_KEY, signature),) if signature else ()
     answer: bytes = await peer.channel.unary_unary(f"/{SERVICE}/{method}")(body, metadata=metadata, timeout=5)
     return answer
+
+
+async def ask(peer: Peer, method: str, body: bytes) -> bytes:
+    """Call as a peer does, and check the answer."""
+    key = await greeted(peer)
+    signature = nonced(key, method, body)
+    sealed = pb.SealedAnswer.FromString(await call(peer, method, body, signature=signature))
+    key.check_answer(signature, sealed.answer, sealed.seal)
+    return sealed.answer
 
 
 async def status_of(awaited: object) -> tuple[grpc.StatusCode, str]:
@@ -72,24 +90,29 @@ async def status_of(awaited: object) -> tuple[grpc.StatusCode, str]:
 class Stream:
     """A peer's stream of forwarded calls."""
 
-    def __init__(self, peer: Peer, origin: pb.Origin, *, signature: str | None = None) -> None:
-        value = signed(peer.peer_auth, "Forward", b"") if signature is None else signature
-        metadata = ((METADATA_KEY, value),) if value else ()
+    def __init__(self, peer: Peer, origin: pb.Origin, key: PeerKey, *, opening: str | None = None) -> None:
+        self.opening = nonced(key, "Forward", b"") if opening is None else opening
+        metadata = ((METADATA_KEY, self.opening),) if self.opening else ()
         self.call = peer.channel.stream_stream(f"/{SERVICE}/Forward")(metadata=metadata, timeout=10)
-        self.opening = value
-        self._seals = peer.peer_auth.stream_mac(value)
+        self._batches, self._answers = key.stream_macs(self.opening)
         self._origin = origin
 
     async def forward(self, *items: pb.Item, stream_mac: StreamMac | None = None) -> Sequence[pb.Answer]:
         batch = pb.Batch(origin=self._origin, items=items).SerializeToString()
-        seal = (stream_mac or self._seals).seal(batch)
+        seal = (stream_mac or self._batches).seal(batch)
         return await self.send(pb.ForwardRequest(batch=batch, seal=seal).SerializeToString())
 
     async def send(self, message: bytes) -> Sequence[pb.Answer]:
         await self.call.write(message)
         answer = await self.call.read()
         assert answer is not grpc.aio.EOF
-        return pb.ForwardResponse.FromString(answer).answers
+        response = pb.ForwardResponse.FromString(answer)
+        self._answers.check(response.seal, response.answers)
+        return pb.Answers.FromString(response.answers).answers
+
+
+async def stream_to(peer: Peer, origin: pb.Origin) -> Stream:
+    return Stream(peer, origin, await greeted(peer))
 
 
 def item(method: str, message: bytes = b"", *, in_ms: int = 1000, **fields: str) -> pb.Item:
@@ -110,8 +133,8 @@ async def started(peer: Peer, **fields: str) -> str:
     ).session.access_token
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("signature", ["", "v1 1 2 3", "nonsense"])
+@pytest.mark.parametrize("method", ["Hello", *METHODS])
+@pytest.mark.parametrize("signature", ["", "v2 1 2 3 4", "nonsense"])
 async def test_an_unauthenticated_peer_is_refused(peer: Peer, method: str, signature: str) -> None:
     code, text = await status_of(call(peer, method, b"", signature=signature))
 
@@ -120,16 +143,23 @@ async def test_an_unauthenticated_peer_is_refused(peer: Peer, method: str, signa
     assert not peer.stopped.is_set()
 
 
-@pytest.mark.parametrize("method", METHODS)
-async def test_another_clusters_secret_is_refused(peer: Peer, method: str) -> None:
-    signature = signed(PeerAuth([b"hunter2-of-another-cluster"]), method, b"")
+async def test_another_clusters_secret_is_refused(peer: Peer) -> None:
+    stranger = PeerAuth([b"hunter2-of-another-cluster"], process=os.urandom(16))
 
-    assert (await status_of(call(peer, method, b"", signature=signature)))[0] is UNAUTHENTICATED
+    assert (await status_of(greeted(peer, stranger)))[0] is UNAUTHENTICATED
+
+
+async def test_a_hello_for_another_node_gets_no_proof(peer: Peer) -> None:
+    body = pb.HelloRequest(callee="127.0.0.1:1").SerializeToString()
+    now_ms = time.time_ns() // 1_000_000
+    greeting = peer.peer_auth.greeting(body, now_ms=now_ms, nonce=os.urandom(12))
+
+    assert (await status_of(call(peer, "Hello", body, signature=greeting)))[0] is FAILED_PRECONDITION
 
 
 async def test_a_call_is_believed_once_and_for_its_own_method(peer: Peer) -> None:
     body = pb.LeaveRequest(node=peer.address).SerializeToString()
-    signature = signed(peer.peer_auth, "Leave", body)
+    signature = nonced(await greeted(peer), "Leave", body)
     assert (await status_of(call(peer, "Invalidate", body, signature=signature)))[0] is UNAUTHENTICATED
     await call(peer, "Leave", body, signature=signature)
     assert peer.stopped.is_set()
@@ -137,26 +167,44 @@ async def test_a_call_is_believed_once_and_for_its_own_method(peer: Peer) -> Non
     assert (await status_of(call(peer, "Leave", body, signature=signature)))[0] is UNAUTHENTICATED
 
 
-@pytest.mark.parametrize("signature", ["", "nonsense"])
+async def test_without_a_secret_a_leave_needs_more_than_to_be_on_this_host(store: MemoryStore) -> None:
+    async with peering(store, secrets=()) as peer:
+        body = pb.LeaveRequest(node=peer.address).SerializeToString()
+        assert (await status_of(call(peer, "Leave", body, signature="")))[0] is UNAUTHENTICATED
+        assert not peer.stopped.is_set()
+
+
+@pytest.mark.parametrize("method", ["Hello", *METHODS])
+async def test_without_a_secret_a_proxy_on_this_host_is_no_peer(store: MemoryStore, method: str) -> None:
+    async with peering(store, secrets=()) as peer:
+        unary = peer.channel.unary_unary(f"/{SERVICE}/{method}")
+        code, text = await status_of(unary(b"", metadata=(("x-forwarded-for", "192.0.2.1"),), timeout=5))
+
+        assert code is UNAUTHENTICATED
+        assert "proxy" in text
+
+
+@pytest.mark.parametrize("opening", ["", "nonsense"])
 async def test_the_stream_of_an_unauthenticated_peer_is_ended_before_its_first_batch(
-    peer: Peer, origin: pb.Origin, signature: str
+    peer: Peer, origin: pb.Origin, opening: str
 ) -> None:
-    stream = Stream(peer, origin, signature=signature)
+    stream = Stream(peer, origin, NO_KEY, opening=opening)
 
     assert (await status_of(stream.call.read()))[0] is UNAUTHENTICATED
 
 
-@pytest.mark.parametrize("forger", ["another secret", "another stream", "a batch sent again"])
+@pytest.mark.parametrize("forger", ["no seal", "another stream", "a batch sent again"])
 async def test_each_batch_is_sealed_for_its_stream_and_its_place(
     peer: Peer, origin: pb.Origin, forger: str
 ) -> None:
     token = await started(peer)
-    stream = Stream(peer, origin)
+    key = await greeted(peer)
+    stream = Stream(peer, origin, key)
     assert [answer.code for answer in await stream.forward(get(token))] == [0]
     stream_mac = {
-        "another secret": PeerAuth([b"hunter2-of-another-cluster"]).stream_mac(stream.opening),
-        "another stream": peer.peer_auth.stream_mac(signed(peer.peer_auth, "Forward", b"")),
-        "a batch sent again": peer.peer_auth.stream_mac(stream.opening),
+        "no seal": StreamMac(None),
+        "another stream": key.stream_macs(nonced(key, "Forward", b""))[0],
+        "a batch sent again": key.stream_macs(stream.opening)[0],
     }[forger]
     if forger == "another stream":
         stream_mac.seal(b"")
@@ -169,7 +217,7 @@ async def test_each_batch_is_sealed_for_its_stream_and_its_place(
 async def test_a_batch_is_answered_item_by_item(peer: Peer, origin: pb.Origin) -> None:
     token = await started(peer, subject_client="web")
     exists = item("Exists", ExistsRequest(access_token="x").SerializeToString())
-    stream = Stream(peer, origin)
+    stream = await stream_to(peer, origin)
     for _ in range(2):
         good, absent, unknown, garbage, absent_too = await stream.forward(
             get(token), get("absent"), item("Dance"), item("Get", b"\xff"), exists
@@ -182,7 +230,7 @@ async def test_a_batch_is_answered_item_by_item(peer: Peer, origin: pb.Origin) -
 
 
 async def test_the_owners_error_has_one_prefix(peer: Peer, origin: pb.Origin) -> None:
-    (answer,) = await Stream(peer, origin).forward(get("absent"))
+    (answer,) = await (await stream_to(peer, origin)).forward(get("absent"))
     here = await status_of(peer.stub.Get(GetRequest(access_token="absent")))
 
     assert (answer.code, answer.text) == (here[0].value[0], here[1])
@@ -197,7 +245,7 @@ async def test_an_item_has_its_own_deadline_and_metadata(peer: Peer, origin: pb.
         return b""
 
     peer.calls.add_unary("mnemosynerpc.SessionManager", "Slow", slow)
-    short, long = await Stream(peer, origin).forward(
+    short, long = await (await stream_to(peer, origin)).forward(
         item("Slow", in_ms=20, request_id="r-1", traceparent="00-a-b-01"), item("Slow", in_ms=5000)
     )
 
@@ -207,7 +255,7 @@ async def test_an_item_has_its_own_deadline_and_metadata(peer: Peer, origin: pb.
 
 async def test_an_item_that_comes_late_is_not_begun(peer: Peer, origin: pb.Origin) -> None:
     request = StartRequest(session=Session(subject_id="s", access_token="late")).SerializeToString()
-    late, in_time = await Stream(peer, origin).forward(
+    late, in_time = await (await stream_to(peer, origin)).forward(
         item("Start", request, in_ms=-1000),
         item("Exists", ExistsRequest(access_token="late").SerializeToString()),
     )
@@ -219,7 +267,7 @@ async def test_an_item_that_comes_late_is_not_begun(peer: Peer, origin: pb.Origi
 async def test_a_write_that_could_not_be_done_well_in_time_is_not_done(peer: Peer, origin: pb.Origin) -> None:
     token = await started(peer)
     request = AbandonRequest(access_token=token).SerializeToString()
-    (answer,) = await Stream(peer, origin).forward(item("Abandon", request, in_ms=20))
+    (answer,) = await (await stream_to(peer, origin)).forward(item("Abandon", request, in_ms=20))
 
     assert answer.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
     assert (await peer.stub.Exists(ExistsRequest(access_token=token))).value
@@ -230,7 +278,8 @@ async def test_what_is_for_another_node_is_refused(peer: Peer, origin: pb.Origin
     for callee in ("127.0.0.1:1", ""):
         origin.callee = callee
         invalidate = pb.InvalidateRequest(origin=origin, tokens=[token]).SerializeToString()
-        for refused in (call(peer, "Invalidate", invalidate), Stream(peer, origin).forward(get(token))):
+        stream = await stream_to(peer, origin)
+        for refused in (ask(peer, "Invalidate", invalidate), stream.forward(get(token))):
             code, text = await status_of(refused)
             assert code is grpc.StatusCode.FAILED_PRECONDITION
             assert f"this node is {peer.address}" in text
@@ -238,7 +287,7 @@ async def test_what_is_for_another_node_is_refused(peer: Peer, origin: pb.Origin
 
 async def test_a_leave_for_another_node_is_refused(peer: Peer) -> None:
     for name in ("127.0.0.1:1", ""):
-        code, _ = await status_of(call(peer, "Leave", pb.LeaveRequest(node=name).SerializeToString()))
+        code, _ = await status_of(ask(peer, "Leave", pb.LeaveRequest(node=name).SerializeToString()))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
 
     assert not peer.stopped.is_set()
@@ -249,7 +298,7 @@ async def test_answers_too_large_together_are_left_to_the_storage(
 ) -> None:
     monkeypatch.setattr("mnemosyned.api.peer._MAX_RESPONSE_BYTES", 2500)
     tokens = [await started(peer, subject_client="x" * 1000) for _ in range(4)]
-    answers = await Stream(peer, origin).forward(*map(get, tokens))
+    answers = await (await stream_to(peer, origin)).forward(*map(get, tokens))
 
     unavailable = grpc.StatusCode.UNAVAILABLE.value[0]
     assert [answer.code for answer in answers] == [0, 0, unavailable, unavailable]
@@ -266,11 +315,12 @@ async def test_a_node_of_another_cluster_is_told_why_it_is_refused(
     word = "label" if "cluster_label" in changed else "databases"
     invalidate = pb.InvalidateRequest(origin=foreign, tokens=["t"]).SerializeToString()
     packet = Packet(Kind.SYNC, STRANGER)
-    answer, refusal = wire.parse_response(await call(peer, "Gossip", wire.request(packet, foreign)))
+    answer, _, refusal = wire.parse_response(await ask(peer, "Gossip", wire.request(packet, foreign)))
 
     assert answer is None
     assert word in refusal
-    for refused in (call(peer, "Invalidate", invalidate), Stream(peer, foreign).forward(get("t"))):
+    stream = await stream_to(peer, foreign)
+    for refused in (ask(peer, "Invalidate", invalidate), stream.forward(get("t"))):
         code, text = await status_of(refused)
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert word in text
@@ -278,19 +328,21 @@ async def test_a_node_of_another_cluster_is_told_why_it_is_refused(
     assert len(peer.node.gossip.swim.table) == 1
 
 
-async def test_a_member_is_answered_and_known(peer: Peer, origin: pb.Origin) -> None:
+async def test_a_node_is_answered_and_no_member_before_it_answers(peer: Peer, origin: pb.Origin) -> None:
     packet = Packet(Kind.SYNC, STRANGER._replace(phase=Phase.JOINING))
-    answer, _ = wire.parse_response(await call(peer, "Gossip", wire.request(packet, origin)))
+    answer, _, _ = wire.parse_response(await ask(peer, "Gossip", wire.request(packet, origin)))
 
     assert answer is not None
     assert answer.kind is Kind.SYNC_REPLY
     assert answer.sender.name == peer.address
-    assert peer.node.probes() == {STRANGER.name: "SERVING"}
+    assert peer.node.gossip is not None
+    await until(lambda: peer.node.gossip.introductions.failed == 1)  # type: ignore[union-attr]
+    assert peer.node.probes() == {}
 
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_garbage_has_a_clear_answer(peer: Peer, method: str) -> None:
-    code, text = await status_of(call(peer, method, b"\xff\xff"))
+    code, text = await status_of(ask(peer, method, b"\xff\xff"))
 
     # As gRPC servers say it of bytes that are no message.
     assert code is grpc.StatusCode.INTERNAL
@@ -298,14 +350,14 @@ async def test_garbage_has_a_clear_answer(peer: Peer, method: str) -> None:
 
 
 async def test_garbage_ends_a_stream_with_a_clear_status(peer: Peer, origin: pb.Origin) -> None:
-    code, text = await status_of(Stream(peer, origin).send(b"\xff"))
+    code, text = await status_of((await stream_to(peer, origin)).send(b"\xff"))
 
     assert code is grpc.StatusCode.INTERNAL
     assert "not a valid" in text
 
 
 async def test_a_message_beyond_the_limit_is_refused(peer: Peer) -> None:
-    code, _ = await status_of(call(peer, "Invalidate", bytes(9 * 1024**2)))
+    code, _ = await status_of(ask(peer, "Invalidate", bytes(9 * 1024**2)))
 
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -313,18 +365,18 @@ async def test_a_message_beyond_the_limit_is_refused(peer: Peer) -> None:
 async def test_copies_are_dropped_when_a_peer_says_so(peer: Peer, origin: pb.Origin) -> None:
     token = await started(peer)
     assert token in peer.cache.keys()  # noqa: SIM118  # no mapping
-    await call(peer, "Invalidate", pb.InvalidateRequest(origin=origin, tokens=[token]).SerializeToString())
+    await ask(peer, "Invalidate", pb.InvalidateRequest(origin=origin, tokens=[token]).SerializeToString())
 
     assert token not in peer.cache.keys()  # noqa: SIM118
     for _ in range(3):
         await started(peer)
-    await call(peer, "Invalidate", pb.InvalidateRequest(origin=origin, everything=True).SerializeToString())
+    await ask(peer, "Invalidate", pb.InvalidateRequest(origin=origin, everything=True).SerializeToString())
     assert not peer.cache.keys()
 
 
 async def test_streams_end_in_order_when_the_node_leaves(peer: Peer, origin: pb.Origin) -> None:
     token = await started(peer)
-    stream = Stream(peer, origin)
+    stream = await stream_to(peer, origin)
     assert [answer.code for answer in await stream.forward(get(token))] == [0]
     await peer.node.leave()
 
@@ -341,7 +393,7 @@ async def test_a_caller_that_gives_up_as_its_answer_is_sent_is_no_bug(
 
     peer.calls.add_unary("mnemosynerpc.SessionManager", "Slow", slow)
     for number in range(60):
-        stream = Stream(peer, origin)
+        stream = await stream_to(peer, origin)
         await stream.forward(item("Slow"))
         with suppress(TimeoutError):
             async with asyncio.timeout(0.0095 + number % 30 * 0.0001):

@@ -15,7 +15,9 @@ import pytest
 from certificates import Authority
 from serving import ENGINES, configured
 
+from cluster.errors import PeerUnproven
 from cluster.peer_auth import PeerAuth
+from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import SERVICE_NAME, ChannelKind, Peers
 from mnemosyned.assembly import engine_options
 from mnemosyned.security.file_reloader import FilesUnusable
@@ -39,14 +41,19 @@ def engine_name(request: pytest.FixtureRequest) -> str:
     return name
 
 
+def _names(call: Call) -> bytes:
+    return "|".join(call.certificate_names).encode()
+
+
 class Server:
     """An engine that tells callers who they are."""
 
     def __init__(self, engine_name: str, files: TlsFiles) -> None:
         self.may_end = asyncio.Event()
         table = MethodTable()
-        for service, name in (("test.Test", "Names"), (SERVICE_NAME, "Gossip")):
-            table.add_unary(service, name, lambda _, call: "|".join(call.certificate_names).encode())
+        table.add_unary("test.Test", "Names", lambda _, call: _names(call))
+        sealed = lambda _, call: pb.SealedAnswer(answer=_names(call)).SerializeToString()  # noqa: E731
+        table.add_unary(SERVICE_NAME, "Gossip", sealed)
         table.add_unary("test.Test", "Slow", self._slow)
         self.stats = table.unary[SLOW].stats
         self.engine: Engine = ENGINES[engine_name](table, replace(engine_options(configured()), tls=files))
@@ -202,7 +209,8 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
     spell(both, old.pem + new.pem)
     files = replace(old.files("localhost", client_auth=ClientAuth.REQUIRE), authorities=str(both))
     async with running("h2", files) as server:
-        peers = Peers(PeerAuth([]), {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
+        peer_auth = PeerAuth([], process=bytes(16))
+        peers = Peers(peer_auth, {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
         address = f"127.0.0.1:{server.port}"
 
         async def seen(identity: Authority, authorities: Path) -> str:
@@ -226,6 +234,28 @@ async def test_peers_dial_anew_when_they_have_another_identity(tmp_path: Path) -
         spell(Path(files.private_key), content(renewed / "key.pem"))
         await server.engine.reload_tls(files.read())
         assert await seen(new, new.path) == "new.example"
+        await peers.close()
+
+
+@pytest.mark.parametrize(("pattern", "is_node"), [("localhost", True), ("*.nodes.example", False)])
+async def test_a_callee_is_known_by_its_certificate(
+    authority: Authority,
+    engine_name: str,
+    pattern: str,
+    is_node: bool,  # noqa: FBT001  # a parameter of the test
+) -> None:
+    files = authority.files("localhost", client_auth=ClientAuth.REQUIRE)
+    async with running(engine_name, files) as server:
+        peer_auth = PeerAuth([], [pattern], process=bytes(16))
+        peers = Peers(peer_auth, {"Gossip": Uncounted()}, server_name=lambda _: "localhost")
+        peers.identify(peer_context(files))
+        address = f"127.0.0.1:{server.port}"
+        asked = peers.call(address, "Gossip", b"", timeout_s=5, channel_kind=ChannelKind.GOSSIP)
+        if is_node:
+            assert await asked == b"localhost"
+        else:
+            with pytest.raises(PeerUnproven, match="peer-names"):
+                await asked
         await peers.close()
 
 

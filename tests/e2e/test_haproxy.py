@@ -1,4 +1,4 @@
-"""HAProxy in front of three nodes, configured as in deploy/: it balances calls, and a restart fails none."""
+"""HAProxy in front of nodes, configured as in deploy/: it balances calls, and refuses those of peers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc
 import pytest
 from clusters import CALL_TIMEOUT_S, Cluster, Load, free_ports, until
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from mnemosynerpc.session_pb2 import ExistsRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from serving import ENGINES, Node, serving
@@ -100,6 +102,58 @@ async def test_a_node_that_does_not_serve_gets_no_calls_and_its_admin_port_is_ne
             with pytest.raises(BlockingIOError):
                 operator.accept()
     assert away_s < 2.0
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+async def test_a_call_of_the_peer_service_is_refused_and_others_pass(
+    engine: str, postgres_dsn: str, tmp_path: Path
+) -> None:
+    with Cluster(postgres_dsn, 1, f"-grpc.engine={engine}") as cluster:
+        await asyncio.to_thread(cluster.start)
+        (name,) = cluster.names
+        with balancing([name] * 3, tmp_path) as address:
+            async with grpc.aio.insecure_channel(address) as proxy, grpc.aio.insecure_channel(name) as node:
+                stub = SessionManagerStub(proxy)
+                await until_answered(stub)
+                await HealthStub(proxy).Check(HealthCheckRequest(), timeout=CALL_TIMEOUT_S)
+                # The node itself would answer, with a complaint about the caller.
+                direct = await code_of(node, "/mnemosynepeer.Peer/Gossip")
+                codes = {path: await code_of(proxy, path) for path in PEER_PATHS}
+
+    assert direct is grpc.StatusCode.UNAUTHENTICATED
+    assert set(codes.values()) == {grpc.StatusCode.PERMISSION_DENIED}, codes
+
+
+PEER_PATHS = (
+    *(f"/mnemosynepeer.Peer/{method}" for method in ("Gossip", "Forward", "Invalidate", "Leave", "Other")),
+    "/MNEMOSYNEPEER.PEER/Leave",
+    "/mnemosynepeer.peer/leave",
+    "/%6dnemosynepeer.Peer/Leave",
+    "/mnemosynepeer%2EPeer%2FLeave",
+    "//mnemosynepeer.Peer/Leave",
+    "/x/../mnemosynepeer.Peer/Leave",
+    "/mnemosynepeer.Peer/Leave?x",
+    "/mnemosynepeer.Peer",
+)
+
+
+async def until_answered(stub: SessionManagerStub) -> None:
+    """Call until the proxy has found its nodes healthy."""
+    request = ExistsRequest(access_token="t")
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                await stub.Exists(request, timeout=CALL_TIMEOUT_S)  # type: ignore[misc]
+                return
+            await asyncio.sleep(0.02)
+
+
+async def code_of(channel: grpc.aio.Channel, path: str) -> grpc.StatusCode:
+    try:
+        await channel.unary_unary(path)(b"", timeout=CALL_TIMEOUT_S)
+    except grpc.aio.AioRpcError as exc:
+        return exc.code()
+    return grpc.StatusCode.OK
 
 
 async def alone(stub: SessionManagerStub, nodes: Sequence[Node]) -> float:

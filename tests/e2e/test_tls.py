@@ -20,7 +20,7 @@ from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, StartRe
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 
-from mnemosyned.security.certificates import expires_at_s, names_of
+from mnemosyned.security.certificates import names_of, validity_s
 
 pytestmark = pytest.mark.timeout(120)
 NEW = StartRequest(session=Session(subject_id="s"))
@@ -155,7 +155,7 @@ def test_certificates_replaced_on_disk_are_served_within_five_seconds_and_no_cal
 
         assert min(calls.values()) > 10, daemon.log
         daemon.wait_for("tls_reloaded")
-        ends_at_s = expires_at_s((authority.directory / "node" / "crt.pem").read_bytes())
+        ends_at_s = validity_s((authority.directory / "node" / "crt.pem").read_bytes())[1]
         daemon.context = ssl.create_default_context(cafile=str(authority.path))
         _, page = daemon.http("/metrics")
         (line,) = (one for one in page.splitlines() if one.startswith("mnemosyned_tls_certificate_end"))

@@ -74,6 +74,10 @@ ALERTS = {
         {'mnemosyned_cluster_members{state="dead"}': "1x30"},
         {'mnemosyned_cluster_members{state="left"}': "1x30"},
     ),
+    "MnemosynedUnprovenPeers": (
+        {"mnemosyned_cluster_unproven_total": "0x10 0+1x20"},
+        {"mnemosyned_cluster_unproven_total": "0x20 1x10"},
+    ),
     "MnemosynedCertificateEnds": (
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{7 * 86400}x30"},
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{8 * 86400}x30"},
@@ -154,8 +158,9 @@ def test_the_manifests_are_what_kubernetes_takes(overlay: str, tmp_path: Path) -
 def test_the_environment_of_a_pod_makes_a_node_of_the_cluster(secrets: Path) -> None:
     config = mounted("base", secrets)
 
-    assert config[ClusterConfig].listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8080"
-    assert config[ClusterConfig].seeds == ("mnemosyned-peers.ours.svc:8080",)
+    assert config[ClusterConfig].listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8090"
+    assert config[ClusterConfig].seeds == ("mnemosyned-peers.ours.svc:8090",)
+    assert config[ClusterConfig].bind == "0.0.0.0:8090"
     assert config[ClusterConfig].secret == ("hunter2-a-secret-for-these-tests-only",)
     assert config[PostgresConfig].address == "postgres://u:p@h/d"
     assert not config[TlsConfig].is_on
@@ -219,9 +224,14 @@ def test_each_selector_finds_the_pods(overlay: str) -> None:
 
     assert all(selector and selector.items() <= labels.items() for selector in selectors)
     assert found["StatefulSet"]["spec"]["serviceName"] == "mnemosyned-peers"
-    # Clients have a label of their own.
-    peers = found["NetworkPolicy"]["spec"]["ingress"][0]["from"]
-    assert {"podSelector": {"matchLabels": {"mnemosyned-client": "true"}}} in peers
+    admitted = {
+        rule["ports"][0]["port"]: [one.get("podSelector", {}).get("matchLabels") for one in rule["from"]]
+        for rule in found["NetworkPolicy"]["spec"]["ingress"]
+    }
+    # Clients have a label of their own, and reach no peers' port.
+    assert admitted["grpc"] == [{"mnemosyned-client": "true"}]
+    (nodes,) = admitted["peers"]
+    assert nodes.items() <= labels.items()
 
 
 def test_every_variable_in_the_deployments_is_a_flags() -> None:
@@ -249,6 +259,9 @@ def test_the_composed_nodes_are_one_cluster() -> None:
 
     assert {config[ClusterConfig].listen for config in configs} == set(configs[0][ClusterConfig].seeds)
     assert len({config[ClusterConfig].secret for config in configs}) == 1
+    # No published port has the Peer service.
+    published = {port.rpartition(":")[2] for n in (1, 2, 3) for port in services[f"node-{n}"]["ports"]}
+    assert {config[ClusterConfig].bind.rpartition(":")[2] for config in configs}.isdisjoint(published)
     assert len(targets["targets"]) == 3
 
 

@@ -1,21 +1,29 @@
 """The settings of the PostgreSQL engine.
 
 The address is a secret, since it holds a password: no error, log line or process title shows it. It may come
-from a file (`-postgres.address.file`), which an orchestrator mounts. `-postgres.address=embedded:` is no
-address of a server, but asks for a private one (`private_server.py`).
+from a file (`-postgres.address.file`), which an orchestrator mounts. It may name files with secrets itself.
+
+`-postgres.address=embedded:` is no address of a server, but asks for a private one (`private_server.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
+from urllib.parse import parse_qs
 
+from mnemosyned.config.files import FileRefused, read_bytes
 from mnemosyned.config.flags import ConfigError, Section, setting
-from mnemosyned.config.parsers import duration, file_name, integer, words_in
+from mnemosyned.config.parsers import duration, integer, secret_file, words_in
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
 
 # PostgreSQL cuts longer names off without an error, and two long names could then mean one table.
 _MAX_IDENTIFIER_BYTES: Final = 63
+# Parameters of the address, whose files the driver reads.
+_FILES_IN_ADDRESS: Final = ("sslkey", "passfile")
 _DEFAULT_ADDRESS: Final = "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
 
 
@@ -48,7 +56,10 @@ class PostgresConfig(Section):
         is_secret=True,
     )
     address_file: str = setting(
-        "postgres.address.file", "", file_name, "file with the URL instead, such as a mounted secret"
+        "postgres.address.file",
+        "",
+        secret_file,
+        "file with the URL instead, such as a mounted secret",
     )
     schema: str = setting("postgres.schema", "mnemosyne", identifier, "schema of the table")
     table: str = setting("postgres.table", "session", identifier, "table of the sessions")
@@ -85,3 +96,24 @@ class PostgresConfig(Section):
             return replace(self, address=address(" ".join(words)))
         except ValueError as exc:
             raise ConfigError(f"flag -postgres.address.file: {self.address_file}: {exc}") from None
+
+    def check(self, _: Config) -> None:
+        """See Section."""
+        for parameter, path in self._named_in_address().items():
+            try:
+                read_bytes(path, holds_secret=True)
+            except FileRefused as exc:
+                raise ConfigError(f"flag -postgres.address: its {parameter}, {path}: {exc}") from None
+
+    def secret_files(self) -> dict[str, str]:
+        """See Section."""
+        named = {f"postgres.address ({key})": path for key, path in self._named_in_address().items()}
+        # Not `super()`: before Python 3.14 it means the class as it was before it got its slots.
+        return Section.secret_files(self) | named
+
+    def _named_in_address(self) -> dict[str, str]:
+        """Return the files that the driver reads because the address names them, by parameter."""
+        if self.address.startswith("embedded:"):
+            return {}
+        given = parse_qs(self.address.partition("?")[2])
+        return {key: given[key][-1] for key in _FILES_IN_ADDRESS if key in given}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -396,3 +397,161 @@ def test_the_keys_of_tokens_come_from_their_file_in_its_order(tmp_path: Path) ->
     path.write_text(f"{'b' * 32}\n{'a' * 32}\n")
 
     assert parse([f"-token.key.file={path}"], {})[AuthConfig].token_keys == ("b" * 32, "a" * 32)
+
+
+def written(tmp_path: Path, content: str, mode: int, name: str = "c.yaml") -> str:
+    path = tmp_path / name
+    path.write_text(content)
+    path.chmod(mode)
+    return str(path)
+
+
+@pytest.mark.parametrize("flag", ["cluster.secret.file", "token.key.file", "postgres.address.file"])
+def test_a_secret_that_others_may_write_is_refused_with_the_flag_and_the_remedy(
+    tmp_path: Path, flag: str
+) -> None:
+    path = written(tmp_path, "x" * 32, 0o660)
+
+    assert complaint(f"-{flag}={path}") == (
+        f"flag -{flag}: {path}: other users may write it; chmod go-w {path}"
+    )
+
+
+@pytest.mark.parametrize("flag", ["tls.crt", "tls.key", "tls.ca"])
+def test_a_tls_file_that_others_may_write_is_refused(tmp_path: Path, flag: str) -> None:
+    good, bad = written(tmp_path, "x", 0o600, "good"), written(tmp_path, "x", 0o606, "bad")
+    paths = {"tls.crt": good, "tls.key": good, "tls.ca": good} | {flag: bad}
+    text = complaint("-tls", *(f"-{name}={path}" for name, path in paths.items()))
+
+    assert text.startswith(f"flag -{flag}: {bad}: other users may write it")
+
+
+@pytest.mark.parametrize(
+    ("content", "has_secret"),
+    [
+        ("cluster.secret: hunter2-hunter2-hunter2", True),
+        ("cluster: {secret: [hunter2-hunter2-hunter2]}", True),
+        ("postgres.address: postgres://u:hunter2@h/d", True),
+        ("postgres.address: postgres://h/d?user=u&password=hunter2", True),
+        ("postgres.address: postgres://u@h/d", False),
+        ("postgres.address: 'embedded:'", False),
+        ("ttl: 5m", False),
+        ("", False),
+    ],
+)
+def test_a_config_file_is_a_file_with_a_secret_if_it_has_one(
+    tmp_path: Path, content: str, *, has_secret: bool
+) -> None:
+    path = written(tmp_path, content, 0o644)
+
+    assert parse([f"-config={path}"], {}).secret_files() == ({"config": path} if has_secret else {})
+    assert "other users may write it" in complaint(MNEMOSYNED_CONFIG=written(tmp_path, content, 0o646))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
+def test_a_third_users_config_file_is_refused_if_it_has_a_secret(tmp_path: Path) -> None:
+    plain, secret = written(tmp_path, "ttl: 5m", 0o644), written(tmp_path, "cluster.secret: abc", 0o600, "s")
+    for path in (plain, secret):
+        os.chown(path, 65534, 65534)
+
+    assert parse([f"-config={plain}"], {})[SessionsConfig].ttl_s == 300
+    assert "which has a secret: it belongs to another user" in complaint(f"-config={secret}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xef\xbb\xbfttl: 5m", "byte order mark"),
+        (b"ttl: 5m\0", "line 1 has a NUL byte"),
+        ("ttl: 5m".encode("utf-16"), "it is UTF-16"),
+        (b"a: &a {b: *a}", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"ttl: 2026-99-99", "not valid YAML"),
+        (b"#" * 300_000, "it is larger than 262144 bytes"),
+    ],
+)
+def test_a_damaged_config_file_is_named_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    text = complaint(f"-config={path}")
+
+    assert text.startswith(f"config file {path}: ")
+    assert words in text
+
+
+def test_a_config_file_with_windows_lines_is_valid(tmp_path: Path) -> None:
+    for name, content in (("c.yaml", b"ttl: 5m\r\n"), ("c.toml", b'ttl = "5m"\r\n')):
+        (tmp_path / name).write_bytes(content)
+        assert parse([f"-config={tmp_path / name}"], {})[SessionsConfig].ttl_s == 300
+
+
+def test_what_is_no_file_is_no_config_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+
+    assert "it is a FIFO" in complaint(f"-config={tmp_path / 'fifo'}")
+    assert "it is a directory" in complaint(f"-config={tmp_path}")
+    assert "it is a device" in complaint("-config=/dev/zero")
+
+
+def test_with_api_keys_nodes_prove_who_they_are(tmp_path: Path) -> None:
+    given = ["-auth.keys=callers", "-cluster.listen=a:1"]
+    ca = written(tmp_path, "x", 0o600)
+    mutual = ["-tls", f"-tls.crt={ca}", f"-tls.key={ca}", f"-tls.ca={ca}", "-tls.client-auth=optional"]
+
+    for alone in (given, [*given, *mutual], [*given, "-storage=memory"]):
+        assert complaint(*alone) == (
+            "flag -cluster.listen: with -auth.keys, nodes need -cluster.secret.file or -tls.peer-names"
+        )
+    assert parse([*given, "-cluster.secret=hunter2-and-more-of-it"], {})
+    assert parse([*given, *mutual, "-tls.peer-names=*.nodes"], {})
+    assert parse(["-auth.keys=callers"], {})
+    assert parse(["-cluster.listen=a:1"], {})
+
+
+@pytest.mark.parametrize(
+    ("bind", "flags", "named"),
+    [
+        ("127.0.0.1:8080", [], "127.0.0.1:8080 is the gRPC port"),
+        ("0.0.0.0:8080", [], "0.0.0.0:8080 is the gRPC port"),
+        ("127.0.0.1:8080", ["-host=0.0.0.0"], "is the gRPC port"),
+        ("[::1]:8080", ["-host=::"], "is the gRPC port"),
+        ("127.0.0.1:8081", [], "is the admin port"),
+        ("127.0.0.1:9001", ["-port=9000"], "is the admin port"),
+        ("nowhere", [], "'nowhere' is not an address"),
+        ("unix:/run/s", [], "is not an address"),
+    ],
+)
+def test_a_peers_port_that_is_taken_by_this_node_is_named(bind: str, flags: list[str], named: str) -> None:
+    text = complaint(f"-cluster.bind={bind}", "-cluster.listen=a:1", *flags)
+
+    assert text.startswith("flag -cluster.bind: ")
+    assert named in text
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:8082", "10.0.0.1:8080", "[::1]:8080", "127.0.0.1:8079"])
+def test_a_peers_port_of_its_own_is_valid(bind: str) -> None:
+    assert parse([f"-cluster.bind={bind}", "-cluster.listen=a:1"], {})[ClusterConfig].bind == bind
+
+
+def test_a_peers_port_needs_an_address_for_peers() -> None:
+    assert "-cluster.listen is not" in complaint("-cluster.bind=127.0.0.1:9")
+
+
+def test_the_members_are_bounded() -> None:
+    assert parse([], {})[ClusterConfig].max_members == 1000
+    for count in ("1", "65537", "-5", "many"):
+        assert "from 2 to 65536" in complaint(f"-cluster.max-members={count}")
+
+
+@pytest.mark.parametrize("parameter", ["sslkey", "passfile"])
+def test_a_file_in_the_address_of_the_database_is_a_file_with_a_secret(
+    tmp_path: Path, parameter: str
+) -> None:
+    path = written(tmp_path, "x", 0o600)
+    address = f"-postgres.address=postgres://u:hunter2@h/d?sslmode=require&{parameter}={path}"
+
+    assert parse([address], {}).secret_files() == {f"postgres.address ({parameter})": path}
+    Path(path).chmod(0o602)
+    text = complaint(address)
+    assert text.startswith(f"flag -postgres.address: its {parameter}, {path}: other users may write it")
+    assert "hunter2" not in text

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mnemosyned.security.certificates import expires_at_s, names_of
+from mnemosyned.security.certificates import names_of, validity_s
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 from mnemosyned.security.tls import (
     TlsFiles,
@@ -34,7 +34,7 @@ def test_a_certificate_is_for_names_and_addresses(authority: Authority) -> None:
     pem = (authority.issue("a.example", "*.b.example", "10.0.0.1") / "crt.pem").read_text()
 
     assert names_of(pem) == ("a.example", "*.b.example", "10.0.0.1")
-    assert time.time() < expires_at_s(pem.encode())
+    assert time.time() < validity_s(pem.encode())[1]
 
 
 def test_without_such_names_the_common_name_counts() -> None:
