@@ -33,13 +33,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-<<<<<<< HEAD
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any, Final, cast
-=======
-from typing import Any, Final
->>>>>>> main
 
 from cluster.errors import ClusterError
 from cluster.peer_auth import PROCESS_BYTES, PeerAuth
