@@ -18,7 +18,7 @@ import asyncio
 import time
 from typing import Final, Protocol
 
-AT_ONCE_BYTES: Final = 2048  # up to here input is little: some dozens of requests
+AT_ONCE_BYTES: Final = 4096  # up to here input is little: some dozens of requests
 _SLICE_BYTES: Final = 8 * 1024
 _TURN_S: Final = 0.003
 
