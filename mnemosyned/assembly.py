@@ -202,6 +202,7 @@ def _new_node(config: Config, clock: StorageClock) -> ClusterNode | None:
         label=cluster.label,
         secrets=cluster.secret,
         peer_names=config[TlsConfig].peer_names,
+        max_members=cluster.max_members,
         max_message_bytes=config[GrpcConfig].max_message_bytes,
         cache_ttl_s=config[CacheConfig].ttl_s,
     )

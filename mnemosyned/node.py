@@ -98,7 +98,7 @@ class NodeOptions:
     secrets: Sequence[str]  # the first signs, all are accepted
     peer_names: Sequence[str] = ()  # in the certificates of nodes
     max_message_bytes: int  # of a client's request, which may be forwarded
-    max_members: int = 1000  # that this cluster may have; the table of members has no more
+    max_members: int  # that this cluster may have; the table of members has no more
     cache_ttl_s: float  # how long a peer may serve a copy that it could not be told to drop
 
 

@@ -4,7 +4,8 @@
     check                  the same of one node, then of every member it names, at once; compares the views
     leave                  GET for the node's name, then a signed call of Leave in the node's Peer service
 
-The admin port is the gRPC port + 1 (`daemon.py`), so one address names both. Reads need no secret but reach
+The admin port is the gRPC port + 1 (`daemon.py`), so one address names both. Where peers have a port of their
+own (`-cluster.bind`), it is the same on all nodes, and `-admin-port` names it. Reads need no secret but reach
 to that port. `leave` changes the cluster, so it is signed like a call between nodes, with the cluster's
 secret, and only the node of that name and process accepts it.
 
@@ -25,6 +26,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import ssl
 import sys
 import urllib.error
@@ -47,7 +49,7 @@ from mnemosyned.config.parsers import boolean, node_address
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.printable import printable, printable_value
 from mnemosyned.security.file_reloader import FilesUnusable
-from mnemosyned.security.tls import client_context
+from mnemosyned.security.tls import TlsFiles, client_context, peer_context
 
 # For one request. `check` asks 16 nodes at once, so 100 unreachable members take 35 s.
 _TIMEOUT_S: Final = 5.0
@@ -100,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("MNEMOSYNED_CLUSTER_LISTEN") or "127.0.0.1:8080",
         metavar="HOST:PORT",
         help="gRPC address of any node (default: %(default)s) [MNEMOSYNED_CLUSTER_LISTEN]",
+    )
+    common.add_argument(
+        "-admin-port",
+        "--admin-port",
+        type=_port,
+        default=_own_admin_port(),
+        metavar="PORT",
+        help="admin port of the nodes (default: that of -node + 1; with MNEMOSYNED_CLUSTER_BIND, "
+        "MNEMOSYNED_PORT + 1)",
     )
     common.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="form of the output (default: text)"
@@ -169,7 +180,7 @@ def _node(text: str) -> str:
 
 def _members(arguments: argparse.Namespace) -> Outcome:
     # Each state is what this node holds; another node may hold another for some seconds.
-    page = _page(arguments.node, _context(arguments))
+    page = _page(_admin(arguments), _context(arguments))
     rows = [
         (
             member["name"],
@@ -184,7 +195,7 @@ def _members(arguments: argparse.Namespace) -> Outcome:
 
 
 def _ring(arguments: argparse.Namespace) -> Outcome:
-    page = _page(arguments.node, _context(arguments))
+    page = _page(_admin(arguments), _context(arguments))
     shares = {
         one["name"]: one["ring_share"] for one in page["members"] if one["name"] in page["ring"]["nodes"]
     }
@@ -199,7 +210,7 @@ def _whois(arguments: argparse.Namespace) -> Outcome:
     token = sys.stdin.readline().strip() if is_piped else arguments.token
     if not token:
         raise ConfigError("the token is empty")
-    page = _page(arguments.node, _context(arguments), token=token)
+    page = _page(_admin(arguments), _context(arguments), token=token)
     return page, f"{page['owner']}\n", 0
 
 
@@ -214,12 +225,12 @@ def _check(arguments: argparse.Namespace) -> Outcome:
     half as dead, and those are not asked.
     """
     context = _context(arguments)
-    asked = _page(arguments.node, context)
+    asked = _page(_admin(arguments), context)
     there = [one for one in asked["members"] if one["status"] not in {"dead", "left"}]
     with ThreadPoolExecutor(max_workers=16) as pool:
         # A certificate is valid for a name, so with TLS nodes are reached by name.
         where = "address" if context is None else "name"
-        pages = list(pool.map(lambda one: _page_or_trouble(one[where], context), there))
+        pages = list(pool.map(lambda one: _page_or_trouble(_admin(arguments, one[where]), context), there))
     troubles = [
         f"{one['name']}: {one['status']}" for one in asked["members"] if one["status"] not in _HEALTHY
     ]
@@ -253,7 +264,7 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
     flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
     secrets = settings.parse(flags, environ)[ClusterConfig].secret
-    name = _page(arguments.node, _context(arguments))["node"]
+    name = _page(_admin(arguments), _context(arguments))["node"]
     asyncio.run(_call_leave(arguments, name, secrets))
     return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
@@ -299,36 +310,63 @@ class _Uncounted:
 def _peer_context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
     """Return how to call a node's Peer service, with the certificate to show; None: without TLS."""
     context = _context(arguments)
-    if context is None:
-        return None
-    context.set_alpn_protocols(["h2"])
     certificate, private_key = getattr(arguments, "tls.crt"), getattr(arguments, "tls.key")
-    if certificate:
+    if context is not None and certificate:
+        authorities = getattr(arguments, "tls.ca")
         try:
-            context.load_cert_chain(certificate, private_key or None)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigError(f"flag -tls.crt: {certificate}, {private_key}: {exc.strerror or exc}") from None
+            return peer_context(
+                TlsFiles(
+                    certificate=certificate, private_key=private_key or certificate, authorities=authorities
+                )
+            )
+        except FilesUnusable as exc:
+            raise ConfigError(f"flag -tls.crt: {exc}") from None
+    if context is not None:
+        context.set_alpn_protocols(["h2"])
     return context
 
 
-def _page_or_trouble(address: str, context: ssl.SSLContext | None) -> Page | Unanswered:
+def _page_or_trouble(where: str, context: ssl.SSLContext | None) -> Page | Unanswered:
     try:
-        return _page(address, context)
+        return _page(where, context)
     except Unanswered as exc:
         return exc
 
 
-def _page(address: str, context: ssl.SSLContext | None, **query: str) -> Page:
+def _admin(arguments: argparse.Namespace, node: str = "") -> str:
+    """Return the address of a node's admin port; of the node that is asked, if none is named.
+
+    Raises:
+        ConfigError: a variable of the environment is invalid.
+    """
+    host, _, port = (node or arguments.node).rpartition(":")
+    return f"{host}:{arguments.admin_port or int(port) + 1}"
+
+
+def _own_admin_port() -> int:
+    """Return the admin port where this machine's node has a port for peers; 0 where it has none."""
+    if not _environ("cluster.bind"):
+        return 0
+    try:
+        return _port(_environ("port") or settings.FLAGS["port"].default) + 1
+    except (ValueError, argparse.ArgumentTypeError):
+        return 0
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
+
+
+def _page(where: str, context: ssl.SSLContext | None, **query: str) -> Page:
     """Return what the admin port of a node says of the cluster.
 
-    `address` is the gRPC address. The text of an error names the admin port, which a firewall may block
-    while calls get through.
+    The text of an error names the admin port, which a firewall may block while calls get through.
 
     Raises:
         Unanswered: no connection, no answer within 5 s, no cluster there, or no JSON.
     """
-    host, _, port = address.rpartition(":")
-    where = f"{host}:{int(port) + 1}"
     scheme = "http" if context is None else "https"
     url = f"{scheme}://{where}/debug/cluster?{urllib.parse.urlencode(query)}"
     direct = urllib.request.build_opener(
