@@ -320,7 +320,9 @@ def _log_within_budget(
     level: int = logging.INFO,
     **more: str,
 ) -> None:
-    left_out = method.log_limiter.take(time.perf_counter())
+    left_out = (method.log_limiter if level == logging.INFO else method.warning_limiter).take(
+        time.perf_counter()
+    )
     if left_out is not None:
         fields = _fields(method, call, code, elapsed_s) | more | _left_out(left_out)
         log.log(level, "rpc_failed", extra=fields)

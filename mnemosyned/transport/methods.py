@@ -41,6 +41,8 @@ class UnaryMethod:
     stats: MethodStats
     max_message_bytes: int | None = None  # of a request; None: as the engine's options say
     log_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
+    # Apart, so that callers with errors of their own do not hide those of the daemon.
+    warning_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +54,8 @@ class StreamMethod:
     stats: MethodStats
     max_message_bytes: int | None = None  # of each request; None: as the engine's options say
     log_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
+    # Apart, so that callers with errors of their own do not hide those of the daemon.
+    warning_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
 
 
 @dataclass(frozen=True, slots=True)
