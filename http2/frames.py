@@ -11,7 +11,8 @@ Most chunks that arrive hold HEADERS and DATA alone, and are passed on as they a
 the rest:
 
 - Frames that cost work and bring no request are counted, by what they cost. So a peer that floods with them
-  can be told from one that works. Among them is DATA so small that its frame is most of it.
+  can be told from one that works. Among them is DATA so small that its frame is most of it, or with padding, which
+  may be all of it.
 - RST_STREAM is found, so that it can be kept from the library, which counts it against a limit of its own.
 - The beginning of a frame that does not end is noticed, and a block of headers without its end.
 
@@ -123,7 +124,7 @@ class FrameScanner:
             word, flags = _word_and_flags(chunk, at)
             kind = word & 0xFF
             if kind == DATA:
-                if word < _SMALL_WORD and not flags & END_STREAM:
+                if (word < _SMALL_WORD or flags & PADDED) and not flags & END_STREAM:
                     self.overhead += 1
             elif kind == HEADERS:
                 if flags & _UNUSUAL != END_HEADERS and not self._take_unusual_headers(chunk, at, flags):
@@ -194,7 +195,9 @@ class FrameScanner:
         if word >> 8 > _MAX_FRAME_BYTES:
             raise MalformedFrame("a frame is too large", is_too_large=True)
         kind = word & 0xFF
-        if kind != HEADERS and (kind != DATA or (word < _SMALL_BYTES << 8 and not flags & END_STREAM)):
+        if kind != HEADERS and (
+            kind != DATA or ((word < _SMALL_WORD or flags & PADDED) and not flags & END_STREAM)
+        ):
             # It is counted once more when the rest of it has come.
             self.overhead -= 1 if kind == DATA else 1 + (word >> 8) // _BYTES_OF_COST
         self._tail, self._skip = partial + self._tail, 0

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _BACKLOG: Final = 1024
 _AT_ONCE: Final = 64  # then other things of the event loop have their turn
 _PAUSE_S: Final = 0.1
+_BUSY_PAUSE_S: Final = 0.01
 # The connection that was to be accepted is at fault, and is gone; the next one may be there already.
 _OF_ONE_CONNECTION: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR})
 # Of an address.
@@ -45,11 +46,20 @@ Accepted = Callable[[socket.socket, Any], None]
 class Acceptor:
     """The listening sockets of one address."""
 
-    def __init__(self, sockets: Sequence[socket.socket], accepted: Accepted, failures: Counter[str]) -> None:
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        accepted: Accepted,
+        failures: Counter[str],
+        *,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Own sockets that listen; nothing is accepted before `begin`.
 
-        `failures` counts those of `accept`, by the name of the error.
+        - `failures` counts those of `accept`, by the name of the error.
+        - While `is_busy` says so, new connections wait in the kernel.
         """
+        self._is_busy = is_busy
         self._failures = failures
         self._sockets = list(sockets)
         self._accepted = accepted
@@ -73,6 +83,7 @@ class Acceptor:
 
         Closing a listening socket resets the connections that wait, and their clients may have sent calls.
         """
+        self._is_busy = lambda: False
         for listener in self._sockets:
             self._loop.remove_reader(listener)
             self._accept(listener)
@@ -87,6 +98,9 @@ class Acceptor:
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_AT_ONCE):
+            if self._is_busy():
+                self._pause(listener, _BUSY_PAUSE_S)
+                return
             try:
                 connection, address = listener.accept()
             except BlockingIOError:
@@ -104,9 +118,12 @@ class Acceptor:
         if left_out is not None:
             log.warning("accept_failed", extra={"error": exc.strerror or name, "left_out": left_out})
         if exc.errno not in _OF_ONE_CONNECTION:
-            # Still readable: without a pause the loop would come here again and again.
-            self._loop.remove_reader(listener)
-            self._paused[listener] = self._loop.call_later(_PAUSE_S, self._go_on, listener)
+            self._pause(listener, _PAUSE_S)
+
+    def _pause(self, listener: socket.socket, pause_s: float) -> None:
+        # Still readable: without a pause the loop would come here again and again.
+        self._loop.remove_reader(listener)
+        self._paused[listener] = self._loop.call_later(pause_s, self._go_on, listener)
 
     def _go_on(self, listener: socket.socket) -> None:
         del self._paused[listener]

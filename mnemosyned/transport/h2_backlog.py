@@ -8,6 +8,8 @@ The kernel hands over up to 256 KiB at a time: thousands of requests or frames, 
 milliseconds. With ten such clients, a client with one request would wait for all of them. Its own input is
 little, so it does not wait here. While input of a connection waits, nothing more is read from it.
 
+What waits has a bound. Beyond it no connection is accepted, and those that are open take their input at once.
+
 Answers that are held (http2/outbox.py) are sent in turns as well: a hundred clients that each read megabytes
 would otherwise fill one round of the event loop.
 """
@@ -21,6 +23,7 @@ from typing import Final, Protocol
 AT_ONCE_BYTES: Final = 4096  # up to here input is little: some dozens of requests
 _SLICE_BYTES: Final = 8 * 1024
 _TURN_S: Final = 0.003
+_MAX_BYTES: Final = 32 * 1024**2
 
 
 class Taker(Protocol):
@@ -43,21 +46,31 @@ class Backlog:
     """The input of all connections of an engine that waits for its turn."""
 
     def __init__(self) -> None:
-        self._waiting: dict[
-            Taker, tuple[bytes, int]
-        ] = {}  # with where the rest begins; the first is the next
+        # With where the rest begins; the first is the next.
+        self._waiting: dict[Taker, tuple[bytes, int]] = {}
+        self._size_bytes = 0  # of all that waits, also what a slice was taken of
         self._sending: dict[Taker, None] = {}
         self._is_due = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as much waits as may wait."""
+        return self._size_bytes >= _MAX_BYTES
 
     def put(self, taker: Taker, data: bytes) -> None:
         """Take input into the backlog, behind that of other connections."""
         former = self._waiting.get(taker)
-        if former is None:
-            taker.hold_input(True)
-        else:
+        if former is not None:
             # What TLS had read already.
+            self._size_bytes -= len(former[0])
             data = former[0][former[1] :] + data
+        elif self.is_full:
+            taker.take_input(data)
+            return
+        else:
+            taker.hold_input(True)
         self._waiting[taker] = (data, 0)
+        self._size_bytes += len(data)
         self._be_due()
 
     def put_sender(self, taker: Taker) -> None:
@@ -68,13 +81,15 @@ class Backlog:
     def drain(self, taker: Taker) -> None:
         """Have a connection take what waits of its input now."""
         data, at = self._waiting.pop(taker, (b"", 0))
+        self._size_bytes -= len(data)
         if at < len(data):
             taker.hold_input(False)
             taker.take_input(data[at:])
 
     def drop(self, taker: Taker) -> None:
         """Forget what waits of a connection."""
-        self._waiting.pop(taker, None)
+        data, _ = self._waiting.pop(taker, (b"", 0))
+        self._size_bytes -= len(data)
         self._sending.pop(taker, None)
 
     def _be_due(self) -> None:
@@ -104,5 +119,6 @@ class Backlog:
             # Before it takes the slice, after which it may be gone.
             self._waiting[taker] = (data, after)
         else:
+            self._size_bytes -= len(data)
             taker.hold_input(False)
         taker.take_input(data[at:after])

@@ -76,7 +76,10 @@ class H2Engine:
         except (OSError, FilesUnusable) as exc:
             raise ListenFailed(f"cannot listen on {options.address}: {_reason(exc)}") from exc
         self._server = _new_server(self._table, options, self._limits)
-        self._acceptor = Acceptor(sockets, self._accepted, options.stats.accept_failures)
+        backlog = self._server.backlog
+        self._acceptor = Acceptor(
+            sockets, self._accepted, options.stats.accept_failures, is_busy=lambda: backlog.is_full
+        )
         self._acceptor.begin()
         self._checking = asyncio.create_task(
             run_periodically("connections_check", self._check, period_s=lambda: _CHECK_S)

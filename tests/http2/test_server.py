@@ -281,6 +281,7 @@ def test_requests_beyond_the_limit_of_streams_count_in_the_total() -> None:
         frame(0x63, 0, 0),
         frame(DATA, 0, 1, b"x"),
         frame(DATA, 0, 1, b""),
+        frame(DATA, 0x8, 1, b"\xff" + bytes(255)),
         rst_stream(3),
     ],
     ids=[
@@ -291,6 +292,7 @@ def test_requests_beyond_the_limit_of_streams_count_in_the_total() -> None:
         "unknown",
         "small DATA",
         "empty DATA",
+        "padded DATA",
         "RST_STREAM",
     ],
 )

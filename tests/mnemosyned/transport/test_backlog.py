@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from mnemosyned.transport import h2_backlog
 from mnemosyned.transport.h2_backlog import Backlog
 
 LARGE = bytes(100_000)
@@ -94,3 +97,21 @@ async def test_a_connection_that_is_gone_takes_nothing_more() -> None:
     await until_idle(backlog)
 
     assert journal == []
+
+
+async def test_what_waits_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(h2_backlog, "_MAX_BYTES", 2 * len(LARGE))
+    backlog, journal = Backlog(), list[str]()
+    takers = [Taker(name, journal, backlog) for name in "abc"]
+    for taker in takers:
+        assert backlog.is_full == (taker is takers[2])
+        backlog.put(taker, LARGE)
+    assert takers[2].taken == LARGE
+    assert [taker.is_held for taker in takers] == [True, True, False]
+    backlog.put(takers[0], b"more")
+    backlog.drop(takers[1])
+    await until_idle(backlog)
+
+    assert takers[0].taken == LARGE + b"more"
+    assert backlog._size_bytes == 0
+    assert not backlog.is_full
