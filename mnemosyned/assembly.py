@@ -48,6 +48,7 @@ from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence, TokenIndex
 from mnemosyned.sessions.config import CacheConfig, SessionsConfig, lifetime
+from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import ServiceRules, SessionService
 from mnemosyned.sessions.touches import TouchWriter
@@ -134,6 +135,7 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
         coherence=coherence,
         clock=clock,
         rules=ServiceRules(lifetime=lifetime(config), bag_limits=_bag_limits(config)),
+        damage_log=DamageLog(upkeep.damaged_sessions),
     )
     if node is not None:
         node.bind(storage=store, cache=cache, coherence=coherence, touches=touches, service=service)

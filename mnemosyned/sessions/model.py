@@ -85,6 +85,7 @@ class ValueChange:
     value: str = field(repr=False)
     not_after_us: int = NEVER_US
     max_entries: int = NO_LIMIT  # of the bag, if the key is new to it
+    max_key_bytes: int = NO_LIMIT  # of the keys that the bag has already
 
     def size_bytes(self) -> int:
         """Bound the memory that the change takes in a batch; strings count as ASCII."""
@@ -134,10 +135,15 @@ def check_new(session: NewSession) -> NewSession:
         store.
     """
     check_token(session.access_token)
+    check_fields(session)
+    return session
+
+
+def check_fields(session: NewSession | Session) -> None:
+    """Raise InvalidArgument if another field than the token and the bag cannot be stored."""
     _check_text("subject_id", session.subject_id, MAX_INDEXED_BYTES)
     _check_text("subject_client", session.subject_client, MAX_CLIENT_BYTES)
     _check_size("refresh_token", session.refresh_token, MAX_INDEXED_BYTES)
-    return session
 
 
 def check_criteria(criteria: Criteria) -> Criteria:

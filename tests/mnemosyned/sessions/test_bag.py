@@ -40,12 +40,12 @@ def test_what_is_written_is_read_back(values: dict[str, str]) -> None:
 def test_our_own_form_is_spliced_into_a_session_without_parsing() -> None:
     stored = bag.encode({"k": "v"})
 
-    assert bag.as_session_fields(stored) is stored
+    assert bag.checked_fields(stored) is stored
     assert dict(Session.FromString(b"\x0a\x01t" + stored).bag) == {"k": "v"}
 
 
 def test_a_gob_bag_is_converted_for_a_session() -> None:
-    fields = bag.as_session_fields(bytes.fromhex(GOB_VECTORS[1][1]))
+    fields = bag.checked_fields(bytes.fromhex(GOB_VECTORS[1][1]))
 
     assert dict(Session.FromString(fields).bag) == {"k": "v"}
 
@@ -55,9 +55,9 @@ def test_a_damaged_gob_bag_is_refused_and_never_misread(_: dict[str, str], store
     whole = bytes.fromhex(stored)
 
     for size in range(1, len(whole)):
-        with pytest.raises(bag.CorruptBag):
+        with pytest.raises(bag.CorruptSession):
             bag.decode(whole[:size])
-    with pytest.raises(bag.CorruptBag):
+    with pytest.raises(bag.CorruptSession):
         bag.decode(whole + b"\0")
 
 
@@ -66,7 +66,7 @@ def test_a_damaged_gob_bag_is_refused_and_never_misread(_: dict[str, str], store
 def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None:
     try:
         values = bag.decode(bytes.fromhex(HEADER) + junk)
-    except bag.CorruptBag:
+    except bag.CorruptSession:
         return
     assert all(isinstance(text, str) for pair in values.items() for text in pair)
 
@@ -83,7 +83,7 @@ def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None
     ],
 )
 def test_bytes_that_no_daemon_wrote_are_refused(stored: bytes) -> None:
-    with pytest.raises(bag.CorruptBag):
+    with pytest.raises(bag.CorruptSession):
         bag.decode(stored)
 
 
