@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 from aio.units import US_PER_S
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import duration, integer, size
+from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.model import MAX_BAG_BYTES
 
@@ -91,4 +92,14 @@ def lifetime(config: Config) -> Lifetime:
         idle_us=int(sessions.ttl_s * US_PER_S),
         cache_us=int(cache.ttl_s * US_PER_S),
         touch_interval_us=int(sessions.touch_interval_s * US_PER_S),
+    )
+
+
+def bag_limits(config: Config) -> BagLimits:
+    """Return what the configuration lets callers put into a bag."""
+    sessions = config[SessionsConfig]
+    return BagLimits(
+        entries=sessions.bag_max_entries,
+        key_bytes=sessions.bag_max_key_bytes,
+        value_bytes=sessions.bag_max_value_bytes,
     )
