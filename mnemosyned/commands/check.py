@@ -28,6 +28,7 @@ from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import damage
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
+from mnemosyned.storage.engines import StorageConfig
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -91,6 +92,9 @@ def _parsed(argv: Sequence[str]) -> tuple[Config, bool]:
             others.append(argument)
     config = settings.parse(others, os.environ)
     on_storage.check_durable(config, "check")
+    storage = config[StorageConfig]
+    if not storage.engine.capabilities.can_check:
+        raise ConfigError(f"check cannot walk through the sessions of -storage={storage.name}")
     return config, is_fixing
 
 

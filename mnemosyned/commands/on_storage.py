@@ -52,7 +52,7 @@ async def _run(
     config: Config, server: PrivateServer | None, work: Callable[[FullStore], Coroutine[Any, Any, int]]
 ) -> int:
     surroundings = Surroundings(registry=new_registry(), server=server)
-    # Every durable engine has all parts of the port.
+    # The command has checked that the engine has the parts of the port that it needs.
     store = cast("FullStore", new_store(config, surroundings, token_hasher(config)))
     await store.open()
     try:

@@ -1,9 +1,11 @@
-"""The storage port: what the daemon needs of a storage engine, in three parts.
+"""The storage port: what the daemon needs of a storage engine, in four parts.
 
 - `SessionStore`: the sessions themselves. Every engine has it.
 - `Storage`: opening, closing, the clock and the identity. Every engine has it.
 - `RenamableStore`: renaming and walking through stored keys, which hashing tokens at rest needs. An
   engine without it says so in its capabilities (`storage/engines.py`).
+- `CheckableStore`: walking through sessions, and removing them if unchanged, for `mnemosyned check`. The same
+  holds for it.
 
 The port speaks of sessions, not of rows, statements or commands: an adapter translates into its engine's
 dialect, and the engine's errors into those of `mnemosyned/errors.py`.
