@@ -99,7 +99,9 @@ class SessionStore(Protocol):
         """Move stored expiries forward, never back; False where there is no live session."""
         ...
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session | DamagedSession]:
+    async def find(
+        self, criteria: Criteria, *, offset: int, limit: int
+    ) -> Sequence[Session | DamagedSession]:
         """Return live sessions by expiry, then by the bytes of the stored key.
 
         A bag over MAX_BAG_BYTES is damage, and is not read.

@@ -84,7 +84,9 @@ class HashedStore:
         """See SessionStore."""
         return await self._found_for(touches, self._store.touch)
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session | DamagedSession]:
+    async def find(
+        self, criteria: Criteria, *, offset: int, limit: int
+    ) -> Sequence[Session | DamagedSession]:
         """See SessionStore; a session with a hashed key has its session id in place of the token."""
         found = await self._store.find(await self._by_stored_key(criteria), offset=offset, limit=limit)
         return [replace(session, access_token=_shown(session.access_token)) for session in found]
