@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final, Self
 from aio.units import US_PER_S
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import duration, integer, size
-from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.model import MAX_BAG_BYTES
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
+    from mnemosyned.sessions.bag import BagLimits
 
 _ANY_SIZE: Final = 2**50
 _MAX_TOUCH_INTERVAL_S: Final = 10.0
@@ -97,6 +97,8 @@ def lifetime(config: Config) -> Lifetime:
 
 def bag_limits(config: Config) -> BagLimits:
     """Return what the configuration lets callers put into a bag."""
+    from mnemosyned.sessions.bag import BagLimits  # noqa: PLC0415  # it imports protobuf: not for -version
+
     sessions = config[SessionsConfig]
     return BagLimits(
         entries=sessions.bag_max_entries,
