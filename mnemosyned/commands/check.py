@@ -28,6 +28,7 @@ from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import damage
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
+from mnemosyned.sessions.model import DamagedSession
 from mnemosyned.storage.engines import StorageConfig
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ async def check_all(
 
 def _damage_of(one: StoredSession, limits: BagLimits) -> str | None:
     found = damage.nameable(one.found)
-    if isinstance(found, damage.DamagedSession):
+    if isinstance(found, DamagedSession):
         return found.reason
     try:
         damage.checked(found, limits)

@@ -12,29 +12,17 @@ An engine answers the questions that only it can: what is missing, what is too l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from mnemosyned.errors import CorruptSession, InvalidArgument
 from mnemosyned.sessions import bag, token_hash
 from mnemosyned.sessions.bag import BagLimits
-from mnemosyned.sessions.model import Session, check_fields
+from mnemosyned.sessions.model import DamagedSession, Session, check_fields
 from mnemosyned.sessions.token import check_token
 
 # A google.protobuf.Timestamp ends with the year 9999.
 _MAX_EXPIRY_US: Final = 253_402_300_800_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DamagedSession:
-    """A stored session that an engine cannot read; other sessions are not affected."""
-
-    access_token: str = field(repr=False)  # as in Session; bytes that are not UTF-8 are surrogates
-    reason: str  # holds no value of the session
-
-    def error(self) -> CorruptSession:
-        """Return what a caller sees who asks for the session."""
-        return CorruptSession(f"mnemosyned: storage: {self.reason}")
 
 
 def checked(session: Session, limits: BagLimits) -> Session:

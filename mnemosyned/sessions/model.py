@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aio.units import NEVER_US
-from mnemosyned.errors import InvalidArgument, MessageTooLarge
+from mnemosyned.errors import CorruptSession, InvalidArgument, MessageTooLarge
 from mnemosyned.sessions.token import check_token
 
 # Every engine indexes these fields; PostgreSQL's index entries, the smallest, hold about 2,700 bytes.
@@ -60,6 +60,18 @@ class Session:
             new.refresh_token,
             new.bag,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedSession:
+    """A stored session that an engine cannot read; other sessions are not affected."""
+
+    access_token: str = field(repr=False)  # as in Session; bytes that are not UTF-8 are surrogates
+    reason: str  # holds no value of the session
+
+    def error(self) -> CorruptSession:
+        """Return what a caller sees who asks for the session."""
+        return CorruptSession(f"mnemosyned: storage: {self.reason}")
 
 
 # Not frozen: one is made for each miss, and a frozen one takes three times as long.

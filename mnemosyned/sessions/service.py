@@ -33,7 +33,6 @@ from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence
-from mnemosyned.sessions.damage import DamagedSession
 from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField, list_response
 from mnemosyned.sessions.lifetime import Lifetime
@@ -42,6 +41,7 @@ from mnemosyned.sessions.model import (
     MAX_LIST_LIMIT,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.sessions.damage import DamagedSession
 from mnemosyned.sessions.model import (
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,

@@ -20,8 +20,16 @@ from typing import Final, TypeVar
 
 from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions import token_hash
-from mnemosyned.sessions.damage import DamagedSession
-from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    Criteria,
+    DamagedSession,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import Deletion, FullStore, Renaming
 from mnemosyned.sessions.token_hash import TokenHasher
 

@@ -31,12 +31,12 @@ from mnemosyned.errors import (
     SessionNotFound,
 )
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.damage import DamagedSession
 from mnemosyned.sessions.model import (
     MAX_BAG_BYTES,
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,

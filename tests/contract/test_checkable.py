@@ -8,8 +8,7 @@ import pytest
 import stores
 from stores import TTL_US, Engine, new
 
-from mnemosyned.sessions.damage import DamagedSession
-from mnemosyned.sessions.model import Criteria, Session, ValueChange
+from mnemosyned.sessions.model import Criteria, DamagedSession, Session, ValueChange
 from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage.hashed import HashedStore
 

@@ -33,11 +33,11 @@ from mnemosyned.errors import (
     StorageUnavailable,
 )
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.sessions.damage import DamagedSession
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,

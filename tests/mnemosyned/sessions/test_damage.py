@@ -7,9 +7,8 @@ import pytest
 from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import bag, damage
 from mnemosyned.sessions.bag import DEFAULT_LIMITS
-from mnemosyned.sessions.damage import DamagedSession
 from mnemosyned.sessions.damage_log import shown
-from mnemosyned.sessions.model import Session
+from mnemosyned.sessions.model import DamagedSession, Session
 
 END_OF_TIME_US = 253_402_300_800_000_000  # the year 10000
 HASH = "\0" + "0a" * 36
