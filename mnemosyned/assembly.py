@@ -44,10 +44,10 @@ from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.metrics import AuthMetrics, CacheCollector, RpcCollector, UpkeepMetrics
 from mnemosyned.security.config import TlsConfig
 from mnemosyned.security.tls import ClientAuth, TlsFiles
-from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence, TokenIndex
-from mnemosyned.sessions.config import CacheConfig, SessionsConfig, lifetime
+from mnemosyned.sessions.config import CacheConfig, bag_limits, lifetime
+from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.service import ServiceRules, SessionService
 from mnemosyned.sessions.touches import TouchWriter
@@ -133,7 +133,8 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
         touches,
         coherence=coherence,
         clock=clock,
-        rules=ServiceRules(lifetime=lifetime(config), bag_limits=_bag_limits(config)),
+        rules=ServiceRules(lifetime=lifetime(config), bag_limits=bag_limits(config)),
+        damage_log=DamageLog(upkeep.damaged_sessions),
     )
     if node is not None:
         node.bind(storage=store, cache=cache, coherence=coherence, touches=touches, service=service)
@@ -235,15 +236,6 @@ def _new_cache(
         )
     )
     return cache, Coherence(cache, index=index, invalidator=None if node is None else node.invalidator)
-
-
-def _bag_limits(config: Config) -> BagLimits:
-    sessions = config[SessionsConfig]
-    return BagLimits(
-        entries=sessions.bag_max_entries,
-        key_bytes=sessions.bag_max_key_bytes,
-        value_bytes=sessions.bag_max_value_bytes,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

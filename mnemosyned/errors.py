@@ -4,7 +4,7 @@
                            Unauthenticated, PermissionDenied, NotOurCluster, SessionAlreadyExists
     not a mistake          SessionNotFound, DeadlineExceeded
     the world's, may pass  StorageUnavailable, Overloaded
-    the stored data's      CorruptBag
+    the stored data's      CorruptSession
     ours                   any other exception: a bug
 
 - Every subclass of MnemosyneError has a gRPC status in transport/status.py; a test proves it.
@@ -57,8 +57,8 @@ class StorageUnavailable(MnemosyneError):
     """
 
 
-class CorruptBag(MnemosyneError):
-    """A stored bag is in neither daemon's form. Other sessions are not affected."""
+class CorruptSession(MnemosyneError):
+    """What is stored of a session is damaged, or no daemon wrote it. Other sessions are not affected."""
 
 
 class Overloaded(MnemosyneError):

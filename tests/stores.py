@@ -62,11 +62,14 @@ async def memory_engine(_: pytest.FixtureRequest) -> Engine:
     return Engine(store, shift)
 
 
-async def postgres_engine(dsn: str) -> Engine:
+def new_postgres_store(dsn: str, table: Table) -> PostgresStore:
     options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
-    pool = PostgresPool(options, QueryMetrics(CollectorRegistry()))
+    return PostgresStore(PostgresPool(options, QueryMetrics(CollectorRegistry())), table)
+
+
+async def postgres_engine(dsn: str) -> Engine:
     table = Table(schema="odd schema", name='a"table')
-    store = PostgresStore(pool, table)
+    store = new_postgres_store(dsn, table)
 
     async def shift(token: str, seconds: float) -> None:
         connection = await asyncpg.connect(dsn)
@@ -91,6 +94,8 @@ ENGINES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] 
 }
 # Those of them whose tokens can be hashed.
 RENAMABLE: Final = [name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename]
+# Those that `mnemosyned check` can walk through.
+CHECKABLE: Final = [name for name in RENAMABLE if engines.ENGINES[name].capabilities.can_check]
 
 
 @asynccontextmanager

@@ -5,7 +5,8 @@ code: 0 done, 1 failed, 2 wrong usage. It is imported when it is called, since `
 storage, and `mnemosyned migrate` no gRPC; `mnemosyned -version` needs neither. To add a command, write the
 module and add an entry to COMMANDS: help and completion follow from it.
 
-`healthcheck.py` is not a command, but a program for a container's HEALTHCHECK.
+Two modules are no commands: `on_storage.py` is what two commands share, and `healthcheck.py` is a program for
+a container's HEALTHCHECK.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ COMMANDS: Final = {
     "cluster": Command("cluster", "show a cluster's members, ring and health; have a node leave"),
     "key": Command("key", "make an API key for the file of -auth.keys"),
     "migrate": Command("migrate", "hash the tokens of all stored sessions now"),
+    "check": Command("check", "find damaged sessions in the storage; remove them with -fix"),
     "completion": Command("completion", "print the completion script of bash or zsh"),
 }
 

@@ -20,29 +20,26 @@ behind them. Each page is renamed as one batch:
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from mnemosyned import settings
+from mnemosyned.commands import on_storage
 from mnemosyned.config.flags import ConfigError
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.observe import logs
-from mnemosyned.observe.config import ObserveConfig
-from mnemosyned.observe.metrics import new_registry
 from mnemosyned.security.config import AuthConfig
-from mnemosyned.sessions.store import Renaming, StorageRefused
+from mnemosyned.sessions.store import Renaming
 from mnemosyned.sessions.token_hash import AFTER_HASHES, is_hashed
-from mnemosyned.storage.engines import StorageConfig, Surroundings, new_store, token_hasher
+from mnemosyned.storage.engines import token_hasher
 from mnemosyned.storage.hash_keys import key_ids_in
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
     from mnemosyned.sessions.store import FullStore, RenamableStore
     from mnemosyned.sessions.token_hash import TokenHasher
-    from mnemosyned.storage.engines import PrivateServer
 
 # Stored keys per statement: their rows stay locked until it ends, some tens of milliseconds.
 _PAGE: Final = 1000
@@ -70,53 +67,30 @@ def main(argv: Sequence[str]) -> int:
     if config[settings.RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0
-    observe = config[ObserveConfig]
-    logs.configure(observe.log_environment, observe.log_level, secret_flags=settings.SECRET_FLAGS)
-    try:
-        # If a daemon runs the private server already, this process only shares it.
-        server = config[StorageConfig].engine.start_server(config)
-        try:
-            text = asyncio.run(_migrated(config, server))
-        finally:
-            if server is not None:
-                server.stop()
-    except (MnemosyneError, StorageRefused) as exc:
-        sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
-        return 1
-    sys.stdout.write(text)
-    return 0
+    hasher = token_hasher(config)
+    assert hasher is not None
+    return on_storage.run(config, partial(_migrate, hasher=hasher))
 
 
 def _parsed(argv: Sequence[str]) -> Config:
     config = settings.parse(argv, os.environ)
-    storage = config[StorageConfig]
     if config[AuthConfig].token_protection == "none":  # noqa: S105  # a mode
         raise ConfigError("migrate needs -token.protection=hmac")
-    if not storage.engine.capabilities.is_durable:
-        raise ConfigError(
-            f"migrate needs a storage that keeps sessions, and -storage={storage.name} does not"
-        )
+    # The configuration allows HMAC keys only for an engine that can rename.
+    on_storage.check_durable(config, "migrate")
     return config
 
 
-async def _migrated(config: Config, server: PrivateServer | None) -> str:
-    hasher = token_hasher(config)
-    assert hasher is not None
-    # The configuration allows HMAC keys only for an engine that can rename.
-    store = cast("FullStore", new_store(config, Surroundings(registry=new_registry(), server=server), hasher))
-    await store.open()
-    try:
-        count = await hash_all(store, hasher)
-        others = await key_ids_in(store) - {hasher.key_id}
-    finally:
-        await store.close()
-    text = f"{count} sessions were stored under their tokens, and are hashed now\n"
+async def _migrate(store: FullStore, *, hasher: TokenHasher) -> int:
+    count = await hash_all(store, hasher)
+    others = await key_ids_in(store) - {hasher.key_id}
+    sys.stdout.write(f"{count} sessions were stored under their tokens, and are hashed now\n")
     if others:
-        text += (
+        sys.stdout.write(
             "some sessions are hashed with another key: they get the new hash when they are read; "
             "keep both keys until then\n"
         )
-    return text
+    return 0
 
 
 async def hash_all(store: RenamableStore, hasher: TokenHasher) -> int:

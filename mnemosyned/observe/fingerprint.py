@@ -19,4 +19,6 @@ _KEY: Final = os.urandom(32)
 
 def fingerprint(token: str) -> str:
     """Return 12 hexadecimal digits, the same for a token for as long as this process runs."""
-    return hashlib.blake2b(token.encode(), digest_size=_DIGEST_BYTES, key=_KEY).hexdigest()
+    # A damaged session's token need not be UTF-8; the storage engines make surrogates of such bytes.
+    stored = token.encode(errors="surrogateescape")
+    return hashlib.blake2b(stored, digest_size=_DIGEST_BYTES, key=_KEY).hexdigest()

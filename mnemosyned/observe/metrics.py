@@ -215,7 +215,7 @@ class QueryMetrics:
 
 
 class UpkeepMetrics:
-    """Cleanup (sessions/cleanup.py) and the later writing of expiries (sessions/touches.py)."""
+    """Cleanup (sessions/cleanup.py), the later writing of expiries (touches.py), and damaged sessions."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.cleanup_errors = Counter(
@@ -227,6 +227,11 @@ class UpkeepMetrics:
         self.touches_lost = Counter(
             "mnemosyned_touches_lost",
             "Extended expiries that were given up, because too many waited for the storage.",
+            registry=registry,
+        )
+        self.damaged_sessions = Counter(
+            "mnemosyned_damaged_sessions",
+            "Damaged sessions met: calls that failed with DATA_LOSS, and sessions that List left out.",
             registry=registry,
         )
 

@@ -4,6 +4,14 @@ What this daemon writes is the protobuf encoding of a `Session` that has only `b
 empty, or starting with the tag 0x22, ready to be spliced into a response. Rows of the Go
 daemon hold the gob encoding of `type Bag map[string]string`, which starts with 0x12.
 gob: https://pkg.go.dev/encoding/gob; the constants are those of Go's own encoder.
+
+Stored bytes are believed only after `decode` or `checked_fields` has read them:
+
+- A response contains them as they are. Any field that they have besides `bag` would override the session's
+  own, such as its `subject_id`.
+- A parser of protobuf accepts more than a daemon writes: unknown fields, keys that come twice, numbers with
+  needless bytes. Clients differ in what they make of these. Here, all of them are damage.
+- The reader stops at the first entry over the limits, so its time is bounded whatever the row holds.
 """
 
 from __future__ import annotations
@@ -15,9 +23,17 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from mnemosynerpc.session_pb2 import Session
 
-from mnemosyned.errors import CorruptBag, InvalidArgument
-from mnemosyned.sessions.model import MAX_BAG_BYTES
+from mnemosyned.errors import CorruptSession, InvalidArgument
+from mnemosyned.sessions.model import MAX_BAG_BYTES, NO_LIMIT
 
+_ENTRY_TAG: Final = 0x22  # field 4 of Session, length-delimited
+_KEY_TAG: Final = 0x0A  # field 1 of an entry, length-delimited
+_VALUE_TAG: Final = 0x12  # field 2 of an entry, length-delimited
+_VARINT_CONTINUES: Final = 0x80
+# The parser of protobuf is quicker than ours, but it has no bound on the entries that it reads.
+_SHORT_BYTES: Final = 4096
+# Enough for any length up to MAX_BAG_BYTES.
+_MAX_LENGTH_BYTES: Final = 4
 _GOB_TYPE: Final = bytes.fromhex("127f0401010342616701ff8000010c010c0000")
 _GOB_VALUE_TYPE_ID: Final = b"\xff\x80"
 _GOB_ONE_BYTE_LIMIT: Final = 0x80
@@ -26,11 +42,22 @@ _GOB_MAX_UINT_BYTES: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BagLimits:
-    """What callers may put into one bag. What was stored before is read, and changed, as it is."""
+    """What callers may put into one bag; `of_stored` has the limits of what is read."""
 
     entries: int = 10_000
     key_bytes: int = 64 * 1024
     value_bytes: int = MAX_BAG_BYTES
+
+    def of_stored(self) -> BagLimits:
+        """Return the limits of bags in the storage: these, and at least the defaults.
+
+        Lower flags therefore make no session unreadable that was started before, with the defaults.
+        """
+        return BagLimits(
+            entries=max(self.entries, DEFAULT_LIMITS.entries),
+            key_bytes=max(self.key_bytes, DEFAULT_LIMITS.key_bytes),
+            value_bytes=max(self.value_bytes, DEFAULT_LIMITS.value_bytes),
+        )
 
     def checked(self, values: Mapping[str, str]) -> Mapping[str, str]:
         """Return the values of a new bag if they are within the limits.
@@ -50,6 +77,9 @@ class BagLimits:
         _check_length("value", value, self.value_bytes)
 
 
+DEFAULT_LIMITS: Final = BagLimits()
+
+
 def too_many_entries(limit: int) -> InvalidArgument:
     """Return the error for a bag with more entries than that."""
     return InvalidArgument(f"mnemosyned: bag would have more than {limit} entries")
@@ -66,28 +96,53 @@ def encode(bag: Mapping[str, str]) -> bytes:
     return Session(bag=bag).SerializeToString(deterministic=True)
 
 
-def decode(stored: bytes) -> dict[str, str]:
+def decode(stored: bytes, limits: BagLimits = DEFAULT_LIMITS) -> dict[str, str]:
     """Read either stored form.
 
     Raises:
-        CorruptBag: the bytes are neither of the two forms.
+        CorruptSession: the bytes are neither of the two forms, or over the limits.
     """
-    if is_gob(stored):
-        return _GobReader(stored).bag()
+    if len(stored) > MAX_BAG_BYTES:
+        raise _damage(f"is longer than {MAX_BAG_BYTES} bytes")
     try:
-        return dict(Session.FromString(stored).bag)
-    except DecodeError:
-        raise CorruptBag("mnemosyned: storage: a bag is neither gob nor protobuf") from None
+        return _GobReader(stored, limits).bag() if is_gob(stored) else _protobuf_bag(stored, limits)
+    except IndexError:
+        raise _damage("is cut short") from None
+    except UnicodeDecodeError:
+        raise _damage("holds bytes that are not UTF-8") from None
 
 
-def with_value(stored: bytes, key: str, value: str, *, max_entries: int) -> tuple[dict[str, str], bytes]:
+def checked_fields(stored: bytes, limits: BagLimits = DEFAULT_LIMITS) -> bytes:
+    """Return a bag from the storage as encoded fields of a `Session`.
+
+    Our own form is returned as it is. The limits are at least the defaults (`BagLimits.of_stored`).
+
+    Raises:
+        CorruptSession: see `decode`; or the bag is within MAX_BAG_BYTES only as gob.
+    """
+    # No bag so short can be over limits that are at least the defaults.
+    if len(stored) <= _SHORT_BYTES and not is_gob(stored) and _is_what_encode_writes(stored):
+        return stored
+    values = decode(stored, limits)
+    if not is_gob(stored):
+        return stored
+    fields = encode(values)
+    if len(fields) > MAX_BAG_BYTES:
+        raise _damage(f"is longer than {MAX_BAG_BYTES} bytes")
+    return fields
+
+
+def with_value(
+    stored: bytes, key: str, value: str, *, max_entries: int, max_key_bytes: int = NO_LIMIT
+) -> tuple[dict[str, str], bytes]:
     """Set one key; return the new bag and its stored form.
 
     Raises:
         InvalidArgument: the new stored form would be over MAX_BAG_BYTES, or the key one too many.
-        CorruptBag: see `decode`.
+        CorruptSession: see `decode`.
     """
-    values = decode(stored)
+    limits = BagLimits(entries=max_entries, key_bytes=max_key_bytes)
+    values = decode(stored, limits.of_stored())
     if len(values) >= max_entries and key not in values:
         raise too_many_entries(max_entries)
     values[key] = value
@@ -110,45 +165,110 @@ def is_gob(stored: bytes) -> bool:
     return stored.startswith(_GOB_TYPE[:1])
 
 
-def as_session_fields(stored: bytes) -> bytes:
-    """Return the bag as encoded fields of a `Session`; our own form is returned as it is."""
-    return encode(decode(stored)) if is_gob(stored) else stored
+def _damage(what: str) -> CorruptSession:
+    return CorruptSession(f"mnemosyned: storage: a bag {what}")
+
+
+def _is_what_encode_writes(stored: bytes) -> bool:
+    """Tell whether `encode` makes these bytes: the quick answer for nearly all bags."""
+    try:
+        session = Session.FromString(stored)
+    except DecodeError:
+        return False
+    is_same = session.SerializeToString(deterministic=True) == stored
+    # Fields besides the bag survive the parser, and unknown ones do too.
+    session.ClearField("bag")
+    return is_same and not session.ByteSize()
+
+
+def _protobuf_bag(stored: bytes, limits: BagLimits) -> dict[str, str]:
+    """Read our own form in one pass; the entries may have any sequence."""
+    values: dict[str, str] = {}
+    at, size, count = 0, len(stored), 0
+    while at < size:
+        key_at, end = _span(stored, at, _ENTRY_TAG)
+        key_start, key_end = _span(stored, key_at, _KEY_TAG)
+        value_start, at = _span(stored, key_end, _VALUE_TAG)
+        if at != end:
+            raise _damage("has an entry that is not one key and one value")
+        if end > size:
+            raise _damage("is cut short")
+        if key_end - key_start > limits.key_bytes or end - value_start > limits.value_bytes:
+            raise _damage("is over the limits")
+        values[stored[key_start:key_end].decode()] = stored[value_start:end].decode()
+        count += 1
+        if len(values) != count:
+            raise _damage("has a key twice")
+        if count > limits.entries:
+            raise _damage("is over the limits")
+    return values
+
+
+def _span(stored: bytes, at: int, tag: int) -> tuple[int, int]:
+    """Return where the content of a length-delimited field begins and ends. Raises IndexError at the end."""
+    if stored[at] != tag:
+        raise _damage("has a field that no bag has")
+    length = stored[at + 1]
+    if length < _VARINT_CONTINUES:
+        return at + 2, at + 2 + length
+    return _long_span(stored, at + 1)
+
+
+def _long_span(stored: bytes, at: int) -> tuple[int, int]:
+    length = 0
+    for number in range(_MAX_LENGTH_BYTES):
+        byte = stored[at + number]
+        length |= (byte & 0x7F) << 7 * number
+        if byte < _VARINT_CONTINUES:
+            # A last byte of 0 adds nothing: parsers differ in what they make of it.
+            if not byte:
+                break
+            return at + number + 1, at + number + 1 + length
+    raise _damage("has a length that is not in its shortest form")
 
 
 class _GobReader:
     """A cursor over one gob stream that holds one Bag."""
 
-    def __init__(self, stored: bytes) -> None:
+    def __init__(self, stored: bytes, limits: BagLimits) -> None:
         self._stored = stored
+        self._limits = limits
         self._at = 0
 
     def bag(self) -> dict[str, str]:
-        try:
-            self._expect(_GOB_TYPE)
-            if self._uint() != len(self._stored) - self._at:
-                raise CorruptBag("mnemosyned: storage: a gob bag is cut short or has bytes left over")
-            # A value that is not a struct is preceded by a zero field delta.
-            self._expect(_GOB_VALUE_TYPE_ID + b"\0")
-            pairs = [(self._text(), self._text()) for _ in range(self._bounded_count())]
-        except (IndexError, UnicodeDecodeError) as exc:
-            raise CorruptBag("mnemosyned: storage: a gob bag is damaged") from exc
+        self._expect(_GOB_TYPE)
+        if self._uint() != len(self._stored) - self._at:
+            raise _damage("is cut short or has bytes left over")
+        # A value that is not a struct is preceded by a zero field delta.
+        self._expect(_GOB_VALUE_TYPE_ID + b"\0")
+        limits = self._limits
+        values: dict[str, str] = {}
+        count = self._bounded_count()
+        for _ in range(count):
+            key = self._text(limits.key_bytes)
+            values[key] = self._text(limits.value_bytes)
         if self._at != len(self._stored):
-            raise CorruptBag("mnemosyned: storage: a gob bag has bytes left over")
-        return dict(pairs)
+            raise _damage("has bytes left over")
+        if len(values) != count:
+            raise _damage("has a key twice")
+        return values
 
     def _expect(self, expected: bytes) -> None:
         if self._take(len(expected)) != expected:
-            raise CorruptBag("mnemosyned: storage: a gob value is not a Bag")
+            raise _damage("has a gob value of another type")
 
     def _bounded_count(self) -> int:
         count = self._uint()
-        # A pair takes two bytes at least: a forged count must not cost memory.
-        if count * 2 > len(self._stored) - self._at:
-            raise CorruptBag("mnemosyned: storage: a gob bag is cut short")
+        # A forged count must not cost time.
+        if count > self._limits.entries:
+            raise _damage("is over the limits")
         return count
 
-    def _text(self) -> str:
-        return self._take(self._uint()).decode()
+    def _text(self, max_bytes: int) -> str:
+        size = self._uint()
+        if size > max_bytes:
+            raise _damage("is over the limits")
+        return self._take(size).decode()
 
     def _uint(self) -> int:
         first = self._take(1)[0]
@@ -156,7 +276,7 @@ class _GobReader:
             return first
         size = 0x100 - first
         if size > _GOB_MAX_UINT_BYTES:
-            raise CorruptBag("mnemosyned: storage: a gob number is too long")
+            raise _damage("has a gob number that is too long")
         return int.from_bytes(self._take(size), "big")
 
     def _take(self, size: int) -> bytes:

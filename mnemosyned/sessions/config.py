@@ -14,6 +14,7 @@ from mnemosyned.sessions.model import MAX_BAG_BYTES
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
+    from mnemosyned.sessions.bag import BagLimits
 
 _ANY_SIZE: Final = 2**50
 _MAX_TOUCH_INTERVAL_S: Final = 10.0
@@ -91,4 +92,16 @@ def lifetime(config: Config) -> Lifetime:
         idle_us=int(sessions.ttl_s * US_PER_S),
         cache_us=int(cache.ttl_s * US_PER_S),
         touch_interval_us=int(sessions.touch_interval_s * US_PER_S),
+    )
+
+
+def bag_limits(config: Config) -> BagLimits:
+    """Return what the configuration lets callers put into a bag."""
+    from mnemosyned.sessions.bag import BagLimits  # noqa: PLC0415  # it imports protobuf: not for -version
+
+    sessions = config[SessionsConfig]
+    return BagLimits(
+        entries=sessions.bag_max_entries,
+        key_bytes=sessions.bag_max_key_bytes,
+        value_bytes=sessions.bag_max_value_bytes,
     )

@@ -13,13 +13,13 @@ from typing import Final, TypeAlias
 from mnemosynerpc.session_pb2 import Session
 
 from aio.units import NS_PER_US, US_PER_S
-from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Session as StoredSession
 
 _SESSION_TAG: Final = b"\x0a"  # field 1, length-delimited
 _EXPIRE_AT_TAG: Final = b"\x2a"  # field 5, length-delimited
 _SECONDS_TAG: Final = b"\x08"  # field 1, varint
 _NANOS_TAG: Final = b"\x10"  # field 2, varint
+_LEFT_OUT_TAG: Final = b"\x10"  # field 2 of ListResponse, varint
 _VARINT_CONTINUES: Final = 0x80
 # Python objects around the bytes of an entry: its slot, its place in the dictionary, the token.
 _OVERHEAD_BYTES: Final = 700
@@ -94,23 +94,29 @@ class EncodedSession:
 
 
 def encoded_fields(session: StoredSession) -> bytes:
-    """Encode the fields of a Session but for `expire_at`; the bag's bytes are not parsed."""
+    """Encode the fields of a Session but for `expire_at`.
+
+    The bag's bytes are not parsed, so they must be our own: written here, or `damage.checked`.
+    """
     head = Session(
         access_token=session.access_token,
         subject_id=session.subject_id,
         subject_client=session.subject_client,
         refresh_token=session.refresh_token,
     )
-    return head.SerializeToString() + bag.as_session_fields(session.bag)
+    return head.SerializeToString() + session.bag
 
 
-def list_response(sessions: list[StoredSession]) -> bytes:
+def list_response(sessions: list[StoredSession], *, left_out: int = 0) -> bytes:
     """Encode a ListResponse; its field 1 is repeated, so it is one response after the other."""
     expiry_field = ExpiryField()
-    return b"".join(
+    parts = [
         joined(EncodedSession(session).response(expiry_field.encode(session.expires_at_us)))
         for session in sessions
-    )
+    ]
+    if left_out:
+        parts.append(_LEFT_OUT_TAG + varint(left_out))
+    return b"".join(parts)
 
 
 def joined(encoded: EncodedResponse) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aio.units import NEVER_US
-from mnemosyned.errors import InvalidArgument, MessageTooLarge
+from mnemosyned.errors import CorruptSession, InvalidArgument, MessageTooLarge
 from mnemosyned.sessions.token import check_token
 
 # Every engine indexes these fields; PostgreSQL's index entries, the smallest, hold about 2,700 bytes.
@@ -62,6 +62,18 @@ class Session:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedSession:
+    """A stored session that an engine cannot read; other sessions are not affected."""
+
+    access_token: str = field(repr=False)  # as in Session; bytes that are not UTF-8 are surrogates
+    reason: str  # holds no value of the session
+
+    def error(self) -> CorruptSession:
+        """Return what a caller sees who asks for the session."""
+        return CorruptSession(f"mnemosyned: storage: {self.reason}")
+
+
 # Not frozen: one is made for each miss, and a frozen one takes three times as long.
 @dataclass(slots=True, kw_only=True)
 class Lookup:
@@ -85,6 +97,7 @@ class ValueChange:
     value: str = field(repr=False)
     not_after_us: int = NEVER_US
     max_entries: int = NO_LIMIT  # of the bag, if the key is new to it
+    max_key_bytes: int = NO_LIMIT  # of the keys that the bag has already
 
     def size_bytes(self) -> int:
         """Bound the memory that the change takes in a batch; strings count as ASCII."""
@@ -134,10 +147,15 @@ def check_new(session: NewSession) -> NewSession:
         store.
     """
     check_token(session.access_token)
+    check_fields(session)
+    return session
+
+
+def check_fields(session: NewSession | Session) -> None:
+    """Raise InvalidArgument if another field than the token and the bag cannot be stored."""
     _check_text("subject_id", session.subject_id, MAX_INDEXED_BYTES)
     _check_text("subject_client", session.subject_client, MAX_CLIENT_BYTES)
     _check_size("refresh_token", session.refresh_token, MAX_INDEXED_BYTES)
-    return session
 
 
 def check_criteria(criteria: Criteria) -> Criteria:

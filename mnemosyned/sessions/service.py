@@ -7,12 +7,14 @@ tokens that another node owns, whose copies only that node may keep.
 
 Rules for editing:
 - A session enters the cache only through a fill that was opened before the session was read.
+- A session from the storage is answered, and cached, only after `damage.py` has checked it.
 - Whatever changes or ends a session goes through `coherence.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -20,17 +22,18 @@ from aio.deadline import NO_DEADLINE, Deadline
 from cache.lru import Slot
 from cache.read_through import ReadThrough
 from mnemosyned.errors import (
-    CorruptBag,
+    CorruptSession,
     InvalidArgument,
     MnemosyneError,
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.sessions import bag
+from mnemosyned.sessions import bag, damage
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence
+from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField, list_response
 from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.model import (
@@ -38,6 +41,7 @@ from mnemosyned.sessions.model import (
     MAX_LIST_LIMIT,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,
@@ -53,11 +57,15 @@ from mnemosyned.sessions.touches import TouchWriter
 _MAX_OFFSET: Final = 2**63 - 1
 # Sessions ended by one step of a Delete: it holds few locks, and for a short time.
 _DELETE_BATCH: Final = 5000
+# About a millisecond of work.
+_CHECKED_AT_ONCE_BYTES: Final = 64 * 1024
 # Python objects around the token: its slot, and its place in the dictionary.
 NEGATIVE_BYTES: Final = 350
 
 # What the cache keeps for a token: its session, or that there is none.
 Loaded: TypeAlias = Slot[EncodedSession] | Slot[None]
+# What the storage has answered, checked; in the class, `list` is a method.
+_Checked: TypeAlias = list[Session | MnemosyneError]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +88,11 @@ class SessionService:
         coherence: Coherence,
         clock: StorageClock,
         rules: ServiceRules,
+        damage_log: DamageLog,
     ) -> None:
         self.bag_limits = rules.bag_limits
+        self._stored_limits = rules.bag_limits.of_stored()
+        self._damage_log = damage_log
         self.lifetime = rules.lifetime
         self._store = store
         self._cache = cache
@@ -205,8 +216,13 @@ class SessionService:
             value=value,
             not_after_us=deadline.not_after_us,
             max_entries=self.bag_limits.entries,
+            max_key_bytes=self.bag_limits.key_bytes,
         )
-        return await self._batched.set_value(change, deadline)
+        try:
+            return await self._batched.set_value(change, deadline)
+        except CorruptSession as exc:
+            self._damage_log.add(token, exc)
+            raise
 
     async def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> None:
         """End a session. Raises SessionNotFound."""
@@ -215,6 +231,8 @@ class SessionService:
 
     async def list(self, criteria: Criteria, *, offset: int, limit: int) -> bytes:
         """Return live sessions as a response message; limit 0 means DEFAULT_LIST_LIMIT.
+
+        Damaged sessions are left out, counted in the response, and logged.
 
         Raises:
             InvalidArgument: offset or limit out of bounds.
@@ -226,8 +244,10 @@ class SessionService:
             raise InvalidArgument(f"mnemosyned: limit is not between 0 and {MAX_LIST_LIMIT}")
         # Order and range go by expiry, so the storage must know the latest one.
         await self._touches.flush()
-        sessions = await self._store.find(criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT)
-        return list_response(sessions)
+        page = await self._store.find(criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT)
+        found = await self._all_checked((one.access_token, damage.nameable(one)) for one in page)
+        sessions = [session for session in found if isinstance(session, Session)]
+        return list_response(sessions, left_out=len(page) - len(sessions))
 
     async def delete(self, criteria: Criteria) -> int:
         """End every session that meets all criteria; return how many.
@@ -270,7 +290,36 @@ class SessionService:
     async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
         found = await self._store.load([self._lookup(token) for token in tokens])
-        return [self._loaded(token, one, asked_us) for token, one in zip(tokens, found, strict=True)]
+        checked = await self._all_checked(zip(tokens, found, strict=True))
+        return [self._loaded(token, one, asked_us) for token, one in zip(tokens, checked, strict=True)]
+
+    async def _all_checked(
+        self, found: Iterable[tuple[str, Session | DamagedSession | MnemosyneError]]
+    ) -> _Checked:
+        """Check what the storage has answered for these tokens; damage is the failure of one item."""
+        checked: _Checked = []
+        unchecked_bytes = 0
+        for token, one in found:
+            checked.append(self._checked(token, one))
+            unchecked_bytes += len(one.bag) if isinstance(one, Session) else 0
+            if unchecked_bytes > _CHECKED_AT_ONCE_BYTES:
+                unchecked_bytes = 0
+                # Other calls are not to wait until many large bags have been checked.
+                await asyncio.sleep(0)
+        return checked
+
+    def _checked(
+        self, token: str, found: Session | DamagedSession | MnemosyneError
+    ) -> Session | MnemosyneError:
+        try:
+            if isinstance(found, Session):
+                return damage.checked(found, self._stored_limits)
+            error = found.error() if isinstance(found, DamagedSession) else found
+        except CorruptSession as exc:
+            error = exc
+        if isinstance(error, CorruptSession):
+            self._damage_log.add(token, error)
+        return error
 
     def _lookup(self, token: str) -> Lookup:
         lifetime = self.lifetime
@@ -281,11 +330,8 @@ class SessionService:
     def _loaded(self, token: str, found: Session | MnemosyneError, asked_us: int) -> Loaded | MnemosyneError:
         if isinstance(found, SessionNotFound):
             return self._negative_slot(token, asked_us)
-        try:
-            return self._slot(found, asked_us) if isinstance(found, Session) else found
-        except CorruptBag as exc:
-            # The other sessions of the batch are healthy.
-            return exc
+        # A failure is not cached: a damaged session can be mended in the table at any time.
+        return self._slot(found, asked_us) if isinstance(found, Session) else found
 
     def _slot(self, session: Session, asked_us: int) -> Slot[EncodedSession]:
         encoded = EncodedSession(session)

@@ -1,9 +1,11 @@
-"""The storage port: what the daemon needs of a storage engine, in three parts.
+"""The storage port: what the daemon needs of a storage engine, in four parts.
 
 - `SessionStore`: the sessions themselves. Every engine has it.
 - `Storage`: opening, closing, the clock and the identity. Every engine has it.
 - `RenamableStore`: renaming and walking through stored keys, which hashing tokens at rest needs. An
   engine without it says so in its capabilities (`storage/engines.py`).
+- `CheckableStore`: walking through sessions, and removing them if unchanged, for `mnemosyned check`. The same
+  holds for it.
 
 The port speaks of sessions, not of rows, statements or commands: an adapter translates into its engine's
 dialect, and the engine's errors into those of `mnemosyned/errors.py`.
@@ -19,6 +21,7 @@ from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions.model import (
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,
@@ -72,7 +75,7 @@ class SessionStore(Protocol):
         """Read sessions, and move a stored expiry that has fallen behind; see `Lookup`.
 
         The result shows the stored expiry, moved or not. A load does not wait for a writer.
-        An item's failure: SessionNotFound.
+        An item's failure: SessionNotFound, CorruptSession (the engine cannot read it).
         """
         ...
 
@@ -84,7 +87,7 @@ class SessionStore(Protocol):
         """Set keys of bags, in order; each result is the bag after its own change.
 
         Concurrent changes to different keys of one session never lose each other.
-        An item's failure: SessionNotFound, InvalidArgument (the bag would be too large), CorruptBag.
+        An item's failure: SessionNotFound, InvalidArgument (the bag would be too large), CorruptSession.
         """
         ...
 
@@ -96,8 +99,12 @@ class SessionStore(Protocol):
         """Move stored expiries forward, never back; False where there is no live session."""
         ...
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+    async def find(
+        self, criteria: Criteria, *, offset: int, limit: int
+    ) -> Sequence[Session | DamagedSession]:
         """Return live sessions by expiry, then by the bytes of the stored key.
+
+        A bag over MAX_BAG_BYTES is damage, and is not read.
 
         Raises:
             MessageTooLarge: their bags are over MAX_PAGE_BYTES; no more than that was held in memory.
@@ -162,11 +169,35 @@ class RenamableStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSession:
+    """A session as `mnemosyned check` meets it, expired ones included."""
+
+    stored_key: str = field(repr=False)  # bytes that are not UTF-8 are surrogates
+    found: Session | DamagedSession
+    version: object = field(repr=False)  # another one after every change
+
+
+class CheckableStore(Protocol):
+    """What `mnemosyned check` needs besides (`commands/check.py`)."""
+
+    async def stored_from(self, stored_key: str, *, limit: int) -> list[StoredSession]:
+        """Return the least stored keys from this one on, in the order of their bytes; expired sessions too.
+
+        At most `limit`, and about MAX_PAGE_BYTES; an empty page is the end.
+        """
+        ...
+
+    async def remove_unchanged(self, sessions: Sequence[StoredSession]) -> list[str]:
+        """Remove the sessions that have still these versions; return their stored keys."""
+        ...
+
+
 class EngineStore(SessionStore, Storage, Protocol):
     """What every engine has."""
 
 
-class FullStore(EngineStore, RenamableStore, Protocol):
+class FullStore(EngineStore, RenamableStore, CheckableStore, Protocol):
     """An engine with every part of the port."""
 
 

@@ -34,7 +34,8 @@ class Capabilities:
 
     is_shared: bool  # several nodes may use the same sessions, so it can serve a cluster
     is_durable: bool  # sessions survive the end of the daemon
-    can_rename: bool  # it implements RenamableStore, so tokens can be hashed at rest
+    can_rename: bool  # it is a FullStore, so tokens can be hashed at rest
+    can_check: bool = False  # it implements CheckableStore, for `mnemosyned check`
 
 
 class PrivateServer(Protocol):
@@ -123,7 +124,7 @@ ENGINES: Final = {
         Engine(
             name="postgres",
             meaning="PostgreSQL",
-            capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True),
+            capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True, can_check=True),
             build=_build_postgres,
             section=PostgresConfig,
             start_server=_start_private_postgres,
@@ -131,7 +132,7 @@ ENGINES: Final = {
         Engine(
             name="memory",
             meaning="one node, forgets everything at exit",
-            capabilities=Capabilities(is_shared=False, is_durable=False, can_rename=True),
+            capabilities=Capabilities(is_shared=False, is_durable=False, can_rename=True, can_check=True),
             build=_build_memory,
         ),
     )

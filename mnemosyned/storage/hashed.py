@@ -20,7 +20,16 @@ from typing import Final, TypeVar
 
 from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions import token_hash
-from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    Criteria,
+    DamagedSession,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import Deletion, FullStore, Renaming
 from mnemosyned.sessions.token_hash import TokenHasher
 
@@ -43,6 +52,7 @@ class HashedStore:
         self.now_us, self.identity = store.now_us, store.identity
         self.rename, self.stored_keys_after = store.rename, store.stored_keys_after
         self.clean_up = store.clean_up
+        self.stored_from, self.remove_unchanged = store.stored_from, store.remove_unchanged
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore. One more failure of an item: InvalidArgument, the token is a session id."""
@@ -82,12 +92,12 @@ class HashedStore:
         """See SessionStore."""
         return await self._found_for(touches, self._store.touch)
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+    async def find(
+        self, criteria: Criteria, *, offset: int, limit: int
+    ) -> Sequence[Session | DamagedSession]:
         """See SessionStore; a session with a hashed key has its session id in place of the token."""
         found = await self._store.find(await self._by_stored_key(criteria), offset=offset, limit=limit)
-        return [
-            replace(session, access_token=token_hash.session_id(session.access_token)) for session in found
-        ]
+        return [replace(session, access_token=_shown(session.access_token)) for session in found]
 
     async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
         """See SessionStore; takes a session id in place of the token too."""
@@ -178,6 +188,12 @@ class HashedStore:
 
     def _keyed(self, item: Tokened) -> Tokened:
         return replace(item, access_token=self._stored_key(item.access_token))
+
+
+def _shown(stored_key: str) -> str:
+    session_id = token_hash.session_id(stored_key)
+    # A damaged row may have a key that begins like a hash and is none.
+    return session_id if token_hash.is_session_id(session_id) else stored_key
 
 
 def _in_between() -> StorageUnavailable:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mnemosyned.errors import (
-    CorruptBag,
+    CorruptSession,
     DeadlineExceeded,
     InvalidArgument,
     MnemosyneError,
@@ -32,9 +32,11 @@ from mnemosyned.errors import (
 )
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import (
+    MAX_BAG_BYTES,
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,
@@ -42,7 +44,7 @@ from mnemosyned.sessions.model import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.sessions.store import Deletion, Renaming
+from mnemosyned.sessions.store import Deletion, Renaming, StoredSession
 
 
 class MemoryStore:
@@ -94,14 +96,14 @@ class MemoryStore:
         """See SessionStore."""
         return [self._touch(touch.access_token, touch.expires_at_us) for touch in touches]
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session | DamagedSession]:
         """See SessionStore."""
         now_us = self._wall_us()
         found = [session for session in self._matching(criteria) if session.expires_at_us > now_us]
         # By the bytes of the key, in the order of an index of bytes: pages of both engines are the same.
         found.sort(key=lambda session: (session.expires_at_us, session.access_token.encode()))
-        page = found[offset : offset + limit]
-        if sum(len(session.bag) for session in page) > MAX_PAGE_BYTES:
+        page = [_readable(session) for session in found[offset : offset + limit]]
+        if sum(len(one.bag) for one in page if isinstance(one, Session)) > MAX_PAGE_BYTES:
             raise page_too_large()
         return page
 
@@ -125,6 +127,21 @@ class MemoryStore:
         """See RenamableStore."""
         greater = [token for token in self._session_by_token if token.encode() > stored_key.encode()]
         return sorted(greater, key=str.encode)[:limit]
+
+    async def stored_from(self, stored_key: str, *, limit: int) -> list[StoredSession]:
+        """See CheckableStore; a session is replaced at every change, so it is its own version."""
+        least = stored_key.encode()
+        keys = sorted((key for key in self._session_by_token if key.encode() >= least), key=str.encode)
+        sessions = {key: self._session_by_token[key] for key in keys[:limit]}
+        return [
+            StoredSession(stored_key=key, found=_readable(session), version=session)
+            for key, session in sessions.items()
+        ]
+
+    async def remove_unchanged(self, sessions: Sequence[StoredSession]) -> list[str]:
+        """See CheckableStore."""
+        unchanged = (one for one in sessions if self._session_by_token.get(one.stored_key) is one.version)
+        return self._forget([one.stored_key for one in unchanged])
 
     def _rename(self, old: str, new: str) -> bool:
         # Of two live sessions of one token, the one under the new key stays. An expired one gives way.
@@ -175,9 +192,13 @@ class MemoryStore:
             return SessionNotFound()
         try:
             values, stored = bag.with_value(
-                session.bag, change.key, change.value, max_entries=change.max_entries
+                session.bag,
+                change.key,
+                change.value,
+                max_entries=change.max_entries,
+                max_key_bytes=change.max_key_bytes,
             )
-        except (InvalidArgument, CorruptBag) as exc:
+        except (InvalidArgument, CorruptSession) as exc:
             return exc
         self._session_by_token[change.access_token] = replace(session, bag=stored)
         return values
@@ -206,6 +227,13 @@ class MemoryStore:
         for token in tokens:
             del self._session_by_token[token]
         return tokens
+
+
+def _readable(session: Session) -> Session | DamagedSession:
+    if len(session.bag) <= MAX_BAG_BYTES:
+        return session
+    reason = f"a bag is longer than {MAX_BAG_BYTES} bytes"
+    return DamagedSession(access_token=session.access_token, reason=reason)
 
 
 def _meets(session: Session, criteria: Criteria) -> bool:

@@ -17,7 +17,7 @@ from typing import Final
 
 from http2.status import StatusCode
 from mnemosyned.errors import (
-    CorruptBag,
+    CorruptSession,
     DeadlineExceeded,
     InvalidArgument,
     MalformedMessage,
@@ -41,7 +41,7 @@ GRPC_STATUS: Final[dict[type[MnemosyneError], StatusCode]] = {
     SessionAlreadyExists: StatusCode.ALREADY_EXISTS,
     StorageUnavailable: StatusCode.UNAVAILABLE,
     # Not UNAVAILABLE: a retry reads the same bytes.
-    CorruptBag: StatusCode.DATA_LOSS,
+    CorruptSession: StatusCode.DATA_LOSS,
     # Not RESOURCE_EXHAUSTED: it was not begun, and a retry may succeed, perhaps on another node.
     Overloaded: StatusCode.UNAVAILABLE,
     MessageTooLarge: StatusCode.RESOURCE_EXHAUSTED,

@@ -90,6 +90,10 @@ ALERTS = {
         {"mnemosyned_touches_lost_total": "0x20 7x10"},
         {"mnemosyned_touches_lost_total": "7x30"},
     ),
+    "MnemosynedDamagedSessions": (
+        {"mnemosyned_damaged_sessions_total": "0x20 1x10"},
+        {"mnemosyned_damaged_sessions_total": "7x30"},
+    ),
 }
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")

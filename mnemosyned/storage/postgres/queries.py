@@ -46,8 +46,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from mnemosyned.sessions.model import MAX_BAG_BYTES, MAX_CLIENT_BYTES, MAX_INDEXED_BYTES
+from mnemosyned.sessions.token import MAX_TOKEN_BYTES
+
 _NEW_COLUMNS: Final = "access_token, refresh_token, subject_id, subject_client, bag"
 _COLUMNS: Final = f"{_NEW_COLUMNS}, expire_at"
+
+# What is wrong with a row that is not even read. `octet_length` takes the size from the header of a value, so
+# a bag of 500 MB is not fetched from its side table (TOAST). A table that others made may have NULL anywhere.
+_DAMAGE: Final = (
+    "CASE WHEN subject_id IS NULL OR bag IS NULL OR expire_at IS NULL THEN 'a field is missing' "
+    f"WHEN octet_length(bag) > {MAX_BAG_BYTES} THEN 'a bag is longer than {MAX_BAG_BYTES} bytes' "
+    f"WHEN octet_length(access_token) > {MAX_TOKEN_BYTES} OR octet_length(subject_id) > {MAX_INDEXED_BYTES} "
+    f"OR octet_length(refresh_token) > {MAX_INDEXED_BYTES} "
+    f"OR octet_length(subject_client) > {MAX_CLIENT_BYTES} THEN 'a field is over its limit' END"
+)
+# The columns of a row with `damage`; only its key and its expiry if it has any.
+_READABLE: Final = ", ".join(
+    f"CASE WHEN damage IS NULL THEN {column} END AS {column}"
+    for column in ("refresh_token", "subject_id", "subject_client")
+)
+_READABLE_BAG: Final = "CASE WHEN damage IS NULL THEN bag END AS bag"
+# One byte more than a token may have: such a key is a damaged row's, and is only named in a log line.
+_SHORT_KEY: Final = f"substring(access_token FROM 1 FOR {MAX_TOKEN_BYTES + 1}) AS access_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +112,8 @@ class Queries:
         self.clean_up = _clean_up(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
+        self.stored_from = _stored_from(table)
+        self.remove_unchanged = _remove_unchanged(table)
         # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
         # of by OFFSET, so each page costs the same, and renamings meanwhile neither repeat nor hide others.
         self.stored_keys_after = Query(
@@ -106,17 +129,18 @@ class Queries:
         Pages are separate snapshots: a session that is extended between them moves to a later page.
 
         A row whose bag would exceed the page's bytes comes without its bag. The store then fails the call,
-        and neither the server nor this process has held more than a page. `octet_length` reads the size
-        from the row's header: a bag that is left out is not even fetched from its side table (TOAST).
+        and neither the server nor this process has held more than a page. A bag that is left out is not
+        even fetched. A damaged row counts as empty: it must not make the page too large.
         """
         return Query(
             "list",
-            "SELECT access_token, refresh_token, subject_id, subject_client, expire_at, CASE WHEN "
+            f"SELECT {_SHORT_KEY}, {_READABLE}, expire_at, damage, CASE WHEN damage IS NULL AND "
             # ROWS, as the default (RANGE) would add up rows of equal order in one step.
-            "sum(octet_length(bag)) OVER (ORDER BY expire_at, access_token ROWS UNBOUNDED PRECEDING) "
-            f"<= ${offset_at + 2} THEN bag END AS bag FROM (SELECT {_COLUMNS} FROM {self._table} "
-            f"WHERE expire_at > now() AND {where} ORDER BY expire_at, access_token "
-            f"OFFSET ${offset_at} LIMIT ${offset_at + 1}) AS page ORDER BY expire_at, access_token",
+            "sum(CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
+            "OVER (ORDER BY expire_at, page.access_token ROWS UNBOUNDED PRECEDING) "
+            f"<= ${offset_at + 2} THEN bag END AS bag FROM (SELECT {_COLUMNS}, {_DAMAGE} AS damage "
+            f"FROM {self._table} WHERE expire_at > now() AND {where} ORDER BY expire_at, access_token "
+            f"OFFSET ${offset_at} LIMIT ${offset_at + 1}) AS page ORDER BY expire_at, page.access_token",
         )
 
     def delete(self, where: str, *, limit_at: int) -> Query:
@@ -197,14 +221,14 @@ def _load(table: str) -> Query:
     return Query(
         "load",
         # MATERIALIZED: the rows are read once, by the snapshot of the statement, whatever the join's plan.
-        f"WITH found AS MATERIALIZED (SELECT {_COLUMNS} FROM {table} "
+        f"WITH found AS MATERIALIZED (SELECT {_COLUMNS}, {_DAMAGE} AS damage FROM {table} "
         "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()), "
         f"moved AS (UPDATE {table} AS held SET expire_at = now() + $2::interval FROM "
         f"(SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) "
         "AND expire_at > now() AND expire_at < now() + $3::interval "
         "ORDER BY access_token FOR NO KEY UPDATE SKIP LOCKED) AS behind "
         "WHERE held.access_token = behind.access_token RETURNING held.access_token, held.expire_at) "
-        "SELECT access_token, refresh_token, subject_id, subject_client, bag, "
+        f"SELECT access_token, {_READABLE}, {_READABLE_BAG}, damage, "
         "COALESCE(moved.expire_at, found.expire_at) AS expire_at "
         "FROM found LEFT JOIN moved USING (access_token)",
     )
@@ -227,7 +251,8 @@ def _read_bags(table: str, locking: str = "") -> Query:
     """
     return Query(
         "set_value_select",
-        f"SELECT access_token, bag, xmin AS version, clock_timestamp() AS now FROM {table} "
+        f"SELECT access_token, CASE WHEN octet_length(bag) <= {MAX_BAG_BYTES} THEN bag END AS bag, "
+        f"xmin AS version, clock_timestamp() AS now FROM {table} "
         f"WHERE access_token = ANY($1::bytea[]) AND expire_at > now() {locking}",
     )
 
@@ -354,6 +379,41 @@ def _rename(table: str, locking: str = "") -> Query:
         # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         "AND there.expire_at > now()) AS is_there FROM asked ORDER BY number",
+    )
+
+
+def _stored_from(table: str) -> Query:
+    """CheckableStore.stored_from: a range of the primary key, from $1 on, expired rows too.
+
+    Parameters: the least key, how many rows, how many bytes. Locks nothing. A row is left to the next page if
+    those before it on this page have $3 bytes already, so there is always one row. Damaged rows are not read.
+    """
+    return Query(
+        "check",
+        f"SELECT access_token, {_READABLE}, {_READABLE_BAG}, damage, expire_at, version FROM ("
+        "SELECT *, sum(octet_length(access_token) "
+        "+ CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
+        "OVER (ORDER BY access_token ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before "
+        f"FROM (SELECT {_COLUMNS}, {_DAMAGE} AS damage, xmin AS version FROM {table} "
+        "WHERE access_token >= $1 ORDER BY access_token LIMIT $2) AS page) AS summed "
+        "WHERE COALESCE(bytes_before, 0) <= $3 ORDER BY access_token",
+    )
+
+
+def _remove_unchanged(table: str) -> Query:
+    """CheckableStore.remove_unchanged: delete rows that have still the version that was read.
+
+    Parameters: keys, versions. Index: the primary key. Locks: the rows whose version still fits, in the
+    sequence of their keys. A row that another writer changes meanwhile drops out at the recheck.
+    """
+    return Query(
+        "check_remove",
+        f"WITH unchanged AS MATERIALIZED (SELECT held.access_token FROM {table} AS held "
+        "JOIN unnest($1::bytea[], $2::xid[]) AS asked (access_token, version) "
+        "ON held.access_token = asked.access_token AND held.xmin = asked.version "
+        "ORDER BY held.access_token FOR UPDATE OF held) "
+        f"DELETE FROM {table} AS held USING unchanged WHERE held.access_token = unchanged.access_token "
+        "RETURNING held.access_token",
     )
 
 

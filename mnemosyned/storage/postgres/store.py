@@ -24,6 +24,7 @@ import asyncpg
 
 from aio.units import NEVER_US
 from mnemosyned.errors import (
+    CorruptSession,
     DeadlineExceeded,
     InvalidArgument,
     MnemosyneError,
@@ -36,6 +37,7 @@ from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,
@@ -43,7 +45,7 @@ from mnemosyned.sessions.model import (
     ValueChange,
     page_too_large,
 )
-from mnemosyned.sessions.store import Deletion, Renaming, StorageRefused
+from mnemosyned.sessions.store import Deletion, Renaming, StorageRefused, StoredSession
 from mnemosyned.storage.postgres.pool import ITEM_FAULTS, REFUSALS, PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.queries import Queries, Query
 from mnemosyned.storage.postgres.schema import Table, set_up
@@ -133,11 +135,12 @@ class PostgresStore:
         tokens_by_times: dict[tuple[int, int], list[bytes]] = {}
         for lookup, key in zip(lookups, keys, strict=True):
             tokens_by_times.setdefault((lookup.ttl_us, lookup.touch_interval_us), []).append(key)
-        loaded: dict[bytes, Session] = {}
+        loaded: dict[bytes, Session | CorruptSession] = {}
         for (ttl_us, touch_interval_us), tokens in tokens_by_times.items():
             ttl, fresh = timedelta(microseconds=ttl_us), timedelta(microseconds=ttl_us - touch_interval_us)
             for row in await self._pool.fetch(self._queries.load, tokens, ttl, fresh):
-                loaded[row["access_token"]] = _session(row)
+                found = _session(row)
+                loaded[row["access_token"]] = found if isinstance(found, Session) else found.error()
         return [loaded.get(key) or SessionNotFound() for key in keys]
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
@@ -158,12 +161,12 @@ class PostgresStore:
         """See SessionStore."""
         return await _isolating(self._touch, touches)
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session]:
+    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session | DamagedSession]:
         """See SessionStore. PostgreSQL withholds the bags beyond MAX_PAGE_BYTES, so memory is bounded."""
         where, values = _condition(criteria)
         query = self._queries.find(where, offset_at=len(values) + 1)
         rows = await self._pool.fetch(query, *values, offset, limit, MAX_PAGE_BYTES)
-        if any(row["bag"] is None for row in rows):
+        if any(row["bag"] is None and row["damage"] is None for row in rows):
             raise page_too_large()
         return [_session(row) for row in rows]
 
@@ -195,7 +198,25 @@ class PostgresStore:
         """See RenamableStore. Surrogates keep invalid UTF-8 intact, so that the walk can go on from it."""
         after = stored_key.encode(errors="surrogateescape")
         rows = await self._pool.fetch(self._queries.stored_keys_after, after, limit)
-        return [row["access_token"].decode(errors="surrogateescape") for row in rows]
+        return [_escaped(row["access_token"]) for row in rows]
+
+    async def stored_from(self, stored_key: str, *, limit: int) -> list[StoredSession]:
+        """See CheckableStore; the version is that of `set_values`."""
+        key = stored_key.encode(errors="surrogateescape")
+        rows = await self._pool.fetch(self._queries.stored_from, key, limit, MAX_PAGE_BYTES)
+        return [
+            StoredSession(
+                stored_key=_escaped(row["access_token"]), found=_session(row), version=row["version"]
+            )
+            for row in rows
+        ]
+
+    async def remove_unchanged(self, sessions: Sequence[StoredSession]) -> list[str]:
+        """See CheckableStore."""
+        keys = [session.stored_key.encode(errors="surrogateescape") for session in sessions]
+        versions = [session.version for session in sessions]
+        rows = await self._pool.fetch(self._queries.remove_unchanged, keys, versions)
+        return [_escaped(row["access_token"]) for row in rows]
 
     async def _rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         olds = [renaming.old.encode() for renaming in renamings]
@@ -351,16 +372,25 @@ def _text(stored: bytes) -> str:
     return stored.decode(errors="replace")
 
 
-def _session(row: Record) -> Session:
-    # Rows of the Go daemon may have NULL for the client or the refresh token; it means the same as "".
-    return Session(
-        access_token=_text(row["access_token"]),
-        subject_id=row["subject_id"],
-        subject_client=row["subject_client"] or "",
-        refresh_token=_text(row["refresh_token"] or b""),
-        bag=row["bag"],
-        expires_at_us=row["expire_at"],
-    )
+def _escaped(stored: bytes) -> str:
+    return stored.decode(errors="surrogateescape")
+
+
+def _session(row: Record) -> Session | DamagedSession:
+    if row["damage"] is not None:
+        return DamagedSession(access_token=_escaped(row["access_token"]), reason=row["damage"])
+    try:
+        # Rows of the Go daemon may have NULL for the client or the refresh token; it means the same as "".
+        return Session(
+            access_token=row["access_token"].decode(),
+            subject_id=row["subject_id"],
+            subject_client=row["subject_client"] or "",
+            refresh_token=(row["refresh_token"] or b"").decode(),
+            bag=row["bag"],
+            expires_at_us=row["expire_at"],
+        )
+    except UnicodeDecodeError:
+        return DamagedSession(access_token=_escaped(row["access_token"]), reason="a token is not UTF-8")
 
 
 def _started(new: NewSession, row: Record) -> Session | MnemosyneError:

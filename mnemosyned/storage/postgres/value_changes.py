@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aio.units import NEVER_US
-from mnemosyned.errors import CorruptBag, DeadlineExceeded, InvalidArgument, MnemosyneError, SessionNotFound
+from mnemosyned.errors import (
+    CorruptSession,
+    DeadlineExceeded,
+    InvalidArgument,
+    MnemosyneError,
+    SessionNotFound,
+)
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import ValueChange
 
@@ -43,7 +49,8 @@ def with_values(changes: Sequence[ValueChange], before: Mapping[bytes, Record]) 
     `before` has the rows that were read, by token: `bag`, `version`, and `now`, the storage's clock. The
     clock saves the write of a change that is late already. The statement that writes checks it again.
     """
-    bags = {token: row["bag"] for token, row in before.items()}
+    # None: the bag is missing, or too long to be read.
+    bags: dict[bytes, bytes | None] = {token: row["bag"] for token, row in before.items()}
     outcomes: list[Outcome] = []
     for change in changes:
         token = change.access_token.encode()
@@ -56,11 +63,19 @@ def with_values(changes: Sequence[ValueChange], before: Mapping[bytes, Record]) 
     return outcomes
 
 
-def _with_value(change: ValueChange, token: bytes, bags: dict[bytes, bytes]) -> Outcome:
+def _with_value(change: ValueChange, token: bytes, bags: dict[bytes, bytes | None]) -> Outcome:
+    before = bags[token]
+    if before is None:
+        return Outcome(token, CorruptSession("mnemosyned: storage: a bag is missing or too long"), None)
     try:
-        values, bags[token] = bag.with_value(
-            bags[token], change.key, change.value, max_entries=change.max_entries
+        values, after = bag.with_value(
+            before,
+            change.key,
+            change.value,
+            max_entries=change.max_entries,
+            max_key_bytes=change.max_key_bytes,
         )
-    except (InvalidArgument, CorruptBag) as exc:
+    except (InvalidArgument, CorruptSession) as exc:
         return Outcome(token, exc, None)
-    return Outcome(token, values, bags[token], change.not_after_us)
+    bags[token] = after
+    return Outcome(token, values, after, change.not_after_us)

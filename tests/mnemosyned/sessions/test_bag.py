@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from random import Random
+
+import damaged
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,12 +43,12 @@ def test_what_is_written_is_read_back(values: dict[str, str]) -> None:
 def test_our_own_form_is_spliced_into_a_session_without_parsing() -> None:
     stored = bag.encode({"k": "v"})
 
-    assert bag.as_session_fields(stored) is stored
+    assert bag.checked_fields(stored) is stored
     assert dict(Session.FromString(b"\x0a\x01t" + stored).bag) == {"k": "v"}
 
 
 def test_a_gob_bag_is_converted_for_a_session() -> None:
-    fields = bag.as_session_fields(bytes.fromhex(GOB_VECTORS[1][1]))
+    fields = bag.checked_fields(bytes.fromhex(GOB_VECTORS[1][1]))
 
     assert dict(Session.FromString(fields).bag) == {"k": "v"}
 
@@ -55,9 +58,9 @@ def test_a_damaged_gob_bag_is_refused_and_never_misread(_: dict[str, str], store
     whole = bytes.fromhex(stored)
 
     for size in range(1, len(whole)):
-        with pytest.raises(bag.CorruptBag):
+        with pytest.raises(bag.CorruptSession):
             bag.decode(whole[:size])
-    with pytest.raises(bag.CorruptBag):
+    with pytest.raises(bag.CorruptSession):
         bag.decode(whole + b"\0")
 
 
@@ -66,7 +69,7 @@ def test_a_damaged_gob_bag_is_refused_and_never_misread(_: dict[str, str], store
 def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None:
     try:
         values = bag.decode(bytes.fromhex(HEADER) + junk)
-    except bag.CorruptBag:
+    except bag.CorruptSession:
         return
     assert all(isinstance(text, str) for pair in values.items() for text in pair)
 
@@ -83,7 +86,7 @@ def test_no_bytes_after_the_header_do_worse_than_be_refused(junk: bytes) -> None
     ],
 )
 def test_bytes_that_no_daemon_wrote_are_refused(stored: bytes) -> None:
-    with pytest.raises(bag.CorruptBag):
+    with pytest.raises(bag.CorruptSession):
         bag.decode(stored)
 
 
@@ -122,3 +125,44 @@ def test_a_bag_over_a_limit_is_refused(values: dict[str, str], complaint: str) -
     assert limits.checked({"żżx": "żżżżx", "": ""})
     with pytest.raises(InvalidArgument, match=complaint):
         limits.checked(values)
+
+
+@pytest.mark.parametrize("stored", damaged.BAGS.values(), ids=damaged.BAGS)
+def test_a_bag_that_no_daemon_wrote_is_refused(stored: bytes) -> None:
+    with pytest.raises(bag.CorruptSession):
+        bag.checked_fields(stored)
+    with pytest.raises(bag.CorruptSession):
+        bag.decode(stored)
+
+
+@pytest.mark.fuzz
+@given(
+    st.binary(max_size=40) | st.builds(bytes.__add__, st.just(b"\x22\x06\x0a\x01k"), st.binary(max_size=9))
+)
+def test_what_is_believed_is_a_bag_and_nothing_else(stored: bytes) -> None:
+    try:
+        fields = bag.checked_fields(stored)
+    except bag.CorruptSession:
+        return
+    assert fields == stored == bag.encode(bag.decode(stored))
+
+
+@given(st.dictionaries(st.text(), st.text(), max_size=4), st.randoms(use_true_random=False))
+def test_entries_may_have_any_sequence(values: dict[str, str], rng: Random) -> None:
+    entries = [bag.encode({key: value}) for key, value in values.items()]
+    rng.shuffle(entries)
+
+    assert bag.checked_fields(b"".join(entries)) == b"".join(entries)
+
+
+def test_long_keys_and_values_are_believed() -> None:
+    for size in (100, 127, 128, 20_000, 65_000):
+        values = {"k" * size: "v" * size, "ż" * (size // 2): ""}
+        assert bag.decode(bag.checked_fields(bag.encode(values))) == values
+
+
+def test_lower_limits_make_no_stored_bag_unreadable_and_higher_ones_allow_more() -> None:
+    assert bag.BagLimits(entries=2, key_bytes=1, value_bytes=1).of_stored() == bag.DEFAULT_LIMITS
+    assert bag.BagLimits(entries=20_000).of_stored().entries == 20_000
+    stored = damaged.BAGS["too many entries"]
+    assert bag.checked_fields(stored, bag.BagLimits(entries=20_000)) == stored

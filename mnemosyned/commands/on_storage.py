@@ -1,0 +1,61 @@
+"""Running a command's work on the configured storage, as `migrate` and `check` do. Not a command itself."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, cast
+
+from mnemosyned import settings
+from mnemosyned.config.flags import ConfigError
+from mnemosyned.errors import MnemosyneError
+from mnemosyned.observe import logs
+from mnemosyned.observe.config import ObserveConfig
+from mnemosyned.observe.metrics import new_registry
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.engines import StorageConfig, Surroundings, new_store, token_hasher
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
+    from mnemosyned.sessions.store import FullStore
+    from mnemosyned.storage.engines import PrivateServer
+
+
+def check_durable(config: Config, command: str) -> None:
+    """Raise ConfigError if the storage forgets its sessions, so that the command can find none."""
+    storage = config[StorageConfig]
+    if not storage.engine.capabilities.is_durable:
+        raise ConfigError(
+            f"{command} needs a storage that keeps sessions, and -storage={storage.name} does not"
+        )
+
+
+def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -> int:
+    """Open the storage and do the work; return its exit code, or 1 if the storage fails."""
+    observe = config[ObserveConfig]
+    logs.configure(observe.log_environment, observe.log_level, secret_flags=settings.SECRET_FLAGS)
+    try:
+        # If a daemon runs the private server already, this process only shares it.
+        server = config[StorageConfig].engine.start_server(config)
+        try:
+            return asyncio.run(_run(config, server, work))
+        finally:
+            if server is not None:
+                server.stop()
+    except (MnemosyneError, StorageRefused) as exc:
+        sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
+        return 1
+
+
+async def _run(
+    config: Config, server: PrivateServer | None, work: Callable[[FullStore], Coroutine[Any, Any, int]]
+) -> int:
+    surroundings = Surroundings(registry=new_registry(), server=server)
+    # The command has checked that the engine has the parts of the port that it needs.
+    store = cast("FullStore", new_store(config, surroundings, token_hasher(config)))
+    await store.open()
+    try:
+        return await work(store)
+    finally:
+        await store.close()
