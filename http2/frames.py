@@ -11,8 +11,8 @@ Most chunks that arrive hold HEADERS and DATA alone, and are passed on as they a
 the rest:
 
 - Frames that cost work and bring no request are counted, by what they cost. So a peer that floods with them
-  can be told from one that works. Among them is DATA so small that its frame is most of it, or with padding, which
-  may be all of it.
+  can be told from one that works. Among them is DATA so small that its frame is most of it, or with padding,
+  which may be all of it.
 - RST_STREAM is found, so that it can be kept from the library, which counts it against a limit of its own.
 - The beginning of a frame that does not end is noticed, and a block of headers without its end.
 

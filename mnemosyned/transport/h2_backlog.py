@@ -8,7 +8,8 @@ The kernel hands over up to 256 KiB at a time: thousands of requests or frames, 
 milliseconds. With ten such clients, a client with one request would wait for all of them. Its own input is
 little, so it does not wait here. While input of a connection waits, nothing more is read from it.
 
-What waits has a bound. Beyond it no connection is accepted, and those that are open take their input at once.
+What waits has a bound. Long before it, no further connection is accepted: connections that flood and are
+closed again at once would otherwise leave their input here.
 
 Answers that are held (http2/outbox.py) are sent in turns as well: a hundred clients that each read megabytes
 would otherwise fill one round of the event loop.
@@ -23,7 +24,9 @@ from typing import Final, Protocol
 AT_ONCE_BYTES: Final = 4096  # up to here input is little: some dozens of requests
 _SLICE_BYTES: Final = 8 * 1024
 _TURN_S: Final = 0.003
-_MAX_BYTES: Final = 32 * 1024**2
+# Beyond the first no connection is accepted, and beyond the second input is taken at once.
+_MANY_BYTES: Final = 32 * 1024**2
+_MAX_BYTES: Final = 128 * 1024**2
 
 
 class Taker(Protocol):
@@ -53,9 +56,9 @@ class Backlog:
         self._is_due = False
 
     @property
-    def is_full(self) -> bool:
-        """Whether as much waits as may wait."""
-        return self._size_bytes >= _MAX_BYTES
+    def is_busy(self) -> bool:
+        """Whether so much waits that no other connection should be accepted."""
+        return self._size_bytes >= _MANY_BYTES
 
     def put(self, taker: Taker, data: bytes) -> None:
         """Take input into the backlog, behind that of other connections."""
@@ -64,7 +67,7 @@ class Backlog:
             # What TLS had read already.
             self._size_bytes -= len(former[0])
             data = former[0][former[1] :] + data
-        elif self.is_full:
+        elif self._size_bytes >= _MAX_BYTES:
             taker.take_input(data)
             return
         else:

@@ -78,7 +78,7 @@ class H2Engine:
         self._server = _new_server(self._table, options, self._limits)
         backlog = self._server.backlog
         self._acceptor = Acceptor(
-            sockets, self._accepted, options.stats.accept_failures, is_busy=lambda: backlog.is_full
+            sockets, self._accepted, options.stats.accept_failures, is_busy=lambda: backlog.is_busy
         )
         self._acceptor.begin()
         self._checking = asyncio.create_task(
