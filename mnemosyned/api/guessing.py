@@ -145,7 +145,7 @@ class GuessWatch:
             try:
                 response = handle(message, call)
             except _TELLING as exc:
-                late = self._counted(call, exc)
+                late = self.counted(call, exc)
                 if late is None:
                     raise
                 return late
@@ -153,33 +153,13 @@ class GuessWatch:
             if isinstance(response, bytes) or isinstance(response, tuple):  # noqa: SIM101
                 if response or not asks_for_token(message):
                     return response
-                return self._counted(call, response) or response
-            return _Unbegun(response, lambda: self._finished(response, asks_for_token, message, call))
+                return self.counted(call, response) or response
+            # No inner function: the variables that it shares would cost each call, also a cached Get.
+            return _Working(self, asks_for_token, response, message, call)
 
         return watched
 
-    async def _finished(
-        self,
-        working: Coroutine[Any, Any, Encoded],
-        asks_for_token: Callable[[bytes], bool],
-        message: bytes,
-        call: Call,
-    ) -> Encoded:
-        try:
-            response = await working
-        except _TELLING as exc:
-            late = self._counted(call, exc)
-            if late is None:
-                raise
-        else:
-            if response or not asks_for_token(message):
-                return response
-            late = self._counted(call, response)
-            if late is None:
-                return response
-        return await late
-
-    def _counted(self, call: Call, answer: Encoded | MnemosyneError) -> Coroutine[Any, Any, Encoded] | None:
+    def counted(self, call: Call, answer: Encoded | MnemosyneError) -> Coroutine[Any, Any, Encoded] | None:
         """Count an answer; return what gives it late, or None if it is given at once."""
         caller = self._over_limit(call, answer)
         if caller is None:
@@ -266,20 +246,29 @@ class GuessWatch:
             del answer
 
 
-class _Unbegun(Coroutine[Any, Any, Encoded]):
-    """A coroutine around another one, which it closes if it is itself closed before it has begun.
+class _Working(Coroutine[Any, Any, Encoded]):
+    """The coroutine of a call that must wait, around that of its handler.
 
-    A coroutine of Python's would leave the inner one behind, and Python would log that it was never awaited.
-    That happens to each call whose deadline has passed already.
+    If it is closed before it has begun, it closes the inner one. A coroutine of Python's would leave the
+    inner one behind, and Python would log that it was never awaited. That happens to each call whose deadline
+    has passed already.
     """
 
-    __slots__ = ("_begin", "_begun", "_inner")
+    __slots__ = ("_asks_for_token", "_begun", "_call", "_inner", "_message", "_watch")
 
     def __init__(
-        self, inner: Coroutine[Any, Any, Encoded], begin: Callable[[], Coroutine[Any, Any, Encoded]]
+        self,
+        watch: GuessWatch,
+        asks_for_token: Callable[[bytes], bool],
+        inner: Coroutine[Any, Any, Encoded],
+        message: bytes,
+        call: Call,
     ) -> None:
+        self._watch = watch
+        self._asks_for_token = asks_for_token
         self._inner = inner
-        self._begin = begin
+        self._message = message
+        self._call = call
         self._begun: Coroutine[Any, Any, Encoded] | None = None
 
     def __await__(self) -> Generator[Any, Any, Encoded]:
@@ -296,8 +285,23 @@ class _Unbegun(Coroutine[Any, Any, Encoded]):
 
     def _outer(self) -> Coroutine[Any, Any, Encoded]:
         if self._begun is None:
-            self._begun = self._begin()
+            self._begun = self._finish()
         return self._begun
+
+    async def _finish(self) -> Encoded:
+        try:
+            response = await self._inner
+        except _TELLING as exc:
+            late = self._watch.counted(self._call, exc)
+            if late is None:
+                raise
+        else:
+            if response or not self._asks_for_token(self._message):
+                return response
+            late = self._watch.counted(self._call, response)
+            if late is None:
+                return response
+        return await late
 
 
 def _never(_: bytes) -> bool:

@@ -75,35 +75,38 @@ class _Window(Generic[K]):
         """Count a guess; return the caller's tally."""
         tally = self._tallies.get(caller)
         if tally is None:
-            tally = self._admitted(caller)
-        else:
-            self._leave_bucket(caller, tally.count)
-        tally.count += 1
-        self._callers_by_count.setdefault(tally.count, {})[caller] = None
+            return self._admitted(caller)
+        count, buckets = tally.count, self._callers_by_count
+        bucket = buckets[count]
+        del bucket[caller]
+        tally.count = count + 1
+        if bucket:
+            buckets.setdefault(count + 1, {})[caller] = None
+            return tally
+        del buckets[count]
+        # A caller that is far ahead of the others takes its bucket along.
+        buckets.setdefault(count + 1, bucket)[caller] = None
+        if count == self._least:
+            self._least = count + 1
         return tally
 
     def _admitted(self, caller: K) -> _Tally:
+        buckets = self._callers_by_count
         if len(self._tallies) < self._capacity:
             tally = _Tally(0)
             self._least = 1
         else:
-            victim, _ = self._callers_by_count[self._least].popitem()
+            least = self._least
+            victim, _ = buckets[least].popitem()
             del self._tallies[victim]
-            tally = _Tally(self._least)
-            self._drop_if_empty(self._least)
+            if not buckets[least]:
+                del buckets[least]
+                self._least = least + 1  # where the new caller goes
+            tally = _Tally(least)
+        tally.count += 1
         self._tallies[caller] = tally
+        buckets.setdefault(tally.count, {})[caller] = None
         return tally
-
-    def _leave_bucket(self, caller: K, count: int) -> None:
-        del self._callers_by_count[count][caller]
-        self._drop_if_empty(count)
-
-    def _drop_if_empty(self, count: int) -> None:
-        if not self._callers_by_count[count]:
-            del self._callers_by_count[count]
-            if count == self._least:
-                # The caller that has just left goes there.
-                self._least += 1
 
 
 class GuessCounter(Generic[K]):
@@ -122,7 +125,8 @@ class GuessCounter(Generic[K]):
         Exact within the first window after a pause of two. Otherwise the guesses of the window before are
         taken as spread evenly over it. Never more than the caller has made in both windows.
         """
-        self._turn(now_s)
+        if now_s - self._began_s >= self._window_s:
+            self._turn(now_s)
         tally = self._current.add(caller)
         before = self._previous.get(caller)
         if before is None:
@@ -144,10 +148,7 @@ class GuessCounter(Generic[K]):
         return len(self._current) if now_s - self._began_s < self._window_s else 0
 
     def _turn(self, now_s: float) -> None:
-        age_s = now_s - self._began_s
-        if age_s < self._window_s:
-            return
-        if age_s < 2 * self._window_s:
+        if now_s - self._began_s < 2 * self._window_s:
             self._previous, self._began_s = self._current, self._began_s + self._window_s
         else:
             # A new window begins with its first guess, so that a burst after a pause is within one.
