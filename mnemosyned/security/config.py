@@ -147,12 +147,15 @@ class GuessConfig(Section):
         integer(1, 10**9),
         "unknown tokens and API keys of one caller in -guess.window, beyond which the log warns",
     )
-    window_s: float = setting("guess.window", "1m", duration(1), "time in which -guess.threshold counts")
+    window_s: float = setting(
+        "guess.window", "1m", duration(1), "time in which -guess.threshold and -guess.limit count"
+    )
     limit: int = setting(
         "guess.limit",
         "0",
         integer(0, 10**9),
-        "the same, beyond which this caller learns of further ones 1s late, or RESOURCE_EXHAUSTED; 0: never",
+        "such tokens and keys of one caller, beyond which it is told of further ones late, or gets "
+        "RESOURCE_EXHAUSTED; 0: no limit",
     )
 
 
