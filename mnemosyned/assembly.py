@@ -37,12 +37,19 @@ from cache.lru import Lru
 from cache.read_through import ReadThrough
 from mnemosyned.api import reflection, session_manager
 from mnemosyned.api.auth import guard
+from mnemosyned.api.guessing import GuessWatch
 from mnemosyned.api.health import SERVICE_NAME as HEALTH
 from mnemosyned.api.health import Health
 from mnemosyned.api.session_manager import LocalRouter
 from mnemosyned.node_config import ClusterConfig
-from mnemosyned.observe.metrics import AuthMetrics, CacheCollector, RpcCollector, UpkeepMetrics
-from mnemosyned.security.config import TlsConfig
+from mnemosyned.observe.metrics import (
+    AuthMetrics,
+    CacheCollector,
+    GuessCollector,
+    RpcCollector,
+    UpkeepMetrics,
+)
+from mnemosyned.security.config import GuessConfig, TlsConfig
 from mnemosyned.security.tls import ClientAuth, TlsFiles
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence, TokenIndex
@@ -139,7 +146,10 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
     if node is not None:
         node.bind(storage=store, cache=cache, coherence=coherence, touches=touches, service=service)
     health = Health(_PUBLIC_SERVICES)
-    tables = _new_tables(service, node, health, hooks, has_own_port=bool(config[ClusterConfig].bind))
+    guesses = GuessWatch(config[GuessConfig], hooks.callers, max_streams=config[GrpcConfig].max_streams)
+    hooks.registry.register(GuessCollector(guesses.counts, callers=guesses.callers))
+    has_own_port = bool(config[ClusterConfig].bind)
+    tables = _new_tables(service, node, health, hooks, guesses=guesses, has_own_port=has_own_port)
     _register_calls(hooks.registry, tables, node)
     return Parts(
         store=store,
@@ -246,7 +256,13 @@ class _Tables:
 
 
 def _new_tables(
-    service: SessionService, node: ClusterNode | None, health: Health, hooks: Hooks, *, has_own_port: bool
+    service: SessionService,
+    node: ClusterNode | None,
+    health: Health,
+    hooks: Hooks,
+    *,
+    guesses: GuessWatch,
+    has_own_port: bool,
 ) -> _Tables:
     """Return what clients and peers may call, and what a forwarded call may call.
 
@@ -256,8 +272,9 @@ def _new_tables(
 
     1. The SessionManager, and for peers the Peer service.
     2. The guard around the SessionManager. Forwarded calls have none: they have passed it at the entry node.
-    3. Health and reflection, which need no credential. The peers' port has no reflection.
-    4. Traces around everything, so that a refused call has a span too.
+    3. The watch for guesses, which also counts the keys that the guard does not know.
+    4. Health and reflection, which need no credential. The peers' port has no reflection.
+    5. Traces around everything, so that a refused call has a span too.
     """
     clients, forwarded = MethodTable(), MethodTable()
     peers = MethodTable() if node is not None and has_own_port else None
@@ -271,6 +288,7 @@ def _new_tables(
         node.serve_peers(clients if peers is None else peers, forwarded, stop=hooks.stop)
     if hooks.callers is not None:
         guard(clients, hooks.callers, AuthMetrics(hooks.registry))
+    guesses.watch(clients)
     health.add_to(clients)
     reflection.add_to(clients, _PUBLIC_SERVICES)
     if hooks.tracing is not None:

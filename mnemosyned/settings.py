@@ -21,7 +21,7 @@ from mnemosyned.config.flags import Section, flags_by_name, setting
 from mnemosyned.config.parsers import boolean
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.config import ObserveConfig
-from mnemosyned.security.config import AuthConfig, TlsConfig
+from mnemosyned.security.config import AuthConfig, GuessConfig, TlsConfig
 from mnemosyned.sessions.config import CacheConfig, SessionsConfig
 from mnemosyned.storage import engines
 from mnemosyned.transport.config import GrpcConfig
@@ -56,6 +56,7 @@ SECTIONS: Final[tuple[type[Section], ...]] = (
     *engines.sections(),
     ClusterConfig,
     AuthConfig,
+    GuessConfig,
     TlsConfig,
     ObserveConfig,
     RunConfig,

@@ -8,10 +8,12 @@ from peering import peering
 
 from cache.read_through import CacheCounters
 from mnemosyned.admin.cluster import ClusterCollector
+from mnemosyned.api.guessing import GuessCounts
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,
     ConnectionCollector,
+    GuessCollector,
     QueryMetrics,
     RpcCollector,
     UpkeepMetrics,
@@ -43,6 +45,7 @@ async def exported_families() -> list[Metric]:
     registry.register(RpcCollector([MethodStats("s", "h", "unary")]))
     registry.register(RpcCollector([MethodStats("s", "h", "unary")], side="client"))
     registry.register(ConnectionCollector(ConnectionStats()))
+    registry.register(GuessCollector(GuessCounts(), callers=int))
     registry.register(CacheCollector(CacheCounters(), entries=int, size_bytes=int, negative_entries=int))
     async with peering(MemoryStore(wall_us=lambda: 0)) as peer:
         registry.register(ClusterCollector(peer.node))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from cache.read_through import CacheCounters
+    from mnemosyned.api.guessing import GuessCounts
     from mnemosyned.transport.call import MethodStats
     from mnemosyned.transport.engine import ConnectionStats
 
@@ -177,6 +178,43 @@ class CacheCollector(Collector):
         yield GaugeMetricFamily("mnemosyned_cache_entries", "Sessions in the cache.", value=self._entries())
         yield GaugeMetricFamily(
             "mnemosyned_cache_bytes", "Estimated memory of the cached sessions.", value=self._size_bytes()
+        )
+
+
+class GuessCollector(Collector):
+    """Shows what api/guessing.py counts as `mnemosyned_guess_*`."""
+
+    def __init__(self, counts: GuessCounts, *, callers: Callable[[], int]) -> None:
+        self._counts = counts
+        self._callers = callers
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each name."""
+        counts = self._counts
+        answers = CounterMetricFamily(
+            "mnemosyned_guess_answers",
+            "Answers by which a caller learns whether a token, or an API key, of its choice is known.",
+            labels=("about",),
+        )
+        answers.add_metric(("token",), counts.tokens)
+        answers.add_metric(("key",), counts.keys)
+        exceeded = CounterMetricFamily(
+            "mnemosyned_guess_exceeded",
+            "Times that one caller was over -guess.threshold; once in -guess.window for each caller.",
+            labels=("caller",),
+        )
+        for kind, count in counts.exceeded_by_kind.items():
+            exceeded.add_metric((kind,), count)
+        limited = CounterMetricFamily(
+            "mnemosyned_guess_limited", "Such answers over -guess.limit, late or refused.", labels=("answer",)
+        )
+        limited.add_metric(("late",), counts.late)
+        limited.add_metric(("refused",), counts.refused)
+        yield from (answers, exceeded, limited)
+        yield GaugeMetricFamily(
+            "mnemosyned_guess_callers",
+            "Callers with such answers in this -guess.window, at most 8192.",
+            value=self._callers(),
         )
 
 

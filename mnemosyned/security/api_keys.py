@@ -56,6 +56,7 @@ class Callers:
 
     role_by_digest: Mapping[bytes, Role] = field(repr=False)
     role_by_name: Mapping[str, Role]
+    line_by_digest: Mapping[bytes, int] = field(default_factory=dict, repr=False)
 
     def role_of(self, key: str | None, certificate_names: Sequence[str]) -> Role | None:
         """Return a caller's role: of its key, or without a key the greatest of its certificate's names.
@@ -71,6 +72,13 @@ class Callers:
         ]
         return max(roles, default=None)
 
+    def line_of(self, key: str) -> int | None:
+        """Return the number of a key's line, by which a log can name the key; None: the key is unknown.
+
+        A part of the digest would name it too, but could be compared with digests of guessed keys.
+        """
+        return self.line_by_digest.get(_blinded(digest_of(key)))
+
 
 def read(path: str) -> Callers:
     """Return the callers in a file.
@@ -85,6 +93,7 @@ def read(path: str) -> Callers:
         raise FilesUnusable(f"{path}: {exc}") from None
     by_digest: dict[bytes, Role] = {}
     by_name: dict[str, Role] = {}
+    line_by_digest: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].split()
         if not words:
@@ -99,12 +108,14 @@ def read(path: str) -> Callers:
             )
         role = Role[match[1].upper()]
         if match[2]:
-            by_digest[_blinded(bytes.fromhex(match[2]))] = role
+            digest = _blinded(bytes.fromhex(match[2]))
+            by_digest[digest] = role
+            line_by_digest[digest] = number
         else:
             by_name[match[3]] = role
     if not 0 < len(by_digest) + len(by_name) <= _MAX_ENTRIES:
         raise FilesUnusable(f"{path}: it has no callers, or more than {_MAX_ENTRIES}")
-    return Callers(role_by_digest=by_digest, role_by_name=by_name)
+    return Callers(role_by_digest=by_digest, role_by_name=by_name, line_by_digest=line_by_digest)
 
 
 def digest_of(key: str) -> bytes:

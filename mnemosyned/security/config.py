@@ -1,4 +1,4 @@
-"""The settings of TLS, of callers, and of tokens at rest.
+"""The settings of TLS, of callers, of guesses, and of tokens at rest.
 
 Files are named here and read elsewhere. Two kinds differ in when they take effect:
 
@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Final, Self
 
 from mnemosyned.config.files import FileRefused, read_bytes
 from mnemosyned.config.flags import ConfigError, Section, setting
-from mnemosyned.config.parsers import boolean, file_name, host_names, one_of, secret_file, words_in
+from mnemosyned.config.parsers import (
+    boolean,
+    duration,
+    file_name,
+    host_names,
+    integer,
+    one_of,
+    secret_file,
+    words_in,
+)
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -118,6 +127,36 @@ class AuthConfig(Section):
         """See Section."""
         if self.token_protection != "none" and not self.token_keys:  # noqa: S105  # a mode
             raise ConfigError("flag -token.protection: hmac needs -token.key.file")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuessConfig(Section):
+    """From when on the unknown tokens and keys of one caller count as guesses.
+
+    A caller is mostly an application, not a user, so the threshold is far above those of tools that count the
+    failures of one user (fail2ban: 5 in 10 minutes). A user who returns after the end of the session causes
+    some unknown tokens. An application with a million such users a day causes about 700 a minute.
+    """
+
+    TITLE = "Guesses"
+    EXAMPLE = "mnemosyned -guess.threshold=5000 -guess.limit=20000"
+
+    threshold: int = setting(
+        "guess.threshold",
+        "1000",
+        integer(1, 10**9),
+        "unknown tokens and API keys of one caller in -guess.window, beyond which the log warns",
+    )
+    window_s: float = setting(
+        "guess.window", "1m", duration(1), "time in which -guess.threshold and -guess.limit count"
+    )
+    limit: int = setting(
+        "guess.limit",
+        "0",
+        integer(0, 10**9),
+        "such tokens and keys of one caller, beyond which it is told of further ones late, or gets "
+        "RESOURCE_EXHAUSTED; 0: no limit",
+    )
 
 
 def _check_readable(name: str, path: str) -> None:

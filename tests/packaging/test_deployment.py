@@ -78,6 +78,13 @@ ALERTS = {
         {"mnemosyned_cluster_unproven_total": "0x10 0+1x20"},
         {"mnemosyned_cluster_unproven_total": "0x20 1x10"},
     ),
+    "MnemosynedCallerGuesses": (
+        {'mnemosyned_guess_exceeded_total{caller="address"}': "0x20 1x10"},
+        {
+            'mnemosyned_guess_exceeded_total{caller="address"}': "1x30",
+            'mnemosyned_guess_answers_total{about="token"}': "0+100x30",
+        },
+    ),
     "MnemosynedCertificateEnds": (
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{7 * 86400}x30"},
         {"mnemosyned_tls_certificate_end_timestamp_seconds": f"{8 * 86400}x30"},
