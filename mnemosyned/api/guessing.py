@@ -140,6 +140,8 @@ class GuessWatch:
 
     def _watched(self, handle: UnaryHandler, asks_for_token: Callable[[bytes], bool]) -> UnaryHandler:
         """Return a handler that counts; `asks_for_token` tells if an empty answer to a request counts."""
+        # A large SetValue must not be in memory twice while it waits.
+        keeps_message = asks_for_token is not _never
 
         def watched(message: bytes, call: Call) -> Encoded | Coroutine[Any, Any, Encoded]:
             try:
@@ -155,7 +157,7 @@ class GuessWatch:
                     return response
                 return self.counted(call, response) or response
             # No inner function: the variables that it shares would cost each call, also a cached Get.
-            return _Working(self, asks_for_token, response, message, call)
+            return _Working(self, asks_for_token, response, message if keeps_message else b"", call)
 
         return watched
 

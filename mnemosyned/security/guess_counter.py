@@ -34,7 +34,7 @@ import math
 from typing import Final, Generic, TypeVar
 
 # With the defaults, flushing a caller that is over the threshold takes 8,192 * 1,000 guesses of others in a
-# minute, or 136,000 a second. Both windows together take 5 MB at most.
+# minute, or 136,000 a second. Both windows together take 6 MB at most.
 MAX_CALLERS: Final = 8192
 
 K = TypeVar("K")

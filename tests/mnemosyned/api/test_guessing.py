@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -374,6 +375,25 @@ async def test_a_call_whose_time_is_over_leaves_no_coroutine_behind(recwarn: pyt
 
     assert list(recwarn) == []
     assert watched.watch.counts.tokens == 0
+
+
+@pytest.mark.parametrize(("name", "kept"), [("SetValue", 0), ("Delete", 1)])
+async def test_a_request_is_kept_in_memory_only_if_it_is_needed_later(name: str, kept: int) -> None:
+    watched = Watched(name=name, answer=SOME)
+
+    async def work(_message: bytes, _call: Any) -> Encoded:  # noqa: ANN401  # of no interest
+        return SOME
+
+    table = MethodTable()
+    table.add_unary(SERVICE_NAME, name, lambda _, call: work(b"", call))
+    watched.watch.watch(table)
+    message = DeleteRequest(subject_id="s" * 1000).SerializeToString()
+    before = sys.getrefcount(message)
+    working = table.unary[f"/{SERVICE_NAME}/{name}"].handle(message, FakeCall())
+    assert isinstance(working, Coroutine)
+
+    assert sys.getrefcount(message) - before == kept
+    assert await working == SOME
 
 
 async def test_the_coroutine_of_a_call_can_be_driven_by_hand() -> None:
