@@ -19,7 +19,7 @@ from mnemosyned.api.auth import KEY_METADATA
 from mnemosyned.api.guessing import DELAY_S, GuessWatch
 from mnemosyned.api.session_manager import RPCS, SERVICE_NAME
 from mnemosyned.errors import (
-    CorruptBag,
+    CorruptSession,
     InvalidArgument,
     MessageTooLarge,
     MnemosyneError,
@@ -140,7 +140,7 @@ def warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
         ("List", ListRequest().SerializeToString(), NONE, False),
         *[
             ("Get", b"", error, False)
-            for error in (InvalidArgument(), PermissionDenied(), CorruptBag(), StorageUnavailable())
+            for error in (InvalidArgument(), PermissionDenied(), CorruptSession(), StorageUnavailable())
         ],
     ],
 )
