@@ -20,6 +20,7 @@ grpcio differs from the port's ideal:
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -60,6 +61,10 @@ _NEVER_MS: Final = 2**31 - 1
 Context = Any
 
 
+def _is_not_of_metadata(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Invalid encoding")
+
+
 class GrpcioEngine:
     """Engine on grpc.aio; one server, which keeps its certificate in a variable that handshakes read."""
 
@@ -72,6 +77,8 @@ class GrpcioEngine:
 
     async def start(self) -> int:
         """See Engine."""
+        # It logs metadata that is not UTF-8, byte for byte and with a traceback. A token may be in it.
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_of_metadata)
         options = self._options
         try:
             if options.host.startswith(UNIX_PREFIX):

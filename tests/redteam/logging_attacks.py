@@ -133,7 +133,7 @@ for _environment in ("production", "development", "stackdriver"):
         attack(
             _KIND,
             f"control and format characters, {_environment}, {_level}",
-            quick_on=("grpcio",) if (_environment, _level) == ("development", "info") else (),
+            quick_on=("h2",) if (_environment, _level) == ("development", "info") else (),
         )(partial(_injection, _environment, _level))
 
 
