@@ -21,13 +21,15 @@ class Expiry:
         # The number decides between equal instants: futures cannot be compared.
         self._heap: list[tuple[float, int, asyncio.Future[Any]]] = []
         self._numbers = count()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        # Of the timer. Not from the timer itself: if the instant is over, uvloop's has none.
+        self._due_s = 0.0
 
     def add(self, future: asyncio.Future[Any], seconds: float) -> None:
         """Have a future fail with TimeoutError in so many seconds, unless it is done by then."""
         at_s = self._loop.time() + seconds
         heapq.heappush(self._heap, (at_s, next(self._numbers), future))
-        if self._timer is None or at_s < self._timer.when():
+        if self._timer is None or at_s < self._due_s:
             self._set_timer(at_s)
 
     def close(self) -> None:
@@ -39,7 +41,7 @@ class Expiry:
     def _set_timer(self, at_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(at_s, self._fire)
+        self._timer, self._due_s = self._loop.call_at(at_s, self._fire), at_s
 
     def _fire(self) -> None:
         self._timer = None

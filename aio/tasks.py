@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+from aio.rate_limit import LogRateLimiter, fields_of
+
+_FAILURES_PER_SECOND: Final = 10
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +31,8 @@ class Tasks:
         self._max_tasks = max_tasks
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
+        # Tasks may be as many as calls, and fail alike.
+        self._limiter = LogRateLimiter(_FAILURES_PER_SECOND)
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -71,5 +78,8 @@ class Tasks:
         return task
 
     def _log_failure(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("%s_failed", self._name, exc_info=exc)
+        if task.cancelled() or (exc := task.exception()) is None:
+            return
+        left_out = self._limiter.take(time.monotonic())
+        if left_out is not None:
+            log.error("%s_failed", self._name, exc_info=exc, extra=fields_of(left_out))

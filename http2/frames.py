@@ -79,11 +79,11 @@ class FrameScanner:
     """Follows the frames of one direction of a connection, chunk by chunk."""
 
     __slots__ = (
-        "_block_is_open",
         "_skip",
         "_tail",
         "began_at",
         "begun_requests",
+        "block_is_open",
         "overhead",
         "partial_since_s",
         "requests",
@@ -99,10 +99,10 @@ class FrameScanner:
         self.requests = 0  # HEADERS in the last chunk, and that one
         self.resets: list[int] = []  # where in the last chunk a RST_STREAM begins
         self.began_at = 0  # where in the last chunk its first frame begins
+        self.block_is_open = False  # the next frame must be CONTINUATION
         self.partial_since_s: float | None = None  # since when a frame or a block of headers lacks its end
         self._skip = preface_bytes  # bytes until the next frame begins
         self._tail = b""  # the beginning of a frame, too short to tell what it is
-        self._block_is_open = False
 
     # One loop without calls: it runs for each frame.
     def scan(self, chunk: bytes, now_s: float) -> bytes:  # noqa: C901, PLR0915
@@ -115,7 +115,7 @@ class FrameScanner:
             chunk, self._tail = self._tail + chunk, b""
         if self.resets:
             self.resets = []
-        had_open_block = self._block_is_open
+        had_open_block = self.block_is_open
         at, end = self._skip, len(chunk)
         self.began_at = at
         self.begun_requests = requests = 1 if at or had_open_block else 0
@@ -139,7 +139,7 @@ class FrameScanner:
             chunk, self._tail = chunk[:at], chunk[at:]
             end = at
         self._skip = at - end
-        if not (self._skip or self._tail or self._block_is_open):
+        if not (self._skip or self._tail or self.block_is_open):
             self.partial_since_s = None
         elif self.partial_since_s is None or (at > self.began_at and not had_open_block):
             # What is partial now began in this chunk.
@@ -153,18 +153,18 @@ class FrameScanner:
             if not _is_readable(chunk, at, padding_bytes + _PRIORITY_BYTES):
                 return False
             _check_dependency(chunk, at, padding_bytes)
-        self._block_is_open = not flags & END_HEADERS
+        self.block_is_open = not flags & END_HEADERS
         return True
 
     def _take_other(self, kind: int, flags: int, chunk: bytes, at: int) -> bool:
         """Take a frame that is neither DATA nor HEADERS; False: more of it must come first."""
         if kind == CONTINUATION:
-            self._block_is_open = not flags & END_HEADERS
+            self.block_is_open = not flags & END_HEADERS
         elif kind == PRIORITY:
             if not _is_readable(chunk, at, _PRIORITY_BYTES):
                 return False
             _check_priority(chunk, at)
-        elif kind == RST_STREAM and not self._block_is_open and chunk[at : at + 3] == _RST_STREAM_LENGTH:
+        elif kind == RST_STREAM and not self.block_is_open and chunk[at : at + 3] == _RST_STREAM_LENGTH:
             if at + RST_STREAM_BYTES > len(chunk):
                 return False
             self.resets.append(at)

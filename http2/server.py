@@ -23,6 +23,8 @@ The connection
   peer has seen the GOAWAY.
 - CLOSING: a second GOAWAY names the last stream that was accepted. Later ones are refused with
   REFUSED_STREAM, which says that nothing was done, so that the peer may repeat them elsewhere.
+- A connection is worn out at CLOSE_AFTER_STREAMS: it is CLOSING at once, and later streams are not even
+  refused, because the library would count them. The GOAWAY has told the peer that they were not begun.
 - A peer that has shut its side gets its answers; then the connection is over, in any phase.
 - Reasons to retire: a drain, the connection's age, and RETIRE_AFTER_STREAMS (core.py).
 
@@ -58,6 +60,7 @@ from typing import Final, Generic, TypeVar
 from http2.admission import Admission, AdmissionFull
 from http2.core import (
     CANCEL,
+    CLOSE_AFTER_STREAMS,
     ENHANCE_YOUR_CALM,
     FRAME_SIZE_ERROR,
     NEED_DATA,
@@ -108,6 +111,7 @@ class ServerConnection(Generic[S]):
         "_core",
         "_counted_bytes",
         "_highest_id",
+        "_is_worn_out",
         "_last_id",
         "_limits",
         "_may_refuse",
@@ -162,6 +166,7 @@ class ServerConnection(Generic[S]):
         self._admission_bytes = 0  # of what waits, as counted
         self._purse = Purse(now_s)
         self._phase = Phase.OPEN
+        self._is_worn_out = False
         self._phase_s = now_s
         self._paused_since_s: float | None = None
         self.streams: dict[int, S] = {}  # accepted, and not forgotten
@@ -190,6 +195,7 @@ class ServerConnection(Generic[S]):
             if (
                 scanner.resets
                 or self._admission
+                or self._is_worn_out
                 or len(self.streams) + scanner.requests > self._limits.max_streams
             ):
                 part = self._cut(part, news, now_s)
@@ -208,8 +214,11 @@ class ServerConnection(Generic[S]):
             frames, scanner.overhead = scanner.overhead, 0
             if not self._purse.pay(frames, now_s, sent_bytes=self._outbox.sent_bytes):
                 self._fail("flood", ENHANCE_YOUR_CALM)
-        if self._opened > RETIRE_AFTER_STREAMS and self._phase is Phase.OPEN:
-            self.retire("streams", now_s)
+        if self._opened > RETIRE_AFTER_STREAMS:
+            if self._phase is Phase.OPEN:
+                self.retire("streams", now_s)
+            if not scanner.block_is_open:
+                self._wear_out(now_s)
         return news
 
     def admit(self, now_s: float) -> list[S]:
@@ -221,6 +230,7 @@ class ServerConnection(Generic[S]):
             try:
                 self._core.receive_data(self._admission.next(room))
                 self._take_events(news, now_s)
+                self._wear_out(now_s)
             except ProtocolViolated:
                 self._fail("protocol", None)
             self._count_admission()
@@ -245,6 +255,7 @@ class ServerConnection(Generic[S]):
             if passed:
                 self._core.receive_data(passed)
                 self._take_events(news, now_s)
+                self._wear_out(now_s)
             begin, first_at = at, 0
             if self._take_reset(reset_at(part, at), news):
                 begin += RST_STREAM_BYTES
@@ -252,6 +263,8 @@ class ServerConnection(Generic[S]):
 
     def _admitted(self, part: bytes, at: int) -> bytes:
         before, frames = self._scanner.cut(part, at)
+        if self._is_worn_out:
+            return before + b"".join(frame.data for frame in frames if frame.stream_id <= self._highest_id)
         room = self._limits.max_streams - len(self.streams) - self._scanner.begun_requests
         return before + self._admission.pass_on(frames, room=room, highest_id=self._highest_id)
 
@@ -261,7 +274,7 @@ class ServerConnection(Generic[S]):
             self._admission.reset_ids.add(stream_id)
             self._may_refuse = True
         elif stream_id > self._highest_id or not stream_id & 1:
-            return False
+            return self._is_worn_out
         elif stream_id in self.streams:
             self._output += cancel(self._core, stream_id, CANCEL)
             self._reset(stream_id, news)
@@ -611,6 +624,15 @@ class ServerConnection(Generic[S]):
         self._phase, self._phase_s = Phase.CLOSING, now_s
         self._may_refuse = True
         self._core.close(NO_ERROR, self._last_id)
+
+    def _wear_out(self, now_s: float) -> None:
+        if self._opened < CLOSE_AFTER_STREAMS or self._is_worn_out:
+            return
+        self._is_worn_out = True
+        self.reason = self.reason or "streams"
+        self._admission = Admission()
+        if self._phase is not Phase.CLOSING and not self.is_over:
+            self._close(now_s)
 
     def _fail(self, reason: str, code: int | None) -> None:
         """End the connection; None: the library has written the GOAWAY."""

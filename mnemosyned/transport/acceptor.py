@@ -16,26 +16,26 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import socket
 import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from aio.rate_limit import LogRateLimiter
+from mnemosyned.transport.accept_failures import AcceptFailures
 from mnemosyned.transport.engine import UNIX_PREFIX
-
-log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024
 _AT_ONCE: Final = 64  # then other things of the event loop have their turn
+_PORT_TRIES: Final = 10
+_ALL_ADDRESSES: Final = "::"
 _PAUSE_S: Final = 0.1
 _BUSY_PAUSE_S: Final = 0.01
 # The connection that was to be accepted is at fault, and is gone; the next one may be there already.
 _OF_ONE_CONNECTION: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR})
+_OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 # Of an address.
 _NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
@@ -53,19 +53,25 @@ class Acceptor:
         failures: Counter[str],
         *,
         is_busy: Callable[[], bool] = lambda: False,
+        make_room: Callable[[], bool] = lambda: False,
+        give_up: Callable[[], bool] | None = None,
     ) -> None:
         """Own sockets that listen; nothing is accepted before `begin`.
 
         - `failures` counts those of `accept`, by the name of the error.
         - While `is_busy` says so, new connections wait in the kernel.
+        - Without a file for a connection, `make_room` is called: whether it has given up one.
+        - `give_up`, where other processes have these sockets too, is called by `close`: whether none of them
+          accepts what waits.
         """
+        self._give_up = give_up
+        self._make_room = make_room
         self._is_busy = is_busy
-        self._failures = failures
+        self._failures = AcceptFailures(failures)
         self._sockets = list(sockets)
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
-        self._limiter = LogRateLimiter()
 
     @property
     def port(self) -> int:
@@ -81,15 +87,18 @@ class Acceptor:
     def close(self) -> None:
         """Accept what waits to be accepted, and refuse further connections.
 
-        Closing a listening socket resets the connections that wait, and their clients may have sent calls.
+        Closing a listening socket resets the connections that wait, and their clients may have sent calls. If
+        other processes have the socket too, its queue stays, and is theirs as long as one of them accepts.
         """
+        is_ours_to_take = self._give_up is None or self._give_up()
         self._is_busy = lambda: False
         for listener in self._sockets:
             self._loop.remove_reader(listener)
-            self._accept(listener)
+            if is_ours_to_take:
+                self._accept(listener)
             path = listener.getsockname()
             listener.close()
-            if listener.family == socket.AF_UNIX:
+            if listener.family == socket.AF_UNIX and self._give_up is None:
                 with suppress(OSError):
                     Path(path).unlink()
         for timer in self._paused.values():
@@ -106,6 +115,8 @@ class Acceptor:
             except BlockingIOError:
                 return
             except OSError as exc:
+                if exc.errno in _OUT_OF_FILES and self._make_room():
+                    continue
                 self._failed(listener, exc)
                 return
             connection.setblocking(False)
@@ -113,10 +124,7 @@ class Acceptor:
 
     def _failed(self, listener: socket.socket, exc: OSError) -> None:
         name = errno.errorcode.get(exc.errno or 0, "unknown")
-        self._failures[name] += 1
-        left_out = self._limiter.take(self._loop.time())
-        if left_out is not None:
-            log.warning("accept_failed", extra={"error": exc.strerror or name, "left_out": left_out})
+        self._failures.add(name, exc.strerror or name, self._loop.time())
         if exc.errno not in _OF_ONE_CONNECTION:
             self._pause(listener, _PAUSE_S)
 
@@ -130,11 +138,31 @@ class Acceptor:
         self._loop.add_reader(listener, self._accept, listener)
 
 
+def inherited(files: Sequence[int]) -> list[socket.socket]:
+    """Return the listening sockets that the process which started this one has opened for it."""
+    return [socket.socket(fileno=number) for number in files]
+
+
+def reached_at(host: str) -> str:
+    """Return where this host itself reaches what listens on a host; that for all addresses is no address."""
+    if host == "0.0.0.0":  # noqa: S104 # nosec B104
+        return "127.0.0.1"
+    if host != _ALL_ADDRESSES:
+        return host
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return "127.0.0.1"
+    return "::1"
+
+
 async def open_sockets(host: str, port: int) -> list[socket.socket]:
     """Listen on the addresses of a host name, all with one port; or on `unix:` and a path.
 
-    Port 0 is any free port. A name may have addresses that this host lacks, such as `::1` on a host without
-    IPv6. They are left out if there is another one.
+    Port 0 is any free port, the same for all. A name may have addresses that this host lacks, as `::1` is on
+    a host without IPv6. They are left out if there is another one. The address `::` stands for those of IPv4
+    too, also on a host without IPv6.
 
     Raises:
         OSError: an address is in use, or none is this host's.
@@ -144,13 +172,26 @@ async def open_sockets(host: str, port: int) -> list[socket.socket]:
     found = await asyncio.get_running_loop().getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    # With port 0, another process may have the port on another of the addresses.
+    for is_last in (*[port != 0] * (_PORT_TRIES - 1), True):
+        try:
+            return _sockets_on(addresses)
+        except OSError as exc:
+            if exc.errno in _NOT_OURS and host == _ALL_ADDRESSES:
+                return [_tcp_socket(socket.AF_INET, ("", port))]
+            if is_last or exc.errno != errno.EADDRINUSE:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _sockets_on(addresses: Sequence[tuple[socket.AddressFamily, Any]]) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     lacking: OSError | None = None
-    for family, _, _, _, address in dict.fromkeys(found):
-        if port == 0 and sockets:
-            address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901  # its port
+    for family, address in addresses:
+        port = sockets[0].getsockname()[1] if sockets else address[1]
         try:
-            sockets.append(_tcp_socket(family, address))
+            sockets.append(_tcp_socket(family, (address[0], port, *address[2:])))
         except OSError as exc:
             if exc.errno in _NOT_OURS:
                 lacking = exc
@@ -165,8 +206,11 @@ async def open_sockets(host: str, port: int) -> list[socket.socket]:
 
 def _tcp_socket(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
     # The address `::` means all addresses, of IPv4 too.
-    is_dual = family is socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
-    listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)
+    is_dual = family is socket.AF_INET6 and address[0] == _ALL_ADDRESSES and socket.has_dualstack_ipv6()
+    # All four parts of an address of IPv6: one of a link has the number of its interface.
+    listener = socket.create_server(
+        cast("tuple[str, int]", address), family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual
+    )
     listener.setblocking(False)
     return listener
 

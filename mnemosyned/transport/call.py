@@ -6,13 +6,16 @@ An engine makes a `Call`, finds its method in the table (`methods.py`), and has 
     the handler raises       | status                     | log
     -------------------------+----------------------------+------------------------------------------------
     nothing                  | OK                         | `rpc` at DEBUG
+    SessionNotFound          | NOT_FOUND                  | `rpc_failed` at DEBUG: the normal answer to a
+                             |                            | session that has ended
     an error of the caller   | as in status.py            | `rpc_failed` at INFO, at most 100 a second
-    another error of ours    | as in status.py            | `rpc_failed` at WARNING, limited too
-    any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, with the traceback
-    CancelledError           | none is sent               | `rpc_failed` at INFO, as CANCELLED, limited too
+    another error of ours    | as in status.py            | `rpc_failed` at WARNING, at most 10 a second
+    any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, at most 10 a second, with
+                             |                            | the traceback
+    CancelledError           | none is sent               | `rpc_failed` at INFO, as CANCELLED
 
-All but bugs are limited: a client can cause any number of them, also UNAVAILABLE by what it overloads, and a
-log line costs more than the call.
+All are limited (`methods.py`): a client can cause any number of them, also UNAVAILABLE by what it overloads.
+A log line costs more than the call. How many were left out is told by the next line, or by `tell_left_out`.
 
 The hot path. A cached Get enters `invoke_unary`, its handler, and nothing else of this module. Therefore:
 
@@ -25,16 +28,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from bisect import bisect_left
 from collections import Counter as CountByLabel
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 from aio.deadline import Deadline
-from aio.rate_limit import LogRateLimiter
+from aio.rate_limit import LogRateLimiter, fields_of
 from http2.status import StatusCode
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
 from mnemosyned.transport.status import GRPC_STATUS
@@ -53,6 +57,10 @@ _RPC_BUCKETS_S: Final = (
 # Characters. Enough for any usual form of identifier; the client chooses it, so it needs a bound.
 _MAX_REQUEST_ID: Final = 200
 
+# W3C Trace Context: version, trace, the caller's span, flags.
+_TRACEPARENT: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+# Metadata by which a client asks for its token's owner, whatever the value; and the trailer that says it.
+OWNER_KEY: Final = "mnemosyned-owner"
 # Without the path: it may contain a token, and this text reaches the logs of clients and proxies.
 UNKNOWN_METHOD: Final = "mnemosyned: unknown method"
 
@@ -71,7 +79,13 @@ _CALLERS_FAULT: Final = frozenset({
 
 
 class Call(Protocol):
-    """What a method may know of its call besides the message."""
+    """What a method may know of its call besides the message.
+
+    `owner` is None if the caller does not ask where its token's owner is (`OWNER_KEY`). Otherwise it is
+    empty, until a router writes the owner's public address there, which the engine sends as a trailer.
+    """
+
+    owner: str | None
 
     @property
     def peer(self) -> str:
@@ -83,7 +97,7 @@ class Call(Protocol):
         """Until when the caller waits.
 
         Raises:
-            MalformedMessage: the caller's deadline cannot be read.
+            InvalidArgument: the caller's deadline cannot be read.
         """
         ...
 
@@ -239,12 +253,34 @@ def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started
     elapsed_s = time.perf_counter() - started_s
     failure = failure_of(exc)
     method.stats.end(failure.code.name, elapsed_s)
-    if failure.is_bug:
-        log.error("rpc_failed", extra=_fields(method, call, failure.code, elapsed_s), exc_info=exc)
-    else:
-        level = logging.INFO if failure.code in _CALLERS_FAULT else logging.WARNING
-        _log_within_budget(method, call, failure.code, elapsed_s, level=level, error=failure.text)
+    level = _level_of(failure)
+    if log.isEnabledFor(level):
+        left_out = method.log_limiters[level].take(time.perf_counter())
+        if left_out is not None:
+            fields = _fields(method, call, failure.code, elapsed_s) | fields_of(left_out)
+            fields |= {} if failure.is_bug else {"error": failure.text}
+            log.log(level, "rpc_failed", extra=fields, exc_info=exc if failure.is_bug else None)
     return failure
+
+
+def _level_of(failure: Failure) -> int:
+    if failure.is_bug:
+        return logging.ERROR
+    if failure.code is StatusCode.NOT_FOUND:
+        return logging.DEBUG
+    return logging.INFO if failure.code in _CALLERS_FAULT else logging.WARNING
+
+
+def tell_left_out(methods: Iterable[UnaryMethod | StreamMethod], now_s: float) -> None:
+    """Log how many lines of failed calls were left out, where no later line has told it for a second."""
+    for method in methods:
+        for level, limiter in method.log_limiters.items():
+            left_out = limiter.take_rest(now_s)
+            if left_out:
+                log.log(level, "rpc_failed_left_out", extra={"method": method.path, "left_out": left_out})
+    refusals = _REFUSALS.take_rest(now_s)
+    if refusals:
+        log.info("rpc_refused_left_out", extra={"left_out": refusals})
 
 
 def refuse(call: Call, exc: MnemosyneError) -> Failure:
@@ -256,7 +292,7 @@ def refuse(call: Call, exc: MnemosyneError) -> Failure:
     left_out = _REFUSALS.take(time.perf_counter())
     if left_out is not None:
         fields: dict[str, object] = {"peer": call.peer, "error": failure.text}
-        log.info("rpc_refused", extra=fields | _left_out(left_out))
+        log.info("rpc_refused", extra=fields | fields_of(left_out))
     return failure
 
 
@@ -281,7 +317,7 @@ async def await_in_time(response: Coroutine[Any, Any, T], call: Call) -> T:
 
     Raises:
         DeadlineExceeded: the deadline has passed; the work is cancelled.
-        MalformedMessage: the deadline cannot be read.
+        InvalidArgument: the deadline cannot be read.
         MnemosyneError: the work raised it.
     """
     try:
@@ -308,28 +344,10 @@ async def await_in_time(response: Coroutine[Any, Any, T], call: Call) -> T:
 def _count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: float) -> None:
     elapsed_s = time.perf_counter() - started_s
     method.stats.end(StatusCode.CANCELLED.name, elapsed_s)
-    _log_within_budget(method, call, StatusCode.CANCELLED, elapsed_s)
-
-
-def _log_within_budget(
-    method: UnaryMethod | StreamMethod,
-    call: Call,
-    code: StatusCode,
-    elapsed_s: float,
-    *,
-    level: int = logging.INFO,
-    **more: str,
-) -> None:
-    left_out = (method.log_limiter if level == logging.INFO else method.warning_limiter).take(
-        time.perf_counter()
-    )
+    left_out = method.log_limiters[logging.INFO].take(time.perf_counter())
     if left_out is not None:
-        fields = _fields(method, call, code, elapsed_s) | more | _left_out(left_out)
-        log.log(level, "rpc_failed", extra=fields)
-
-
-def _left_out(count: int) -> dict[str, object]:
-    return {"left_out": count} if count else {}
+        fields = _fields(method, call, StatusCode.CANCELLED, elapsed_s) | fields_of(left_out)
+        log.info("rpc_failed", extra=fields)
 
 
 def _fields(
@@ -344,6 +362,9 @@ def _fields(
     request_id = call.metadata("request_id") or call.metadata("x-request-id")
     if request_id is not None:
         fields["request_id"] = request_id[:_MAX_REQUEST_ID]
+    trace = _TRACEPARENT.fullmatch(call.metadata("traceparent") or "")
+    if trace is not None:
+        fields |= {"trace_id": trace[1], "span_id": trace[2], "trace_sampled": bool(int(trace[3], 16) & 1)}
     return fields
 
 

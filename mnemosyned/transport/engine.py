@@ -30,11 +30,15 @@ in call.py, so that counting, logging and statuses cannot differ.
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from mnemosyned.security.tls import TlsFiles, TlsMaterial
+
+if TYPE_CHECKING:
+    from mnemosyned.transport.turns import Turns
 
 # All of a call's metadata. A token of 4,096 bytes travels in it (`Context`), beside headers that proxies and
 # tracing add. Without a limit a client could fill the memory before any handler sees its call.
@@ -42,6 +46,12 @@ MAX_METADATA_BYTES: Final = 32 * 1024
 
 # Before the path of a Unix socket, where a host name could stand.
 UNIX_PREFIX: Final = "unix:"
+# What `Call.peer` is for a caller that has come through one, with h2.
+UNIX_PEER: Final = "unix"
+
+# For SO_LINGER: what waits in the kernel is dropped with the connection. A client that does not read would
+# otherwise keep megabytes there after its end.
+NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class ListenFailed(Exception):
@@ -70,12 +80,18 @@ class EngineOptions:
     max_connections_per_address: int = 0  # 0: no limit of their own
     drain_timeout_s: float
     max_age_s: float = 0.0  # of a connection, give or take a tenth; 0: no limit
+    age_grace_s: float = 10.0  # then for its calls in flight
+    max_idle_s: float = 600.0  # of a connection without a call; 0: no limit
     handshake_timeout_s: float = 10.0  # for TLS, and then for the beginning of HTTP/2
     send_timeout_s: float = 20.0  # in which a client must take something of what waits for it
     max_unsent_bytes: int = 128 * 1024**2  # answers that clients have not taken, over all connections
+    max_unsent_bytes_per_connection: int = 1024**2  # beyond which its further requests wait
     max_request_bytes: int = 128 * 1024**2  # requests that are not complete, over all connections
+    max_request_bytes_per_connection: int = 64 * 1024**2
     stats: ConnectionStats = field(default_factory=ConnectionStats)
     tls: TlsFiles | None = None  # they have been read once, and were valid
+    listeners: tuple[int, ...] = ()  # files of sockets that listen already, shared with siblings (h2 alone)
+    turns: Turns | None = None  # which of the processes that share them accepts
 
     @property
     def address(self) -> str:

@@ -18,12 +18,19 @@ from typing import Final, Protocol
 from aio.deadline import NO_DEADLINE, Deadline
 from http2.outbox import Headers
 from http2.stream import Stream
-from mnemosyned.errors import MnemosyneError, Overloaded
+from mnemosyned.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    MnemosyneError,
+    Overloaded,
+    Unimplemented,
+)
 from mnemosyned.transport import frame
-from mnemosyned.transport.call import ClientGone, Failure
+from mnemosyned.transport.call import OWNER_KEY, ClientGone, Failure
 
 GRPC: Final = b"application/grpc"
 CONTENT_TYPE: Final = (b"content-type", GRPC)
+_OWNER: Final = OWNER_KEY.encode()
 _HIGH_WATER_BYTES: Final = 64 * 1024  # held of one streaming answer, before its handler waits
 _MAX_QUEUED_BYTES: Final = 1024 * 1024  # of the messages of one call that its handler has not taken
 _MAX_QUEUED: Final = 1000  # such messages
@@ -58,26 +65,56 @@ class Call(Stream):
     connection: Way  # set before any handler sees the call
     # The headers by name: made when metadata is first asked for, which most calls for this node never do.
     _fields: dict[bytes, bytes] | None = None
+    waited_s: float = 0.0  # in the socket before it was read, at most; see aio/stalls.py
+    owner: str | None = None  # see Call in call.py; `is_grpc` sets it
     _deadline: Deadline | None = None  # once it was asked for, which a call that waits does twice
 
     @property
-    def is_grpc(self) -> bool:
-        """Whether the request is what every client of gRPC sends: a POST of its type that takes trailers."""
+    def is_grpc(self) -> bool:  # noqa: C901, PLR0912  # a loop without calls, since it runs for each request
+        """Whether the request is what every client of gRPC sends: a POST of its type that takes trailers.
+
+        Its time-outs, if it has any, are well-formed, and longer than zero.
+        """
         is_type = takes_trailers = False
-        for name, value in self.headers:
+        fields = iter(self.headers)
+        for name, value in fields:
             if name == b"content-type":
                 is_type = value == GRPC or is_grpc_type(value)
                 is_valid = is_type
             elif name == b"te":
                 takes_trailers = is_valid = value == b"trailers"
+            elif name == b"grpc-timeout":
+                is_valid = frame.has_time(value)
             else:
+                if name == _OWNER:
+                    self.owner = ""
                 continue
             # A second value does not mend a first one, which a proxy may have decided by.
             if not is_valid:
                 return False
             if is_type and takes_trailers:
-                return self.method == b"POST"
-        return False
+                break
+        else:
+            return False
+        # Not read later: a call that is answered from the cache has no use for its deadline.
+        for name, value in fields:
+            if name == b"grpc-timeout":
+                if not frame.has_time(value):
+                    return False
+            elif name == _OWNER:
+                self.owner = ""
+        return self.method == b"POST"
+
+    def objection(self) -> MnemosyneError:
+        """Return what is wrong with a POST of gRPC's type that is not `is_grpc`."""
+        for name, value in self.headers:
+            if name == b"grpc-timeout" and not frame.has_time(value):
+                try:
+                    frame.timeout_s(value)
+                except InvalidArgument as exc:
+                    return exc
+                return DeadlineExceeded()
+        return Unimplemented("mnemosyned: the request lacks `te: trailers`")
 
     @property
     def peer(self) -> str:
@@ -97,7 +134,9 @@ class Call(Stream):
         if self._deadline is None:
             value = self.header(b"grpc-timeout")
             self._deadline = (
-                NO_DEADLINE if value is None else Deadline(self.arrived_s + frame.timeout_s(value))
+                NO_DEADLINE
+                if value is None
+                else Deadline(self.arrived_s + frame.timeout_s(value), waited_s=self.waited_s)
             )
         return self._deadline
 
@@ -217,13 +256,21 @@ class StreamWork:
 
 def is_grpc_type(content_type: bytes) -> bool:
     """Tell whether a content type is gRPC's."""
-    return content_type == GRPC or content_type.lower().startswith((GRPC + b"+", GRPC + b";"))
+    if content_type == GRPC:
+        return True
+    lower = content_type.lower()
+    return lower == GRPC or lower.startswith((GRPC + b"+", GRPC + b";", GRPC + b" "))
 
 
 def frame_reader(call: Call, max_message_bytes: int) -> frame.FrameReader:
     """Return a reader of a call's messages."""
     encoding = call.header(b"grpc-encoding") or b""
     return frame.FrameReader(encoding=encoding, max_message_bytes=max_message_bytes)
+
+
+def owner_trailers(owner: str) -> Headers:
+    """Return the trailer that says where a token's owner is."""
+    return [(_OWNER, owner.encode())]
 
 
 def status_headers(failure: Failure) -> Headers:

@@ -32,6 +32,7 @@ import asyncio
 import logging
 import math
 import random
+import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine
@@ -39,6 +40,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, cast
 
+from aio import slices
+from aio.slices import SlicesFull
+from aio.steps import Steps
 from http2.frames import CLIENT_PREFACE
 from http2.messages import HEADER_BYTES, announced_bytes, framed, head, only_message
 from http2.outbox import Headers
@@ -57,7 +61,7 @@ from mnemosyned.transport.call import (
     invoke_unary,
     refuse,
 )
-from mnemosyned.transport.engine import host_port
+from mnemosyned.transport.engine import NO_LINGER, UNIX_PEER, host_port
 from mnemosyned.transport.h2_backlog import AT_ONCE_BYTES
 from mnemosyned.transport.h2_call import (
     CONTENT_TYPE,
@@ -68,6 +72,7 @@ from mnemosyned.transport.h2_call import (
     failure_headers,
     frame_reader,
     is_grpc_type,
+    owner_trailers,
     status_headers,
 )
 from mnemosyned.transport.h2_server import Server
@@ -84,6 +89,7 @@ _HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a 
 
 _SHARED_BYTES: Final = 64 * 1024  # from here on a message is sent in pieces, and not copied
 
+_TOO_MANY_LARGE: Final = "mnemosyned: too many large requests are waiting"
 _INCOMPLETE: Final = "mnemosyned: too many requests are incomplete"
 _PLAIN_TEXT: Final = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
 
@@ -104,6 +110,7 @@ class Connection(asyncio.Protocol):
         self._is_http2 = False
         self._flush_is_due = False
         self._at_once_bytes = AT_ONCE_BYTES  # so much input is taken without a turn in the backlog
+        self._held_since_s = math.inf  # when the oldest input in the backlog may have been sent
         self._is_writable = True
         self._closing_since_s: float | None = None
         self._certificate_names: tuple[str, ...] | None = None
@@ -117,7 +124,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's own class does not derive from it
         self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
         address = transport.get_extra_info("peername")
-        self.peer = host_port(address[0], address[1]) if isinstance(address, tuple) else "unix"
+        self.peer = host_port(address[0], address[1]) if isinstance(address, tuple) else UNIX_PEER
         server = self._server
         limits = server.limits
         if limits.max_age_s != math.inf:
@@ -137,6 +144,8 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what has arrived, and answer what can be answered at once."""
         if len(data) > self._at_once_bytes:
+            if self._held_since_s == math.inf:
+                self._held_since_s = time.monotonic() - self._server.stalls.waited_s()
             self._server.backlog.put(self, data)
         else:
             self.take_input(data)
@@ -162,8 +171,22 @@ class Connection(asyncio.Protocol):
             if not self._begins_http2(data):
                 return
         now_s = time.monotonic()
-        self._take(self._http.receive(data, now_s), now_s)
+        calls = self._http.receive(data, now_s)
+        self._note_waiting(calls, now_s)
+        self._take(calls, now_s)
         self._flush(now_s)
+
+    def _note_waiting(self, calls: list[Call], now_s: float) -> None:
+        """Tell new calls how long they may have waited, in the socket and in the backlog."""
+        waited_s = self._server.stalls.waited_s()
+        if self._held_since_s != math.inf:
+            waited_s = max(waited_s, now_s - self._held_since_s)
+            if self._at_once_bytes >= 0:
+                self._held_since_s = math.inf  # this was the last of it
+        if waited_s:
+            for call in calls:
+                if call.arrived_s == now_s:
+                    call.waited_s = waited_s
 
     def eof_received(self) -> bool:
         """Take note that the client sends no more; False closes the transport."""
@@ -234,10 +257,13 @@ class Connection(asyncio.Protocol):
         failure = failure_of(Overloaded(reason))
         for call in list(self._http.streams.values()):
             self._cancel(call)
-            if call.is_answered:
-                self._http.cancel(call)
-            else:
+            if not call.is_answered:
                 self._send_failure(call, failure)
+            elif isinstance(call.work, StreamWork) and not call.is_ended:
+                # A reset would look like the client's own cancelling.
+                self._http.answer_end(call, status_headers(failure))
+            else:
+                self._http.cancel(call)
         self._http.is_over = True
         self._flush(now_s)
 
@@ -261,6 +287,14 @@ class Connection(asyncio.Protocol):
         for call in list(self._http.streams.values()):
             self._cancel(call)
         self._http.abandon()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Close the socket without what waits in the kernel for the client."""
+        with suppress(OSError):
+            self._transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER
+            )
         self._transport.abort()
 
     # Calls.
@@ -284,17 +318,39 @@ class Connection(asyncio.Protocol):
         limit_bytes = method.max_message_bytes or self._max_message_bytes
         if message is None or len(message) > limit_bytes:
             try:
-                message = self._only_message(call, limit_bytes)
+                size_bytes = len(call.body)
+                steps = self._reading_only(call, limit_bytes)
+                next(steps)
+            except StopIteration as end:
+                message = end.value
             except MnemosyneError as exc:
                 self._refuse_body(method, call, exc)
                 return
+            else:
+                call.work = UnaryWork(self._loop.create_task(self._read_on(method, call, steps, size_bytes)))
+                return
         outcome = invoke_unary(method, message, call)
         if isinstance(outcome, bytes):
-            self._http.answer(call, _OK_HEAD, framed(outcome), _OK_TRAILERS, now_s)
+            trailers = _OK_TRAILERS if not call.owner else _ok_trailers(call)
+            self._http.answer(call, _OK_HEAD, framed(outcome), trailers, now_s)
         elif isinstance(outcome, Failure | tuple):
             self._answer(call, outcome)
         else:
             call.work = UnaryWork(self._loop.create_task(self._finish(call, outcome)))
+
+    async def _read_on(self, method: UnaryMethod, call: Call, steps: Steps[bytes], size_bytes: int) -> None:
+        """Read a message that takes more than a step, and answer its call."""
+        outcome: Outcome | Coroutine[Any, Any, Outcome]
+        try:
+            message = await slices.of_loop().run(steps, size_bytes=size_bytes)
+        except SlicesFull:
+            outcome = self._refused(method, call, Overloaded(_TOO_MANY_LARGE))
+        except MnemosyneError as exc:
+            outcome = self._refused(method, call, exc)
+        else:
+            outcome = invoke_unary(method, message, call)
+        self._answer(call, await outcome if isinstance(outcome, Coroutine) else outcome)
+        self._flush_soon()
 
     async def _finish(self, call: Call, working: Coroutine[Any, Any, Outcome]) -> None:
         self._answer(call, await working)
@@ -305,7 +361,7 @@ class Connection(asyncio.Protocol):
             return
         now_s = time.monotonic()
         if isinstance(outcome, bytes) and len(outcome) < _SHARED_BYTES:
-            self._http.answer(call, _OK_HEAD, framed(outcome), _OK_TRAILERS, now_s)
+            self._http.answer(call, _OK_HEAD, framed(outcome), _ok_trailers(call), now_s)
         elif isinstance(outcome, Failure):
             self._send_failure(call, outcome)
         else:
@@ -313,7 +369,7 @@ class Connection(asyncio.Protocol):
             pieces = (outcome,) if isinstance(outcome, bytes) else outcome
             self._http.answer_head(call, 200, _OK_HEAD)
             self._http.answer_part(call, (head(pieces), *pieces), now_s)
-            self._http.answer_end(call, _OK_TRAILERS)
+            self._http.answer_end(call, _ok_trailers(call))
             self._server.relieve()
 
     def _take_part(self, call: Call) -> None:
@@ -342,21 +398,19 @@ class Connection(asyncio.Protocol):
             text = f"mnemosyned: message is larger than {limit_bytes} bytes"
             self._refuse_body(method, call, MessageTooLarge(text))
 
-    def _only_message(self, call: Call, limit_bytes: int) -> bytes:
+    def _reading_only(self, call: Call, limit_bytes: int) -> Steps[bytes]:
         """Return the message of a body that is compressed, too large or damaged. Raises what is wrong."""
         if call.is_refused:
             raise Overloaded(_INCOMPLETE)
-        reader = frame_reader(call, limit_bytes)
-        messages = reader.feed(bytes(self._http.take_body(call)))
-        reader.end()
-        if len(messages) != 1:
-            raise Unimplemented("mnemosyned: the method takes exactly one message")
-        return messages[0]
+        return frame_reader(call, limit_bytes).reading_only(self._http.take_body(call))
 
     def _refuse_body(self, method: UnaryMethod, call: Call, exc: MnemosyneError) -> None:
+        self._send_failure(call, self._refused(method, call, exc))
+
+    def _refused(self, method: UnaryMethod, call: Call, exc: MnemosyneError) -> Failure:
         # `invoke_unary` was not reached, so the call is counted here: `fail` counts it out.
         method.stats.begin()
-        self._send_failure(call, fail(method, call, exc, time.perf_counter()))
+        return fail(method, call, exc, time.perf_counter())
 
     def _begin_other(self, call: Call) -> None:
         """Begin a call whose method streams, or refuse what is no call of ours."""
@@ -366,8 +420,11 @@ class Connection(asyncio.Protocol):
         elif not is_grpc_type(call.header(b"content-type") or b""):
             self._answer_plainly(call, 415, [(b"accept-post", GRPC)])
         elif not call.is_grpc:
-            exc = Unimplemented("mnemosyned: the request lacks `te: trailers`")
-            self._send_failure(call, refuse(call, exc))
+            method = self._unary.get(call.target)
+            if method is None:
+                self._send_failure(call, refuse(call, call.objection()))
+            else:
+                self._refuse_body(method, call, call.objection())
         elif stream is None:
             self._send_failure(call, refuse(call, Unimplemented(UNKNOWN_METHOD)))
         else:
@@ -409,7 +466,10 @@ class Connection(asyncio.Protocol):
         return self._http.unsent_of(call)
 
     def _send_failure(self, call: Call, failure: Failure) -> None:
-        self._http.answer_head(call, 200, failure_headers(failure), ends=True)
+        headers = failure_headers(failure)
+        if call.owner:
+            headers = [*headers, *owner_trailers(call.owner)]
+        self._http.answer_head(call, 200, headers, ends=True)
 
     def _answer_plainly(self, call: Call, status: int, headers: Headers) -> None:
         self._http.answer_head(call, status, [(b"content-type", b"text/plain"), *headers])
@@ -483,7 +543,7 @@ class Connection(asyncio.Protocol):
             self._transport.close()
         else:
             # What is written would never leave.
-            self._transport.abort()
+            self._drop()
 
     def _begins_http2(self, data: bytes) -> bool:
         """Tell whether the client speaks HTTP/2; if it speaks something else, answer that and close."""
@@ -510,3 +570,7 @@ class Connection(asyncio.Protocol):
             pem = ssl.DER_cert_to_PEM_cert(certificate) if certificate else ""
             self._certificate_names = names_of(pem) if pem else ()
         return self._certificate_names
+
+
+def _ok_trailers(call: Call) -> Headers:
+    return [*_OK_TRAILERS, *owner_trailers(call.owner)] if call.owner else _OK_TRAILERS

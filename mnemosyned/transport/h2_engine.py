@@ -21,6 +21,7 @@ import socket
 import ssl
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -32,8 +33,9 @@ from http2.core import MAX_STREAMS
 from http2.stream import ServerLimits
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import TlsMaterial, grpc_context
-from mnemosyned.transport.acceptor import Acceptor, open_sockets
+from mnemosyned.transport.acceptor import Acceptor, inherited, open_sockets
 from mnemosyned.transport.engine import MAX_METADATA_BYTES, EngineOptions, ListenFailed
+from mnemosyned.transport.h2_backlog import Backlog
 from mnemosyned.transport.h2_connection import Connection
 from mnemosyned.transport.h2_server import Server
 from mnemosyned.transport.methods import MethodTable
@@ -72,13 +74,17 @@ class H2Engine:
         try:
             if options.tls is not None:
                 self._tls = grpc_context(options.tls)
-            sockets = await open_sockets(options.host, options.port)
+            sockets = inherited(options.listeners) or await open_sockets(options.host, options.port)
         except (OSError, FilesUnusable) as exc:
             raise ListenFailed(f"cannot listen on {options.address}: {_reason(exc)}") from exc
         self._server = _new_server(self._table, options, self._limits)
-        backlog = self._server.backlog
+        self._server.stalls.start()
         self._acceptor = Acceptor(
-            sockets, self._accepted, options.stats.accept_failures, is_busy=lambda: backlog.is_busy
+            sockets,
+            self._accepted,
+            options.stats.accept_failures,
+            is_busy=self._is_busy_with(self._server.backlog),
+            give_up=None if options.turns is None else options.turns.give_up,
         )
         self._acceptor.begin()
         self._checking = asyncio.create_task(
@@ -90,7 +96,7 @@ class H2Engine:
         """See Engine."""
         assert self._options.tls is not None
         # The context reads the files itself, and they may have changed once more.
-        self._tls = grpc_context(self._options.tls)
+        self._tls = await asyncio.to_thread(grpc_context, self._options.tls)
         log.debug("tls_generation", extra={"expires_at": round(material.expires_at_s)})
 
     async def drain(self) -> None:
@@ -110,6 +116,8 @@ class H2Engine:
         await self._wait_until_closed(_LAST_WORDS_S)
         for connection in self._connections():
             connection.abort("drain")
+        if self._server is not None:
+            self._server.stalls.stop()
         self._checking.cancel()
         await asyncio.gather(self._checking, return_exceptions=True)
 
@@ -124,8 +132,7 @@ class H2Engine:
 
     def _accepted(self, accepted: socket.socket, address: Any) -> None:  # noqa: ANN401  # of any family
         host = address[0] if isinstance(address, tuple) else ""
-        self._accepted_count += 1
-        self._accepted_from[host] += 1
+        self._count(host, 1)
         if self._is_full(host) or self._handshakes.spawn(self._serve(accepted, host)) is None:
             accepted.close()
             self._forget(host)
@@ -134,6 +141,12 @@ class H2Engine:
             if left_out is not None:
                 log.warning("connection_refused", extra={"peer": host, "left_out": left_out})
 
+    def _is_busy_with(self, backlog: Backlog) -> Callable[[], bool]:
+        turns = self._options.turns
+        if turns is None:
+            return lambda: backlog.is_busy
+        return lambda: backlog.is_busy or not turns.may_accept(self._accepted_count)
+
     def _is_full(self, host: str) -> bool:
         options, most_of_one = self._options, self._options.max_connections_per_address
         if self._accepted_count > options.max_connections:
@@ -141,10 +154,15 @@ class H2Engine:
         return bool(most_of_one and host) and self._accepted_from[host] > most_of_one
 
     def _forget(self, host: str) -> None:
-        self._accepted_count -= 1
-        self._accepted_from[host] -= 1
+        self._count(host, -1)
         if not self._accepted_from[host]:
             del self._accepted_from[host]
+
+    def _count(self, host: str, more: int) -> None:
+        self._accepted_count += more
+        self._accepted_from[host] += more
+        if self._options.turns is not None:
+            self._options.turns.show(self._accepted_count)
 
     async def _serve(self, accepted: socket.socket, host: str) -> None:
         assert self._server is not None
@@ -182,10 +200,13 @@ def _limits(options: EngineOptions) -> ServerLimits:
     return ServerLimits(
         max_streams=min(options.max_streams, MAX_STREAMS),
         max_header_bytes=MAX_METADATA_BYTES,
+        max_unsent_bytes=options.max_unsent_bytes_per_connection,
+        max_request_bytes=options.max_request_bytes_per_connection,
         preface_s=options.handshake_timeout_s,
         send_s=options.send_timeout_s,
         max_age_s=options.max_age_s or math.inf,
-        grace_s=options.drain_timeout_s,
+        grace_s=options.age_grace_s,
+        idle_s=options.max_idle_s or math.inf,
     )
 
 

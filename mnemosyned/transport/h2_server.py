@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from aio.rate_limit import LogRateLimiter
+from aio.stalls import StallWatch
 from http2.outbox import Tally
 from http2.stream import ServerLimits
+from mnemosyned.sessions.clock import uptime_ns
 from mnemosyned.transport.engine import ConnectionStats
 from mnemosyned.transport.h2_backlog import Backlog
 from mnemosyned.transport.methods import StreamMethod, UnaryMethod
@@ -42,6 +44,7 @@ class Server:
     request_total: Tally = field(default_factory=Tally)
     relief_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
     backlog: Backlog = field(default_factory=Backlog)
+    stalls: StallWatch = field(default_factory=lambda: StallWatch(uptime_ns))
 
     def relieve(self) -> None:
         """Close connections until all together hold no more than they may.

@@ -17,7 +17,8 @@ anything else that it raises is a bug.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,17 @@ from mnemosyned.transport.call import Call, Encoded, MethodStats
 # Returns the response at once where it can, otherwise a coroutine: that saves a task switch on the hot path.
 UnaryHandler = Callable[[bytes, Call], Encoded | Coroutine[Any, Any, Encoded]]
 StreamHandler = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
+
+
+def _new_limiters() -> dict[int, LogRateLimiter]:
+    # One for each level, so that callers with errors of their own do not hide those of the daemon, and an
+    # outage hides no bug. Ten lines say as much of an outage as ten thousand.
+    return {
+        logging.DEBUG: LogRateLimiter(),
+        logging.INFO: LogRateLimiter(),
+        logging.WARNING: LogRateLimiter(10),
+        logging.ERROR: LogRateLimiter(10),
+    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +52,7 @@ class UnaryMethod:
     handle: UnaryHandler
     stats: MethodStats
     max_message_bytes: int | None = None  # of a request; None: as the engine's options say
-    log_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
-    # Apart, so that callers with errors of their own do not hide those of the daemon.
-    warning_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
+    log_limiters: Mapping[int, LogRateLimiter] = field(default_factory=_new_limiters)  # by level
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,9 +63,7 @@ class StreamMethod:
     handle: StreamHandler
     stats: MethodStats
     max_message_bytes: int | None = None  # of each request; None: as the engine's options say
-    log_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
-    # Apart, so that callers with errors of their own do not hide those of the daemon.
-    warning_limiter: LogRateLimiter = field(default_factory=LogRateLimiter)
+    log_limiters: Mapping[int, LogRateLimiter] = field(default_factory=_new_limiters)  # by level
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +89,10 @@ class MethodTable:
         stats = MethodStats(service, name, "stream")
         self.streams[path] = StreamMethod(path, handle, stats, max_message_bytes)
 
+    def methods(self) -> list[UnaryMethod | StreamMethod]:
+        """Return all methods."""
+        return [*self.unary.values(), *self.streams.values()]
+
     def stats(self) -> list[MethodStats]:
         """Return the stats of all methods, for RpcCollector."""
-        unary = [method.stats for method in self.unary.values()]
-        return unary + [method.stats for method in self.streams.values()]
+        return [method.stats for method in self.methods()]

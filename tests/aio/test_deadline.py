@@ -23,3 +23,11 @@ def test_a_share_is_half_of_what_is_left_and_within_bounds() -> None:
     assert Deadline.in_s(10).share_s(0.25) == 0.25
     assert 0.04 < Deadline.in_s(0.1).share_s(0.25) <= 0.05
     assert Deadline.in_s(-1).share_s(0.25) == 0.0
+
+
+def test_a_write_counts_as_sent_when_it_can_first_have_been_sent() -> None:
+    deadline = Deadline(100.0, 7, waited_s=2.0)
+
+    assert deadline.of_write() == Deadline(98.0, 7)
+    assert Deadline(100.0, 7).of_write() == Deadline(100.0, 7)
+    assert NO_DEADLINE.of_write() == NO_DEADLINE

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import uvloop
 
 from aio.expiry import Expiry
 
@@ -59,3 +60,17 @@ async def test_after_the_close_nothing_fails() -> None:
 
     assert not future.done()
     future.cancel()
+
+
+def test_an_instant_that_is_over_already_harms_no_later_one() -> None:
+    async def run() -> None:
+        loop, expiry = asyncio.get_running_loop(), Expiry()
+        futures = [loop.create_future() for _ in range(3)]
+        for future, seconds in zip(futures, (0.0, -1.0, 0.01), strict=True):
+            expiry.add(future, seconds)
+        failures = await asyncio.gather(*futures, return_exceptions=True)
+        assert [type(one) for one in failures] == [TimeoutError] * 3
+
+    # As the daemon does: its loop's handle of such an instant is no TimerHandle.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())

@@ -35,7 +35,7 @@ from raw_http2 import (
     window_update,
 )
 
-from http2.core import RETIRE_AFTER_STREAMS
+from http2.core import CLOSE_AFTER_STREAMS, RETIRE_AFTER_STREAMS
 from http2.server import Phase
 from http2.stream import STREAM_BYTES, ServerLimits
 
@@ -383,6 +383,32 @@ def test_a_connection_retires_before_the_library_ends_it() -> None:
     assert goaways_of(sent) == [(HIGHEST, NO_ERROR)]
     assert server.http.reason == "streams"
     assert len(server.answered) == RETIRE_AFTER_STREAMS + 1
+
+
+@pytest.mark.parametrize("chunk_bytes", [50, 3000, 2**16])
+@pytest.mark.parametrize("max_streams", [3, 100])
+def test_a_peer_that_never_sees_the_goaway_loses_no_call_that_came_before_it(
+    max_streams: int, chunk_bytes: int
+) -> None:
+    # As a client does whose deadlines pass while this process stands still.
+    ids = range(1, 2 * (CLOSE_AFTER_STREAMS + 1000), 2)
+    held = {ids[0], ids[2000]}
+    data = PREFACE + b"".join(
+        request(it, headers=HOLD) if it in held else request(it, b"x") + rst_stream(it) for it in ids
+    )
+    server = Server(ServerLimits(max_streams=max_streams))
+
+    sent = b"".join(server.receive(data[at : at + chunk_bytes]) for at in range(0, len(data), chunk_bytes))
+
+    last_id, code = goaways_of(sent)[-1]
+    assert ids[RETIRE_AFTER_STREAMS] < last_id < 2 * 4096
+    assert code == NO_ERROR
+    assert set(server.held) == held
+    for it in held:
+        server.answer(server.held[it])
+    server.flush()
+    assert server.http.is_over
+    assert server.http.reason == "streams"
 
 
 def test_a_peer_that_has_shut_its_side_gets_its_answers() -> None:

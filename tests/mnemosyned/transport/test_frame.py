@@ -2,15 +2,31 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Callable
+from random import Random
 from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aio.steps import finished
 from http2.messages import announced_bytes, framed, only_message
-from mnemosyned.errors import MalformedMessage, MessageTooLarge, MnemosyneError, Unimplemented
-from mnemosyned.transport.frame import FrameReader, status_message, timeout_s
+from mnemosyned.errors import (
+    InvalidArgument,
+    MalformedMessage,
+    MessageTooLarge,
+    MnemosyneError,
+    Unimplemented,
+)
+from mnemosyned.transport.frame import (
+    FrameReader,
+    has_time,
+    is_packed,
+    status_message,
+    timeout_s,
+    unpacking_message,
+)
 
 
 def reader(encoding: bytes = b"", max_message_bytes: int = 100) -> FrameReader:
@@ -47,6 +63,34 @@ def test_anything_else_is_left_to_the_reader(body: bytes) -> None:
 )
 def test_compressed_messages_are_unpacked(encoding: bytes, payload: bytes) -> None:
     assert reader(encoding).feed(compressed(payload)) == [b"hello"]
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 65_536, 300_000, 1_000_000])
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_what_is_packed_says_so_and_is_unpacked_in_steps(
+    pack: Callable[[bytes, int], bytes], level: int, size_bytes: int
+) -> None:
+    for message in (bytes(size_bytes), Random(7).randbytes(size_bytes)):
+        packed = pack(message, level)
+        steps = unpacking_message(packed, max_bytes=size_bytes)
+
+        assert is_packed(packed)
+        assert finished(steps) == message
+
+
+@pytest.mark.parametrize("message", [b"", b"x", b"\x0a\x01t", b"\x0a\x80\x01" + b"t" * 128])
+def test_a_plain_message_is_not_called_packed(message: bytes) -> None:
+    assert not is_packed(message)
+
+
+def test_a_bomb_is_unpacked_up_to_the_limit_only() -> None:
+    steps = unpacking_message(gzip.compress(bytes(10_000_000)), max_bytes=1_000_000)
+    for _ in range(15):
+        next(steps)
+
+    with pytest.raises(MessageTooLarge):
+        next(steps)
 
 
 def test_a_frame_that_announces_too_much_is_refused_before_it_arrives() -> None:
@@ -108,12 +152,15 @@ def test_a_body_announces_its_length() -> None:
 )
 def test_timeouts_are_read(value: bytes, seconds: float) -> None:
     assert timeout_s(value) == pytest.approx(seconds)
+    assert has_time(value)
+    assert not has_time(b"0" + value[-1:])
 
 
 @pytest.mark.parametrize("value", [b"", b"1", b"S", b"-1S", b"123456789S", b"1.5S", b"1s", b" 1S"])
 def test_malformed_timeouts_are_refused(value: bytes) -> None:
-    with pytest.raises(MalformedMessage):
+    with pytest.raises(InvalidArgument):
         timeout_s(value)
+    assert not has_time(value)
 
 
 @given(st.text())

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from aio.stalls import StallWatch
+from aio.units import NS_PER_S
+
+
+class Uptime:
+    s = 100.0
+
+    def __call__(self) -> int:
+        return round(self.s * NS_PER_S)
+
+
+@pytest.fixture
+def uptime() -> Uptime:
+    return Uptime()
+
+
+@pytest.fixture
+async def watch(uptime: Uptime) -> AsyncIterator[StallWatch]:
+    watch = StallWatch(uptime, memory_s=0.1)
+    watch.start()
+    yield watch
+    watch.stop()
+
+
+async def test_what_is_read_in_time_is_new(watch: StallWatch, uptime: Uptime) -> None:
+    uptime.s += 0.09
+
+    assert watch.waited_s() == 0
+
+
+async def test_what_is_read_first_after_a_stall_may_be_as_old_as_the_last_beat(
+    watch: StallWatch, uptime: Uptime
+) -> None:
+    uptime.s += 2
+
+    assert watch.waited_s() == pytest.approx(2)
+
+
+async def test_a_stall_is_remembered_for_a_while_after_its_end(watch: StallWatch, uptime: Uptime) -> None:
+    uptime.s += 2
+    watch.beat()
+    uptime.s += 0.05
+    watch.beat()
+
+    assert watch.waited_s() == pytest.approx(2.05)
+
+    uptime.s += 0.06
+    watch.beat()
+
+    assert watch.waited_s() == 0
+
+
+async def test_a_loop_that_is_always_late_measures_its_last_stalls_only(
+    watch: StallWatch, uptime: Uptime
+) -> None:
+    for _ in range(100):
+        uptime.s += 0.12
+        watch.beat()
+
+    assert watch.waited_s() == pytest.approx(0.12)
+
+
+async def test_without_beats_no_stall_is_seen(uptime: Uptime) -> None:
+    watch = StallWatch(uptime)
+    watch.stop()
+    uptime.s += 2
+
+    assert watch.waited_s() == 0
