@@ -105,12 +105,15 @@ def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]
     shares = ring.shares()
     members: list[Member] = [] if gossip is None else sorted(gossip.swim.table)
     breakers = node.forwarder.breaker_states()
+    keeper = node.keeper
+    leases = {} if keeper is None else keeper.shown()
     return {
         "node": node.view.me,
         "status": "starting" if gossip is None else gossip.swim.me.status,
         "ring": {"fingerprint": ring.fingerprint, "nodes": list(ring.nodes)},
         "health_score": 0 if gossip is None else gossip.swim.health_score,
         "loop_lag_s": 0.0 if gossip is None else round(gossip.counters.max_loop_lag_s, 4),
+        "lease": {} if keeper is None else {"reason": keeper.reason(), "strangers": keeper.strangers()},
         "members": [
             {
                 "name": member.name,
@@ -120,6 +123,8 @@ def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]
                 "incarnation": member.incarnation,
                 # 0 for a member that is not in the ring: still joining, leaving, or dead.
                 "ring_share": round(shares.get(member.name, 0.0), 4),
+                # As the storage has it; none: the node serves no copies, or has no row.
+                "lease": leases.get(member.name, "none"),
                 # No breaker yet: this node has never forwarded a call there.
                 "breaker": breakers[member.name].name.lower() if member.name in breakers else "closed",
             }

@@ -38,7 +38,7 @@ from grpc_health.v1.health_pb2 import (  # type: ignore[attr-defined]  # newer t
     HealthListResponse,
 )
 
-from mnemosyned.api.session_manager import parsed
+from mnemosyned.api.parsing import parsed
 from mnemosyned.errors import Unimplemented, UnknownService
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
@@ -46,10 +46,6 @@ from mnemosyned.transport.places import StreamPlaces
 
 SERVICE_NAME: Final = "grpc.health.v1.Health"
 _MAX_MESSAGE_BYTES: Final = 16 * 1024
-# A client has one on each of its connections; a proxy may have those of several clients.
-_MAX_WATCHES: Final = 16
-# As many as connections by default. A change wakes all of them, in about 0.2 s.
-_MAX_ALL_WATCHES: Final = 10_000
 
 
 class Health:
@@ -58,19 +54,21 @@ class Health:
     On the event loop alone: it has no lock.
     """
 
-    def __init__(self, services: frozenset[str]) -> None:
+    def __init__(self, services: frozenset[str], places: StreamPlaces) -> None:
+        """`places` bound the watchers: a client has one on each connection, a proxy those of several."""
         self._services = services | {""}
         self._is_serving = False
         self._is_closed = False
         self._changed = asyncio.Event()
-        self._places = StreamPlaces(per_connection=_MAX_WATCHES, total=_MAX_ALL_WATCHES)
+        self._places = places
 
     def add_to(self, table: MethodTable) -> None:
         """Serve Check, List and Watch."""
-        table.add_unary(SERVICE_NAME, "Check", self._check)
-        table.add_unary(SERVICE_NAME, "List", self._list)
         # A name of a service, of any client: it needs no room for more.
-        table.add_stream(SERVICE_NAME, "Watch", self._watch, max_message_bytes=_MAX_MESSAGE_BYTES)
+        limit = _MAX_MESSAGE_BYTES
+        table.add_unary(SERVICE_NAME, "Check", self._check, max_message_bytes=limit)
+        table.add_unary(SERVICE_NAME, "List", self._list, max_message_bytes=limit)
+        table.add_stream(SERVICE_NAME, "Watch", self._watch, max_message_bytes=limit)
 
     def set_serving(self, is_serving: bool) -> None:  # noqa: FBT001  # the state itself
         """Change the state and wake the watchers; nothing happens once closed.

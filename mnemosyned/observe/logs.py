@@ -18,7 +18,8 @@ Strangers. Any field may hold what a client, another node or a file has sent. Ch
 drive a terminal are escaped in all three forms (printable.py). A traceback in development has many lines, and
 each of them is indented.
 
-Failing to log never fails a call: a closed pipe at the other end of the stream loses lines.
+Failing to log never fails a call, and never delays it: a thread writes the lines (line_writer.py). A reader
+that does not read, a full disk or a closed pipe loses lines, which are counted.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import Final, TextIO
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Final, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from mnemosyned import __version__
+from mnemosyned.observe import stray_output
+from mnemosyned.observe.line_writer import LineWriter
 from mnemosyned.observe.printable import printable, printable_block, printable_json
+from mnemosyned.observe.stray_output import ForeignLines, Prints, StrayOutput
 
 _LEVEL_BY_NAME: Final = {
     "debug": logging.DEBUG,
@@ -52,6 +58,9 @@ _SECRET_FIELDS: Final = {
     "token", "access_token", "refresh_token", "bag", "dsn", "password", "authorization", "secret",
 }  # fmt: skip
 _TRACEBACK_INDENT: Final = "    | "
+_STANDARD_ERROR: Final = 2
+# A stop waits this long for a reader of the log that may be stuck.
+CLOSE_TIMEOUT_S: Final = 1.0
 LEAST_LEVEL_BY_LOGGER: Final = {
     # Logs keys at debug, and our keys are tokens.
     "aiocache": logging.INFO,
@@ -63,23 +72,95 @@ LEAST_LEVEL_BY_LOGGER: Final = {
 
 
 def configure(
-    environment: str, level: str, *, secret_flags: Iterable[str] = (), stream: TextIO | None = None
+    environment: str,
+    level: str,
+    *,
+    secret_flags: Iterable[str] = (),
+    stream: TextIO | None = None,
+    worker: int | None = None,
 ) -> None:
-    """Send all logs of the process to the stream; without one, to the standard error.
+    """Send all logs of the process to the stream; without one, to the standard error, by a thread.
 
     `environment` is production, development or stackdriver; `level` is one of the names of -log.level. Fields
-    that are named like one of `secret_flags`, with _ for dots, are redacted. Call it once, at the start: it
-    replaces the handlers of the root logger.
+    that are named like one of `secret_flags`, with _ for dots, are redacted. With `worker`, each line says
+    which process of the daemon has written it. Call it once, at the start: it replaces the handlers of the
+    root logger.
     """
     _SECRET_FIELDS.update(name.replace(".", "_") for name in secret_flags)
-    # Otherwise the standard library prints a traceback for each line that a closed pipe does not take.
+    # Otherwise the standard library prints a traceback for each line that cannot be written.
     logging.raiseExceptions = False
     logging.captureWarnings(capture=True)
-    stream = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(formatter(environment, stream))
+    form = formatter(environment, sys.stderr if stream is None else stream)
+    handler = _ThreadedHandler() if stream is None else logging.StreamHandler(stream)
+    handler.setFormatter(form)
+    handler.addFilter(ForeignLines())
+    if worker is not None:
+        handler.addFilter(partial(_signed, worker))
     logging.getLogger().handlers[:] = [handler]
     set_level(level)
+    stray_output.log_what_python_prints()
+
+
+def _signed(worker: int, record: logging.LogRecord) -> bool:
+    record.worker = worker
+    return True
+
+
+def close() -> None:
+    """Write the lines that still wait, within CLOSE_TIMEOUT_S; later lines are lost."""
+    for handler in logging.getLogger().handlers:
+        handler.close()
+
+
+def capture_native_output() -> None:
+    """Log what libraries in C print to the standard error, which could wait for it and has no form."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _ThreadedHandler):
+            handler.capture_strays()
+
+
+def dropped_lines() -> int:
+    """Return how many lines the standard error did not take."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.writer.dropped for handler in handlers if isinstance(handler, _ThreadedHandler))
+
+
+class _ThreadedHandler(logging.Handler):
+    """Formats a line on the thread that logs it, and has another thread write it to the standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writer = LineWriter(_STANDARD_ERROR, render_dropped=self._render_dropped)
+        self._strays: StrayOutput | None = None
+        self._standard_error = sys.stderr
+        sys.stderr = cast("TextIO", Prints())
+
+    def capture_strays(self) -> None:
+        self._strays = StrayOutput(self.writer)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception as exc:  # noqa: BLE001  # no line is worth a failed call
+            fields = {"of": record.name, "error": type(exc).__name__}
+            line = self._render(logging.ERROR, "log_line_failed", fields)
+        self.writer.put(line + "\n")
+
+    def close(self) -> None:
+        sys.stderr = self._standard_error
+        if self._strays is not None:
+            self._strays.close()
+            self._strays = None
+        self.writer.close(timeout_s=CLOSE_TIMEOUT_S)
+        super().close()
+
+    def _render_dropped(self, count: int, reason: str) -> str:
+        return self._render(logging.WARNING, "log_lines_dropped", {"lines": count, "reason": reason}) + "\n"
+
+    def _render(self, level: int, event: str, fields: Mapping[str, object]) -> str:
+        record = logging.LogRecord(__name__, level, __file__, 0, event, None, None)
+        record.__dict__.update(fields)
+        return self.format(record)
 
 
 def formatter(environment: str, stream: TextIO) -> logging.Formatter:
@@ -117,11 +198,11 @@ def _production(_: TextIO) -> list[Processor]:
 
 def _stackdriver(_: TextIO) -> list[Processor]:
     return [
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="eventTime"),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         structlog.processors.format_exc_info,
         structlog.processors.EventRenamer("message"),
         _as_google_names_it,
-        _first("severity", "eventTime", "message", "serviceContext"),
+        _first("severity", "time", "eventTime", "message", "serviceContext"),
         _json,
     ]
 
@@ -169,7 +250,17 @@ def _printable_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
 
 def _as_google_names_it(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     level = str(event.pop("level"))
+    # Cloud Logging reads `time`; the Go daemon has written `eventTime`.
+    event["eventTime"] = event["time"]
     event["severity"] = _SEVERITY_BY_LEVEL.get(level, level.upper())
+    if "trace_id" in event:
+        project = os.environ.get("GOOGLE_CLOUD_PROJECT")
+        trace_id = str(event.pop("trace_id"))
+        event["logging.googleapis.com/trace"] = (
+            f"projects/{project}/traces/{trace_id}" if project else trace_id
+        )
+        event["logging.googleapis.com/spanId"] = event.pop("span_id", "")
+        event["logging.googleapis.com/trace_sampled"] = event.pop("trace_sampled", False)
     event["serviceContext"] = {"service": "mnemosyned", "version": __version__}
     return event
 

@@ -22,7 +22,9 @@ Rules for editing:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import (
@@ -38,11 +40,15 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from mnemosyned import __version__
+
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from cache.read_through import CacheCounters
     from mnemosyned.api.guessing import GuessCounts
+    from mnemosyned.sessions.counts import SessionCounts
+    from mnemosyned.sessions.lease_keeper import LeaseCounters
     from mnemosyned.transport.call import MethodStats
     from mnemosyned.transport.engine import ConnectionStats
 
@@ -103,13 +109,25 @@ class RpcCollector(Collector):
 
 
 class ConnectionCollector(Collector):
-    """Shows the connections of the gRPC port as `grpc_server_connections*`."""
+    """Shows the connections of the gRPC port as `grpc_server_connections*`, and those not accepted."""
 
-    def __init__(self, stats: ConnectionStats) -> None:
+    def __init__(self, stats: ConnectionStats, *, is_counted: bool = True) -> None:
+        """`is_counted`: the engine counts its connections, not only those that it could not accept."""
         self._stats = stats
+        self._is_counted = is_counted
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family for each name."""
+        if self._is_counted:
+            yield from self._connections()
+        failures = CounterMetricFamily(
+            "grpc_server_accept_failures", "Connections that could not be accepted.", labels=("error",)
+        )
+        for error, count in dict(self._stats.accept_failures).items():
+            failures.add_metric((error,), count)
+        yield failures
+
+    def _connections(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "grpc_server_connections", "Open connections of the gRPC port.", value=self._stats.open
         )
@@ -124,12 +142,7 @@ class ConnectionCollector(Collector):
         # Copies, made in one step: the event loop adds to them.
         for reason, count in dict(self._stats.ended).items():
             ended.add_metric((reason,), count)
-        failures = CounterMetricFamily(
-            "grpc_server_accept_failures", "Connections that could not be accepted.", labels=("error",)
-        )
-        for error, count in dict(self._stats.accept_failures).items():
-            failures.add_metric((error,), count)
-        yield from (ended, failures)
+        yield ended
 
 
 class CacheCollector(Collector):
@@ -179,6 +192,89 @@ class CacheCollector(Collector):
         yield GaugeMetricFamily(
             "mnemosyned_cache_bytes", "Estimated memory of the cached sessions.", value=self._size_bytes()
         )
+
+
+class LeaseCollector(Collector):
+    """Shows a node's lease (`cluster/lease.py`) as `mnemosyned_lease_*`, and what writes waited for."""
+
+    def __init__(
+        self, counters: LeaseCounters, *, reason: Callable[[], str], age_s: Callable[[], float | None]
+    ) -> None:
+        self._counters = counters
+        self._reason = reason
+        self._age_s = age_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each name; the age has no sample before the first renewal."""
+        counters = self._counters
+        yield GaugeMetricFamily(
+            "mnemosyned_lease_valid", "Whether copies may be served: 1 or 0.", value=float(not self._reason())
+        )
+        age = GaugeMetricFamily("mnemosyned_lease_age_seconds", "Since the last answered renewal was sent.")
+        age_s = self._age_s()
+        if age_s is not None:
+            age.add_metric((), age_s)
+        yield age
+        renewals = CounterMetricFamily(
+            "mnemosyned_lease_renewals", "Renewals of the lease, by outcome.", labels=("outcome",)
+        )
+        for outcome in ("ok", "refused", "failed"):
+            renewals.add_metric((outcome,), counters.renewals[outcome])
+        bars = CounterMetricFamily(
+            "mnemosyned_lease_bars",
+            "Bars that this node gave to nodes which it could not tell of a write, and that it received.",
+            labels=("direction",),
+        )
+        bars.add_metric(("given",), counters.bars_given)
+        bars.add_metric(("received",), counters.bars_received)
+        drops = CounterMetricFamily(
+            "mnemosyned_lease_drops", "Times that every copy was dropped, by reason.", labels=("reason",)
+        )
+        for reason in ("lapsed", "barred", "replaced"):
+            drops.add_metric((reason,), counters.drops[reason])
+        refused = CounterMetricFamily(
+            "mnemosyned_lease_refused", "Calls that no copy might answer, by reason.", labels=("reason",)
+        )
+        for reason in ("lapsed", "barred", "registering", "conflict"):
+            refused.add_metric((reason,), counters.refused[reason])
+        yield from (renewals, bars, drops, refused)
+        yield HistogramMetricFamily(
+            "mnemosyned_settle_seconds",
+            "What writes waited for until no older copy was left; those that need not wait are not counted.",
+            buckets=_cumulative(counters.settle_bounds_s, counters.settle_buckets),
+            sum_value=counters.settle_s,
+        )
+
+
+def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    names = [*(f"{bound:g}" for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))
+
+
+class SessionCollector(Collector):
+    """Shows sessions/counts.py as `mnemosyned_sessions*`."""
+
+    def __init__(self, counts: SessionCounts) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each name; the estimate has no sample while there is none."""
+        counts = self._counts
+        estimated = GaugeMetricFamily(
+            "mnemosyned_sessions",
+            "Estimate of the stored sessions of all nodes, with expired ones that are not cleaned up yet.",
+        )
+        if counts.estimated is not None:
+            estimated.add_metric((), counts.estimated)
+        started = CounterMetricFamily(
+            "mnemosyned_sessions_started", "Sessions that this node has stored.", value=counts.started
+        )
+        ended = CounterMetricFamily(
+            "mnemosyned_sessions_ended", "Sessions that this node has ended, by cause.", labels=("cause",)
+        )
+        for cause, count in counts.ended_by_cause.items():
+            ended.add_metric((cause,), count)
+        yield from (estimated, started, ended)
 
 
 class GuessCollector(Collector):
@@ -234,6 +330,12 @@ class QueryMetrics:
             registry=registry,
         )
         self._connections = Gauge(f"{prefix}_connections", "Connections of the pool.", registry=registry)
+        self._in_use = Gauge(
+            f"{prefix}_connections_in_use", "Connections that a statement uses.", registry=registry
+        )
+        self._waiting = Gauge(
+            f"{prefix}_waiting", "Statements that wait for a connection of the pool.", registry=registry
+        )
 
     def count(self, query: str, elapsed_s: float) -> None:
         """Count a statement, failed or not."""
@@ -247,9 +349,13 @@ class QueryMetrics:
         """
         self._errors.labels(query).inc()
 
-    def watch_connections(self, size: Callable[[], int]) -> None:
-        """Ask for the pool's size at each scrape."""
+    def watch_pool(
+        self, *, size: Callable[[], int], in_use: Callable[[], int], waiting: Callable[[], int]
+    ) -> None:
+        """Ask for the pool's numbers at each scrape."""
         self._connections.set_function(size)
+        self._in_use.set_function(in_use)
+        self._waiting.set_function(waiting)
 
 
 class UpkeepMetrics:
@@ -290,6 +396,49 @@ class AuthMetrics:
     def refused(self, reason: str) -> None:
         """Count a refused call; `reason` is missing, unknown or role."""
         self._by_reason[reason].inc()
+
+
+def show_build(registry: CollectorRegistry, *, engine: str, storage: str) -> None:
+    """Export what runs here, as labels of a gauge that is 1."""
+    Gauge(
+        "mnemosyned_build_info",
+        "What this node runs; the value is 1.",
+        ("version", "python", "engine", "storage"),
+        registry=registry,
+    ).labels(__version__, platform.python_version(), engine, storage).set(1)
+
+
+def show_dropped_lines(registry: CollectorRegistry, dropped: Callable[[], int]) -> None:
+    """Export how many lines of the log were lost; `dropped` is asked at each scrape."""
+    registry.register(_DroppedLines(dropped))
+
+
+class _DroppedLines(Collector):
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "mnemosyned_log_lines_dropped",
+            "Lines of the log that could not be written.",
+            value=self._dropped(),
+        )
+
+
+def show_readiness(registry: CollectorRegistry, is_ready: Callable[[], bool]) -> None:
+    """Export what `/healthr` answers; `is_ready` is asked at each scrape, on threads of the admin port."""
+    gauge = Gauge("mnemosyned_ready", "Whether calls should be sent to this node: 1 or 0.", registry=registry)
+    gauge.set_function(is_ready)
+
+
+def show_silence(registry: CollectorRegistry, silence_s: Callable[[], float]) -> None:
+    """Export for how long the event loop is silent; `silence_s` is asked at each scrape."""
+    gauge = Gauge(
+        "mnemosyned_loop_silence_seconds",
+        "For how long the event loop has not answered: 0 while it keeps time.",
+        registry=registry,
+    )
+    gauge.set_function(silence_s)
 
 
 def show_certificates_end(registry: CollectorRegistry, ends_at_s: Callable[[], float]) -> None:

@@ -78,7 +78,18 @@ class FileReloader(Generic[Content]):
         self._secret_paths = secret_paths
         self._seen = self._stamps()
         self._complaint = ""
+        self._is_asked = False
+        self._looking = asyncio.Lock()
         self.content = read()
+
+    def ask(self) -> None:
+        """Read the files at the next look, whatever their stamps say."""
+        self._is_asked = True
+
+    @property
+    def name(self) -> str:
+        """What the files are for, in one word."""
+        return self._name
 
     async def run(self) -> None:
         """Look for changes once a second, until cancelled.
@@ -87,16 +98,33 @@ class FileReloader(Generic[Content]):
         """
         await run_periodically("reload", self.look, period_s=lambda: _PERIOD_S)
 
+    async def reload(self) -> str:
+        """Read the files now, whatever their stamps say; return why the old content stays, if it does."""
+        self._complaint = ""
+        self.ask()
+        await self.look()
+        return self._complaint
+
     async def look(self) -> None:
-        """Have new files take effect if they are complete and valid; otherwise keep the old content."""
-        stamps = self._stamps()
-        if stamps == self._seen:
+        """Have new files take effect if they are complete and valid; otherwise keep the old content.
+
+        One look at a time: a second one waits, and looks again.
+        """
+        async with self._looking:
+            await self._look()
+
+    async def _look(self) -> None:
+        is_asked, self._is_asked = self._is_asked, False
+        # On a thread, all that looks at files: a network file system may take its time.
+        stamps = await asyncio.to_thread(self._stamps)
+        if stamps == self._seen and not is_asked:
             # Also after a change that was taken back: the same mistake once more is logged once more.
             self._complaint = ""
             return
         try:
-            # On a thread: a network file system may take its time, and checking a key costs milliseconds.
             content = await asyncio.to_thread(self._read)
+            if stamps == self._seen and content == self.content:
+                return
             for follow in self.followers:
                 await follow(content)
         except FilesUnusable as exc:
@@ -107,7 +135,7 @@ class FileReloader(Generic[Content]):
             return
         self._seen, self._complaint, self.content = stamps, "", content
         log.info("%s_reloaded", self._name, extra={"files": len(self._paths)})
-        log_exposures(dict.fromkeys(self._secret_paths, self._name))
+        await asyncio.to_thread(log_exposures, dict.fromkeys(self._secret_paths, self._name))
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]

@@ -41,6 +41,13 @@ def hide_secrets(arguments: Sequence[str], secret_flags: Collection[str]) -> Non
         return
     # Arguments that are not UTF-8 hold surrogates, which cannot be encoded.
     title = " ".join([PROGRAM, *shown]).encode(errors="replace").decode()
+    show(title)
+    if not title.startswith(getproctitle() or "?"):
+        sys.stderr.write(f"{PROGRAM}: every user here can read the command line: give secrets in a file\n")
+
+
+def show(title: str) -> None:
+    """Replace the process title, as far as there is room for another one."""
     is_ours = _ARGUMENTS_ONLY not in os.environ
     os.environ.setdefault(_ARGUMENTS_ONLY, "1")
     setproctitle(title)
@@ -49,8 +56,6 @@ def hide_secrets(arguments: Sequence[str], secret_flags: Collection[str]) -> Non
     # The library also sets the thread's name, cut to 15 bytes of the title. `ps -C` and `pkill` compare that
     # name, and find the daemon only by its bare name.
     setthreadtitle(PROGRAM)
-    if not title.startswith(getproctitle() or "?"):
-        sys.stderr.write(f"{PROGRAM}: every user here can read the command line: give secrets in a file\n")
 
 
 def without_secrets(arguments: Sequence[str], secret_flags: Collection[str]) -> list[str]:

@@ -159,6 +159,20 @@ def peer_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
+def probe_context(files: TlsFiles) -> ssl.SSLContext:
+    """Return the context in which this node calls its own port: with its certificate, verifying nothing.
+
+    The certificate is for the node's name and not for a loopback address, and the connection does not leave
+    the host.
+
+    Raises:
+        FilesUnusable: the files are invalid.
+    """
+    context = peer_context(files)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def client_context(authorities: str) -> ssl.SSLContext:
     """Return a context for a client that accepts certificates of these authorities.
 

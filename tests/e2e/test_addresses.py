@@ -111,3 +111,39 @@ async def test_an_address_that_this_host_lacks_is_left_out_if_there_is_another(
     del found[0]
     with pytest.raises(OSError, match="Cannot assign"):
         await open_sockets("name.example", 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a namespace")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("host", ["both.test", "::", "six.test", "four.test"])
+def test_both_ports_listen_on_every_address_of_the_host(engine: str, host: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 both.test four.test\n::1 both.test six.test\n")
+    expected = {"four.test": [True, False], "six.test": [False, True]}.get(host, [True, True])
+    for port in (0, free_ports(2)[0]):
+        with Daemon(
+            "-storage=memory",
+            f"-grpc.engine={engine}",
+            f"-host={host}",
+            f"-port={port}",
+            prefix=with_hosts(hosts),
+        ) as daemon:
+            daemon.serving()
+            for where in (daemon.address, daemon.admin):
+                number = int(where.rpartition(":")[2])
+                assert [accepts(one, number) for one in ("127.0.0.1", "::1")] == expected
+            assert daemon.stop() == 0
+
+
+def with_hosts(hosts: Path) -> list[str]:
+    """Return the words before a command that is to see another /etc/hosts."""
+    script = 'mount --bind "$0" /etc/hosts && exec "$@"'
+    return ["unshare", "--mount", "/bin/sh", "-c", script, str(hosts)]
+
+
+def accepts(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False

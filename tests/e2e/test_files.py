@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_an_unusable_file_of_callers_is_refused(tmp_path: Path, content: str | b
     assert err.count("\n") == 1
     with Daemon(MEMORY, f"-auth.keys={keys}") as daemon:
         assert daemon.end() == 1
-    assert daemon.log == err
+    (line,) = map(json.loads, daemon.lines)
+    assert (line["msg"], f"mnemosyned: {line['error']}\n") == ("start_failed", err)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "missing"])
