@@ -16,7 +16,8 @@ Who ends whom:
 
 - The owner stops its child: SIGINT (fast shutdown), SIGQUIT (immediate), SIGKILL.
 - If the owner dies by SIGKILL, the kernel sends the child SIGINT (PR_SET_PDEATHSIG, see `programs.py`).
-  The signal is bound to the thread that started the child, so that must be the main thread.
+  The signal is bound to the thread that started the child, so that must be the main thread, or one that
+  lives until `stop`.
 - A new owner may start while the former server still shuts down. It waits 5 s for it, and then sends it the
   same three signals (`_end_old_server`). It never signals a process that does not work in DIR/data.
 - The terminal's Ctrl-C does not reach the server, which is in a session of its own.
@@ -29,8 +30,8 @@ A crash at any point leaves a state that the next start can use:
 - while the server runs: PostgreSQL recovers from its log, and an acknowledged session is kept;
 - with a stale `postmaster.pid`: see `_attach` for guests and `_stale_pid` for the owner.
 
-All of it blocks, and is done before the event loop runs, or during a restart, when no call could be
-answered by the storage anyway.
+All of it blocks. A start is made before the event loop runs, and a restart on a thread of its own. `stop` has
+a restart that is under way give up.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,6 +79,7 @@ _MAX_LOG_BYTES: Final = 10 * 1024 * 1024
 # A free port may be taken between the look and the server's start.
 _BIND_TRIES: Final = 3
 _PORTS: Final = 2**16
+_STOPPED: Final = "the daemon stops"
 # Of the log, in an error: the reason, and the lines that PostgreSQL writes after it while it ends.
 _QUOTED_LINES: Final = 4
 _QUOTED_CHARACTERS: Final = 600
@@ -98,7 +101,7 @@ _SETTINGS: Final = {
 class EmbeddedPostgres:
     """A running server; `is_owner` tells whether it is the child of this process or of another.
 
-    Not safe for several threads: one thread calls `start`, `restart` and `stop`.
+    One thread calls `start` and `stop`, and one `restart`, at any time.
     """
 
     @classmethod
@@ -132,6 +135,8 @@ class EmbeddedPostgres:
         self._child: subprocess.Popen[bytes] | None = None
         self._programs: Programs | None = None
         self._run_as = RunAs()
+        self._is_stopping = threading.Event()
+        self._restarting = threading.Lock()
 
     @property
     def is_owner(self) -> bool:
@@ -156,13 +161,15 @@ class EmbeddedPostgres:
         """Start this process's server again after its end, on the same port; it recovers by itself.
 
         Guests and the own connection pool know the address only, so the port must not change. Call it from
-        the thread that called `start`, and only as the owner. It blocks like `start`.
+        a thread that lives until `stop`, and only as the owner. It blocks like `start`.
 
         Raises:
-            EmbeddedError: it cannot be started; a later try may succeed.
+            EmbeddedError: it cannot be started; a later try may succeed. Or `stop` was called.
         """
-        assert self.is_owner
-        with _translated(self.directory):
+        with self._restarting, _translated(self.directory):
+            if self._is_stopping.is_set():
+                raise EmbeddedError(_STOPPED)
+            assert self.is_owner
             self._end_child(0.0)
             self._end_old_server()
             self._start_child()
@@ -174,6 +181,11 @@ class EmbeddedPostgres:
         - SIGQUIT: it ends without a checkpoint and recovers at its next start; 3 s.
         - SIGKILL, which only a process in uninterruptible sleep survives.
         """
+        self._is_stopping.set()
+        with self._restarting:
+            self._stop_now(timeout_s)
+
+    def _stop_now(self, timeout_s: float) -> None:
         # The lock last: a new owner must not meet a server that is still shutting down.
         self._end_child(timeout_s)
         self._child = None
@@ -307,8 +319,10 @@ class EmbeddedPostgres:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             with suppress(EmbeddedError):
-                _wait_until(is_gone, _OLD_SERVER_TIMEOUT_S, "")
+                self._wait_until(is_gone, _OLD_SERVER_TIMEOUT_S, "")
                 return
+            if self._is_stopping.is_set():
+                raise EmbeddedError(_STOPPED)
         raise EmbeddedError(f"the old server, processes {servers_on(self._data)}, does not end")
 
     def _run_server(self) -> None:
@@ -340,12 +354,17 @@ class EmbeddedPostgres:
 
         complaint = f"the server is not ready after {_READY_TIMEOUT_S:.0f} s"
         try:
-            _wait_until(is_ready_or_ended, _READY_TIMEOUT_S, complaint)
+            self._wait_until(is_ready_or_ended, _READY_TIMEOUT_S, complaint)
         except EmbeddedError as exc:
             self._end_child(0.0)
             raise EmbeddedError(f"{exc}: {self._log_tail(log_start)}") from None
         if self.exited():
             raise EmbeddedError(f"the server ended at its start: {self._log_tail(log_start)}")
+
+    def _wait_until(self, condition: Callable[[], bool], timeout_s: float, complaint: str) -> None:
+        _wait_until(lambda: self._is_stopping.is_set() or condition(), timeout_s, complaint)
+        if self._is_stopping.is_set():
+            raise EmbeddedError(_STOPPED)
 
     def _stale_pid(self) -> dict[str, str]:
         """Return the environment that makes PostgreSQL ignore the process in a stale `postmaster.pid`.

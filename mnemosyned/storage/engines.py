@@ -10,6 +10,7 @@ all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from mnemosyned.config.config import Config
+    from mnemosyned.security.file_reloader import FileReloader
     from mnemosyned.sessions.store import EngineStore, FullStore
     from mnemosyned.sessions.token_hash import TokenHasher
 
@@ -61,7 +63,7 @@ class PrivateServer(Protocol):
         ...
 
     def restart(self) -> None:
-        """Start the child again; call it from the thread that started it. Raises StorageRefused."""
+        """Start the child again; call it from a thread that lives until `stop`. Raises StorageRefused."""
         ...
 
     def stop(self) -> None:
@@ -75,9 +77,14 @@ class Surroundings:
 
     registry: CollectorRegistry
     server: PrivateServer | None = None  # what the engine's `start_server` returned
+    address: FileReloader[str] | None = None  # what the engine's `follow_address` returned
 
 
 def _no_server(_: Config) -> PrivateServer | None:
+    return None
+
+
+def _no_file(_: Config) -> FileReloader[str] | None:
     return None
 
 
@@ -93,17 +100,42 @@ class Engine:
     # Starts a private server if the configuration asks for one. Raises StorageRefused. It is called before
     # any thread or event loop exists, since the server ends with the thread that started it.
     start_server: Callable[[Config], PrivateServer | None] = _no_server
+    # Follows the file that holds the address. Raises FilesUnusable. The store becomes a follower of it.
+    follow_address: Callable[[Config], FileReloader[str] | None] = _no_file
 
 
 def _build_postgres(config: Config, surroundings: Surroundings) -> EngineStore:
-    from mnemosyned.storage.postgres.store import build
+    from mnemosyned.storage.postgres.build import build
 
     server = surroundings.server
     return build(
         config[PostgresConfig],
         dsn=config[PostgresConfig].address if server is None else server.dsn,
         registry=surroundings.registry,
+        environ=os.environ if server is None else {},
+        address=surroundings.address,
     )
+
+
+def _follow_address_of_postgres(config: Config) -> FileReloader[str] | None:
+    from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
+    from mnemosyned.storage.postgres.config import is_private
+
+    section = config[PostgresConfig]
+    if not section.address_file or is_private(section.address):
+        return None
+
+    def read() -> str:
+        try:
+            found = section.address_in_file()
+        except ConfigError as exc:
+            raise FilesUnusable(str(exc)) from None
+        if is_private(found):
+            raise FilesUnusable(f"{section.address_file}: a private server needs a restart")
+        return found
+
+    path = section.address_file
+    return FileReloader("postgres_address", [path], read, secret_paths=[path])
 
 
 def _start_private_postgres(config: Config) -> PrivateServer | None:
@@ -128,6 +160,7 @@ ENGINES: Final = {
             build=_build_postgres,
             section=PostgresConfig,
             start_server=_start_private_postgres,
+            follow_address=_follow_address_of_postgres,
         ),
         Engine(
             name="memory",

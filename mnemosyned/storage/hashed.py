@@ -16,21 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final, TypeVar
 
+from aio.units import NEVER_US
 from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions import token_hash
 from mnemosyned.sessions.model import (
+    MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
-    DamagedSession,
     Lookup,
     NewSession,
     Session,
     Touch,
     ValueChange,
 )
-from mnemosyned.sessions.store import Deletion, FullStore, Renaming
+from mnemosyned.sessions.store import Deletion, FullStore, Page, Renaming
 from mnemosyned.sessions.token_hash import TokenHasher
 
 Item = TypeVar("Item")
@@ -49,8 +51,10 @@ class HashedStore:
         self._stored_key = token_hasher.stored_key
         # What concerns no token.
         self.open, self.close = store.open, store.close
-        self.now_us, self.identity = store.now_us, store.identity
+        self.now_us, self.identity, self.check = store.now_us, store.identity, store.check
+        self.estimated_sessions = store.estimated_sessions
         self.rename, self.stored_keys_after = store.rename, store.stored_keys_after
+        self.renew, self.bar, self.resign = store.renew, store.bar, store.resign
         self.clean_up = store.clean_up
         self.stored_from, self.remove_unchanged = store.stored_from, store.remove_unchanged
 
@@ -93,22 +97,26 @@ class HashedStore:
         return await self._found_for(touches, self._store.touch)
 
     async def find(
-        self, criteria: Criteria, *, offset: int, limit: int
-    ) -> Sequence[Session | DamagedSession]:
+        self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> Page:
         """See SessionStore; a session with a hashed key has its session id in place of the token."""
-        found = await self._store.find(await self._by_stored_key(criteria), offset=offset, limit=limit)
-        return [replace(session, access_token=_shown(session.access_token)) for session in found]
+        found = await self._store.find(
+            await self._by_stored_key(criteria), offset=offset, limit=limit, max_bytes=max_bytes
+        )
+        shown = [replace(session, access_token=_shown(session.access_token)) for session in found.sessions]
+        return replace(found, sessions=shown)
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
+    async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore; takes a session id in place of the token too."""
+        delete = partial(self._store.delete, limit=limit, not_after_us=not_after_us)
         token = criteria.access_token
         if token is None or token_hash.is_session_id(token):
-            return await self._store.delete(await self._by_stored_key(criteria), limit=limit)
+            return await delete(await self._by_stored_key(criteria))
         for _ in range(_RENAMINGS):
             (is_there,) = await self._rename([token])
             if isinstance(is_there, MnemosyneError):
                 raise is_there
-            deletion = await self._store.delete(await self._by_stored_key(criteria), limit=limit)
+            deletion = await delete(await self._by_stored_key(criteria))
             if deletion.stored_keys or not is_there:
                 return deletion
         raise _in_between()

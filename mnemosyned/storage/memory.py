@@ -3,8 +3,9 @@
 It is also the example for a new engine: CONTRIBUTING.md walks through its parts. What makes it correct is
 easy to overlook:
 
-- Atomicity. No method has an `await` inside, so each batch is applied as a whole before the event loop runs
-  another call. An engine on a network gets this from transactions or scripts instead.
+- Atomicity. No method but `set_values` has an `await` inside, so each batch is applied as a whole before the
+  event loop runs another call. An engine on a network gets this from transactions or scripts instead.
+  `set_values` reads a large bag in slices, and begins again if the session is another one by then.
 - Time. Every item reads the clock itself, as a statement of PostgreSQL does. `wall_us` is this engine's
   clock, and the only one that `not_after_us` and expiries are compared with.
 - Expired sessions stay in the dictionary until cleanup. `_live` hides them, and every method but `delete`,
@@ -22,6 +23,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from aio.slices import in_slices
+from aio.units import NEVER_US
+from cluster.lease import Barred, NodeRow, Renewal, Renewed
 from mnemosyned.errors import (
     CorruptSession,
     DeadlineExceeded,
@@ -42,9 +46,8 @@ from mnemosyned.sessions.model import (
     Session,
     Touch,
     ValueChange,
-    page_too_large,
 )
-from mnemosyned.sessions.store import Deletion, Renaming, StoredSession
+from mnemosyned.sessions.store import Deletion, Page, Renaming, StoredSession
 
 
 class MemoryStore:
@@ -56,6 +59,8 @@ class MemoryStore:
     def __init__(self, *, wall_us: Callable[[], int] = lambda: time.time_ns() // 1000) -> None:
         self._wall_us = wall_us
         self._session_by_token: dict[str, Session] = {}
+        self._row_by_node: dict[str, NodeRow] = {}
+        self._renewed_us: dict[str, int] = {}
 
     async def identity(self) -> bytes:
         """See Storage; no other process has this dictionary, so the object's own number will do."""
@@ -72,6 +77,14 @@ class MemoryStore:
         """See Storage."""
         return self._wall_us()
 
+    async def check(self) -> object:
+        """See Storage; a dictionary is always there."""
+        return None
+
+    async def estimated_sessions(self) -> int:
+        """See Storage; exact."""
+        return len(self._session_by_token)
+
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore; the second start of a token in a batch meets the first."""
         return [self._start(new) for new in sessions]
@@ -86,7 +99,7 @@ class MemoryStore:
 
     async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
         """See SessionStore; one after the other, so no change can lose another."""
-        return [self._set_value(change) for change in changes]
+        return [await self._set_value(change) for change in changes]
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -96,19 +109,27 @@ class MemoryStore:
         """See SessionStore."""
         return [self._touch(touch.access_token, touch.expires_at_us) for touch in touches]
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session | DamagedSession]:
+    async def find(
+        self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> Page:
         """See SessionStore."""
         now_us = self._wall_us()
         found = [session for session in self._matching(criteria) if session.expires_at_us > now_us]
         # By the bytes of the key, in the order of an index of bytes: pages of both engines are the same.
         found.sort(key=lambda session: (session.expires_at_us, session.access_token.encode()))
-        page = [_readable(session) for session in found[offset : offset + limit]]
-        if sum(len(one.bag) for one in page if isinstance(one, Session)) > MAX_PAGE_BYTES:
-            raise page_too_large()
-        return page
+        page: list[Session | DamagedSession] = []
+        size_bytes = 0
+        for session in found[offset : offset + limit]:
+            size_bytes += len(session.bag) if len(session.bag) <= MAX_BAG_BYTES else 0
+            if page and size_bytes > max_bytes:
+                return Page(sessions=page, is_cut=True)
+            page.append(_readable(session))
+        return Page(sessions=page, is_cut=False)
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
+    async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore. Expired sessions count, as they would be removed by cleanup anyway."""
+        if self._wall_us() >= not_after_us:
+            raise DeadlineExceeded
         # Exactly `limit` found: more may be left, so the caller runs another step.
         tokens = [session.access_token for session in self._matching(criteria)]
         return Deletion(stored_keys=self._forget(tokens[:limit]), is_all=len(tokens) < limit)
@@ -118,6 +139,38 @@ class MemoryStore:
         now_us = self._wall_us()
         expired = [s.access_token for s in self._session_by_token.values() if s.expires_at_us <= now_us]
         return self._forget(expired[:limit])
+
+    async def renew(self, renewal: Renewal) -> Renewed:
+        """See LeaseStore."""
+        name, instance, number, ring, seen, replaces = renewal
+        row = self._row_by_node.get(name)
+        if row is None:
+            row = NodeRow(name, instance, number, ring, seen + 1, seen + 1, seen)
+        elif (row.instance == instance and row.number < number) or row.version == replaces:
+            epoch = row.epoch if row.epoch >= seen else seen + 1
+            row = NodeRow(name, instance, number, ring, epoch, row.base, seen)
+        if row.version == (instance, number):
+            self._row_by_node[name], self._renewed_us[name] = row, self._wall_us()
+        now_us = self._wall_us()
+        rows = tuple(
+            row._replace(age_us=now_us - self._renewed_us[name]) for name, row in self._row_by_node.items()
+        )
+        return Renewed(rows, str(id(self)), now_us)
+
+    async def bar(self, name: str) -> Barred | None:
+        """See LeaseStore."""
+        row = self._row_by_node.get(name)
+        if row is None:
+            return None
+        self._row_by_node[name] = row._replace(epoch=row.epoch + 1)
+        return Barred(row.epoch + 1, row.instance, row.number, str(id(self)))
+
+    async def resign(self, row: tuple[str, int, int | None]) -> None:
+        """See LeaseStore."""
+        name, instance, number = row
+        found = self._row_by_node.get(name)
+        if found is not None and found.instance == instance and number in (None, found.number):
+            del self._row_by_node[name]
 
     async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         """See RenamableStore."""
@@ -184,24 +237,28 @@ class MemoryStore:
         self._touch(lookup.access_token, expires_at_us)
         return self._session_by_token[lookup.access_token]
 
-    def _set_value(self, change: ValueChange) -> dict[str, str] | MnemosyneError:
-        if self._wall_us() >= change.not_after_us:
-            return DeadlineExceeded()
-        session = self._live(change.access_token)
-        if session is None:
-            return SessionNotFound()
-        try:
-            values, stored = bag.with_value(
+    async def _set_value(self, change: ValueChange) -> dict[str, str] | MnemosyneError:
+        while True:
+            if self._wall_us() >= change.not_after_us:
+                return DeadlineExceeded()
+            session = self._live(change.access_token)
+            if session is None:
+                return SessionNotFound()
+            setting = bag.setting_value(
                 session.bag,
                 change.key,
                 change.value,
                 max_entries=change.max_entries,
                 max_key_bytes=change.max_key_bytes,
             )
-        except (InvalidArgument, CorruptSession) as exc:
-            return exc
-        self._session_by_token[change.access_token] = replace(session, bag=stored)
-        return values
+            try:
+                values, stored = await in_slices(setting, is_urgent=True)
+            except (InvalidArgument, CorruptSession) as exc:
+                return exc
+            # It may have been extended, changed or ended between two slices.
+            if self._session_by_token.get(change.access_token) is session:
+                self._session_by_token[change.access_token] = replace(session, bag=stored)
+                return values
 
     def _abandon(self, ending: Abandonment) -> bool | MnemosyneError:
         if self._wall_us() >= ending.not_after_us:

@@ -49,7 +49,7 @@ async def test_a_bag_over_the_limit_is_damage_and_does_not_make_a_page_too_large
     for number in range(5):
         await started(engine, f"large {number}", bag=bytes(4_000_001))
 
-    found = await engine.store.find(Criteria(), offset=0, limit=9)
+    found = (await engine.store.find(Criteria(), offset=0, limit=9)).sessions
     damaged = [one for one in found if isinstance(one, DamagedSession)]
 
     assert (len(found), len(damaged)) == (6, 5)

@@ -11,11 +11,10 @@ import asyncpg
 import grpc
 import pytest
 import stores
-from clusters import until
 from mnemosynerpc.session_pb2 import AbandonRequest, DeleteRequest, GetRequest, ListRequest, StartRequest
 from mnemosynerpc.session_pb2 import Session as WireSession
-from peering import peering
-from serving import serving
+from peering import peering, until_they_serve_copies
+from serving import kept, serving
 from stores import Engine, lookups, new, postgres_engine
 
 from mnemosyned.commands.migrate import hash_all
@@ -131,7 +130,7 @@ async def test_of_two_sessions_by_two_old_names_one_is_found(engine: Engine) -> 
 async def test_what_list_shows_ends_the_session_and_opens_nothing(engine: Engine) -> None:
     store = HashedStore(engine.store, KNOWN)
     await store.start([new("t")])
-    (shown,) = await store.find(Criteria(), offset=0, limit=10)
+    (shown,) = (await store.find(Criteria(), offset=0, limit=10)).sessions
     handle = shown.access_token
 
     assert token_hash.is_session_id(handle)
@@ -238,11 +237,10 @@ async def test_a_delete_reaches_the_copies_of_other_nodes(engine: Engine) -> Non
         peering(store) as one,
         peering(store, seeds=(one.address,)) as other,
     ):
-        await until(lambda: len(one.node.view.ring.nodes) == len(other.node.view.ring.nodes) == 2)
-        # Until then every write is told to all.
-        await until(lambda: not one.node.view.former and not other.node.view.former)
+        await until_they_serve_copies(one, other)
         tokens = [(await one.stub.Start(login())).session.access_token for _ in range(16)]
         assert [await gets(other.stub, token) for token in tokens] == [True] * 16
+        assert set(kept(one.cache)) | set(kept(other.cache)) == set(tokens)
         (shown, *_) = (await one.stub.List(ListRequest(limit=16))).sessions
         assert (await one.stub.Delete(DeleteRequest(access_token=shown.access_token))).value == 1
         assert sum([await gets(other.stub, token) for token in tokens]) == 15

@@ -13,7 +13,6 @@ from stores import TTL_US, Engine, lookups, new
 from mnemosyned.errors import (
     DeadlineExceeded,
     InvalidArgument,
-    MessageTooLarge,
     SessionAlreadyExists,
     SessionNotFound,
 )
@@ -50,6 +49,13 @@ async def test_a_started_session_is_loaded_as_it_was(engine: Engine) -> None:
     )
 
     assert await engine.store.load(lookups(session.access_token)) == [session]
+
+
+async def test_an_estimate_of_the_sessions_is_not_far_above_what_was_stored(engine: Engine) -> None:
+    before = await engine.store.estimated_sessions()
+    await engine.store.start([new(f"t{number}") for number in range(100)])
+
+    assert 0 <= await engine.store.estimated_sessions() <= before + 200
 
 
 def endings(*tokens: str) -> list[Abandonment]:
@@ -93,7 +99,7 @@ async def test_an_expired_session_does_not_exist(engine: Engine) -> None:
     change = ValueChange(access_token=token, key="k", value="v")
     assert isinstance((await store.set_values([change]))[0], SessionNotFound)
     assert await store.touch([Touch(access_token=token, expires_at_us=2**50)]) == [False]
-    assert await store.find(Criteria(), offset=0, limit=10) == []
+    assert (await store.find(Criteria(), offset=0, limit=10)).sessions == []
     assert await store.abandon(endings(token)) == [False]
 
 
@@ -138,7 +144,7 @@ async def test_existence_is_told_and_changes_nothing(engine: Engine) -> None:
     await engine.shift_expiry(session.access_token, -30)
 
     assert await engine.store.exist([session.access_token, "absent"]) == [True, False]
-    (found,) = await engine.store.find(Criteria(), offset=0, limit=1)
+    (found,) = (await engine.store.find(Criteria(), offset=0, limit=1)).sessions
     assert found.expires_at_us == session.expires_at_us - 30_000_000
 
 
@@ -188,7 +194,7 @@ async def test_setting_a_value_does_not_extend(engine: Engine) -> None:
     await engine.shift_expiry(session.access_token, -30)
     await engine.store.set_values([ValueChange(access_token=session.access_token, key="k", value="v")])
 
-    (found,) = await engine.store.find(Criteria(), offset=0, limit=1)
+    (found,) = (await engine.store.find(Criteria(), offset=0, limit=1)).sessions
     assert found.expires_at_us == session.expires_at_us - 30_000_000
 
 
@@ -209,7 +215,7 @@ async def test_a_touch_moves_an_expiry_forward_and_never_back(engine: Engine) ->
     ]
 
     assert await engine.store.touch(touches) == [True, False, True]
-    (found,) = await engine.store.find(Criteria(), offset=0, limit=1)
+    (found,) = (await engine.store.find(Criteria(), offset=0, limit=1)).sessions
     assert found.expires_at_us == later_us
 
 
@@ -222,7 +228,7 @@ async def test_sessions_are_found_by_expiry_then_token_and_page_by_page(engine: 
     await engine.store.touch([Touch(access_token="a", expires_at_us=level_us + 10_000_000)])
     await engine.store.touch([Touch(access_token="d", expires_at_us=level_us + 10_000_000)])
 
-    pages = [await engine.store.find(Criteria(), offset=at, limit=2) for at in (0, 2, 4)]
+    pages = [(await engine.store.find(Criteria(), offset=at, limit=2)).sessions for at in (0, 2, 4)]
     assert [[session.access_token for session in page] for page in pages] == [
         engine.shown("c", "b"),
         sorted(engine.shown("a", "d")),
@@ -235,9 +241,13 @@ async def test_a_page_that_would_not_fit_into_memory_is_refused(engine: Engine) 
     for n in range(5):
         await started(engine, f"t{n}", bag=large)
 
-    with pytest.raises(MessageTooLarge, match="ask for fewer"):
-        await engine.store.find(Criteria(), offset=0, limit=5)
-    assert len(await engine.store.find(Criteria(), offset=1, limit=4)) == 4
+    whole = await engine.store.find(Criteria(), offset=0, limit=5)
+    rest = await engine.store.find(Criteria(), offset=len(whole.sessions), limit=5)
+    least = await engine.store.find(Criteria(), offset=0, limit=5, max_bytes=1)
+
+    assert (len(whole.sessions), whole.is_cut) == (4, True)
+    assert (len(rest.sessions), rest.is_cut) == (1, False)
+    assert (len(least.sessions), least.is_cut) == (1, True)
 
 
 async def test_all_given_criteria_must_hold(engine: Engine) -> None:
@@ -246,7 +256,8 @@ async def test_all_given_criteria_must_hold(engine: Engine) -> None:
     await started(engine, "3", subject_id="b", refresh_token="r")
 
     async def found(criteria: Criteria) -> set[str]:
-        shown = {s.access_token for s in await engine.store.find(criteria, offset=0, limit=10)}
+        page = await engine.store.find(criteria, offset=0, limit=10)
+        shown = {session.access_token for session in page.sessions}
         return {token for token in "123" if engine.shown(token)[0] in shown}
 
     at_us = one.expires_at_us
@@ -284,7 +295,7 @@ async def test_deletes_at_the_same_time_share_the_work_and_none_claims_all_too_e
             tokens += step.stored_keys
             if step.is_all:
                 # Whoever is told so may rely on it, though another does the rest of the work.
-                assert await engine.store.find(Criteria(subject_id="a"), offset=0, limit=1) == []
+                assert (await engine.store.find(Criteria(subject_id="a"), offset=0, limit=1)).sessions == []
                 return tokens
 
     shares = await asyncio.gather(*(delete() for _ in range(4)))
@@ -345,6 +356,24 @@ async def test_a_write_past_its_time_is_not_done(engine: Engine) -> None:
     (loaded,) = await store.load(lookups(token))
     assert isinstance(loaded, Session)
     assert "k" not in bag.decode(loaded.bag)
+
+
+async def test_a_delete_past_its_time_ends_nothing(engine: Engine) -> None:
+    token, store = (await started(engine, subject_id="a")).access_token, engine.store
+    late_us = await store.now_us()
+    for criteria in (
+        Criteria(subject_id="a"),
+        Criteria(access_token=token),
+        Criteria(expires_after_us=0),
+    ):
+        with pytest.raises(DeadlineExceeded):
+            await store.delete(criteria, limit=5, not_after_us=late_us)
+    assert await store.exist([token]) == [True]
+
+    in_time = await store.delete(Criteria(subject_id="a"), limit=5, not_after_us=late_us + 60_000_000)
+
+    assert in_time.stored_keys == [engine.named(token)]
+    assert await store.exist([token]) == [False]
 
 
 async def test_a_late_item_of_a_batch_harms_no_other(engine: Engine) -> None:

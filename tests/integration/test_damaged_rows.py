@@ -10,19 +10,22 @@ import asyncpg
 import damaged
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from mnemosynerpc.session_pb2 import (
     DeleteRequest,
     ExistsRequest,
     GetRequest,
     ListRequest,
+    Query,
     Session,
     SetValueRequest,
     StartRequest,
 )
 from serving import ENGINES, Node, serving
-from stores import new_postgres_store
+from stores import lookups, new, new_postgres_store
 
 from mnemosyned.commands.check import check_all
+from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.bag import DEFAULT_LIMITS
 from mnemosyned.storage.postgres.schema import Table
@@ -30,18 +33,20 @@ from mnemosyned.storage.postgres.store import PostgresStore
 
 TABLE = Table(schema="mnemosyne", name="session")
 BAG = bag.encode({"k": "v"})
+LATE = Timestamp(seconds=253_402_214_400)  # the last day of the year 9999
 TOKEN = b"a-secret-token-"
 # Statements that damage the row with this token, which is healthy.
 DAMAGE = {
-    "no end": "expire_at = 'infinity'",
-    "an end after all times": "expire_at = '20000-01-01'",
     "no subject": "subject_id = NULL",
     "no bag": "bag = NULL",
     "a long subject": "subject_id = repeat('s', 2049)",
     "a long client": "subject_client = repeat('c', 65537)",
     "a long refresh token": "refresh_token = decode(repeat('00', 2049), 'hex')",
     "a refresh token that is not UTF-8": "refresh_token = '\\xff'",
-    "a bag of 300 MB": "bag = decode(repeat('00', 300000000), 'hex')",
+    # In pieces: a byte at a time it takes the server seconds.
+    "a bag of 300 MB": (
+        "bag = (SELECT string_agg(decode(repeat('00', 1000000), 'hex'), '') FROM generate_series(1, 300))"
+    ),
 }
 
 
@@ -79,16 +84,23 @@ async def insert(sql: asyncpg.Connection, tokens_and_bags: dict[bytes, bytes]) -
     )
 
 
+async def insert_bags(sql: asyncpg.Connection) -> list[str]:
+    """Put every kind of damaged bag into the table; return their tokens."""
+    rows = {TOKEN + name.encode(): stored for name, stored in damaged.BAGS.items()}
+    await insert(sql, rows)
+    return [token.decode() for token in rows]
+
+
 async def insert_all(sql: asyncpg.Connection) -> list[str]:
     """Put every kind of damaged row into the table; return their tokens."""
-    rows = {TOKEN + name.encode(): stored for name, stored in damaged.BAGS.items()}
-    await insert(sql, rows | {TOKEN + name.encode(): BAG for name in DAMAGE})
+    bags = await insert_bags(sql)
+    await insert(sql, {TOKEN + name.encode(): BAG for name in DAMAGE})
     for name, assignment in DAMAGE.items():
         await sql.execute(
             f"UPDATE {TABLE.sql} SET {assignment} WHERE access_token = $1",  # noqa: S608  # constants
             TOKEN + name.encode(),
         )
-    return [(TOKEN + name.encode()).decode() for name in (*damaged.BAGS, *DAMAGE)]
+    return bags + [(TOKEN + name.encode()).decode() for name in DAMAGE]
 
 
 async def outcome(call: grpc.aio.UnaryUnaryCall) -> str:
@@ -116,8 +128,7 @@ async def test_a_damaged_row_is_one_sessions_loss_and_overrides_nothing(
 
 
 async def test_a_value_is_not_set_in_a_damaged_bag(node: Node, sql: asyncpg.Connection) -> None:
-    tokens = await insert_all(sql)
-    bags = [token for token in tokens if token.removeprefix(TOKEN.decode()) not in DAMAGE]
+    bags = await insert_bags(sql)
     healthy = (await node.stub.Start(StartRequest(session=Session(subject_id="s")))).session.access_token
 
     calls = [node.stub.SetValue(SetValueRequest(access_token=token, key="a")) for token in (*bags, healthy)]
@@ -143,6 +154,29 @@ async def test_list_leaves_damaged_sessions_out_and_says_how_many(
     assert len(logged) == page.left_out
     assert all(line.session and line.reason for line in logged)  # type: ignore[attr-defined]  # extra fields
     assert (await node.stub.Delete(DeleteRequest(subject_id="by hand"))).value == len(tokens) + 5 - 2
+
+
+async def test_sessions_without_an_end_live_to_the_end_of_the_calendar(
+    node: Node, sql: asyncpg.Connection
+) -> None:
+    expiries = {b"forever": "infinity", b"far": "20000-01-01", b"past": "-infinity", b"old": "0044-03-15 BC"}
+    await insert(sql, dict.fromkeys(expiries, BAG))
+    for token, expiry in expiries.items():
+        await sql.execute(
+            f"UPDATE {TABLE.sql} SET expire_at = $2::text::timestamptz WHERE access_token = $1",  # noqa: S608
+            token,
+            expiry,
+        )
+
+    gets = [await node.stub.Get(GetRequest(access_token=token)) for token in ("forever", "far")]
+    page = await node.stub.List(ListRequest(query=Query(expire_at_from=LATE)))
+    gone = [await outcome(node.stub.Get(GetRequest(access_token=token))) for token in ("past", "old")]
+    value = await outcome(node.stub.SetValue(SetValueRequest(access_token="forever", key="k", value="v")))
+    deleted = await node.stub.Delete(DeleteRequest(expire_at_from=LATE))
+
+    assert [str(get.session.expire_at.ToJsonString()) for get in gets] == ["9999-12-31T23:59:59.999999Z"] * 2
+    assert [session.access_token for session in page.sessions] == ["far", "forever"]
+    assert (page.left_out, gone, value, deleted.value) == (0, ["NOT_FOUND"] * 2, "OK", 2)
 
 
 async def test_a_mended_row_is_read_at_once(node: Node, sql: asyncpg.Connection) -> None:
@@ -193,3 +227,25 @@ async def test_check_reads_pages_of_bounded_size(store: PostgresStore, sql: asyn
 
     assert len(page) == 5
     assert (counts.checked, counts.damaged) == (9, 0)
+
+
+async def test_bytes_that_are_no_text_in_a_database_without_an_encoding_harm_only_their_session(
+    postgres_dsn: str,
+) -> None:
+    connection = await asyncpg.connect(postgres_dsn)
+    name = f"ascii_{postgres_dsn.rpartition('/')[2]}"
+    await connection.execute(f"CREATE DATABASE {name} ENCODING SQL_ASCII TEMPLATE template0 LOCALE 'C'")
+    dsn = f"{postgres_dsn.rpartition('/')[0]}/{name}"
+    store = new_postgres_store(dsn, TABLE)
+    await store.open()
+    await store.start([new("bad"), new("sound", subject_id="ż")])
+    sql = await asyncpg.connect(dsn)
+    await sql.execute(f"UPDATE {TABLE.sql} SET subject_id = E'\\xff' WHERE access_token = 'bad'")  # noqa: S608
+    bad, sound = await store.load(lookups("bad", "sound"))
+    await sql.close()
+    await store.close()
+    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await connection.close()
+
+    assert isinstance(bad, CorruptSession)
+    assert sound.subject_id == "ż"  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 
 SECONDS = 5.0
+MIN_READS, MIN_LIVES, MAX_EXTRA_S = 1000, 20, 30.0
 ENDED = 10**9  # a version that no writer reaches
 
 
@@ -49,7 +50,10 @@ class History:
 
     @property
     def is_over(self) -> bool:
-        return time.monotonic() > self.ends_s
+        # A busy machine does less in the time, and gets more of it.
+        has_enough = self.reads > MIN_READS and self.lives > MIN_LIVES
+        left_s = self.ends_s - time.monotonic()
+        return left_s < (0.0 if has_enough else -MAX_EXTRA_S)
 
     async def write(self, at: int) -> None:
         while not self.is_over:
@@ -102,5 +106,5 @@ async def test_no_read_sees_what_an_acknowledged_write_replaced(postgres_dsn: st
     await store.close()
 
     assert not history.violations
-    assert history.reads > 1000
-    assert history.lives > 20
+    assert history.reads > MIN_READS
+    assert history.lives > MIN_LIVES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -15,7 +15,7 @@ from stores import TTL_US, lookups
 from mnemosyned.errors import DeadlineExceeded
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.model import Abandonment, NewSession, Session, ValueChange
+from mnemosyned.sessions.model import Abandonment, Criteria, NewSession, Session, ValueChange
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
@@ -52,7 +52,7 @@ async def held(dsn: str, statement: str) -> AsyncIterator[None]:
 
 async def until_waiting(dsn: str) -> None:
     connection = await asyncpg.connect(dsn)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not await connection.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         ):
@@ -129,9 +129,45 @@ async def test_a_start_that_waited_too_long_revives_no_session(
     results = await late
 
     assert isinstance(repeated, Session)
-    assert isinstance(results[0], Session)
-    assert isinstance(results[2], DeadlineExceeded)
-    assert await store.exist(["made 2"]) == [False]
+    assert [type(one) for one in results] == [DeadlineExceeded] * 3
+    assert await store.exist(["made 0", "made 1", "made 2"]) == [False] * 3
+
+
+async def test_a_delete_that_gets_its_locks_too_late_ends_nothing(
+    store: PostgresStore, postgres_dsn: str
+) -> None:
+    not_after_us = await store.now_us() + IN_TIME_US
+    async with held(postgres_dsn, LOCKED):
+        late = asyncio.create_task(store.delete(Criteria(subject_id="s"), limit=9, not_after_us=not_after_us))
+        await until_waiting(postgres_dsn)
+        await until_late(store, not_after_us)
+    with pytest.raises(DeadlineExceeded):
+        await late
+
+    assert await store.exist(TOKENS) == [True, True, True]
+
+
+async def test_a_change_whose_time_passes_between_its_read_and_its_write_is_not_made(
+    store: PostgresStore, postgres_dsn: str
+) -> None:
+    slow = BetweenPool(
+        PostgresOptions(dsn=postgres_dsn, pool_size=4, connect_timeout_s=5, statement_timeout_s=9),
+        QueryMetrics(CollectorRegistry()),
+    )
+    other = PostgresStore(slow, Table(schema="mnemosyne", name="session"))
+    await other.open()
+    not_after_us = await store.now_us() + IN_TIME_US
+    slow.until = lambda: until_late(store, not_after_us)
+    (result,) = await other.set_values(
+        [ValueChange(access_token="first", key="k", value="v", not_after_us=not_after_us)]
+    )
+    await other.close()
+    (loaded,) = await store.load(lookups("first"))
+
+    assert slow.has_waited
+    assert isinstance(result, DeadlineExceeded)
+    assert isinstance(loaded, Session)
+    assert bag.decode(loaded.bag) == {}
 
 
 async def test_writers_of_one_bag_on_many_connections_lose_nothing(store: PostgresStore) -> None:
@@ -195,6 +231,19 @@ async def test_a_writer_far_from_the_database_gets_its_turn(store: PostgresStore
     assert all(isinstance(result, dict) for result in results), results
     assert isinstance(loaded, Session)
     assert bag.decode(loaded.bag) == {"far": "9", "a": str(counts[0] - 1), "b": str(counts[1] - 1)}
+
+
+class BetweenPool(PostgresPool):
+    """A pool that waits for something before the write of a SetValue."""
+
+    until: Callable[[], Awaitable[None]] | None = None
+    has_waited = False
+
+    async def run(self, connection: Any, query: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # as inherited
+        if query.name == "set_value_update" and self.until is not None:
+            await self.until()
+            self.has_waited = True
+        return await super().run(connection, query, *arguments, **options)
 
 
 class SlowPool(PostgresPool):

@@ -169,7 +169,7 @@ async def test_a_table_of_the_go_daemon_opens_in_place(postgres_dsn: str) -> Non
         bag_after = (await node.stub.SetValue(SetValueRequest(access_token="old", key="b", value="3"))).bag
         again = (await node.stub.Get(GetRequest(access_token="old"))).session
     await store.close()
-    indexes = await connection.fetchval("SELECT count(*) FROM pg_indexes WHERE schemaname = 'mnemosyne'")
+    indexes = await connection.fetchval("SELECT count(*) FROM pg_indexes WHERE tablename = 'session'")
     stored = await connection.fetchval("SELECT bag FROM mnemosyne.session")
     await connection.close()
 
@@ -224,7 +224,7 @@ async def test_many_nodes_may_set_up_an_empty_database_at_once_and_again(postgre
         await asyncio.gather(*(store.open() for store in stores))
         await asyncio.gather(*(store.close() for store in stores))
     connection = await asyncpg.connect(postgres_dsn)
-    indexes = await connection.fetchval("SELECT count(*) FROM pg_indexes WHERE schemaname = 'mnemosyne'")
+    indexes = await connection.fetchval("SELECT count(*) FROM pg_indexes WHERE tablename = 'session'")
     await connection.close()
 
     assert indexes == 4
@@ -284,7 +284,7 @@ async def test_a_user_who_may_not_create_the_table_is_refused(postgres_dsn: str)
     _, _, address = postgres_dsn.partition("@")
     store = new_store(f"postgres://mere_reader:hunter2@{address}", CollectorRegistry())
 
-    with pytest.raises(StorageRefused, match="permission denied"):
+    with pytest.raises(StorageRefused, match="mere_reader lacks CREATE on database"):
         await store.open()
     await connection.execute("DROP ROLE mere_reader")
     await connection.close()
@@ -332,3 +332,32 @@ async def test_a_locked_row_delays_only_its_own_caller(postgres_dsn: str) -> Non
     assert "locked by another writer" in str(results[0])
     assert dict(results[1].bag) == {"k": ""}  # type: ignore[union-attr]
     assert took_s < 2
+
+
+async def test_the_estimate_follows_the_table_between_two_analyses(
+    postgres_dsn: str,
+) -> None:
+    store = new_store(postgres_dsn, CollectorRegistry())
+    await store.open()
+    connection = await asyncpg.connect(postgres_dsn)
+
+    async def add(first: int, last: int) -> None:
+        await connection.execute(
+            "INSERT INTO mnemosyne.session (access_token, subject_id, bag, expire_at) "
+            "SELECT n::text::bytea, 's', '', now() + '1h'::interval FROM generate_series($1::int, $2::int) n",
+            first,
+            last,
+        )
+
+    unknown = await store.estimated_sessions()
+    await add(1, 1000)
+    await connection.execute("ANALYZE mnemosyne.session")
+    analyzed = await store.estimated_sessions()
+    await add(1001, 3000)
+    grown = await store.estimated_sessions()
+    await connection.close()
+    await store.close()
+
+    assert unknown == 0
+    assert analyzed == pytest.approx(1000, rel=0.1)
+    assert grown == pytest.approx(3000, rel=0.1)

@@ -8,30 +8,51 @@ from a file (`-postgres.address.file`), which an orchestrator mounts. It may nam
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
-from urllib.parse import parse_qs
 
-from mnemosyned.config.files import FileRefused, read_bytes
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import duration, integer, secret_file, words_in
+from mnemosyned.storage.postgres.address import Address, AddressError, parse
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
 
 # PostgreSQL cuts longer names off without an error, and two long names could then mean one table.
 _MAX_IDENTIFIER_BYTES: Final = 63
-# Parameters of the address, whose files the driver reads.
-_FILES_IN_ADDRESS: Final = ("sslkey", "passfile")
+# Parameters whose files hold a secret.
+SECRET_FILES: Final = ("sslkey", "passfile")
 _DEFAULT_ADDRESS: Final = "postgres://postgres:postgres@postgres/postgres?sslmode=disable"
 
 
 def address(text: str) -> str:
-    """Read the address of a PostgreSQL server. Raises ValueError, whose text does not show it."""
-    if not text.startswith(("postgres://", "postgresql://", "embedded:")):
-        raise ValueError("it does not start with postgres://, postgresql:// or embedded:")
+    """Read a URL of PostgreSQL or of a private server; raises ValueError, whose text quotes no secret."""
+    text = text.strip()
+    if not is_private(text):
+        # For its errors alone: what it leaves out may come from the environment, which `check` looks at.
+        parse(text, {"HOME": os.environ.get("HOME", "")})
     return text
+
+
+def shown(text: str) -> str:
+    """Return what the log may show of an address: the hosts, the database and the user."""
+    if is_private(text):
+        return text
+    try:
+        return str(parse(text, os.environ))
+    except AddressError:
+        # Another engine is in use, and what the environment adds is wrong.
+        return "[redacted]"
+
+
+address.shown = shown  # type: ignore[attr-defined]  # read by `setting`
+
+
+def is_private(text: str) -> bool:
+    """Tell whether an address asks for a private server."""
+    return text.startswith("embedded:")
 
 
 def identifier(text: str) -> str:
@@ -90,30 +111,58 @@ class PostgresConfig(Section):
             return self
         if "postgres.address" in sources:
             raise ConfigError(f"{sources['postgres.address.file']}: -postgres.address is given as well")
+        return replace(self, address=self.address_in_file())
+
+    def address_in_file(self) -> str:
+        """Return the address that the file has now. Raises ConfigError."""
         # All words: a second line by mistake makes the address wrong instead of being ignored.
         words = words_in("postgres.address.file", self.address_file)
         try:
-            return replace(self, address=address(" ".join(words)))
+            return address(" ".join(words))
         except ValueError as exc:
             raise ConfigError(f"flag -postgres.address.file: {self.address_file}: {exc}") from None
 
-    def check(self, _: Config) -> None:
-        """See Section."""
-        for parameter, path in self._named_in_address().items():
-            try:
-                read_bytes(path, holds_secret=True)
-            except FileRefused as exc:
-                raise ConfigError(f"flag -postgres.address: its {parameter}, {path}: {exc}") from None
+    def check(self, config: Config) -> None:
+        """See Section: also what the environment adds to the address, and the files that it names."""
+        # Not above: the registry imports this module.
+        from mnemosyned.storage.engines import StorageConfig  # noqa: PLC0415  # see above
+
+        if config[StorageConfig].engine.section is PostgresConfig:
+            self.warnings()
 
     def secret_files(self) -> dict[str, str]:
         """See Section."""
-        named = {f"postgres.address ({key})": path for key, path in self._named_in_address().items()}
+        found = self._parsed()
+        named = {} if found is None else found.files()
         # Not `super()`: before Python 3.14 it means the class as it was before it got its slots.
-        return Section.secret_files(self) | named
+        return Section.secret_files(self) | {
+            f"postgres.address ({name})": path for name, path in named.items() if name in SECRET_FILES
+        }
 
-    def _named_in_address(self) -> dict[str, str]:
-        """Return the files that the driver reads because the address names them, by parameter."""
-        if self.address.startswith("embedded:"):
-            return {}
-        given = parse_qs(self.address.partition("?")[2])
-        return {key: given[key][-1] for key in _FILES_IN_ADDRESS if key in given}
+    def warnings(self) -> list[str]:
+        """See Section: the parameters that are dropped, and a file that is not used. Raises ConfigError."""
+        # It imports ssl, which a start without an error here needs later anyway.
+        from mnemosyned.storage.postgres.address_files import AddressFiles  # noqa: PLC0415  # see above
+
+        found = self._parsed()
+        if found is None:
+            return []
+        try:
+            unused = AddressFiles(found, os.environ).check()
+        except AddressError as exc:
+            raise ConfigError(f"flag -{self._flag}: {exc}") from None
+        ignored = [f"its parameter {name} is ignored: {word}" for name, word in found.dropped.items()]
+        return [f"flag -{self._flag}: {text}" for text in (*ignored, *unused)]
+
+    @property
+    def _flag(self) -> str:
+        return "postgres.address.file" if self.address_file else "postgres.address"
+
+    def _parsed(self) -> Address | None:
+        """Return the address with what the environment adds; None: a private server. Raises ConfigError."""
+        if is_private(self.address):
+            return None
+        try:
+            return parse(self.address, os.environ)
+        except AddressError as exc:
+            raise ConfigError(f"flag -{self._flag}: {exc}") from None

@@ -18,31 +18,51 @@ The server's time-outs fire before the client's, because the server's error leav
 state; after the client's the connection must be cancelled over another one. A call therefore takes at most
 2 S + 1.5 s here, though its own deadline may end the wait for it sooner.
 
-Errors fall into four classes:
+Replaced connections. `use` takes another address, and `renew` drops what is connected: idle connections at
+once, the others at the end of their statement. No statement fails by either. Three things cause it:
 
-- Refusals (`REFUSALS`): wrong password, no such database, no right. A retry ends the same way.
-- Item faults (`ITEM_FAULTS`): the data of one item, or the lock on its row. The batch is run item by item.
-- Transient (`_TRANSIENT`) and all other errors of PostgreSQL: StorageUnavailable. Even an unknown SQLSTATE is
-  no bug of the caller, and the caller may retry.
-- Anything else, such as a TypeError: a bug, which passes through and becomes INTERNAL.
+- the file of the address has changed (its server or its password). It is read again at once if a new
+  connection is refused, and the call that wanted it gets one with the new password;
+- a statement had no answer at all. Other idle connections may be as dead, behind a firewall that has
+  forgotten them, so no further call waits for one of them;
+- a server that is not to be used any more.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from aio.tasks import Tasks
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.postgres import address, session_settings
+from mnemosyned.storage.postgres.acquisition import Acquisition
+from mnemosyned.storage.postgres.address import AddressError
+from mnemosyned.storage.postgres.connector import Connector
+from mnemosyned.storage.postgres.faults import (
+    CONFIGURED_WRONG,
+    REFUSALS,
+    TRANSIENT,
+    FaultLog,
+    Faults,
+    hint_of,
+    is_of_the_table,
+    is_refusal_of_a_pooler,
+    name_of,
+)
+from mnemosyned.storage.postgres.pooler import find_pooler
 from mnemosyned.storage.postgres.queries import Query
+from mnemosyned.storage.postgres.read_only import ReadOnlyServer
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Pool, Record
@@ -50,9 +70,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Parameters of Go's lib/pq, which addresses of the Go daemon may have. asyncpg passes unknown parameters on
-# to the server as settings, and the server refuses these.
-_LIB_PQ_ONLY: Final = frozenset({"connect_timeout", "fallback_application_name", "binary_parameters"})
 # How long the client waits beyond the server's own statement_timeout. Only a server that is stuck or gone
 # gets this far.
 _GRACE_S: Final = 0.5
@@ -60,35 +77,8 @@ _RELEASE_TIMEOUT_S: Final = 1.0
 
 # Kept between statements; the pool closes the others after minutes without use.
 _MAX_KEPT: Final = 2
-# Not the fault of one item; a retry may succeed.
-_TRANSIENT: Final = (
-    OSError,
-    TimeoutError,
-    asyncpg.InterfaceError,
-    # What the end of a transaction raises if its connection broke in between.
-    asyncpg.InternalClientError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.TransactionRollbackError,
-    asyncpg.PostgresSystemError,
-)
-Faults = tuple[type[Exception], ...]
-# Caused by one item or its row, so the other items of the batch can succeed without it. LockNotAvailable is
-# here though a batch cannot tell whose lock it was: run alone, each item waits for its own row only.
-ITEM_FAULTS: Final = (
-    asyncpg.LockNotAvailableError,
-    asyncpg.UniqueViolationError,
-    asyncpg.ProgramLimitExceededError,
-    asyncpg.DataError,
-)
-
-# A retry ends the same way until the configuration or the server's grants change.
-REFUSALS: Final = (
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.InsufficientPrivilegeError,
-)
+# The connection has lost what was prepared on it: a pooler in front has changed its mode.
+_LOST_STATEMENTS: Final = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,23 +89,40 @@ class PostgresOptions:
     pool_size: int  # most connections
     connect_timeout_s: float
     statement_timeout_s: float
+    # What the address leaves out (address.py). Nothing for a server of our own.
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
 
 
 class PostgresPool:
     """Runs statements, each within the statement time-out.
 
     Every method raises StorageUnavailable for any error of PostgreSQL or the network that is not among its
-    `passing` errors. It logs the SQLSTATE alone: the server's text may quote a row, and so a token.
+    `passing` errors. It logs no text of the server, which may quote a row, and so a token.
     """
 
     def __init__(self, options: PostgresOptions, metrics: QueryMetrics) -> None:
         self._options = options
         self._metrics = metrics
+        self._faults = FaultLog()
+        self._dsn = options.dsn
+        self._connector: Connector | None = None
+        self._is_pooled = False
         self._pool: Pool[Record] | None = None
         # Connections between two statements, the last one used at the end. To give one back to the pool and
         # to take it again costs two tasks, a third of the time of a lone statement.
         self._kept: list[PoolConnectionProxy[Record]] = []
         self._acquiring = 0  # statements that wait for the pool: for them nothing is kept
+        self._epoch = 0  # raised by `renew`: connections of earlier ones are not kept
+        self._lent: set[PoolConnectionProxy[Record]] = set()
+        self.read_only = ReadOnlyServer()
+        self.is_table_suspected = False  # a statement failed because of the table, since it was last tried
+        self._acquisition = Acquisition(options.pool_size)
+        # What reads the file of the address again, soon or now.
+        self.on_auth_failure: Callable[[], None] = _do_nothing
+        self.reload: Callable[[], Coroutine[Any, Any, None]] = _wait_for_nothing
+        self._reloads = Tasks("postgres_reload")
+        # What makes another server ready before it is used.
+        self.prepare: Callable[[Connection[Record]], Awaitable[None]] = _wait_for_nothing
 
     async def open(self) -> None:
         """Make the pool with a first connection, within `-postgres.connect.timeout`.
@@ -124,15 +131,83 @@ class PostgresPool:
             StorageUnavailable: the server cannot be reached now.
             StorageRefused: it refuses us, or the address is wrong.
         """
+        dsn = self._dsn
+        connector = self._new_connector(dsn)
+        if self._connector is None:
+            for name, word in connector.address.dropped.items():
+                log.warning("postgres_parameter_ignored", extra={"parameter": name, "reason": word})
+        self._take_connector(connector)
         try:
-            with _translated("connect", self._metrics, (*REFUSALS, asyncpg.ClientConfigurationError)):
-                self._pool = await _create_pool(self._options)
-        except REFUSALS as exc:
-            raise StorageRefused(f"PostgreSQL: {exc}") from exc
-        except ValueError as exc:
-            # The error's text may quote the address, which holds a password.
-            raise StorageRefused("flag -postgres.address: not an address that asyncpg can use") from exc
-        self._metrics.watch_connections(self._size)
+            with self._refusing(connector), _Translated(self, "connect", REFUSALS):
+                self._is_pooled = await find_pooler(connector.connect)
+                self._pool = await self._create_pool()
+        except StorageRefused:
+            # The file of the address may have changed since it was read.
+            self.on_auth_failure()
+            await self.reload()
+            if self._dsn == dsn:
+                raise
+        if self._dsn != dsn:
+            await self.close()
+            raise StorageUnavailable("mnemosyned: storage: its address has changed")
+        self._metrics.watch_pool(size=self._size, in_use=self._in_use, waiting=lambda: self._acquiring)
+
+    async def use(self, dsn: str) -> None:
+        """Use another address from now on, if a connection to it can be made; keep the former otherwise.
+
+        Statements under way end on the connection that they have. Before `open`, the address is only taken.
+
+        Raises:
+            StorageRefused: the address is wrong, or no connection can be made. The former address stays.
+        """
+        if dsn == self._dsn:
+            return
+        connector = self._new_connector(dsn)
+        if self._pool is None:
+            self._dsn = dsn
+            return
+        try:
+            is_pooled = await find_pooler(connector.connect)
+            await self._prepare(connector, is_pooled=is_pooled)
+        except (*TRANSIENT, asyncpg.PostgresError) as exc:
+            raise self.refused(exc, connector) from exc
+        self._dsn, self._is_pooled = dsn, is_pooled
+        self._take_connector(connector)
+        kept, self._kept = self._kept, []
+        self.renew()
+        for connection in kept:
+            # In an orderly manner: the pool closes it.
+            await self._release(connection, is_idle=False)
+        log.info("postgres_address_changed", extra=self._faults.where)
+
+    async def _prepare(self, connector: Connector, *, is_pooled: bool) -> None:
+        """Make the table ready at another server or in another database; raises asyncpg's errors."""
+        assert self._connector is not None
+        new, old = connector.address, self._connector.address
+        if (new.hosts, new.database) == (old.hosts, old.database):
+            return
+        connection = await connector.connect()
+        try:
+            await session_settings.apply(
+                connection, self._options.statement_timeout_s, new.settings, is_pooled=is_pooled
+            )
+            await self.prepare(connection)
+        finally:
+            connection.terminate()
+
+    def renew(self) -> None:
+        """Replace all connections: idle ones now, and others at the end of their statement."""
+        self._epoch += 1
+        kept, self._kept = self._kept, []
+        for connection in kept:
+            # Nothing is under way on it. The pool gets its place back by itself.
+            with suppress(asyncpg.InterfaceError):
+                connection.terminate()
+            self._acquisition.released()
+        if self._pool is not None:
+            # asyncpg's method is a coroutine that awaits nothing.
+            with suppress(StopIteration):
+                self._pool.expire_connections().send(None)
 
     async def close(self) -> None:
         """Close all connections; statements under way fail.
@@ -142,21 +217,26 @@ class PostgresPool:
         """
         pool, self._pool = self._pool, None
         self._kept.clear()
+        self._lent.clear()
+        self._acquisition = Acquisition(self._options.pool_size)
         if pool is not None:
             pool.terminate()
+        await self._reloads.close()
 
-    async def fetch(self, query: Query, *args: object, passing: Faults = ()) -> list[Record]:
-        """Run one statement in a transaction of its own.
+    async def fetch(
+        self, query: Query, *args: object, passing: Faults = (), is_urgent: bool = False
+    ) -> list[Record]:
+        """Run one statement in a transaction of its own; an urgent one before all that wait for a connection.
 
         Raises:
             StorageUnavailable: no connection, no answer in time, or any error that is not in `passing`.
             Errors in `passing`: as asyncpg raises them, uncounted and unlogged.
         """
-        connection = await self._acquire()
-        is_idle = False
+        connection = await self._acquire(is_urgent=is_urgent)
+        epoch, is_idle = self._epoch, False
         try:
             rows = await self.run(connection, query, *args, passing=passing)
-            is_idle = True
+            is_idle = epoch == self._epoch
             return rows
         finally:
             await self._release(connection, is_idle=is_idle)
@@ -171,8 +251,12 @@ class PostgresPool:
         """Run one statement on a connection taken with `connection`. Raises like `fetch`."""
         started_s = time.perf_counter()
         try:
-            with _translated(query.name, self._metrics, passing):
+            with _Translated(self, query.name, passing):
                 return await connection.fetch(query.sql, *args)
+        except StorageUnavailable as exc:
+            if isinstance(exc.__cause__, _LOST_STATEMENTS):
+                connection.terminate()
+            raise
         finally:
             self._metrics.count(query.name, time.perf_counter() - started_s)
 
@@ -184,42 +268,192 @@ class PostgresPool:
         arrive here already translated; this translation is for those of the transaction itself.
         """
         connection = await self._acquire()
-        is_idle = False
+        epoch, is_idle = self._epoch, False
         try:
-            with _translated("connection", self._metrics, passing):
+            with _Translated(self, "connection", passing):
                 yield connection
-            is_idle = True
+            is_idle = epoch == self._epoch
         finally:
             await self._release(connection, is_idle=is_idle)
 
-    async def _acquire(self) -> PoolConnectionProxy[Record]:
+    def refused(
+        self, exc: BaseException, connector: Connector | None = None, *, doing: str = "connect"
+    ) -> StorageRefused:
+        """Return why the server refuses us, for the end of the start."""
+        connector = connector or self._connector
+        where = "" if connector is None else f" at {connector.address}"
+        # PostgreSQL's DETAIL is a line of its own.
+        line = " ".join(str(exc).split()).removesuffix(".")
+        hint = f"; {hint_of(exc)}" if hint_of(exc) else ""
+        if (
+            isinstance(exc, asyncpg.InsufficientPrivilegeError)
+            and doing == "connect"
+            and connector is not None
+        ):
+            hint = f". This SQL mends it: {connector.address.grant}"
+        return StorageRefused(f"PostgreSQL{where}: {doing}: {name_of(exc)}: {line}{hint}")
+
+    async def _acquire(self, *, is_urgent: bool = False) -> PoolConnectionProxy[Record]:
         if self._pool is None:
             raise StorageUnavailable("mnemosyned: storage: not connected")
         while self._kept:
             connection = self._kept.pop()
             if _is_open(connection):
+                self._lent.add(connection)
                 return connection
             await self._release(connection, is_idle=False)
         self._acquiring += 1
         try:
-            with _translated("acquire", self._metrics):
-                return await self._pool.acquire(timeout=self._options.statement_timeout_s)
+            with _Translated(self, "acquire"):
+                connection = await self._acquisition.take(
+                    self._pool, self._options.statement_timeout_s, is_urgent=is_urgent
+                )
+                self._lent.add(connection)
+                return connection
+        except (StorageRefused, AddressError) as exc:
+            # A new connection cannot be set up as it was at the start.
+            raise self.failed("acquire", exc) from exc
         finally:
             self._acquiring -= 1
 
     async def _release(self, connection: PoolConnectionProxy[Record], *, is_idle: bool) -> None:
-        """Take a connection back; `is_idle`: its last statement ended, with a result."""
+        """Take a connection back; `is_idle`: its last statement ended, with a result, and it is not old."""
+        self._lent.discard(connection)
         if is_idle and not self._acquiring and len(self._kept) < _MAX_KEPT and self._pool is not None:
             self._kept.append(connection)
             return
         # The pool terminates a connection that it cannot clean up, and then raises. The caller has its rows
         # already, so this error must not replace them. `close` may have run meanwhile.
-        if self._pool is not None:
-            with suppress(*_TRANSIENT):
-                await self._pool.release(connection, timeout=_RELEASE_TIMEOUT_S)
+        try:
+            if self._pool is not None:
+                with suppress(*TRANSIENT):
+                    await self._pool.release(connection, timeout=_RELEASE_TIMEOUT_S)
+        finally:
+            self._acquisition.released()
 
     def _size(self) -> int:
         return 0 if self._pool is None else self._pool.get_size()
+
+    def _in_use(self) -> int:
+        return 0 if self._pool is None else self._size() - self._pool.get_idle_size() - len(self._kept)
+
+    def _new_connector(self, dsn: str) -> Connector:
+        """Return what opens connections to an address, whose files have been read. Raises StorageRefused."""
+        try:
+            found = address.parse(dsn, self._options.environ)
+            connector = Connector(
+                found,
+                timeout_s=self._options.connect_timeout_s,
+                command_timeout_s=self._options.statement_timeout_s + _GRACE_S,
+                environ=self._options.environ,
+            )
+            connector.check()
+        except AddressError as exc:
+            raise StorageRefused(f"flag -postgres.address: {exc}") from None
+        return connector
+
+    def _take_connector(self, connector: Connector) -> None:
+        found = connector.address
+        self._connector = connector
+        hosts = ", ".join(map(str, found.hosts))
+        self._faults.where = {"server": hosts, "database": found.database, "user": found.user}
+
+    @contextmanager
+    def _refusing(self, connector: Connector) -> Iterator[None]:
+        try:
+            yield
+        except REFUSALS as exc:
+            raise self.refused(exc, connector) from exc
+        except StorageUnavailable as exc:
+            cause = exc.__cause__
+            if is_refusal_of_a_pooler(cause) or isinstance(cause, CONFIGURED_WRONG):
+                raise self.refused(cause, connector) from cause
+            raise
+        except AddressError as exc:
+            # A file that was there a moment ago.
+            raise StorageRefused(f"flag -postgres.address: {exc}") from None
+
+    async def _create_pool(self) -> Pool[Record]:
+        pool = await asyncpg.create_pool(
+            # Otherwise asyncpg restores the number on its own, in a task that outlives the pool.
+            min_size=0,
+            max_size=self._options.pool_size,
+            connect=self._connect,
+            init=self._set_up,
+            # No statement leaves state in the connection: settings are SET LOCAL, advisory locks end with the
+            # transaction. asyncpg's own reset is a round trip per statement, up to 40 % of the throughput.
+            reset=_leave_as_it_is,
+        )
+        try:
+            async with pool.acquire() as connection:
+                await session_settings.warn_of_server(connection)
+        except BaseException:
+            pool.terminate()
+            raise
+        return pool
+
+    async def _connect(self, *_: object, **__: object) -> Connection[Record]:
+        connector = self._connector
+        assert connector is not None
+        try:
+            connection = await connector.connect()
+        except asyncpg.InvalidAuthorizationSpecificationError:
+            # The file may have the new password already, and is looked at once a second only. Shielded: a
+            # call that gives up must not leave half a change behind.
+            self.on_auth_failure()
+            await self._reloads.run_shielded(self.reload())
+            newer = self._connector
+            if newer is None or newer is connector:
+                raise
+            connection = await newer.connect()
+        self.read_only.opened(connection)
+        return connection
+
+    async def _set_up(self, connection: Connection[Record]) -> None:
+        assert self._connector is not None
+        try:
+            # A pooler answers before it has a connection of the server.
+            async with asyncio.timeout(self._options.connect_timeout_s):
+                await session_settings.apply(
+                    connection,
+                    self._options.statement_timeout_s,
+                    self._connector.address.settings,
+                    is_pooled=self._is_pooled,
+                )
+        except BaseException:
+            # asyncpg would wait for the end of the statement.
+            connection.terminate()
+            raise
+
+    def failed(self, doing: str, exc: Exception) -> StorageUnavailable:
+        """Count and log a fault; return what to raise for it."""
+        self._metrics.count_error(doing)
+        self._faults.failed(doing, exc)
+        if isinstance(exc, asyncpg.InvalidAuthorizationSpecificationError):
+            self.on_auth_failure()
+        if isinstance(exc, TimeoutError) and doing not in {"acquire", "connect"}:
+            # No answer at all, not even that of the server's own time-out.
+            self.renew()
+        if isinstance(exc, asyncpg.ReadOnlySQLTransactionError) and self.read_only.met(time.monotonic()):
+            self.renew()
+            self.read_only.drop_idle(self._lent)
+        self.is_table_suspected |= is_of_the_table(exc)
+        is_late = isinstance(exc, TimeoutError | asyncpg.QueryCanceledError)
+        error = StorageUnavailable(
+            "mnemosyned: storage: " + ("no answer in time" if is_late else "unavailable")
+        )
+        # Without a connection nothing was sent.
+        error.is_under_way = doing not in {"acquire", "connect"}
+        error.detail, error.hint = self._faults.described(doing, exc), hint_of(exc)
+        return error
+
+
+def _do_nothing() -> None:
+    pass
+
+
+async def _wait_for_nothing(*_: object) -> None:
+    pass
 
 
 def _is_open(connection: PoolConnectionProxy[Record]) -> bool:
@@ -230,70 +464,21 @@ def _is_open(connection: PoolConnectionProxy[Record]) -> bool:
         return False
 
 
-async def _create_pool(options: PostgresOptions) -> Pool[Record]:
-    timeout_ms = str(int(options.statement_timeout_s * 1000))
-    pool = asyncpg.create_pool(
-        _without_lib_pq_parameters(options.dsn),
-        min_size=1,
-        max_size=options.pool_size,
-        timeout=options.connect_timeout_s,
-        command_timeout=options.statement_timeout_s + _GRACE_S,
-        init=_initialise,
-        # No statement leaves state in the connection: settings are SET LOCAL, advisory locks end with the
-        # transaction. asyncpg's own reset is a round trip per statement, up to 40 % of the throughput.
-        reset=_leave_as_it_is,
-        server_settings={
-            "application_name": "mnemosyned",
-            "statement_timeout": timeout_ms,
-            "lock_timeout": str(int(options.statement_timeout_s * 1000 / 3)),
-            "idle_in_transaction_session_timeout": timeout_ms,
-            # These statements are short: compiling one would take longer than running it.
-            "jit": "off",
-            # Every statement has an index. PostgreSQL may plan a scan while the table is empty, and keeps
-            # that plan until the table is analyzed: Starts fell to 17 % of their rate.
-            "enable_seqscan": "off",
-        },
-    )
-    return await pool
-
-
-async def _initialise(connection: Connection[Record]) -> None:
-    # Instants are integers of microseconds on both sides. A datetime would cost a conversion per row.
-    await connection.set_type_codec(
-        "timestamptz",
-        schema="pg_catalog",
-        format="tuple",
-        encoder=lambda epoch_us: (epoch_us - _POSTGRES_EPOCH_US,),
-        decoder=lambda postgres: postgres[0] + _POSTGRES_EPOCH_US,
-    )
-
-
-# PostgreSQL counts microseconds from 2000-01-01 UTC.
-_POSTGRES_EPOCH_US: Final = 946_684_800_000_000
-
-
 async def _leave_as_it_is(_: Any) -> None:  # noqa: ANN401  # asyncpg passes its private proxy
     pass
 
 
-def _without_lib_pq_parameters(dsn: str) -> str:
-    parts = urlsplit(dsn)
-    given = parse_qsl(parts.query, keep_blank_values=True)
-    kept = [(key, value) for key, value in given if key not in _LIB_PQ_ONLY]
-    return dsn if kept == given else urlunsplit(parts._replace(query=urlencode(kept)))
-
-
-class _translated:  # noqa: N801  # reads as a clause: `with _translated(…)`
+class _Translated:
     """Turns what asyncpg raises into StorageUnavailable; counts and logs it.
 
     A class and not a generator with `contextmanager`, which would cost more on every statement.
     """
 
-    __slots__ = ("_metrics", "_passing", "_query_name")
+    __slots__ = ("_doing", "_passing", "_pool")
 
-    def __init__(self, query_name: str, metrics: QueryMetrics, passing: Faults = ()) -> None:
-        self._query_name = query_name
-        self._metrics = metrics
+    def __init__(self, pool: PostgresPool, doing: str, passing: Faults = ()) -> None:
+        self._pool = pool
+        self._doing = doing
         self._passing = passing
 
     def __enter__(self) -> None:
@@ -303,11 +488,5 @@ class _translated:  # noqa: N801  # reads as a clause: `with _translated(…)`
         if exc is None or isinstance(exc, self._passing):
             return
         # A bug, a cancellation, or an error that an inner translation has already made.
-        if not isinstance(exc, (*_TRANSIENT, asyncpg.PostgresError)):
-            return
-        self._metrics.count_error(self._query_name)
-        error = getattr(exc, "sqlstate", None) or type(exc).__name__
-        log.warning("storage_failed", extra={"query": self._query_name, "error": error})
-        if isinstance(exc, TimeoutError | asyncpg.QueryCanceledError):
-            raise StorageUnavailable("mnemosyned: storage: no answer in time") from exc
-        raise StorageUnavailable("mnemosyned: storage: unavailable") from exc
+        if isinstance(exc, (*TRANSIENT, asyncpg.PostgresError)):
+            raise self._pool.failed(self._doing, exc) from exc

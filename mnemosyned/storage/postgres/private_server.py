@@ -12,7 +12,7 @@ from mnemosyned.embedded.address import data_directory
 from mnemosyned.embedded.programs import EmbeddedError
 from mnemosyned.embedded.server import EmbeddedPostgres
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.storage.postgres.config import PostgresConfig, is_private
 
 
 def start(config: PostgresConfig) -> EmbeddedPostgres | None:
@@ -23,7 +23,7 @@ def start(config: PostgresConfig) -> EmbeddedPostgres | None:
     Raises:
         StorageRefused: the server cannot be run; the text says why in one line.
     """
-    if not config.address.startswith("embedded:"):
+    if not is_private(config.address):
         return None
     try:
         directory = data_directory(config.address, os.environ)

@@ -7,16 +7,21 @@ The table (`schema.py` creates it; a table of the Go daemon has the same columns
     subject_id      text                 index (subject_id)              Delete and List
     subject_client  text   null
     bag             bytea                the stored form, see sessions/bag.py
-    expire_at       timestamptz          index (expire_at, access_token) cleanup and List
+    expire_at       timestamptz
+    due_at          timestamptz          index (due_at)                  cleanup and List, see `walks.py`
 
-A change of `bag` alone touches no index, so PostgreSQL can make it in place (a heap-only tuple). A change of
-`expire_at` writes a new entry into every index. That is the cost of a touch, and why touches are batched.
+A change of `bag` or `expire_at` touches no index, so PostgreSQL can make it in place (a heap-only tuple,
+HOT). A table that is not migrated yet (`migration.py`) has no `due_at`, and an index on
+(expire_at, access_token). There every touch writes a new entry into every index.
 
 Rules that all statements keep:
 
 - Shape. A batch arrives as one array per column (`unnest`), so the text of a statement does not depend on
   the size of the batch. asyncpg prepares each text once per connection. No statement may need a sequential
   scan: the pool turns these scans off.
+- No look-up by key may go through the index on `expire_at`: `LIVE` is written so that no index can serve it.
+  Statistics of that column are always old, since its values only grow. PostgreSQL then expects that no row
+  is live, and takes the index of all live sessions for the cheapest way to a single one.
 - Expired rows do not exist. Each statement compares `expire_at` with the clock itself, because cleanup runs
   late. A start replaces an expired row; cleanup only frees the space.
 - Lock order. A statement that changes rows first locks them in the order of `access_token`, in a
@@ -43,73 +48,68 @@ connection breaks during a write, the outcome is unknown: the server may still c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
-from mnemosyned.sessions.model import MAX_BAG_BYTES, MAX_CLIENT_BYTES, MAX_INDEXED_BYTES
-from mnemosyned.sessions.token import MAX_TOKEN_BYTES
-
-_NEW_COLUMNS: Final = "access_token, refresh_token, subject_id, subject_client, bag"
-_COLUMNS: Final = f"{_NEW_COLUMNS}, expire_at"
-
-# What is wrong with a row that is not even read. `octet_length` takes the size from the header of a value, so
-# a bag of 500 MB is not fetched from its side table (TOAST). A table that others made may have NULL anywhere.
-_DAMAGE: Final = (
-    "CASE WHEN subject_id IS NULL OR bag IS NULL OR expire_at IS NULL THEN 'a field is missing' "
-    f"WHEN octet_length(bag) > {MAX_BAG_BYTES} THEN 'a bag is longer than {MAX_BAG_BYTES} bytes' "
-    f"WHEN octet_length(access_token) > {MAX_TOKEN_BYTES} OR octet_length(subject_id) > {MAX_INDEXED_BYTES} "
-    f"OR octet_length(refresh_token) > {MAX_INDEXED_BYTES} "
-    f"OR octet_length(subject_client) > {MAX_CLIENT_BYTES} THEN 'a field is over its limit' END"
+from mnemosyned.sessions.model import MAX_BAG_BYTES
+from mnemosyned.storage.postgres.columns import (
+    COLUMNS,
+    DAMAGE,
+    LIVE,
+    NEW_COLUMNS,
+    READABLE,
+    READABLE_BAG,
+    Query,
 )
-# The columns of a row with `damage`; only its key and its expiry if it has any.
-_READABLE: Final = ", ".join(
-    f"CASE WHEN damage IS NULL THEN {column} END AS {column}"
-    for column in ("refresh_token", "subject_id", "subject_client")
-)
-_READABLE_BAG: Final = "CASE WHEN damage IS NULL THEN bag END AS bag"
-# One byte more than a token may have: such a key is a damaged row's, and is only named in a log line.
-_SHORT_KEY: Final = f"substring(access_token FROM 1 FOR {MAX_TOKEN_BYTES + 1}) AS access_token"
+from mnemosyned.storage.postgres.walks import Walks, WalksByDueTime, WalksByExpiry
 
+__all__ = ["Queries", "Query"]
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A statement, and the value of the label `query` under which metrics count it."""
-
-    name: str
-    sql: str
+# Beside each join with the table, though the join says as much. If the table had no live row when it was
+# analyzed, PostgreSQL expects one row, and takes a walk of the whole key for as cheap as a look-up.
+_ASKED: Final = "access_token = ANY($1::bytea[])"
 
 
 class Queries:
     """All statements for one table.
 
     `table` is the qualified, quoted name. It is the only thing that is ever spliced into SQL besides the
-    conditions that `find` and `delete` get from the store, which are constant texts. Values are parameters.
+    conditions of `conditions.py`, which are constant texts. Values are parameters.
     """
 
-    def __init__(self, table: str) -> None:
-        self._table = table
-        # Storage.now_us: the health check, so it must not touch the table, which may be locked.
+    def __init__(self, table: str, *, is_due: bool = False) -> None:
+        """`is_due`: the table has the column `due_at` and its index."""
+        self.is_due = is_due
+        self.walks: Walks = WalksByDueTime(table) if is_due else WalksByExpiry(table)
+        # Storage.now_us. It does not touch the table, so the clock is known while that is locked.
         self.now = Query("now", "SELECT clock_timestamp() AS now")
-        # Storage.identity: the cluster of databases, the database and the table by their numbers. Two nodes
-        # may reach one table by different addresses, and two tables may have one name; numbers tell them
-        # apart. A table that is dropped and created again gets another identity.
+        # Storage.identity: the cluster of databases by its number, for nodes may reach it by different
+        # addresses; the database and the table by their names. A table or database that is dropped and
+        # created again keeps its identity: a node that restarts then must find its peers.
         self.identity = Query(
             "identity",
-            "SELECT concat_ws('/', system_identifier, (SELECT oid FROM pg_database "
-            f"WHERE datname = current_database()), '{_literal(table)}'::regclass::oid) AS identity "
+            f"SELECT concat_ws('/', system_identifier, current_database(), '{_literal(table)}') AS identity "
             "FROM pg_control_system()",
         )
-        self.start = _start(table)
+        # Storage.estimated_sessions: rows per page when the table was last analyzed, times its pages now, as
+        # the planner estimates. It reads the catalog and the file's size, and never the table.
+        self.estimate = Query(
+            "estimate",
+            "SELECT (CASE WHEN relpages > 0 THEN reltuples / relpages ELSE 0 END * pg_relation_size(oid) "
+            "/ current_setting('block_size')::int)::bigint AS sessions "
+            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass",
+        )
+        self.start = _start(table, is_due=is_due)
         self.load = _load(table)
+        self.load_unmoved = _load_unmoved(table)
         self.exist = _exist(table)
         self.read_bags = _read_bags(table)
         # The last round of SessionStore.set_values: the rows stay locked until the same transaction has
         # written them.
         self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE")
         self.write_bags = _write_bags(table)
+        self.write_known = _write_bags(table, is_known=True)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
-        self.clean_up = _clean_up(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
         self.stored_from = _stored_from(table)
@@ -121,57 +121,8 @@ class Queries:
             f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
         )
 
-    def find(self, where: str, *, offset_at: int) -> Query:
-        """Page through live sessions; parameters from `offset_at` on: offset, limit, bytes of bags.
 
-        SessionStore.find. Locks nothing. The inner query walks the index (expire_at, access_token), or the
-        index of a criterion and sorts. A page costs as much as all pages before it, which OFFSET skips.
-        Pages are separate snapshots: a session that is extended between them moves to a later page.
-
-        A row whose bag would exceed the page's bytes comes without its bag. The store then fails the call,
-        and neither the server nor this process has held more than a page. A bag that is left out is not
-        even fetched. A damaged row counts as empty: it must not make the page too large.
-        """
-        return Query(
-            "list",
-            f"SELECT {_SHORT_KEY}, {_READABLE}, expire_at, damage, CASE WHEN damage IS NULL AND "
-            # ROWS, as the default (RANGE) would add up rows of equal order in one step.
-            "sum(CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
-            "OVER (ORDER BY expire_at, page.access_token ROWS UNBOUNDED PRECEDING) "
-            f"<= ${offset_at + 2} THEN bag END AS bag FROM (SELECT {_COLUMNS}, {_DAMAGE} AS damage "
-            f"FROM {self._table} WHERE expire_at > now() AND {where} ORDER BY expire_at, access_token "
-            f"OFFSET ${offset_at} LIMIT ${offset_at + 1}) AS page ORDER BY expire_at, page.access_token",
-        )
-
-    def delete(self, where: str, *, limit_at: int) -> Query:
-        """Delete what meets a condition; parameter `limit_at`: how many at most.
-
-        SessionStore.delete. One row comes back: the stored keys of the deleted rows, and how many rows were
-        picked. Index: that of a criterion, then the primary key.
-
-        - `picked` chooses the rows without a lock. Choosing and locking at once would need ORDER BY
-          access_token before LIMIT, and so a sort of everything that meets the condition. MATERIALIZED: a
-          second evaluation could choose other rows.
-        - `ended` locks them in token order, and checks the condition again on the locked rows.
-
-        When two nodes delete the same rows at once, the second waits for the first and finds the rows gone.
-        It must not report the end, since the first may have more batches to do. Fewer deleted than picked
-        tells the store that the batch was shared, and the store does not call it the last. The same holds
-        for a row that was renamed after `picked` saw it under its old key.
-        """
-        return Query(
-            "delete",
-            f"WITH picked AS MATERIALIZED (SELECT access_token FROM {self._table} WHERE {where} "
-            f"LIMIT ${limit_at}), ended AS (SELECT access_token FROM {self._table} WHERE access_token IN "
-            f"(SELECT access_token FROM picked) AND {where} ORDER BY access_token FOR UPDATE), "
-            f"gone AS (DELETE FROM {self._table} AS held USING ended "
-            "WHERE held.access_token = ended.access_token RETURNING held.access_token) "
-            "SELECT (SELECT count(*) FROM picked) AS picked, "
-            "ARRAY(SELECT access_token FROM gone) AS tokens",
-        )
-
-
-def _start(table: str) -> Query:
+def _start(table: str, *, is_due: bool) -> Query:
     """SessionStore.start: insert sessions; replace rows that have expired.
 
     Parameters: one array per column of `asked`; no token twice, which ON CONFLICT could not handle.
@@ -185,13 +136,21 @@ def _start(table: str) -> Query:
     If two nodes start one token at once, the second insertion waits for the first transaction. It then
     meets a live row and makes nothing. A start that is repeated after its `not_after` is safe the same way:
     the repeated one waits for this one and meets its token, or comes first and is met by this one.
+
+    An insertion can also wait for a transaction that ends the session, or is rolled back, and is then made
+    after the clock was compared. It is compared again when the row is there; a late row fails the statement
+    (DivisionByZeroError). The store then runs each item alone, and the late one is refused before its wait.
     """
+    due, due_value, due_set = "", "", ""
+    if is_due:
+        due, due_value = ", due_at", ", now() + ttl_us * interval '1 microsecond'"
+        due_set = ", due_at = EXCLUDED.due_at"
     return Query(
         "start",
         "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::text[], $4::text[], "
-        f"$5::bytea[], $6::bigint[], $7::timestamptz[]) AS new ({_NEW_COLUMNS}, ttl_us, not_after)), "
-        f"made AS (INSERT INTO {table} AS held ({_COLUMNS}) "
-        f"SELECT {_NEW_COLUMNS}, now() + ttl_us * interval '1 microsecond' "
+        f"$5::bytea[], $6::bigint[], $7::timestamptz[]) AS new ({NEW_COLUMNS}, ttl_us, not_after)), "
+        f"made AS (INSERT INTO {table} AS held ({COLUMNS}{due}) "
+        f"SELECT {NEW_COLUMNS}, now() + ttl_us * interval '1 microsecond'{due_value} "
         # OFFSET 0 is a fence: PostgreSQL moves no condition into a subquery that has one. Below the sort,
         # the clock would be compared for all rows before the first is inserted. Above it, each row is
         # compared when it is inserted, after the wait for the rows before it.
@@ -201,9 +160,11 @@ def _start(table: str) -> Query:
         # neither changed nor returned. An expired row does not exist, though cleanup has not seen it yet.
         "ON CONFLICT (access_token) DO UPDATE SET refresh_token = EXCLUDED.refresh_token, "
         "subject_id = EXCLUDED.subject_id, subject_client = EXCLUDED.subject_client, "
-        "bag = EXCLUDED.bag, expire_at = EXCLUDED.expire_at WHERE held.expire_at <= now() "
-        "RETURNING access_token, expire_at) "
-        "SELECT access_token, expire_at, clock_timestamp() >= not_after AS is_late "
+        f"bag = EXCLUDED.bag, expire_at = EXCLUDED.expire_at{due_set} WHERE held.expire_at <= now() "
+        "RETURNING access_token, expire_at, clock_timestamp() AS made_at) "
+        "SELECT access_token, expire_at, clock_timestamp() >= not_after AS is_late, "
+        # Fails, and takes all back, if a row was made too late: nothing else undoes an insertion.
+        "1 / (made_at < not_after)::int AS in_time "
         "FROM asked LEFT JOIN made USING (access_token)",
     )
 
@@ -221,16 +182,27 @@ def _load(table: str) -> Query:
     return Query(
         "load",
         # MATERIALIZED: the rows are read once, by the snapshot of the statement, whatever the join's plan.
-        f"WITH found AS MATERIALIZED (SELECT {_COLUMNS}, {_DAMAGE} AS damage FROM {table} "
-        "WHERE access_token = ANY($1::bytea[]) AND expire_at > now()), "
+        f"WITH found AS MATERIALIZED (SELECT {COLUMNS}, {DAMAGE} AS damage FROM {table} "
+        f"WHERE access_token = ANY($1::bytea[]) AND {LIVE}), "
         f"moved AS (UPDATE {table} AS held SET expire_at = now() + $2::interval FROM "
         f"(SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) "
-        "AND expire_at > now() AND expire_at < now() + $3::interval "
+        # A damaged row is left to expire.
+        f"AND {LIVE} AND expire_at - $3::interval < now() AND {DAMAGE} IS NULL "
         "ORDER BY access_token FOR NO KEY UPDATE SKIP LOCKED) AS behind "
         "WHERE held.access_token = behind.access_token RETURNING held.access_token, held.expire_at) "
-        f"SELECT access_token, {_READABLE}, {_READABLE_BAG}, damage, "
+        f"SELECT access_token, {READABLE}, {READABLE_BAG}, damage, false AS is_behind, "
         "COALESCE(moved.expire_at, found.expire_at) AS expire_at "
         "FROM found LEFT JOIN moved USING (access_token)",
+    )
+
+
+def _load_unmoved(table: str) -> Query:
+    """SessionStore.load on a server that refuses writes; parameters: tokens, ttl minus the touch interval."""
+    return Query(
+        "load_read_only",
+        f"SELECT access_token, {READABLE}, {READABLE_BAG}, damage, expire_at, is_behind FROM (SELECT "
+        f"{COLUMNS}, {DAMAGE} AS damage, expire_at - $2::interval < now() AS is_behind FROM {table} "
+        f"WHERE access_token = ANY($1::bytea[]) AND {LIVE}) AS found",
     )
 
 
@@ -238,7 +210,7 @@ def _exist(table: str) -> Query:
     """SessionStore.exist. Locks nothing and extends nothing. Index: the primary key."""
     return Query(
         "exists",
-        f"SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) AND expire_at > now()",
+        f"SELECT access_token FROM {table} WHERE access_token = ANY($1::bytea[]) AND {LIVE}",
     )
 
 
@@ -253,30 +225,34 @@ def _read_bags(table: str, locking: str = "") -> Query:
         "set_value_select",
         f"SELECT access_token, CASE WHEN octet_length(bag) <= {MAX_BAG_BYTES} THEN bag END AS bag, "
         f"xmin AS version, clock_timestamp() AS now FROM {table} "
-        f"WHERE access_token = ANY($1::bytea[]) AND expire_at > now() {locking}",
+        f"WHERE access_token = ANY($1::bytea[]) AND {LIVE} {locking}",
     )
 
 
-def _write_bags(table: str) -> Query:
-    """The second half of SessionStore.set_values: write each bag whose row has the version that was read.
+def _write_bags(table: str, *, is_known: bool = False) -> Query:
+    """The second half of SessionStore.set_values: write each bag whose row is as it was.
 
-    Parameters: tokens, versions, bags, limits in time. Index: the primary key. Locks: the rows whose
-    version still fits, in token order. Returned are the tokens of the rows that were written.
+    Parameters: tokens, the versions that were read, bags, limits in time. `is_known`: the bags of before in
+    place of the versions, where no read came first. Index: the primary key. Locks: the rows that still fit,
+    in token order. Returned are the tokens of the rows that were written.
 
-    If two nodes have read one version, the second waits for the lock of the first. The recheck then finds
-    another `xmin`, and the row drops out: no change is lost, and the second node reads again.
+    If two nodes have changed one bag, the second waits for the lock of the first. The recheck then finds
+    another `xmin` or bag, and the row drops out: no change is lost, and the second node reads again.
     """
+    kind, column, live = "xid", "xmin", ""
+    if is_known:
+        kind, column, live = "bytea", "bag", f"AND held.{LIVE} "
     return Query(
         "set_value_update",
         "WITH unchanged AS MATERIALIZED (SELECT held.access_token, new.bag, not_after "
-        f"FROM {table} AS held JOIN unnest($1::bytea[], $2::xid[], $3::bytea[], $4::timestamptz[]) "
-        "AS new (access_token, version, bag, not_after) "
-        "ON held.access_token = new.access_token AND held.xmin = new.version "
+        f"FROM {table} AS held JOIN unnest($1::bytea[], $2::{kind}[], $3::bytea[], $4::timestamptz[]) "
+        "AS new (access_token, before, bag, not_after) "
+        f"ON held.access_token = new.access_token AND held.{column} = new.before {live}AND held.{_ASKED} "
         "ORDER BY held.access_token FOR NO KEY UPDATE OF held) "
         # The clock is compared here and not in `unchanged`, whose conditions are checked before the lock.
         f"UPDATE {table} AS held SET bag = unchanged.bag FROM unchanged "
-        "WHERE held.access_token = unchanged.access_token AND clock_timestamp() < not_after "
-        "RETURNING held.access_token",
+        f"WHERE held.access_token = unchanged.access_token AND held.{_ASKED} "
+        "AND clock_timestamp() < not_after RETURNING held.access_token",
     )
 
 
@@ -294,10 +270,11 @@ def _abandon(table: str) -> Query:
         "abandon",
         "WITH ended AS MATERIALIZED (SELECT held.access_token, not_after "
         f"FROM {table} AS held JOIN unnest($1::bytea[], $2::timestamptz[]) "
-        "AS asked (access_token, not_after) ON held.access_token = asked.access_token "
+        f"AS asked (access_token, not_after) ON held.access_token = asked.access_token AND held.{_ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held), "
         f"gone AS (DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
-        "AND clock_timestamp() < not_after RETURNING held.access_token, held.expire_at > now() AS was_live) "
+        f"AND held.{_ASKED} AND clock_timestamp() < not_after "
+        "RETURNING held.access_token, held.expire_at > now() AS was_live) "
         "SELECT access_token, was_live, was_live IS NULL AS is_late "
         "FROM ended LEFT JOIN gone USING (access_token)",
     )
@@ -315,29 +292,9 @@ def _touch(table: str) -> Query:
         f"UPDATE {table} AS held SET expire_at = GREATEST(held.expire_at, new.expire_at) "
         f"FROM (SELECT access_token, asked.expire_at FROM {table} AS live "
         "JOIN unnest($1::bytea[], $2::timestamptz[]) AS asked (access_token, expire_at) "
-        "USING (access_token) WHERE live.expire_at > now() "
+        f"USING (access_token) WHERE live.{LIVE} AND live.{_ASKED} "
         "ORDER BY access_token FOR NO KEY UPDATE OF live) AS new "
-        "WHERE held.access_token = new.access_token RETURNING held.access_token",
-    )
-
-
-def _clean_up(table: str) -> Query:
-    """SessionStore.clean_up: delete at most $1 expired rows, the oldest first.
-
-    Index: (expire_at, access_token), from its lower end. Locks: the rows, and the table's advisory lock $2
-    until the statement ends. One node at a time cleans up: on the other nodes the attempt at the lock
-    fails, and they delete nothing instead of reading the same rows. Set-up takes the same lock, so no
-    cleanup runs while an index is built.
-
-    SKIP LOCKED: a row that is locked is being replaced by a start or ended by a caller. If cleanup locks
-    the row first, a start of the same token waits and then inserts.
-    """
-    return Query(
-        "clean_up",
-        f"DELETE FROM {table} WHERE access_token IN (SELECT access_token FROM {table} "
-        # In a subquery that depends on no row, the attempt is made once per statement, not once per row.
-        "WHERE expire_at <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
-        "ORDER BY expire_at LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING access_token",
+        f"WHERE held.access_token = new.access_token AND held.{_ASKED} RETURNING held.access_token",
     )
 
 
@@ -363,22 +320,23 @@ def _rename(table: str, locking: str = "") -> Query:
         "AS one (old, new, number)), "
         "held AS MATERIALIZED (SELECT asked.old, asked.new, "
         f"EXISTS (SELECT 1 FROM {table} AS taken WHERE taken.access_token = asked.new "
-        f"AND taken.expire_at > now()) AS is_taken FROM {table} AS there "
-        "JOIN asked ON there.access_token = asked.old "
-        f"WHERE there.expire_at > now() ORDER BY asked.old FOR UPDATE OF there {locking}), "
+        f"AND taken.access_token = ANY($2::bytea[]) AND taken.{LIVE}) AS is_taken FROM {table} AS there "
+        f"JOIN asked ON there.access_token = asked.old AND there.{_ASKED} "
+        f"WHERE there.{LIVE} ORDER BY asked.old FOR UPDATE OF there {locking}), "
         # Of two live sessions of one token, the one under the current key stays.
         f"ended AS (DELETE FROM {table} AS there USING held "
-        "WHERE is_taken AND there.access_token = held.old), "
+        f"WHERE is_taken AND there.access_token = held.old AND there.{_ASKED}), "
         # An expired row does not exist, but cleanup has not seen it yet, and it occupies the key.
         f"expired AS (DELETE FROM {table} AS there USING held WHERE NOT is_taken "
-        "AND there.access_token = held.new AND there.expire_at <= now() RETURNING 1), "
+        "AND there.access_token = held.new AND there.access_token = ANY($2::bytea[]) "
+        f"AND NOT there.{LIVE} RETURNING 1), "
         # PostgreSQL runs the parts of a statement in any order. Counting `expired` (always >= 0) makes the
         # UPDATE wait until those rows are deleted, or the primary key would refuse it.
         f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held WHERE NOT is_taken "
-        "AND there.access_token = held.old AND (SELECT count(*) FROM expired) >= 0) "
+        f"AND there.access_token = held.old AND there.{_ASKED} AND (SELECT count(*) FROM expired) >= 0) "
         # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
-        "AND there.expire_at > now()) AS is_there FROM asked ORDER BY number",
+        f"AND there.{LIVE}) AS is_there FROM asked ORDER BY number",
     )
 
 
@@ -390,11 +348,11 @@ def _stored_from(table: str) -> Query:
     """
     return Query(
         "check",
-        f"SELECT access_token, {_READABLE}, {_READABLE_BAG}, damage, expire_at, version FROM ("
+        f"SELECT access_token, {READABLE}, {READABLE_BAG}, damage, expire_at, version FROM ("
         "SELECT *, sum(octet_length(access_token) "
         "+ CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY access_token ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before "
-        f"FROM (SELECT {_COLUMNS}, {_DAMAGE} AS damage, xmin AS version FROM {table} "
+        f"FROM (SELECT {COLUMNS}, {DAMAGE} AS damage, xmin AS version FROM {table} "
         "WHERE access_token >= $1 ORDER BY access_token LIMIT $2) AS page) AS summed "
         "WHERE COALESCE(bytes_before, 0) <= $3 ORDER BY access_token",
     )
@@ -410,10 +368,10 @@ def _remove_unchanged(table: str) -> Query:
         "check_remove",
         f"WITH unchanged AS MATERIALIZED (SELECT held.access_token FROM {table} AS held "
         "JOIN unnest($1::bytea[], $2::xid[]) AS asked (access_token, version) "
-        "ON held.access_token = asked.access_token AND held.xmin = asked.version "
+        f"ON held.access_token = asked.access_token AND held.xmin = asked.version AND held.{_ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held) "
         f"DELETE FROM {table} AS held USING unchanged WHERE held.access_token = unchanged.access_token "
-        "RETURNING held.access_token",
+        f"AND held.{_ASKED} RETURNING held.access_token",
     )
 
 

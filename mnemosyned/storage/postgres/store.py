@@ -7,21 +7,21 @@ items into columns, and rows into one result per item:
   them. Each method merges the items of one token first, and gives each item its own result after.
 - Isolation. Some errors are the fault of one item (`pool.ITEM_FAULTS`), but PostgreSQL rolls back the whole
   statement. Then nothing is done yet, and `_isolating` runs each item as a batch of one.
-- SetValue reads a bag, changes it here, and writes it if the row is unchanged (`_set_values`). No lock is
-  held between the two: a process that is stalled there would stop every writer of the session.
+- SetValue changes bags here: see `value_writer.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import asyncpg
 
+from aio.slices import in_slices
 from aio.units import NEVER_US
 from mnemosyned.errors import (
     CorruptSession,
@@ -32,52 +32,41 @@ from mnemosyned.errors import (
     SessionNotFound,
     StorageUnavailable,
 )
-from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.model import (
+    MAX_BAG_BYTES,
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
-    DamagedSession,
     Lookup,
     NewSession,
     Session,
     Touch,
     ValueChange,
-    page_too_large,
 )
-from mnemosyned.sessions.store import Deletion, Renaming, StorageRefused, StoredSession
-from mnemosyned.storage.postgres.pool import ITEM_FAULTS, REFUSALS, PostgresOptions, PostgresPool
-from mnemosyned.storage.postgres.queries import Queries, Query
+from mnemosyned.sessions.store import Deletion, Page, Renaming, StoredSession
+from mnemosyned.storage.postgres import trial
+from mnemosyned.storage.postgres.cleaning import Cleaner
+from mnemosyned.storage.postgres.faults import ITEM_FAULTS, REFUSALS, Faults
+from mnemosyned.storage.postgres.migration import Migration
+from mnemosyned.storage.postgres.node_table import NodeTable
+from mnemosyned.storage.postgres.pool import PostgresPool
+from mnemosyned.storage.postgres.queries import Queries
+from mnemosyned.storage.postgres.rows import abandoned, escaped, page_of, session_of, started, text
 from mnemosyned.storage.postgres.schema import Table, set_up
-from mnemosyned.storage.postgres.value_changes import Outcome, with_values
+from mnemosyned.storage.postgres.table_health import TableHealth
+from mnemosyned.storage.postgres.value_writer import ValueWriter
+from mnemosyned.storage.postgres.walks import Call, Walks
 
 if TYPE_CHECKING:
     from asyncpg import Record
-    from prometheus_client import CollectorRegistry
 
-    from mnemosyned.storage.postgres.config import PostgresConfig
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A writer far from the database can lose every round to nearer ones. After so many rounds, the rows are
-# locked from the read to the write.
-_QUICK_ROUNDS: Final = 4
-# If this process is stalled between the two, PostgreSQL ends the transaction after this time.
-_LOCKED_MS: Final = 500
-
-
-def build(config: PostgresConfig, *, dsn: str, registry: CollectorRegistry) -> PostgresStore:
-    """Return the store that the configuration describes, not yet opened."""
-    options = PostgresOptions(
-        dsn=dsn,
-        pool_size=config.pool_size,
-        connect_timeout_s=config.connect_timeout_s,
-        statement_timeout_s=config.statement_timeout_s,
-    )
-    return PostgresStore(
-        PostgresPool(options, QueryMetrics(registry)), Table(schema=config.schema, name=config.table)
-    )
+# Only the nodes of a cluster need it.
+_GRANT_IDENTITY: Final = "GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_system() TO PUBLIC"
 
 
 class PostgresStore:
@@ -87,10 +76,17 @@ class PostgresStore:
     instants are microseconds since the epoch on the server's clock.
     """
 
-    def __init__(self, pool: PostgresPool, table: Table) -> None:
+    def __init__(self, pool: PostgresPool, table: Table, *, is_due: bool = False) -> None:
         self._pool = pool
         self._table = table
-        self._queries = Queries(table.sql)
+        # Every table takes those of False; `migration.py` tells whether it takes the others.
+        self._queries = Queries(table.sql, is_due=is_due)
+        self._values = ValueWriter(pool, self._queries)
+        self._health: TableHealth | None = None
+        self._cleaner = Cleaner(pool, table.advisory_key)
+        self._migration = Migration(pool, table, self._use_form)
+        nodes = NodeTable(pool, table)
+        self.renew, self.bar, self.resign = nodes.renew, nodes.bar, nodes.resign
 
     async def open(self) -> None:
         """See Storage: connect, and create what is missing of the table.
@@ -102,15 +98,26 @@ class PostgresStore:
         try:
             async with self._pool.connection(passing=REFUSALS) as connection:
                 await set_up(connection, self._table)
+                await self._migration.look(connection)
+                await trial.run(connection, self._table, self._same_on)
+            await self._migration.start()
         except BaseException as exc:
             # A cancelled or failed open leaves no pool behind: `open` may be called again.
-            await self._pool.close()
+            await self.close()
             if isinstance(exc, REFUSALS):
-                raise StorageRefused(f"PostgreSQL: {exc}") from exc
+                raise self._pool.refused(exc, doing="set up the table") from exc
             raise
+
+    def _use_form(self, is_due: bool) -> None:  # noqa: FBT001  # a callback with one argument
+        if is_due != self._queries.is_due:
+            self._queries = Queries(self._table.sql, is_due=is_due)
+
+    def _same_on(self, pool: PostgresPool, table: Table) -> PostgresStore:
+        return PostgresStore(pool, table, is_due=self._queries.is_due)
 
     async def close(self) -> None:
         """See Storage. Writes under way have an unknown outcome: the server may still commit them."""
+        await self._migration.close()
         await self._pool.close()
 
     async def now_us(self) -> int:
@@ -118,10 +125,26 @@ class PostgresStore:
         rows = await self._pool.fetch(self._queries.now)
         return int(rows[0]["now"])
 
+    async def check(self) -> object:
+        """See Storage."""
+        if self._health is None:
+            self._health = TableHealth(self._pool, self._table, self._same_on, self._migration.look)
+        return await self._health.check()
+
     async def identity(self) -> bytes:
         """See Storage. Hashed, since nodes send it to each other, and the numbers are the database's own."""
-        rows = await self._pool.fetch(self._queries.identity)
+        try:
+            rows = await self._pool.fetch(self._queries.identity)
+        except StorageUnavailable as exc:
+            if isinstance(exc.__cause__, asyncpg.InsufficientPrivilegeError):
+                log.error("right_missing", extra={"mending": _GRANT_IDENTITY})
+            raise
         return hashlib.blake2b(str(rows[0]["identity"]).encode(), digest_size=16).digest()
+
+    async def estimated_sessions(self) -> int:
+        """See Storage: the planner's estimate, from statistics; 0 while PostgreSQL has none."""
+        (row,) = await self._pool.fetch(self._queries.estimate)
+        return int(row["sessions"])
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore; an item's InvalidArgument: a token too long to index."""
@@ -129,19 +152,44 @@ class PostgresStore:
 
     async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         """See SessionStore. Two lookups of one token with the same times are one parameter and one row."""
+        return await _isolating(self._load, lookups)
+
+    async def _load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         keys = [lookup.access_token.encode() for lookup in lookups]
-        # One statement for all sessions with the same times, which today are all of them. No isolation: a
-        # load locks only what is free and writes no value of a caller, so no item can fail it.
+        # One statement for all sessions with the same times, which today are all of them.
         tokens_by_times: dict[tuple[int, int], list[bytes]] = {}
         for lookup, key in zip(lookups, keys, strict=True):
             tokens_by_times.setdefault((lookup.ttl_us, lookup.touch_interval_us), []).append(key)
-        loaded: dict[bytes, Session | CorruptSession] = {}
+        loaded: dict[bytes, Session | MnemosyneError] = {}
         for (ttl_us, touch_interval_us), tokens in tokens_by_times.items():
             ttl, fresh = timedelta(microseconds=ttl_us), timedelta(microseconds=ttl_us - touch_interval_us)
-            for row in await self._pool.fetch(self._queries.load, tokens, ttl, fresh):
-                found = _session(row)
+            try:
+                rows = await self._rows(tokens, ttl, fresh)
+            except asyncpg.DataError:
+                if len(lookups) > 1:
+                    raise
+                # A database without an encoding (SQL_ASCII) may hold any bytes, and does not send them.
+                return [CorruptSession("mnemosyned: storage: a field is not UTF-8")]
+            for row in rows:
+                found = session_of(row)
+                if isinstance(found, Session):
+                    self._values.remember(row["access_token"], found.bag)
                 loaded[row["access_token"]] = found if isinstance(found, Session) else found.error()
+                if row["is_behind"]:
+                    loaded[row["access_token"]] = StorageUnavailable("mnemosyned: storage: read-only")
         return [loaded.get(key) or SessionNotFound() for key in keys]
+
+    async def _rows(self, tokens: list[bytes], ttl: timedelta, fresh: timedelta) -> list[Record]:
+        if not self._pool.read_only.is_known:
+            try:
+                return await self._pool.fetch(
+                    self._queries.load, tokens, ttl, fresh, passing=(asyncpg.DataError,)
+                )
+            except StorageUnavailable as exc:
+                if not isinstance(exc.__cause__, asyncpg.ReadOnlySQLTransactionError):
+                    raise
+        # What need not be extended can be read from a standby too.
+        return await self._pool.fetch(self._queries.load_unmoved, tokens, fresh, passing=(asyncpg.DataError,))
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -150,8 +198,8 @@ class PostgresStore:
         return [token.encode() in found for token in tokens]
 
     async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
-        """See SessionStore; 2 statements if no other node changes the same sessions, and at most 10."""
-        return await _isolating(self._set_values, changes)
+        """See SessionStore; 1 statement for bags that are remembered, 2 for others, and at most 11."""
+        return await _isolating(self._values.apply, changes)
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -161,34 +209,37 @@ class PostgresStore:
         """See SessionStore."""
         return await _isolating(self._touch, touches)
 
-    async def find(self, criteria: Criteria, *, offset: int, limit: int) -> list[Session | DamagedSession]:
-        """See SessionStore. PostgreSQL withholds the bags beyond MAX_PAGE_BYTES, so memory is bounded."""
-        where, values = _condition(criteria)
-        query = self._queries.find(where, offset_at=len(values) + 1)
-        rows = await self._pool.fetch(query, *values, offset, limit, MAX_PAGE_BYTES)
-        if any(row["bag"] is None and row["damage"] is None for row in rows):
-            raise page_too_large()
-        return [_session(row) for row in rows]
+    async def find(
+        self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> Page:
+        """See SessionStore. PostgreSQL withholds the bags beyond the bytes, so memory is bounded."""
+        # The first bag must not be withheld.
+        page_bytes = max(max_bytes, MAX_BAG_BYTES)
+        rows = await self._walk(
+            lambda walks: walks.find(criteria, offset=offset, limit=limit, page_bytes=page_bytes)
+        )
+        return await in_slices(page_of(rows, max_bytes))
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
+    async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore. No isolation: a Delete is one item, and criteria are checked before.
 
         `is_all` is True only if the condition met fewer rows than the limit, and all of them were deleted
         by this statement. Otherwise the caller runs another step.
         """
-        where, values = _condition(criteria)
-        query = self._queries.delete(where, limit_at=len(values) + 1)
-        (row,) = await self._pool.fetch(query, *values, limit)
+        (row,) = await self._walk(
+            lambda walks: walks.delete(criteria, limit=limit, not_after_us=not_after_us)
+        )
+        if row["is_late"]:
+            raise DeadlineExceeded
         return Deletion(
-            stored_keys=[_text(token) for token in row["tokens"]],
+            stored_keys=[text(token) for token in row["tokens"]],
             # Fewer deleted than picked: another node's Delete has the others, and may not be done.
             is_all=len(row["tokens"]) == row["picked"] < limit,
         )
 
     async def clean_up(self, *, limit: int) -> list[str]:
         """See SessionStore; one node at a time, by the advisory lock that set-up takes too."""
-        rows = await self._pool.fetch(self._queries.clean_up, limit, self._table.advisory_key)
-        return [_text(row["access_token"]) for row in rows]
+        return [text(token) for token in await self._cleaner.clean_up(self._queries.walks, limit)]
 
     async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         """See RenamableStore; an item's StorageUnavailable: its lock, or its new key is being taken."""
@@ -198,7 +249,7 @@ class PostgresStore:
         """See RenamableStore. Surrogates keep invalid UTF-8 intact, so that the walk can go on from it."""
         after = stored_key.encode(errors="surrogateescape")
         rows = await self._pool.fetch(self._queries.stored_keys_after, after, limit)
-        return [_escaped(row["access_token"]) for row in rows]
+        return [escaped(row["access_token"]) for row in rows]
 
     async def stored_from(self, stored_key: str, *, limit: int) -> list[StoredSession]:
         """See CheckableStore; the version is that of `set_values`."""
@@ -206,7 +257,7 @@ class PostgresStore:
         rows = await self._pool.fetch(self._queries.stored_from, key, limit, MAX_PAGE_BYTES)
         return [
             StoredSession(
-                stored_key=_escaped(row["access_token"]), found=_session(row), version=row["version"]
+                stored_key=escaped(row["access_token"]), found=session_of(row), version=row["version"]
             )
             for row in rows
         ]
@@ -216,7 +267,7 @@ class PostgresStore:
         keys = [session.stored_key.encode(errors="surrogateescape") for session in sessions]
         versions = [session.version for session in sessions]
         rows = await self._pool.fetch(self._queries.remove_unchanged, keys, versions)
-        return [_escaped(row["access_token"]) for row in rows]
+        return [escaped(row["access_token"]) for row in rows]
 
     async def _rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:
         olds = [renaming.old.encode() for renaming in renamings]
@@ -225,6 +276,24 @@ class PostgresStore:
         query = self._queries.rename if len(renamings) > 1 else self._queries.rename_one
         rows = await self._pool.fetch(query, olds, news, passing=ITEM_FAULTS)
         return [row["is_there"] for row in rows]
+
+    async def _walk(self, call: Callable[[Walks], Call]) -> list[Record]:
+        return await self._formed(lambda queries: call(queries.walks))
+
+    async def _formed(self, call: Callable[[Queries], Call], passing: Faults = ()) -> list[Record]:
+        """Run a statement of the table's form, or that of every table if `due_at` is gone.
+
+        A table that was restored from an older dump has none. PostgreSQL finds that before it does anything.
+        """
+        if self._queries.is_due:
+            query, values = call(self._queries)
+            expected: Faults = (*passing, asyncpg.UndefinedColumnError)
+            try:
+                return await self._pool.fetch(query, *values, passing=expected)
+            except asyncpg.UndefinedColumnError:
+                self._use_form(False)
+        query, values = call(self._queries)
+        return await self._pool.fetch(query, *values, passing=passing)
 
     async def _start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         # Of several starts of one token, the first is made. A later one replaces it only if it has more
@@ -235,8 +304,7 @@ class PostgresStore:
             if new.not_after_us > first.not_after_us:
                 first_by_token[new.access_token] = new
         firsts = first_by_token.values()
-        rows = await self._pool.fetch(
-            self._queries.start,
+        columns: list[object] = [
             [new.access_token.encode() for new in firsts],
             [new.refresh_token.encode() for new in firsts],
             [new.subject_id for new in firsts],
@@ -244,90 +312,32 @@ class PostgresStore:
             [new.bag for new in firsts],
             [new.ttl_us for new in firsts],
             [new.not_after_us for new in firsts],
-            passing=ITEM_FAULTS,
-        )
+        ]
+        rows = await self._formed(lambda queries: (queries.start, columns), ITEM_FAULTS)
         row_by_token = {row["access_token"].decode(): row for row in rows}
+        for new in firsts:
+            if row_by_token[new.access_token]["expire_at"] is not None:
+                self._values.remember(new.access_token.encode(), new.bag)
         return [
-            _started(new, row_by_token[new.access_token])
+            started(new, row_by_token[new.access_token])
             if first_by_token[new.access_token] is new
             else SessionAlreadyExists()
             for new in sessions
         ]
-
-    async def _set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
-        """Change bags optimistically: read, change, write where the row has still the version that was read.
-
-        - A failed change (no session, late, bag too large) has its result after the read.
-        - A change whose row was written has its result after the write.
-        - Any other change lost its row to another writer, and goes into the next round.
-        - The last round locks the rows first (`_set_locked`). It can be lost only if the time is up.
-        """
-        results: dict[int, dict[str, str] | MnemosyneError] = {}
-        left = list(range(len(changes)))
-        for number in range(_QUICK_ROUNDS + 1):
-            try_to_set = self._try_to_set if number < _QUICK_ROUNDS else self._set_locked
-            outcomes, written = await try_to_set([changes[at] for at in left])
-            for at, outcome in zip(left, outcomes, strict=True):
-                if outcome.after is None or outcome.token in written:
-                    results[at] = outcome.result
-            left = [at for at in left if at not in results]
-            if not left:
-                break
-        return [results.get(at) or _out_of_time() for at in range(len(changes))]
-
-    async def _try_to_set(self, changes: Sequence[ValueChange]) -> tuple[list[Outcome], set[bytes]]:
-        fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
-        return await self._read_and_write(changes, self._queries.read_bags, fetch)
-
-    # The transaction costs two more round trips, and the rows are locked during two of them.
-    async def _set_locked(self, changes: Sequence[ValueChange]) -> tuple[list[Outcome], set[bytes]]:
-        """Read and write in one transaction that holds the rows, in turn with other writers."""
-        pool = self._pool
-        async with pool.connection(passing=ITEM_FAULTS) as connection, connection.transaction():
-            await connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = {_LOCKED_MS}")
-            run = partial(pool.run, connection, passing=ITEM_FAULTS)
-            return await self._read_and_write(changes, self._queries.lock_bags, run)
-
-    async def _read_and_write(
-        self,
-        changes: Sequence[ValueChange],
-        reading: Query,
-        fetch: Callable[..., Awaitable[list[Record]]],
-    ) -> tuple[list[Outcome], set[bytes]]:
-        """Run one round; return the outcomes, and the tokens whose bags were written.
-
-        `fetch` runs a statement on any connection, or on the one that holds the locks.
-        """
-        rows = await fetch(reading, _encoded({change.access_token for change in changes}))
-        before = {row["access_token"]: row for row in rows}
-        outcomes = with_values(changes, before)
-        # Per token: the version read, the bag after all its changes, and the least of their limits in time.
-        # The changes of one token share one UPDATE; the earliest limit is safe for all of them.
-        writes: dict[bytes, tuple[int, bytes, int]] = {}
-        for outcome in outcomes:
-            if outcome.after is not None:
-                _, _, not_after_us = writes.get(outcome.token, (0, b"", NEVER_US))
-                version = before[outcome.token]["version"]
-                not_after_us = min(not_after_us, outcome.not_after_us)
-                writes[outcome.token] = (version, outcome.after, not_after_us)
-        if not writes:
-            return outcomes, set()
-        columns = map(list, zip(*writes.values(), strict=True))
-        rows = await fetch(self._queries.write_bags, list(writes), *columns)
-        return outcomes, {row["access_token"] for row in rows}
 
     async def _abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         # The latest limit: while one caller still has time, ending the session is what all of them want.
         latest_us: dict[bytes, int] = {}
         for ending in endings:
             token = ending.access_token.encode()
+            self._values.forget(token)
             latest_us[token] = max(ending.not_after_us, latest_us.get(token, 0))
         rows = await self._pool.fetch(
             self._queries.abandon, list(latest_us), list(latest_us.values()), passing=ITEM_FAULTS
         )
         row_by_token = {row["access_token"]: row for row in rows}
         # Of several callers for one token, the first has ended the session; `pop` leaves the others none.
-        return [_abandoned(row_by_token.pop(ending.access_token.encode(), None)) for ending in endings]
+        return [abandoned(row_by_token.pop(ending.access_token.encode(), None)) for ending in endings]
 
     async def _touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         # The latest expiry of a token is what its row would have after all touches one by one.
@@ -342,83 +352,8 @@ class PostgresStore:
         return [touch.access_token.encode() in found for touch in touches]
 
 
-def _condition(criteria: Criteria) -> tuple[str, list[object]]:
-    """Return an SQL condition with parameters from $1 on, and their values.
-
-    The texts are constants, so there are at most 32 different conditions for asyncpg to prepare.
-    """
-    value_by_condition: dict[str, object] = {
-        "access_token =": _encoded_or_none(criteria.access_token),
-        "refresh_token =": _encoded_or_none(criteria.refresh_token),
-        "subject_id =": criteria.subject_id,
-        "expire_at >": criteria.expires_after_us,
-        "expire_at <": criteria.expires_before_us,
-    }
-    given = [(text, value) for text, value in value_by_condition.items() if value is not None]
-    conditions = [f"{text} ${number}" for number, (text, _) in enumerate(given, start=1)]
-    return " AND ".join(conditions) or "TRUE", [value for _, value in given]
-
-
 def _encoded(tokens: Sequence[str] | set[str]) -> list[bytes]:
     return [token.encode() for token in tokens]
-
-
-def _encoded_or_none(token: str | None) -> bytes | None:
-    return None if token is None else token.encode()
-
-
-def _text(stored: bytes) -> str:
-    # The Go daemon checks no UTF-8. A row that this daemon cannot have written must not hide the others.
-    return stored.decode(errors="replace")
-
-
-def _escaped(stored: bytes) -> str:
-    return stored.decode(errors="surrogateescape")
-
-
-def _session(row: Record) -> Session | DamagedSession:
-    if row["damage"] is not None:
-        return DamagedSession(access_token=_escaped(row["access_token"]), reason=row["damage"])
-    try:
-        # Rows of the Go daemon may have NULL for the client or the refresh token; it means the same as "".
-        return Session(
-            access_token=row["access_token"].decode(),
-            subject_id=row["subject_id"],
-            subject_client=row["subject_client"] or "",
-            refresh_token=(row["refresh_token"] or b"").decode(),
-            bag=row["bag"],
-            expires_at_us=row["expire_at"],
-        )
-    except UnicodeDecodeError:
-        return DamagedSession(access_token=_escaped(row["access_token"]), reason="a token is not UTF-8")
-
-
-def _started(new: NewSession, row: Record) -> Session | MnemosyneError:
-    if row["expire_at"] is None:
-        # A duplicate may be called late, which is safe: its caller does not know the outcome. A late start
-        # is never called a duplicate, as its caller would take the token for used.
-        return DeadlineExceeded() if row["is_late"] else SessionAlreadyExists()
-    return Session(
-        access_token=new.access_token,
-        subject_id=new.subject_id,
-        subject_client=new.subject_client,
-        refresh_token=new.refresh_token,
-        bag=new.bag,
-        expires_at_us=row["expire_at"],
-    )
-
-
-def _abandoned(row: Record | None) -> bool | MnemosyneError:
-    # An expired row is deleted as well, but its session did not exist: False.
-    if row is None:
-        return False
-    return DeadlineExceeded() if row["is_late"] else bool(row["was_live"])
-
-
-def _out_of_time() -> MnemosyneError:
-    # The locked round fails to write a row only for its time. The limit has passed, or passes too soon to
-    # begin again.
-    return DeadlineExceeded()
 
 
 async def _isolating(
@@ -439,6 +374,9 @@ async def _isolating(
 
 
 def _item_error(exc: Exception) -> MnemosyneError:
+    if isinstance(exc, asyncpg.DivisionByZeroError):
+        # `queries._start`: made too late, and taken back.
+        return DeadlineExceeded()
     # A lock not released within lock_timeout, or a key that another transaction has just taken: a retry
     # may succeed.
     if isinstance(exc, asyncpg.LockNotAvailableError | asyncpg.UniqueViolationError):
@@ -446,4 +384,8 @@ def _item_error(exc: Exception) -> MnemosyneError:
     if isinstance(exc, asyncpg.ProgramLimitExceededError):
         # An index entry of about 2,700 bytes at most, after compression: only PostgreSQL can tell.
         return InvalidArgument("mnemosyned: access_token is too long for PostgreSQL to index")
+    if isinstance(exc, asyncpg.CheckViolationError):
+        return InvalidArgument("mnemosyned: a constraint of the table refuses the session")
+    if isinstance(exc, asyncpg.IntegrityConstraintViolationError):
+        return StorageUnavailable("mnemosyned: storage: a constraint of the table refuses the session")
     return InvalidArgument("mnemosyned: a field holds text that PostgreSQL cannot store")

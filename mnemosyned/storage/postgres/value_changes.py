@@ -1,20 +1,22 @@
-"""SetValue between its two statements: changes applied to the bags that were read. Pure.
+"""SetValue between reading and writing: changes applied to the bags as they were. Pure.
 
-`store.py` reads rows, calls `with_values`, and writes each row that is unchanged since. A change is applied
+`store.py` reads rows, runs `changing`, and writes each row that is unchanged since. A change is applied
 here and not in SQL, because PostgreSQL can neither parse a bag nor tell whether it would be too large.
 
 Several changes of one batch may be for one token. They form a chain: each is applied to the bag that the one
-before it left, its result shows the bag after itself, and one UPDATE writes the bag after the last. A change
-that fails (too large, late) leaves no mark on the chain. If the row was changed by another writer meanwhile,
-the whole chain is applied again to the new bag in the next round.
+before it left, its result shows the bag after itself, and one UPDATE writes the bag after the last. The bag
+is read and encoded once for all of them. All of it is in steps, since a bag may be large (aio/steps.py). A
+change that fails (too large, late) leaves no mark on the chain. If the row was changed by another writer
+meanwhile, the whole chain is applied again to the new bag in the next round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
+from aio.steps import Steps
 from aio.units import NEVER_US
 from mnemosyned.errors import (
     CorruptSession,
@@ -26,56 +28,74 @@ from mnemosyned.errors import (
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import ValueChange
 
-if TYPE_CHECKING:
-    from asyncpg import Record
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one change leads to: a result and the bag to write, or a failure and None.
-
-    The result counts only once the bag is written; a failure counts at once.
-    """
+    """What one change leads to: a result, which counts once the bag is written, or a failure."""
 
     token: bytes
     result: dict[str, str] | MnemosyneError
-    after: bytes | None
     not_after_us: int = NEVER_US  # of the change, on the storage's clock
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether the bag is as it was without this change."""
+        return isinstance(self.result, MnemosyneError)
 
-def with_values(changes: Sequence[ValueChange], before: Mapping[bytes, Record]) -> list[Outcome]:
-    """Apply the changes one after the other; return one outcome per change.
 
-    `before` has the rows that were read, by token: `bag`, `version`, and `now`, the storage's clock. The
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What a batch of changes leads to: one outcome for each, and the bags to write, by token."""
+
+    outcomes: list[Outcome]
+    bags: dict[bytes, bytes]
+
+
+def changing(changes: Sequence[ValueChange], before: Mapping[bytes, Any]) -> Steps[Changed]:
+    """Apply the changes one after the other.
+
+    `before` has the rows as they were, by token: `bag`, `version`, and `now`, the storage's clock. The
     clock saves the write of a change that is late already. The statement that writes checks it again.
     """
-    # None: the bag is missing, or too long to be read.
-    bags: dict[bytes, bytes | None] = {token: row["bag"] for token, row in before.items()}
+    opened: dict[bytes, bag.OpenBag | CorruptSession] = {}
     outcomes: list[Outcome] = []
     for change in changes:
         token = change.access_token.encode()
-        if token not in bags:
-            outcomes.append(Outcome(token, SessionNotFound(), None))
+        if token not in before:
+            outcomes.append(Outcome(token, SessionNotFound()))
         elif before[token]["now"] >= change.not_after_us:
-            outcomes.append(Outcome(token, DeadlineExceeded(), None))
+            outcomes.append(Outcome(token, DeadlineExceeded()))
         else:
-            outcomes.append(_with_value(change, token, bags))
-    return outcomes
+            if token in opened:
+                # The copy of a large bag, for the result of the change before.
+                yield
+            else:
+                opened[token] = yield from _opening(change, before[token]["bag"])
+            outcomes.append(_outcome(change, token, opened[token]))
+    bags: dict[bytes, bytes] = {}
+    for token in {outcome.token for outcome in outcomes if not outcome.is_failure}:
+        changed = opened[token]
+        assert isinstance(changed, bag.OpenBag)
+        bags[token] = yield from changed.encoding()
+    return Changed(outcomes, bags)
 
 
-def _with_value(change: ValueChange, token: bytes, bags: dict[bytes, bytes | None]) -> Outcome:
-    before = bags[token]
-    if before is None:
-        return Outcome(token, CorruptSession("mnemosyned: storage: a bag is missing or too long"), None)
+def _opening(change: ValueChange, stored: bytes | None) -> Steps[bag.OpenBag | CorruptSession]:
+    if stored is None:
+        return CorruptSession("mnemosyned: storage: a bag is missing or too long")
     try:
-        values, after = bag.with_value(
-            before,
-            change.key,
-            change.value,
-            max_entries=change.max_entries,
-            max_key_bytes=change.max_key_bytes,
+        return (
+            yield from bag.opening(stored, max_entries=change.max_entries, max_key_bytes=change.max_key_bytes)
         )
-    except (InvalidArgument, CorruptSession) as exc:
-        return Outcome(token, exc, None)
-    bags[token] = after
-    return Outcome(token, values, after, change.not_after_us)
+    except CorruptSession as exc:
+        return exc
+
+
+def _outcome(change: ValueChange, token: bytes, opened: bag.OpenBag | CorruptSession) -> Outcome:
+    if isinstance(opened, CorruptSession):
+        return Outcome(token, opened)
+    try:
+        values = opened.put(change.key, change.value, max_entries=change.max_entries)
+    except InvalidArgument as exc:
+        return Outcome(token, exc)
+    return Outcome(token, values, change.not_after_us)

@@ -75,3 +75,50 @@ async def test_loss_and_return_are_noticed_and_logged_once(caplog: pytest.LogCap
         "storage_lost",
         "storage_regained",
     ]
+
+
+async def test_an_outage_that_lasts_is_logged_again_after_a_minute_and_its_end_has_its_length(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_REPEAT_S", 0.05)
+    store = Store()
+    store.is_unavailable = True
+    checking = StorageHealth(store, StorageClock())
+    opening = asyncio.create_task(checking.open())
+    await until(lambda: len(caplog.records) >= 2)
+    store.is_unavailable = False
+    await opening
+    first, second = caplog.records[:2]
+
+    assert first.message == second.message == "storage_not_ready"
+    assert first.since == second.since  # type: ignore[attr-defined]
+    assert second.times > 1  # type: ignore[attr-defined]
+    assert len(caplog.records) < store.refused
+
+
+class Checked(MemoryStore):
+    """A memory store that counts how often it is asked."""
+
+    checks = 0
+
+    async def check(self) -> object:
+        self.checks += 1
+        return await super().check()
+
+
+async def test_while_renewals_succeed_it_asks_rarely_and_a_doubt_has_it_ask_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health, "_LEASED_PERIOD_S", 3600.0)
+    store = Checked()
+    checking = StorageHealth(store, StorageClock(), has_lease=True)
+    await checking.open()
+    running = asyncio.create_task(checking.run())
+    # Twenty of the short periods.
+    await asyncio.sleep(0.02)
+    at_rest = store.checks
+    checking.doubt(True)
+    await until(lambda: store.checks >= at_rest + 3)
+    running.cancel()
+
+    assert at_rest == 1

@@ -1,0 +1,70 @@
+"""How the configuration becomes a store in PostgreSQL, which follows the file of its address.
+
+file of the address ── new content ──> PostgresPool.use ── a connection can be made ──> taken
+^                                                └── otherwise ──> the former address stays
+└── looked at once a second, and read again after a refused connection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mnemosyned.observe.metrics import QueryMetrics
+from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.postgres import trial
+from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.schema import Table, set_up
+from mnemosyned.storage.postgres.store import PostgresStore
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from mnemosyned.storage.postgres.config import PostgresConfig
+    from mnemosyned.storage.postgres.table_facts import AnyConnection
+
+
+def build(
+    config: PostgresConfig,
+    *,
+    dsn: str,
+    registry: CollectorRegistry,
+    environ: Mapping[str, str],
+    address: FileReloader[str] | None = None,
+) -> PostgresStore:
+    """Return the store that the configuration describes, not yet opened.
+
+    `environ` completes the address `dsn`. `address` is its file, if it has one.
+    """
+    options = PostgresOptions(
+        dsn=dsn if address is None else address.content,
+        environ=environ,
+        pool_size=config.pool_size,
+        connect_timeout_s=config.connect_timeout_s,
+        statement_timeout_s=config.statement_timeout_s,
+    )
+    pool = PostgresPool(options, QueryMetrics(registry))
+    table = Table(schema=config.schema, name=config.table)
+    if address is not None:
+        pool.prepare = partial(_make_ready, table=table)
+        _follow(pool, address)
+    return PostgresStore(pool, table)
+
+
+async def _make_ready(connection: AnyConnection, table: Table) -> None:
+    await set_up(connection, table)
+    await trial.run(connection, table, PostgresStore)
+
+
+def _follow(pool: PostgresPool, address: FileReloader[str]) -> None:
+    async def use(dsn: str) -> None:
+        try:
+            await pool.use(dsn)
+        except StorageRefused as exc:
+            raise FilesUnusable(str(exc)) from exc
+
+    address.followers.append(use)
+    pool.on_auth_failure = address.ask
+    pool.reload = address.look

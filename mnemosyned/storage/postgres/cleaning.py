@@ -1,0 +1,45 @@
+"""Cleanup of the PostgreSQL engine: the rows that are due, and then a part of the table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mnemosyned.storage.postgres.walks import WalksByDueTime
+
+if TYPE_CHECKING:
+    from mnemosyned.storage.postgres.pool import PostgresPool
+    from mnemosyned.storage.postgres.walks import Walks
+
+# 8 MiB, a few milliseconds: a table of 500 MB is swept in an hour of rounds.
+_SWEPT_PAGES: Final = 1000
+
+
+class Cleaner:
+    """Deletes expired rows; remembers which pages it swept last."""
+
+    def __init__(self, pool: PostgresPool, advisory_key: int) -> None:
+        self._pool = pool
+        self._advisory_key = advisory_key
+        self._next_page = 0
+
+    async def clean_up(self, walks: Walks, limit: int) -> list[bytes]:
+        """Delete at most `limit` rows; return their stored keys.
+
+        Rows that are due and live do not count: they are only moved, batch after batch.
+        """
+        removed: list[bytes] = []
+        while len(removed) < limit:
+            (row,) = await self._pool.fetch(walks.clean_up, limit, self._advisory_key, limit - len(removed))
+            removed += row["tokens"]
+            if row["picked"] < limit:
+                break
+        if isinstance(walks, WalksByDueTime) and len(removed) < limit:
+            removed += await self._sweep(walks, limit - len(removed))
+        return removed
+
+    async def _sweep(self, walks: WalksByDueTime, limit: int) -> list[bytes]:
+        first, end = self._next_page, self._next_page + _SWEPT_PAGES
+        (row,) = await self._pool.fetch(walks.sweep, (first, 0), (end, 0), limit, self._advisory_key)
+        self._next_page = end if end < row["pages"] else 0
+        tokens: list[bytes] = row["tokens"]
+        return tokens

@@ -1,0 +1,189 @@
+"""SetValue in PostgreSQL: a bag is changed here, and written if it is still the one that was changed.
+
+No lock is held between reading and writing: a process that is stalled there would stop every writer of the
+session. A batch is written in rounds, and each has those changes that the one before it has lost:
+
+    round       reads the bag                writes it where
+    known       from memory, no statement    the row has this bag, byte by byte
+    4 quick     by a statement               the row has this version
+    locked      by a statement that locks    the same: another writer must wait
+
+The memory need not be right: a bag that another node has changed is in no row any more, and the change is
+read and made in the next round. So is a change that fails on a remembered bag.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from aio.slices import in_slices
+from aio.units import NEVER_US
+from mnemosyned.errors import DeadlineExceeded, MnemosyneError
+from mnemosyned.sessions.model import ValueChange
+from mnemosyned.storage.postgres.faults import ITEM_FAULTS
+from mnemosyned.storage.postgres.queries import Queries, Query
+from mnemosyned.storage.postgres.value_changes import Changed, Outcome, changing
+
+if TYPE_CHECKING:
+    from asyncpg import Record
+
+    from mnemosyned.storage.postgres.pool import PostgresPool
+
+# A writer far from the database can lose every round to nearer ones. After so many rounds, the rows are
+# locked from the read to the write.
+_QUICK_ROUNDS: Final = 4
+# If this process is stalled between the two, PostgreSQL ends the transaction after this time.
+_LOCKED_MS: Final = 500
+# Of the bags that one statement writes; a larger one goes alone. Two milliseconds of copying.
+_PORTION_BYTES: Final = 1024**2
+# A remembered bag is sent with the one that replaces it.
+_MAX_KNOWN_BYTES: Final = 1024
+_MAX_MEMORY_BYTES: Final = 8 * 1024**2
+_ENTRY_BYTES: Final = 250  # Python objects around a token and its bag
+
+Tried = tuple[list[Outcome], set[bytes]]
+
+
+class ValueWriter:
+    """Sets keys of bags, and remembers the small bags that were last read or written."""
+
+    def __init__(self, pool: PostgresPool, queries: Queries) -> None:
+        """`queries`: of either form of the table, which have these statements in common."""
+        self._pool = pool
+        self._queries = queries
+        self._known: OrderedDict[bytes, bytes] = OrderedDict()
+        self._known_bytes = 0
+
+    def remember(self, token: bytes, bag: bytes) -> None:
+        """Remember a session's bag, as the row has it."""
+        self.forget(token)
+        if len(bag) > _MAX_KNOWN_BYTES:
+            return
+        self._known[token] = bag
+        self._known_bytes += len(token) + len(bag) + _ENTRY_BYTES
+        while self._known_bytes > _MAX_MEMORY_BYTES:
+            self.forget(next(iter(self._known)))
+
+    def forget(self, token: bytes) -> None:
+        """Forget a session's bag: it costs no more than a read."""
+        bag = self._known.pop(token, None)
+        if bag is not None:
+            self._known_bytes -= len(token) + len(bag) + _ENTRY_BYTES
+
+    async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+        """Apply the changes, in order; see SessionStore.set_values.
+
+        - A failed change (no session, late, bag too large) has its result after the read.
+        - A change whose row was written has its result after the write.
+        - Any other change lost its row to another writer, and goes into the next round.
+        - The last round locks the rows first (`_try_locked`). It can be lost only if the time is up.
+        """
+        results: dict[int, dict[str, str] | MnemosyneError] = {}
+        left = list(range(len(changes)))
+        for attempt in (self._try_known, *[self._try_quick] * _QUICK_ROUNDS, self._try_locked):
+            outcomes, written = await attempt([changes[at] for at in left])
+            for at, outcome in zip(left, outcomes, strict=True):
+                if outcome.is_failure or outcome.token in written:
+                    results[at] = outcome.result
+            left = [at for at in left if at not in results]
+            if not left:
+                break
+        # The locked round fails to write a row only for its time. The limit has passed, or passes too soon to
+        # begin again.
+        return [results.get(at) or DeadlineExceeded() for at in range(len(changes))]
+
+    async def _try_known(self, changes: Sequence[ValueChange]) -> Tried:
+        known = {token: self._known[token] for token in map(_token, changes) if token in self._known}
+        # The clock is compared when the row is locked.
+        before = {token: {"bag": bag, "now": 0} for token, bag in known.items()}
+        changed = await in_slices(changing([one for one in changes if _token(one) in known], before))
+        failed = {outcome.token for outcome in changed.outcomes if outcome.is_failure}
+        bags = {token: bag for token, bag in changed.bags.items() if token not in failed}
+        for token in known:
+            # Until it is written: otherwise a batch that fails would leave what may be no more.
+            self.forget(token)
+        fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
+        written = await self._write(self._queries.write_known, Changed(changed.outcomes, bags), known, fetch)
+        outcomes = iter(changed.outcomes)
+        tried = [next(outcomes) if token in known else _lost(token) for token in map(_token, changes)]
+        # A failure on a bag that is remembered proves nothing.
+        return [one if one.token in written else _lost(one.token) for one in tried], written
+
+    async def _try_quick(self, changes: Sequence[ValueChange]) -> Tried:
+        fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
+        return await self._read_and_write(changes, self._queries.read_bags, fetch)
+
+    # The transaction costs two more round trips, and the rows are locked during two of them.
+    async def _try_locked(self, changes: Sequence[ValueChange]) -> Tried:
+        """Read and write in one transaction that holds the rows, in turn with other writers."""
+        pool = self._pool
+        async with pool.connection(passing=ITEM_FAULTS) as connection, connection.transaction():
+            await connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = {_LOCKED_MS}")
+            run = partial(pool.run, connection, passing=ITEM_FAULTS)
+            return await self._read_and_write(changes, self._queries.lock_bags, run)
+
+    async def _read_and_write(
+        self,
+        changes: Sequence[ValueChange],
+        reading: Query,
+        fetch: Callable[..., Awaitable[list[Record]]],
+    ) -> Tried:
+        """Run one round; return the outcomes, and the tokens whose bags were written.
+
+        `fetch` runs a statement on any connection, or on the one that holds the locks.
+        """
+        rows = await fetch(reading, list({change.access_token.encode() for change in changes}))
+        before = {row["access_token"]: row for row in rows}
+        # In the round that holds locks, other writers and a time-out of the server wait for these slices.
+        changed = await in_slices(changing(changes, before), is_urgent=reading is self._queries.lock_bags)
+        versions = {token: before[token]["version"] for token in changed.bags}
+        return changed.outcomes, await self._write(self._queries.write_bags, changed, versions, fetch)
+
+    async def _write(
+        self,
+        writing: Query,
+        changed: Changed,
+        before: Mapping[bytes, object],
+        fetch: Callable[..., Awaitable[list[Record]]],
+    ) -> set[bytes]:
+        """Write the bags whose rows are as `before` says; return the tokens of those that were written."""
+        # The least of the limits in time of a token's changes: they share one UPDATE, and the earliest limit
+        # is safe for all of them.
+        limits_us = dict.fromkeys(changed.bags, NEVER_US)
+        for outcome in changed.outcomes:
+            if outcome.token in limits_us and not outcome.is_failure:
+                limits_us[outcome.token] = min(limits_us[outcome.token], outcome.not_after_us)
+        written: set[bytes] = set()
+        for tokens in _portions(changed.bags):
+            bags = [changed.bags[token] for token in tokens]
+            limits = [limits_us[token] for token in tokens]
+            rows = await fetch(writing, tokens, [before[token] for token in tokens], bags, limits)
+            written.update(row["access_token"] for row in rows)
+        for token in written:
+            self.remember(token, changed.bags[token])
+        return written
+
+
+def _token(change: ValueChange) -> bytes:
+    return change.access_token.encode()
+
+
+def _lost(token: bytes) -> Outcome:
+    return Outcome(token, {})
+
+
+def _portions(bags: Mapping[bytes, bytes]) -> Iterator[list[bytes]]:
+    """Return the tokens of bags that share a statement: asyncpg takes its parameters in one piece."""
+    portion: list[bytes] = []
+    size_bytes = 0
+    for token, stored in bags.items():
+        size_bytes += len(stored)
+        if portion and size_bytes > _PORTION_BYTES:
+            yield portion
+            portion, size_bytes = [], len(stored)
+        portion.append(token)
+    if portion:
+        yield portion
