@@ -17,6 +17,7 @@ class Slot(Generic[Value]):
     value: Value
     size_bytes: int
     fresh_until_us: int  # on the reader's clock
+    generation: int = 0  # of the cache, when its fill began
 
 
 class Lru(Generic[Value]):

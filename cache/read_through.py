@@ -8,6 +8,10 @@ The fence. A load that began before a write may return what the write replaced:
 `drop` is called when a write has ended, successfully or not. It closes the gate of every fill under way for
 that key. The old value then reaches the callers that asked before the write ended, but never the cache.
 
+Generations. The owner of the cache may lose the right to some keys, and get it back. It counts these changes
+in `generation`, and `keeps` tells whether it has had the right to a key ever since a generation. A value from
+before is then served on; any other is as good as not there. So a change costs no walk through all keys.
+
 The negative cache remembers keys for which the loader has no value. It is an LRU of its own, so that
 requests for keys that do not exist cannot evict values.
 
@@ -61,17 +65,19 @@ class CacheCounters:
 class Fill(Generic[Value]):
     """The permission to put one value; it ends when a write to the key has ended."""
 
-    __slots__ = ("_cache", "_is_open", "_key", "is_making")
+    __slots__ = ("_cache", "_generation", "_is_open", "_key", "is_making")
 
     def __init__(self, cache: ReadThrough[Value], key: str, *, is_making: bool) -> None:
         self._cache = cache
         self._key = key
-        self._is_open = True
+        self._generation = cache.generation
+        self._is_open = cache.may_fill()
         self.is_making = is_making
 
     def put(self, slot: Slot[Value]) -> None:
         """Keep the value, unless a write to its key has ended since the fill began."""
         if self._is_open:
+            slot.generation = self._generation
             self._cache.lru.put(self._key, slot)
 
     def keep(self, slot: Slot[Value] | Slot[None]) -> None:
@@ -85,6 +91,7 @@ class Fill(Generic[Value]):
     def put_negative(self, slot: Slot[None]) -> None:
         """Keep that there is no value, unless a write to the key has ended since the fill began."""
         if self._is_open:
+            slot.generation = self._generation
             self._cache.negative.put(self._key, slot)
 
     def close(self) -> None:
@@ -113,6 +120,9 @@ class ReadThrough(Generic[Value]):
         self.lru = lru
         self.negative: Lru[None] = Lru(max_entries=0, max_bytes=0) if negative is None else negative
         self.counters = CacheCounters()
+        self.generation = 0
+        self.keeps: Callable[[str, int], bool] = _always_kept
+        self.may_fill: Callable[[], bool] = _always  # whether what is loaded from now on may be kept
         self._flights: SingleFlight[Slot[Value] | Slot[None]] = SingleFlight()
         self._fills: dict[str, set[Fill[Value]]] = {}
         self._observer = observer
@@ -128,6 +138,9 @@ class ReadThrough(Generic[Value]):
             self.counters.misses += 1
             return None
         slots.move_to_end(key)
+        if slot.generation != self.generation and not self._is_kept(key, slot):
+            self.counters.misses += 1
+            return None
         if slot.fresh_until_us <= now_us:
             self.counters.misses += 1
             self.counters.refreshes += 1
@@ -139,6 +152,8 @@ class ReadThrough(Generic[Value]):
         """Tell whether the key is known to have no value; call it after `peek`, which counts the lookup."""
         slot = self.negative.peek(key)
         if slot is None or slot.fresh_until_us <= now_us:
+            return False
+        if slot.generation != self.generation and not self._is_kept(key, slot):
             return False
         self.counters.negative_hits += 1
         return True
@@ -172,9 +187,11 @@ class ReadThrough(Generic[Value]):
             self._observer.added(key)
         return fill
 
-    def keys(self) -> list[str]:
-        """Return every key with an entry of either kind or a fill under way; O(n)."""
-        return [*self.lru.keys_with_prefix(""), *self.negative.keys_with_prefix(""), *self._fills]
+    def change_generation(self) -> None:
+        """Begin another generation: from now on `keeps` decides on what was filled before."""
+        self.generation += 1
+        # A load under way may be older than a loss of the key.
+        self._flights.forget_all()
 
     def end_fill(self, key: str, fill: Fill[Value]) -> None:
         """Forget a fill that is over."""
@@ -208,6 +225,14 @@ class ReadThrough(Generic[Value]):
         if self._observer is not None:
             self._observer.cleared()
 
+    def _is_kept(self, key: str, slot: Slot[Value] | Slot[None]) -> bool:
+        """Tell whether an entry of another generation may be served, and mark or forget it."""
+        if self.keeps(key, slot.generation):
+            slot.generation = self.generation
+            return True
+        self._forget(key)
+        return False
+
     def _forget(self, key: str) -> None:
         self._flights.forget(key)
         self.lru.pop(key)
@@ -216,3 +241,11 @@ class ReadThrough(Generic[Value]):
     def _report_if_unused(self, key: str) -> None:
         if self._observer is not None and key not in self.lru and key not in self._fills:
             self._observer.removed(key)
+
+
+def _always_kept(_key: str, _generation: int) -> bool:
+    return True
+
+
+def _always() -> bool:
+    return True

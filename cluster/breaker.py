@@ -1,10 +1,11 @@
 """Whether a peer is asked: a circuit breaker, without a clock of its own. Pure.
 
     CLOSED     calls go to the peer
-       |  one broken connection, or TIMEOUTS_TO_OPEN time-outs in a row
+       |  one broken connection, or _TIMEOUTS_TO_OPEN time-outs in a row
        v
     OPEN       calls go to the storage at once, and cost no time  <------+
-       |  HALF_OPEN_S later, `may_try` lets one trial begin              |  the trial failed
+       |  HALF_OPEN_S later, or when gossip hears the peer again,        |  the trial failed
+       |  one trial begins                                              |
        v                                                                 |
     HALF_OPEN  one trial is under way; calls still go to the storage ----+
        |  the trial was answered
@@ -19,8 +20,12 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
+from typing import Final
 
-from cluster.timing import HALF_OPEN_S, LATELY_S, TIMEOUTS_TO_OPEN
+from cluster.timing import HALF_OPEN_S
+
+# So many time-outs in a row open the breaker. The calls then go to the storage at once.
+_TIMEOUTS_TO_OPEN: Final = 3
 
 
 class BreakerState(IntEnum):
@@ -40,7 +45,6 @@ class Breaker:
     def __init__(self) -> None:
         self._timeouts = 0  # in a row
         self._opened_s = math.inf  # when it was opened last, also by a trial that failed
-        self._lost_s = math.inf  # since when it has not been closed
         self.state = BreakerState.CLOSED
 
     @property
@@ -48,31 +52,21 @@ class Breaker:
         """Whether calls go through."""
         return self.state == BreakerState.CLOSED
 
-    def may_answer_yet(self, *, now: float) -> bool:
-        """Whether the peer may only be slow, or back at once: it is closed, or has been until lately.
-
-        Such a peer may still serve other nodes from its copies, so a write takes the time to tell it. Failed
-        trials do not extend that time, because `_lost_s` is from when the breaker was last closed.
-        """
-        return self.is_closed or now - self._lost_s < LATELY_S
-
     def broke(self, *, now: float) -> None:
         """Take note of a connection that could not be made or ended."""
-        if self.is_closed:
-            self._lost_s = now
         self.state = BreakerState.OPEN
         self._opened_s = now
 
     def timed_out(self, *, now: float) -> None:
         """Take note of a call without an answer; one alone may be a slow query of the peer."""
         self._timeouts += 1
-        if not self.is_closed or self._timeouts >= TIMEOUTS_TO_OPEN:
+        if not self.is_closed or self._timeouts >= _TIMEOUTS_TO_OPEN:
             self.broke(now=now)
 
     def answered(self) -> None:
         """Take note of an answer, whatever it said."""
         self._timeouts = 0
-        self._opened_s = self._lost_s = math.inf
+        self._opened_s = math.inf
         self.state = BreakerState.CLOSED
 
     def may_try(self, *, now: float) -> bool:
@@ -80,7 +74,11 @@ class Breaker:
 
         The caller must then call `answered`, `timed_out` or `broke`, else no other trial is ever due.
         """
-        if self.state != BreakerState.OPEN or now - self._opened_s < HALF_OPEN_S:
+        return now - self._opened_s >= HALF_OPEN_S and self.begin_trial()
+
+    def begin_trial(self) -> bool:
+        """Begin a trial, due or not; tell whether it is needed. The rest is as in `may_try`."""
+        if self.state != BreakerState.OPEN:
             return False
         self.state = BreakerState.HALF_OPEN
         return True

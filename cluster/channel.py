@@ -90,6 +90,7 @@ class Channel:
         server_name: str = "",
         introduce: Callable[[Channel, Wire], Awaitable[Any]] = _no_introduction,
         may_dial: Callable[[str], bool] = lambda _: True,
+        unix_path: str = "",
     ) -> None:
         """Dial nothing yet.
 
@@ -97,7 +98,9 @@ class Channel:
         - `introduce` is awaited with each new connection; what it returns goes with the calls on it. If it
           raises, the connection is closed, and the calls that wait for it fail.
         - `may_dial` is asked for what a host name stands for; an address is dialled as it is.
+        - `unix_path` is a socket on this host where the address is reached, without TLS.
         """
+        self.unix_path = unix_path
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
         self._authority = (b"host", address.encode())
@@ -238,13 +241,7 @@ class Channel:
         wire: Wire | None = None
         try:
             async with asyncio.timeout(_CONNECT_S):
-                _, wire = await asyncio.get_running_loop().create_connection(
-                    lambda: Wire(self._room),
-                    await self._resolved(),
-                    self._port,
-                    ssl=self._tls,
-                    server_hostname=self._server_name if self._tls else None,
-                )
+                wire = await self._dialled()
                 wire.introduction = await self._introduce(self, wire)
         except Exception as exc:  # noqa: BLE001  # what `introduce` raises is for the calls that wait
             if isinstance(exc, OSError | TimeoutError | ConnectionLost):
@@ -265,15 +262,43 @@ class Channel:
                 wire.abort()
             self._dialling = None
 
-    async def _resolved(self) -> str:
-        """Return the address to dial. Raises OSError."""
+    async def _dialled(self) -> Wire:
+        """Return a connection to the first address that takes one. Raises OSError or TimeoutError.
+
+        A name may have addresses of both families, of which the server has or can be reached at only one.
+        """
+        if self.unix_path:
+            loop = asyncio.get_running_loop()
+            return (await loop.create_unix_connection(lambda: Wire(self._room), self.unix_path))[1]
+        hosts = await self._resolved()
+        for host in hosts[:-1]:
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_CONNECT_S / 2 / len(hosts)):
+                    return await self._dialled_at(host)
+        return await self._dialled_at(hosts[-1])
+
+    async def _dialled_at(self, host: str) -> Wire:
+        _, wire = await asyncio.get_running_loop().create_connection(
+            lambda: Wire(self._room),
+            host,
+            self._port,
+            ssl=self._tls,
+            server_hostname=self._server_name if self._tls else None,
+        )
+        return wire
+
+    async def _resolved(self) -> list[str]:
+        """Return the addresses to dial, of each family the first. Raises OSError."""
         if _is_ip(self._host):
-            return self._host
+            return [self._host]
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        for *_, address in found:
+        hosts: dict[int, str] = {}
+        for family, *_, address in found:
             if self._may_dial(str(address[0])):
-                return str(address[0])
+                hosts.setdefault(family, str(address[0]))
+        if hosts:
+            return list(hosts.values())
         raise OSError(f"{self._host} stands for no address that may be a node's")
 
     def _lost(self, wire: Wire) -> None:

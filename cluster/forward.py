@@ -1,4 +1,4 @@
-"""Calls to the owners of tokens, and invalidations: what peers must drop from their caches.
+"""Calls to the owners of tokens, and telling: what peers must drop from their caches.
 
 A failure here is never the failure of a client's call. All nodes share one storage, and the entry node
 answers from there. This module decides how long a peer gets, and which peers are asked nothing for a while.
@@ -22,33 +22,23 @@ Each item carries two deadlines over the hop: `timeout_ms` on the owner's own cl
 storage's clock, which all nodes share. The owner does no write after `deadline_us`, and the entry
 node begins its own no earlier. Therefore a write of the owner cannot follow the repeated one.
 
-An invalidation
----------------
-    writer (service)     forward.py                  peer with a copy
+Telling
+-------
+    writer (lease_keeper.py)   forward.py               node that may have copies
        |-- row written, not yet acknowledged
-       |-- invalidate() -->|                            |
-       |                   |-- Invalidate(tokens) ----->|  drops its copies
-       |                   |<-- InvalidateResponse -----|
-       |<------------------|                            |
-       |   the write is acknowledged
+       |-- tell() ------------->|                            |
+       |                        |-- Invalidate(tokens) ----->|  drops its copies
+       |                        |<-- InvalidateResponse -----|
+       |<- who has not confirmed|                            |
 
-If the peer does not answer within TELL_S, the tokens are pending for it, and the write is acknowledged. From
-then on this node asks the peer nothing until the pending tokens are delivered. `run` delivers them.
-
-Which invalidations are sent, and when:
-
-- `invalidate`: to the owners, by the present ring and by former rings, of a token that was written here.
-- `invalidate_everywhere`: to every peer, where nodes may not agree on the owner.
-- A new ring: to new owners, of all that changed here lately. A new owner may have read a session before this
-  node changed it.
-- A forwarded write that failed: to that owner, before it is asked again. This node has then written itself,
-  and the owner may hold a copy from before.
+Nodes are told whether or not the breaker is open: who does not confirm is barred (lease.py), and then neither
+told nor waited for. A node that confirms is asked again at once. So is one that gossip hears again, after
+an answer to an empty Invalidate.
 
 Rules for editing:
 
 - A read and a write never share a batch (owner.py).
 - An item whose outcome is not known counts as done by the peer, and as not done for the caller.
-- What is pending for a peer is removed only after the peer has answered, or when no copy is that old.
 """
 
 from __future__ import annotations
@@ -58,12 +48,12 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
 
-from aio.deadline import NO_DEADLINE, Deadline
+from aio.deadline import Deadline
 from aio.periodic import run_periodically
 from aio.tasks import Tasks
 from cluster.breaker import BreakerState
@@ -71,17 +61,14 @@ from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachab
 from cluster.owner import Owner
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import ChannelKind, Peers
-from cluster.pending_invalidations import PendingInvalidations
-from cluster.routing import peers_with_copies
-from cluster.timing import LEAST_TRY_S, TELL_S, TRIAL_PERIOD_S, TRY_S
+from cluster.timing import ANSWER_S, HALF_OPEN_S, LEAST_TRY_S, TELL_S, TRIAL_PERIOD_S, TRY_S
 from cluster.view import View
-from cluster.wire import parse_answers
+from cluster.wire import parse_answers, parsed
 
 log = logging.getLogger(__name__)
 
-# What a node can write in the time that a copy lives. Beyond it, new owners drop everything.
-_MAX_CHANGED: Final = 50_000
 _TOKENS_A_CALL: Final = 1000
+_MAX_TRIALS: Final = 4096  # one for each member of the largest usual cluster, and more
 # The engines close a stream on which nothing came for a minute. This side ends it first, between two batches.
 _IDLE_STREAM_S: Final = 20.0
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -108,31 +95,19 @@ class ForwardCounters:
 
 
 class Forwarder:
-    """Calls to the owners of tokens, and invalidations, through the current view."""
+    """Calls to the owners of tokens, and telling, through the current view. A Teller."""
 
-    def __init__(
-        self,
-        peers: Peers,
-        *,
-        storage_now_us: Callable[[], int],
-        remember_s: float,
-    ) -> None:
-        """Ask no peer yet.
-
-        `storage_now_us` is a clock that all nodes share. `remember_s` is how long a peer may serve a copy
-        that it could not be told to drop.
-        """
+    def __init__(self, peers: Peers, *, storage_now_us: Callable[[], int]) -> None:
+        """Ask no peer yet. `storage_now_us` is a clock that all nodes share."""
         self.counters = ForwardCounters()
         self._peers = peers
         self._origin_for: Callable[[str], pb.Origin] = lambda name: pb.Origin(callee=name)
         self._storage_now_us = storage_now_us
-        self._remember_s = remember_s
         self._view: View | None = None
         self._suspicious: Suspicious | None = None
         self._owners: dict[str, Owner] = {}  # by name: every peer to which something was sent
+        self._trials = Tasks("trial", max_tasks=_MAX_TRIALS)
         self._has_peers = asyncio.Event()  # `run` has something to look after
-        self._changed = PendingInvalidations(max_tokens=_MAX_CHANGED)  # lately, here
-        self._tasks = Tasks("forwarder")
 
     def bind(self, origin_for: Callable[[str], pb.Origin], suspicious: Suspicious) -> None:
         """Say who this node is to the node of a name, and which part finds out about silent peers."""
@@ -141,66 +116,69 @@ class Forwarder:
 
     def follow(self, view: View) -> None:
         """Route by this view from now on."""
-        old, self._view = self._view, view
+        known = self._view.address_by_name if self._view is not None else {}
+        self._view = view
         if view.address_by_name:
             self._has_peers.set()
-        if old is None or old.ring.nodes != view.ring.nodes:
-            # A new owner may have read a session from the storage, by the new ring, before this node changed
-            # it by the old one. Its copy is then old, and no later write of this node would reach it.
-            self._changed.forget(before=time.monotonic() - self._remember_s)
-            if self._changed:
-                self._hand_over(view)
+        for name in view.address_by_name.keys() - known.keys():
+            self.answers_again(name)
 
-    def changed(self, tokens: Iterable[str]) -> None:
-        """Remember for a while what was changed or ended here, in case it gets another owner."""
-        now = time.monotonic()
-        self._changed.forget(before=now - self._remember_s)
-        self._changed.add(tokens, now=now)
+    def answers_again(self, name: str) -> None:
+        """Find out at once whether a peer with an open breaker answers: there is a sign that it does.
+
+        The sign itself closes no breaker. Gossip has a connection of its own, and a peer may answer gossip
+        and no calls.
+        """
+        owner = self._owners.get(name)
+        if owner is not None and self.knows(name) and owner.breaker.begin_trial():
+            self._trials.spawn(self._begun_trial(name))
 
     def breaker_states(self) -> dict[str, BreakerState]:
         """Return the breaker of each peer that was ever asked and is still there."""
         # A copy, made in one step: the admin port reads it from another thread.
         return {name: owner.breaker.state for name, owner in list(self._owners.items())}
 
-    async def ask(self, name: str, item: pb.Item, *, written: str | None, deadline: Deadline) -> pb.Answer:
-        """Return the owner's own answer, whatever its status; `written` is the token that the call changes.
+    def may_ask(self, name: str) -> bool:
+        """Tell whether a member is not known to give no answers."""
+        owner = self._owners.get(name)
+        return owner is None or owner.breaker.is_closed
 
-        After PeerUnreachable and PeerTimeout the peer may be doing the work still, but no write from the
-        item's `deadline_us` on.
+    async def ask(
+        self, name: str, item: pb.Item, *, is_write: bool, deadline: Deadline, try_s: float | None = None
+    ) -> pb.Answer:
+        """Return the owner's own answer, whatever its status.
+
+        It gets `try_s`; by default at most half of what the caller has left, so that the storage still
+        answers in time if the peer does not. After PeerUnreachable and PeerTimeout the peer may be doing the
+        work still, but no write from the item's `deadline_us` on.
 
         Raises:
-            PeerSkipped: it is known not to answer, has pending invalidations, or too many calls wait for it;
-                nothing was sent.
+            PeerSkipped: it is known not to answer, or too many calls wait for it; nothing was sent.
             PeerUnreachable: there is no connection, or it broke.
-            PeerTimeout: no answer within the short time it gets.
+            PeerTimeout: no answer within the time it gets.
         """
         owner = self._owner(name)
         try:
-            result = await self._forward(owner, item, is_write=written is not None, deadline=deadline)
+            try_s = deadline.share_s(TRY_S) if try_s is None else try_s
+            result = await self._forward(owner, item, is_write=is_write, try_s=try_s)
         except PeerSkipped:
             self.counters.by_outcome[name, "skipped"] += 1
             raise
         if isinstance(result, ClusterError):
-            if written is not None:
-                # The caller now writes to the storage itself. Whether or not the peer did the write too, the
-                # peer's copy may be from before the caller's write.
-                owner.pending.add([written], now=time.monotonic())
-            self._failed(name, owner, result, item.timeout_ms / _MS_PER_S)
+            self._failed(name, owner, result, try_s)
             raise result
         owner.breaker.answered()
         self.counters.by_outcome[name, "ok"] += 1
         return result
 
     async def _forward(
-        self, owner: Owner, item: pb.Item, *, is_write: bool, deadline: Deadline
+        self, owner: Owner, item: pb.Item, *, is_write: bool, try_s: float
     ) -> pb.Answer | ClusterError:
         """Give the item its deadlines over the hop, and put it into a batch."""
-        if not owner.may_be_asked:
-            raise PeerSkipped("it does not answer, or has missed changes")
-        # At most half of what the caller has left: the storage must still answer in time if the peer does
-        # not.
-        try_s = deadline.share_s(TRY_S)
-        item.timeout_ms = max(1, int(try_s * _MS_PER_S))
+        if not owner.breaker.is_closed:
+            raise PeerSkipped("it does not answer")
+        answered_s = try_s - ANSWER_S if try_s > TRY_S else try_s
+        item.timeout_ms = max(1, int(answered_s * _MS_PER_S))
         # On a clock that the owner shares. If the item waits here or at the owner, the owner sees how late it
         # is.
         item.deadline_us = self._storage_now_us() + int(try_s * _US_PER_S)
@@ -211,45 +189,48 @@ class Forwarder:
 
         A write that began earlier here might be overtaken by the same write at the owner, which is late.
         """
-        left_us = item.deadline_us - self._storage_now_us()
-        if left_us > 0:
-            await asyncio.sleep(left_us / _US_PER_S)
+        # The storage's clock may have been set back: then it is not waited for.
+        left_s = min((item.deadline_us - self._storage_now_us()) / _US_PER_S, 2 * item.timeout_ms / _MS_PER_S)
+        if left_s > 0:
+            await asyncio.sleep(left_s)
 
-    async def invalidate(self, tokens: Sequence[str]) -> None:
-        """Have the owners of these tokens drop their copies; any peer may have one of a key that begins NUL.
+    def knows(self, name: str) -> bool:
+        """See Teller."""
+        return self._view is not None and name in self._view.address_by_name
 
-        If an invalidation cannot be delivered to a peer, this node asks the peer nothing until it has been
-        delivered. Owners by former rings are owners too, while other nodes may route by those.
-        """
-        view = self._view
-        if view is None or (view.is_alone and not view.former):
-            return
-        tokens_by_peer = peers_with_copies(view, tokens)
-        await asyncio.gather(*(self._invalidate(name, part, TELL_S) for name, part in tokens_by_peer.items()))
+    async def tell(
+        self, nodes: Mapping[str, int], keys: Sequence[str] | None, *, timeout_s: float
+    ) -> list[str]:
+        """See Teller; with no keys it finds out whether the nodes answer."""
+        confirmed = await asyncio.gather(*(self._tell(name, keys, timeout_s) for name in nodes))
+        return [name for name, by in zip(nodes, confirmed, strict=True) if by != nodes[name]]
 
-    async def invalidate_everywhere(self, tokens: Sequence[str], *, deadline: Deadline = NO_DEADLINE) -> None:
-        """Have every peer drop its copies: for when nodes may not agree on the owner.
+    async def have_ends_settled(self, nodes: Sequence[str], *, timeout_s: float) -> bool:
+        """See Teller."""
+        if not all(self.knows(name) and self.may_ask(name) for name in nodes):
+            return False
+        return all(await asyncio.gather(*(self._have_ends_settled(name, timeout_s) for name in nodes)))
 
-        The caller's deadline bounds the wait. A peer that is cut off by it gets the tokens as pending.
-        """
-        if self._view is not None:
-            tell_s = deadline.share_s(TELL_S)
-            names = self._view.address_by_name
-            await asyncio.gather(*(self._invalidate(name, tokens, tell_s) for name in names))
-
-    def ask_nothing_before(self, tokens: Sequence[str]) -> None:
-        """Ask no peer anything before it has been told of these tokens.
-
-        For a write whose caller was answered before every peer had confirmed.
-        """
-        now = time.monotonic()
-        for name in () if self._view is None else self._view.address_by_name:
-            self._owner(name).pending.add(tokens, now=now)
+    async def _have_ends_settled(self, name: str, timeout_s: float) -> bool:
+        # First whether it answers at all: the rest may take long.
+        if await self._tell(name, (), TRY_S) is None:
+            return False
+        request = pb.InvalidateRequest(origin=self._origin_for(name), await_ends=True)
+        try:
+            return (await self._invalidate(name, request, timeout_s)).have_ends_settled
+        except ClusterError as exc:
+            log.debug("ends_not_awaited", extra={"peer_node": name, "error": str(exc)})
+            return False
 
     async def run(self) -> None:
-        """Try peers that do not answer, and deliver what is pending, until cancelled."""
+        """Try peers that do not answer, until cancelled."""
         await self._has_peers.wait()
-        await run_periodically("forwarder", self._round, period_s=lambda: TRIAL_PERIOD_S)
+        await run_periodically("forwarder", self._round, period_s=self._period_s)
+
+    def _period_s(self) -> float:
+        """Return when to look next: a breaker that opens meanwhile has its first trial after HALF_OPEN_S."""
+        are_closed = all(owner.breaker.is_closed for owner in self._owners.values())
+        return HALF_OPEN_S if are_closed else TRIAL_PERIOD_S
 
     async def _round(self) -> None:
         await self._look_after_owners()
@@ -258,16 +239,10 @@ class Forwarder:
         await self._has_peers.wait()
 
     async def _look_after_owners(self) -> None:
-        """Drop former peers, end streams that are not used, and try the peers that need it.
-
-        A former peer with pending tokens is kept: if it comes back with its process alive, it may have
-        copies.
-        """
+        """Drop former peers, end streams that are not used, and try the peers that need it."""
         names = set(self._view.address_by_name) if self._view is not None else set()
         for name, owner in list(self._owners.items()):
-            # No copy is that old, so the peer cannot serve one any more.
-            owner.pending.forget(before=time.monotonic() - self._remember_s)
-            if name not in names and not owner.pending:
+            if name not in names:
                 await self._drop_owner(name)
             else:
                 owner.end_idle(_IDLE_STREAM_S if self._is_on_ring(name) else 0.0)
@@ -278,7 +253,7 @@ class Forwarder:
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        await self._tasks.close()
+        await self._trials.close()
         for name in list(self._owners):
             await self._drop_owner(name)
 
@@ -302,7 +277,9 @@ class Forwarder:
         batch = pb.Batch(origin=self._origin_for(name), items=items).SerializeToString()
         # The last deadline of the batch. A caller with less time left stops waiting by itself.
         left_us = max(item.deadline_us for item in items) - self._storage_now_us()
-        body = await self._exchange(name, batch, max(0.0, left_us / _US_PER_S))
+        # The storage's clock may have been set back: then it is not waited for.
+        most_s = max(item.timeout_ms for item in items) / _MS_PER_S + ANSWER_S
+        body = await self._exchange(name, batch, min(max(0.0, left_us / _US_PER_S), most_s))
         answers = parse_answers(body, len(items))
         self.counters.batch_sizes[bisect_left(BATCH_BUCKETS, len(items))] += 1
         self.counters.items += len(items)
@@ -344,111 +321,70 @@ class Forwarder:
             self._suspicious.probe(name)
 
     async def _try(self, name: str) -> None:
-        """Deliver what is pending for a peer; with an open breaker that is the trial that may close it."""
-        owner = self._owners[name]
-        if owner.breaker.is_closed:
-            if owner.pending:
-                # A failure leaves the tokens pending, and the next round tries again.
-                await self._deliver_pending(name, owner)
-            return
-        if not owner.breaker.may_try(now=time.monotonic()):
-            return
-        # With nothing pending the trial is an empty invalidation. No call of a client is risked for it.
-        failure = await self._deliver_pending(name, owner)
-        if failure is None:
-            owner.breaker.answered()
-            log.info("breaker_closed", extra={"peer_node": name})
-        elif isinstance(failure, PeerTimeout):
-            owner.breaker.timed_out(now=time.monotonic())
-        else:
-            owner.breaker.broke(now=time.monotonic())
+        """Find out whether a peer with an open breaker answers again, without a call of a client."""
+        breaker = self._owners[name].breaker
+        if breaker.may_try(now=time.monotonic()):
+            await self._begun_trial(name)
 
-    def _hand_over(self, view: View) -> None:
-        """Have owners drop what changed here lately; they are asked nothing before they have."""
-        now = time.monotonic()
-        if self._changed.is_everything:
-            for name in view.address_by_name:
-                self._owner(name).pending.add_everything(now=now)
-            names = list(view.address_by_name)
-        else:
-            tokens_by_peer = peers_with_copies(view, self._changed.tokens())
-            for name, tokens in tokens_by_peer.items():
-                self._owner(name).pending.add(tokens, now=now)
-            names = list(tokens_by_peer)
-        for name in names:
-            # At once. Until it is done, calls for the peer's tokens go to the storage.
-            self._tasks.spawn(self._deliver_now(name))
+    async def _begun_trial(self, name: str) -> None:
+        await self._tell(name, (), TRY_S)
 
-    async def _deliver_now(self, name: str) -> None:
+    async def _tell(self, name: str, keys: Sequence[str] | None, timeout_s: float) -> int | None:
+        """Have one peer drop its copies; return which process has confirmed it, None: none has."""
         owner = self._owner(name)
-        if owner.breaker.may_answer_yet(now=time.monotonic()):
-            failure = await self._deliver_pending(name, owner)
-            if failure is not None:
-                self._failed(name, owner, failure, TRY_S)
-
-    async def _invalidate(self, name: str, tokens: Sequence[str], tell_s: float) -> None:
-        """Have one peer drop its copies of these tokens, or make them pending for it. Never raises.
-
-        A peer that is slow, or that only this node cannot reach, still serves other nodes from its copies.
-        Therefore a breaker that has opened lately does not stop this.
-        """
-        owner = self._owner(name)
-        if owner.breaker.may_answer_yet(now=time.monotonic()):
-            failure = await self._notify(name, owner, tokens, tell_s)
-            if failure is None:
-                if owner.breaker.is_closed:
-                    # Ends a row of time-outs. It does not close an open breaker: that takes a trial, after
-                    # which nothing is pending.
-                    owner.breaker.answered()
-                return
-            if not isinstance(failure, PeerSkipped):
-                self._failed(name, owner, failure, tell_s)
-        owner.pending.add(tokens, now=time.monotonic())
-
-    async def _notify(
-        self, name: str, owner: Owner, tokens: Sequence[str], tell_s: float
-    ) -> ClusterError | None:
         try:
-            if len(tokens) == 1:
+            async with asyncio.timeout(timeout_s):
                 # The usual write changes one session: many of them share one call.
-                return await owner.notify(tokens[0], tell_s=tell_s)
-            await self._send_tokens(name, tokens, tell_s)
+                confirmed = await (
+                    owner.notify(keys[0], tell_s=timeout_s)
+                    if keys is not None and len(keys) == 1
+                    else self._send_tokens(name, keys, timeout_s)
+                )
+            if isinstance(confirmed, ClusterError):
+                raise confirmed
+        except TimeoutError:
+            self._failed(name, owner, PeerTimeout("no answer in time"), timeout_s)
+        except PeerSkipped:
+            # The peer has not seen it, so this is no evidence against the peer.
+            pass
         except ClusterError as exc:
-            return exc
+            self._failed(name, owner, exc, timeout_s)
+        else:
+            if not owner.breaker.is_closed:
+                log.info("breaker_closed", extra={"peer_node": name})
+            owner.breaker.answered()
+            return confirmed
         return None
 
-    async def _send_notices(self, name: str, tokens: Sequence[str]) -> Sequence[None]:
-        await self._send_tokens(name, tokens, TELL_S)
-        return [None] * len(tokens)
+    async def _send_notices(self, name: str, keys: Sequence[str]) -> Sequence[int]:
+        return [await self._send_tokens(name, keys, TELL_S)] * len(keys)
 
-    async def _deliver_pending(self, name: str, owner: Owner) -> ClusterError | None:
-        """Send the pending tokens of a peer; return the failure, after which they are pending still."""
-        since_s = time.monotonic()
-        is_everything = owner.pending.is_everything
-        try:
-            await self._send_tokens(name, owner.pending.tokens(), TRY_S, is_everything=is_everything)
-        except ClusterError as exc:
-            return exc
-        # Tokens that were added while the call was under way stay: the peer has not seen them.
-        owner.pending.forget(before=since_s)
-        return None
+    async def _invalidate(
+        self, name: str, request: pb.InvalidateRequest, timeout_s: float
+    ) -> pb.InvalidateResponse:
+        answer = await self._peers.call(
+            self._address(name),
+            "Invalidate",
+            request.SerializeToString(),
+            timeout_s=timeout_s,
+            channel_kind=ChannelKind.CALLS,
+            callee=name,
+        )
+        return parsed(pb.InvalidateResponse, answer)
 
-    async def _send_tokens(
-        self, name: str, tokens: Sequence[str], try_s: float, *, is_everything: bool = False
-    ) -> None:
+    async def _send_tokens(self, name: str, keys: Sequence[str] | None, timeout_s: float) -> int:
+        """Return which process has dropped its copies. Raises ClusterError."""
+        if keys is None:
+            request = pb.InvalidateRequest(origin=self._origin_for(name), everything=True)
+            return (await self._invalidate(name, request, timeout_s)).instance
+        instance = 0
         # One call at least: an empty one shows that the peer answers.
-        for start in range(0, len(tokens) or 1, _TOKENS_A_CALL):
+        for start in range(0, len(keys) or 1, _TOKENS_A_CALL):
             request = pb.InvalidateRequest(
-                origin=self._origin_for(name),
-                tokens=tokens[start : start + _TOKENS_A_CALL],
-                everything=is_everything,
+                origin=self._origin_for(name), tokens=keys[start : start + _TOKENS_A_CALL]
             )
-            body = request.SerializeToString()
-            await self._peers.call(
-                self._address(name),
-                "Invalidate",
-                body,
-                timeout_s=try_s,
-                channel_kind=ChannelKind.CALLS,
-                callee=name,
-            )
+            response = await self._invalidate(name, request, timeout_s)
+            if start and response.instance != instance:
+                raise PeerUnreachable("it was restarted meanwhile")
+            instance = response.instance
+        return instance

@@ -49,12 +49,14 @@ from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, 
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import ChannelKind, Peers, is_refused
 from cluster.swim import Settings, Swim
-from cluster.timing import GOSSIP_CALL_S, RING_DEBOUNCE_S, SETTLE_S
+from cluster.timing import GOSSIP_CALL_S, TRY_S
 from cluster.view import View, alone
 from cluster.view_change import next_view, settled
 
 log = logging.getLogger(__name__)
 
+# A new view is made this long after a change, so that one burst of changes makes one ring.
+_RING_DEBOUNCE_S: Final = 0.05
 # A timer that fires this much late means that the event loop was stalled.
 _LAG_NOTICED_S: Final = 0.1
 # After a stall, packets that wait in the sockets are read for this long before any time-out fires.
@@ -130,20 +132,20 @@ class Gossip:
         self._peers = peers
         self._seeds = seeds
         self._on_view = on_view
+        self.on_answering: Callable[[str], None] = lambda _: None  # gets who answers again
+        self._silent: set[str] = set()  # members that did not answer the last packet
         self._rng = rng
         self._refusals = RefusalLog()
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # when `_timer` fires
         self._ring_timer: asyncio.TimerHandle | None = None
-        self._settle_timer: asyncio.TimerHandle | None = None
         self._seen_changes = -1  # of the table, when `view` was last made or ordered
         self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + _MAX_CONNECTED)
         self._connections: dict[str, tuple[Member, asyncio.Task[None]]] = {}  # by name
         self._dials: dict[str, bool] = {}  # by name, while under way: whether another dial is due
         self._seed_by_address: dict[str, str] = {}
         self._own_addresses: set[str] = {me.address, me.name}
-        self._is_joining = False
-        self._is_closed = False
+        self.is_away = self._is_joining = self._is_closed = False  # away: it has withdrawn
 
     def start(self) -> None:
         """Join: without seeds as a cluster of its own at once, else as soon as a seed answers."""
@@ -245,13 +247,25 @@ class Gossip:
         elif self._tasks.spawn(self._dial(name)):
             self._dials[name] = False
 
+    def withdraw(self) -> None:
+        """Own nothing until `come_back`; this node goes on forwarding calls."""
+        self.is_away = True
+        self.swim.withdraw(now=time.monotonic())
+        self._perform()
+
+    def come_back(self) -> None:
+        """Own tokens again."""
+        self.is_away = False
+        self.swim.activate(now=time.monotonic())
+        self._perform()
+
     async def leave(self) -> None:
         """Own nothing from now on; return when the members route by that, or after about a second."""
         self.swim.leave(now=time.monotonic())
         await self._announce()
         if self.swim.table.live > 1:
             # They have the packet; their new rings follow after the debounce.
-            await asyncio.sleep(2 * RING_DEBOUNCE_S)
+            await asyncio.sleep(2 * _RING_DEBOUNCE_S)
 
     async def announce_left(self) -> None:
         """Tell the members that this node is gone for good, then stop."""
@@ -262,7 +276,7 @@ class Gossip:
     async def close(self) -> None:
         """Stop without telling any member: as if the process had been killed."""
         self._is_closed = True
-        for timer in (self._timer, self._ring_timer, self._settle_timer):
+        for timer in (self._timer, self._ring_timer):
             if timer is not None:
                 timer.cancel()
         await self._tasks.close()
@@ -290,7 +304,7 @@ class Gossip:
         if changes != self._seen_changes and self._ring_timer is None and not self._is_closed:
             # A node that joins brings a table of many members: one ring for all of them, not one for each.
             self._seen_changes = changes
-            self._ring_timer = asyncio.get_running_loop().call_later(RING_DEBOUNCE_S, self._swap_view)
+            self._ring_timer = asyncio.get_running_loop().call_later(_RING_DEBOUNCE_S, self._swap_view)
         if self.swim.wants_seeds:
             # After a partition all members of the other half may be forgotten. A seed's name may lead to one.
             self.swim.wants_seeds = False
@@ -304,6 +318,8 @@ class Gossip:
             self.counters.detections += 1
             self.counters.detection_s_sum += event.seconds
         log_event(event)
+        if event.kind is EventKind.REFUTED:
+            self.on_answering(event.member.name)
 
     def _live_peers(self) -> list[Member]:
         """Return the other members that are neither dead nor left."""
@@ -358,24 +374,18 @@ class Gossip:
         old = self.view
         self.view = next_view(old, self.swim.me, self.swim.table)
         self._keep_connected(self._live_peers())
+        self._silent &= self.view.address_by_name.keys()
         ring = self.view.ring
         if ring.nodes != old.ring.nodes:
             self.counters.ring_changes += 1
             log.info("ring_changed", extra={"nodes": list(ring.nodes), "fingerprint": ring.fingerprint})
-            if self.view.former:
-                self._settle_later()
         self._on_view(self.view)
 
-    def _settle_later(self) -> None:
-        # Each change starts the time again: until changes have stopped, other nodes may be behind by several.
-        if self._settle_timer is not None:
-            self._settle_timer.cancel()
-        self._settle_timer = asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
-
-    def _settle(self) -> None:
-        self._settle_timer = None
-        self.view = settled(self.view)
-        self._on_view(self.view)
+    def settle(self, view: View) -> None:
+        """Take note that a view's ring has been published long enough; a former view means nothing."""
+        if view is self.view and view.former:
+            self.view = settled(view)
+            self._on_view(self.view)
 
     def _keep_connected(self, members: Sequence[Member]) -> None:
         """Hold a connection to each member: its loss is the first sign that a process ended."""
@@ -404,7 +414,7 @@ class Gossip:
         try:
             while (member := self.swim.table.get(name)) is not None and not member.is_gone:
                 self._dials[name] = False
-                refused = await is_refused(member.address)
+                refused = await is_refused(member.address, self._peers.socket_at(member.address))
                 now = time.monotonic()
                 if refused:
                     self.swim.refused(name, now=now)
@@ -440,17 +450,25 @@ class Gossip:
 
     async def _deliver(self, send: Send) -> None:
         """Send a packet; hand its answer to the core. A packet that is lost is not sent again."""
+        name, sent_s = send.packet.target, time.monotonic()
         try:
             await self._exchange(send)
+            # A late answer is one of a process or network that stood still.
+            if name in self._silent or time.monotonic() - sent_s > TRY_S:
+                self._silent.discard(name)
+                self.on_answering(name)
         except PeerUnreachable:
             # A sign of failure, unlike a time-out: the host may refuse.
-            if send.packet.target:
-                self.probe(send.packet.target)
+            if name:
+                self._silent.add(name)
+                self.probe(name)
         except PeerRefused as exc:
             self._log_refusal("peer_refuses_us", send.address, str(exc))
         except PeerUnproven as exc:
             self._log_refusal("peer_unproven", send.address, str(exc))
         except ClusterError as exc:
+            if name:
+                self._silent.add(name)
             log.debug("packet_lost", extra={"address": send.address, "error": str(exc)})
 
     async def _exchange(self, send: Send) -> None:
@@ -494,8 +512,11 @@ class Gossip:
         wait_s, longest_s = _JOIN_RETRY_S
         while await self._ask_seeds():
             is_alone = self.swim.table.live == 1 and not self.introductions
-            if is_alone and self.swim.me.phase == Phase.JOINING:
-                log.warning("no_seed_answers", extra={"seeds": list(self._seeds)})
+            if is_alone and not self.is_away and self.swim.me.phase == Phase.JOINING:
+                # Others of this daemon start together with this node: their silence is no news.
+                seeds = [seed for seed in self._seeds if not self._peers.socket_at(seed)]
+                level = logging.WARNING if seeds else logging.DEBUG
+                log.log(level, "no_seed_answers", extra={"seeds": seeds})
                 self.swim.activate(now=time.monotonic())
                 self._perform()
             await asyncio.sleep(wait_s * (0.5 + self._rng.random()))

@@ -53,6 +53,9 @@ class Member(NamedTuple):
     state: State
     phase: Phase
     instance: int  # random 63 bits of one process: tells two of the same name apart
+    public: str = (
+        ""  # host:port, as clients dial it; empty: not told. No part of the version: it never changes
+    )
 
     @property
     def version(self) -> tuple[int, int, int]:

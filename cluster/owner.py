@@ -1,14 +1,14 @@
-"""One peer as the owner of tokens: what waits for it, what it has missed, and whether it may be asked.
+"""One peer as the owner of tokens: what waits for it, and whether it answers.
 
     calls ------> reads  -+                       Batcher: what arrives while a batch is under way forms
                   writes -+--> idle streams       the next batch
+                  alone  -+                       each a batch of its own
     invalidations -> notices ----> peer
 
 - Reads and writes have separate batchers. A batch is answered as a whole, and a read must not wait for the
   row lock of a write.
+- A call that may take longer than TRY_S is alone: others would wait for it.
 - The breaker knows whether the peer answers.
-- Pending invalidations are tokens of which the peer may hold an old copy. While there is one, the peer is
-  asked nothing: its answer might be the session as it was before a write.
 - Idle streams are open and have no batch under way.
 """
 
@@ -24,15 +24,13 @@ from cluster.breaker import Breaker
 from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import ForwardStream
-from cluster.pending_invalidations import PendingInvalidations
-from cluster.timing import STREAM_GRACE_S
-
-_MAX_PENDING: Final = 10_000
+from cluster.timing import STREAM_GRACE_S, TRY_S
 
 # Some slices of what a connection sends (http2/outbox.py): a batch does not keep others waiting for long.
 _BATCHES: Final = BatchLimits(
     max_items=128, max_bytes=256 * 1024, max_waiting=10_000, concurrency=2, is_eager=True
 )
+_ALONE: Final = BatchLimits(max_items=1, max_waiting=10_000, concurrency=64)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,22 +42,17 @@ class Owner:
     def __init__(
         self,
         forward: Callable[[Sequence[pb.Item]], Awaitable[Sequence[pb.Answer]]],
-        notify: Callable[[Sequence[str]], Awaitable[Sequence[None]]],
+        notify: Callable[[Sequence[str]], Awaitable[Sequence[int]]],
     ) -> None:
         """`forward` sends a batch of calls, `notify` sends tokens whose copies must be dropped."""
         self.breaker = Breaker()
-        self.pending = PendingInvalidations(max_tokens=_MAX_PENDING)
         self._reads = Batcher(forward, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full)
         self._writes = Batcher(forward, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full)
+        self._alone = Batcher(forward, limits=_ALONE, size_bytes=_item_bytes, full=_queue_full)
         self._notices = Batcher(notify, limits=_BATCHES, size_bytes=len, full=_queue_full)
         # (since when, stream), the last one used at the end; at most one for each batch that may be under
         # way.
         self._idle: list[tuple[float, ForwardStream]] = []
-
-    @property
-    def may_be_asked(self) -> bool:
-        """Whether the peer answers, as far as is known, and has missed no change."""
-        return self.breaker.is_closed and not self.pending
 
     def forward(
         self, item: pb.Item, *, is_write: bool, try_s: float
@@ -69,11 +62,12 @@ class Owner:
         Raises:
             PeerSkipped: too many calls wait for the peer.
         """
+        batches = self._writes if is_write else self._reads
         # Longer than the stream, which runs until the item's own deadline: see STREAM_GRACE_S.
-        return _submitted(self._writes if is_write else self._reads, item, try_s + STREAM_GRACE_S)
+        return _submitted(batches if try_s <= TRY_S else self._alone, item, try_s + STREAM_GRACE_S)
 
-    def notify(self, token: str, *, tell_s: float) -> Coroutine[Any, Any, ClusterError | None]:
-        """Have the peer drop its copy; return the failure if that is not known to have happened.
+    def notify(self, token: str, *, tell_s: float) -> Coroutine[Any, Any, int | ClusterError]:
+        """Have the peer drop its copy; return which process has, or the failure if none is known to have.
 
         Raises:
             PeerSkipped: too many tokens wait for the peer.
@@ -104,7 +98,7 @@ class Owner:
 
     async def close(self) -> None:
         """Cancel what waits and what is under way; `forward` and `notify` then return PeerUnreachable."""
-        for batches in (self._reads, self._writes, self._notices):
+        for batches in (self._reads, self._writes, self._alone, self._notices):
             await batches.close()
         self.end_idle(0.0)
 

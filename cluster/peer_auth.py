@@ -40,7 +40,7 @@ callees. With neither a secret nor such names, peers are on this node's own host
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 from urllib.parse import unquote
@@ -67,9 +67,19 @@ class PeerAuth:
     """
 
     def __init__(
-        self, secrets: Sequence[bytes], certificate_names: Sequence[str] = (), *, process: bytes
+        self,
+        secrets: Sequence[bytes],
+        certificate_names: Sequence[str] = (),
+        *,
+        process: bytes,
+        trusted_peer: str | None = None,
     ) -> None:
-        """`process` is PROCESS_BYTES at random, made when the process starts."""
+        """`process` is PROCESS_BYTES at random, made when the process starts.
+
+        A call of `trusted_peer` needs no proof: it comes in a way that only other processes of this daemon
+        can take.
+        """
+        self._trusted_peer = trusted_peer
         self.process = process
         self._own = process.hex()
         self._names = certificate_names
@@ -82,6 +92,19 @@ class PeerAuth:
         self._nonces: set[str] = set()
         self._older_nonces: set[str] = set()
         self._turned_ms = 0
+
+    def renew(self, secrets: Sequence[bytes]) -> None:
+        """Accept these secrets from now on, and no others; the first one signs.
+
+        Calls on open connections are accepted as long as the secret is, with which they were opened.
+
+        Raises:
+            ValueError: this node would begin or cease to use secrets. Open connections could not follow.
+        """
+        if bool(secrets) != self.has_secret:
+            raise ValueError("a node with a secret cannot go on without one, nor the reverse")
+        self._secrets = [hmac.new(secret, digestmod="sha256") for secret in secrets]
+        self._keys.clear()
 
     @property
     def has_secret(self) -> bool:
@@ -140,6 +163,8 @@ class PeerAuth:
         Raises:
             UnauthenticatedPeer: it is not; the text says which setting of the calling node to look at.
         """
+        if peer == self._trusted_peer:
+            return NO_KEY
         is_certified = self.knows(certificate_names)
         if not self._secrets or (is_certified and signature is None):
             if not is_certified:
@@ -192,17 +217,23 @@ class PeerAuth:
                 "the call was signed more than 30 s ago, or the clocks are that far apart"
             )
         self._remember(nonce, now_ms)
-        if not is_hello and caller not in self._keys:
-            if len(self._keys) >= _MAX_KEPT_KEYS:
+        if not is_hello and self._keys.get(caller) is not keyed:
+            if len(self._keys) >= _MAX_KEPT_KEYS and caller not in self._keys:
                 del self._keys[next(iter(self._keys))]
             self._keys[caller] = keyed
         return caller, keyed
 
-    def _keys_of(self, caller: str) -> Sequence[hmac.HMAC]:
+    def _keys_of(self, caller: str) -> Iterator[hmac.HMAC]:
+        """Yield the key that proved the caller's last call, and then those of all secrets.
+
+        In a rotation, a caller has connections with either secret for a moment.
+        """
         kept = self._keys.get(caller)
         if kept is not None:
-            return (kept,)
-        return [_pair(secret, caller, self._own) for secret in self._secrets]
+            yield kept
+        if kept is None or len(self._secrets) > 1:
+            for secret in self._secrets:
+                yield _pair(secret, caller, self._own)
 
     def _remember(self, nonce: str, now_ms: int) -> None:
         # A time-stamp may be a window ahead of this node's clock, and is then accepted for two windows.

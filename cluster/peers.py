@@ -45,7 +45,7 @@ from cluster.errors import (
 )
 from cluster.peer_auth import HELLO, METADATA_KEY, NO_KEY, NONCE_BYTES, PeerAuth, PeerKey, StreamMac
 from cluster.peerpb import peer_pb2 as pb
-from cluster.timing import CHANNEL_GRACE_S, DIAL_TIMEOUT_S, SILENCE_S
+from cluster.timing import CHANNEL_GRACE_S, SILENCE_S
 from cluster.wire import parsed
 from http2.outbox import Headers
 from http2.status import StatusCode
@@ -54,6 +54,8 @@ SERVICE_NAME: Final = "mnemosynepeer.Peer"
 _MAX_CONNECTIONS: Final = 4096  # two to each member of the largest usual cluster, and more
 _MAX_HELLO_BYTES: Final = 1024  # of an answer of who has proved nothing yet
 _HELLO_S: Final = 1.0  # no more than the dial that it belongs to (channel.py)
+# Dialling a member to learn whether its host refuses. Within one network a reset takes milliseconds.
+_DIAL_TIMEOUT_S: Final = 0.2
 # The peer is alive and says no. Everything else may be a broken connection or a peer that is about to end.
 _REFUSALS: Final = frozenset({
     StatusCode.UNAUTHENTICATED,
@@ -100,12 +102,16 @@ class Peers:
         *,
         server_name: Callable[[str], str] = lambda address: address.rpartition(":")[0],
         may_dial: Callable[[str], bool] = lambda _: True,
+        socket_at: Callable[[str], str] = lambda _: "",
     ) -> None:
         """Open no connection yet.
 
         - `server_name` returns, over TLS, the name that an address's certificate must have.
         - `may_dial` tells whether a node may be where a host name leads.
+        - `socket_at` returns the Unix socket of the node at an address, if it is another process of this
+          daemon. Only this user reaches that socket, so nothing is proved and nothing is sealed there.
         """
+        self.socket_at = socket_at
         self._may_dial = may_dial
         self._auth = peer_auth
         self._stats_by_method = stats_by_method
@@ -122,6 +128,10 @@ class Peers:
         connections finish their calls and close.
         """
         self._tls = context
+        self.dial_again()
+
+    def dial_again(self) -> None:
+        """Open other connections from now on; those that are open finish their calls and close."""
         for address, channel_kind in list(self._connections):
             self._hang_up(address, channel_kind, grace_s=CHANNEL_GRACE_S)
 
@@ -202,6 +212,7 @@ class Peers:
                 server_name=self._server_name(address).strip("[]"),
                 introduce=partial(self._introduce, callee),
                 may_dial=self._may_dial,
+                unix_path=self.socket_at(address),
             )
             connection = _Connection(channel, callee, answered_s=time.monotonic())
             self._connections[address, channel_kind] = connection
@@ -217,6 +228,8 @@ class Peers:
             UnauthenticatedPeer: what answers there is no node of this cluster.
             CallFailed: it refuses this node, or fails.
         """
+        if channel.unix_path:
+            return NO_KEY
         process = proof = b""
         greeting = ""
         if self._auth.has_secret:
@@ -338,16 +351,19 @@ class ForwardStream:
         self._stream.finish()
 
 
-async def is_refused(address: str) -> bool:
-    """Dial an address; tell whether its host says that no process listens there.
+async def is_refused(address: str, unix_path: str = "") -> bool:
+    """Dial an address, or a socket on this host; tell whether the host says that no process listens there.
 
     A host that is down, or a network that drops packets, gives no answer. That proves nothing.
     """
     host, _, port = address.rpartition(":")
     try:
-        async with asyncio.timeout(DIAL_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-    except ConnectionRefusedError:
+        async with asyncio.timeout(_DIAL_TIMEOUT_S):
+            if unix_path:
+                _, writer = await asyncio.open_unix_connection(unix_path)
+            else:
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except (ConnectionRefusedError, FileNotFoundError):
         return True
     except (OSError, TimeoutError):
         return False

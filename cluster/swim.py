@@ -29,7 +29,7 @@ Other nodes hold a *state* of a member; the member itself announces its *phase*.
     ALIVE, SUSPECT --> LEFT          the member itself says that it ends
     DEAD, LEFT --> ALIVE             a newer incarnation refutes, or the process was started again
 
-    JOINING   the member owns no tokens yet; it answers calls without its cache
+    JOINING   the member owns no tokens yet, or none while its storage does not answer
     ACTIVE    the member is on the ring and owns tokens, also while it is SUSPECT
     LEAVING   the member owns nothing any more, and finishes its calls
 
@@ -109,7 +109,8 @@ Papers
 Rules for editing
 -----------------
 - What the network sent never raises. It is a claim, and newer than what is held or not (`_consider`).
-- Only `_store` writes into the table, and only `_forget` removes from it. `_store` has four callers:
+- Only `_store` writes claims into the table, and only `_forget` removes from it; `_complete` adds a public
+  address to what is held. `_store` has four callers:
   `__init__`, `_believe` for claims, `_end_suspicions` for time, `_bump_incarnation` for this node.
 - A claim about this node is never believed: it goes to `_refute`.
 - Only `_bump_incarnation` assigns `me` after `__init__`, and thereby raises the incarnation.
@@ -131,7 +132,6 @@ from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, 
 from cluster.suspicion import Suspicion
 from cluster.table import MAX_MEMBERS, Base, ProbeOrder, Table
 from cluster.timing import (
-    DROP_JITTER_S,
     GOSSIP_INTERVAL_S,
     NACK_SHARE,
     PROBE_INTERVAL_S,
@@ -150,6 +150,8 @@ _MAX_RELAYS: Final = 256
 _MAX_RIVALS: Final = 8
 # A member whose connection dropped is not probed twice within this.
 _DROP_PAUSE_S: Final = 0.25
+# A probe out of turn waits up to this, so that not all peers of a node that died probe it at once.
+_DROP_JITTER_S: Final = 0.02
 # A first gossip round waits up to this, so that one packet carries all updates of one burst.
 _FIRST_GOSSIP_S: Final = 0.02
 # A stall of this length counts as much against this node's own health as one missing NACK.
@@ -265,6 +267,7 @@ class Swim:
         self._heal_s = now + rng.random() * settings.heal_interval_s
         self._mismatch_sync_s = -math.inf  # until when differing rings cause no other sync
         self._active_s = math.inf
+        self._is_away = False  # it has withdrawn, and a member that it meets is no reason to come back
         self._store(me, now)
 
     def take(self) -> tuple[list[Send], list[Event]]:
@@ -302,8 +305,17 @@ class Swim:
         contact with a member: by then this node knows the members, and they know this node.
         """
         self._active_s = math.inf
+        self._is_away = False
         if self.me.phase == Phase.JOINING:
             self._bump_incarnation(self.me._replace(phase=Phase.ACTIVE), now)
+
+    def withdraw(self, *, now: float) -> None:
+        """Own nothing until `activate`, as while it joined; say so to the members at once."""
+        self._active_s = math.inf
+        self._is_away = True
+        if self.me.phase == Phase.ACTIVE:
+            self._bump_incarnation(self.me._replace(phase=Phase.JOINING), now)
+            self._send_directly()
 
     def leave(self, *, now: float) -> None:
         """Own nothing from now on but go on answering; say so to the members at once."""
@@ -390,7 +402,7 @@ class Swim:
             self._drops_s.clear()
         self._drops_s[name] = now + _DROP_PAUSE_S
         # Every peer of a node that dies sees its connection end at the same moment.
-        self._early_s[name] = now + self._rng.random() * DROP_JITTER_S
+        self._early_s[name] = now + self._rng.random() * _DROP_JITTER_S
 
     def stalled(self, lag_s: float) -> None:
         """Move every open deadline by the time in which this node's own loop did not run.
@@ -531,7 +543,7 @@ class Swim:
         Not at once, because a node that owns tokens before it knows all members would route by another ring
         than they do.
         """
-        if self.me.phase == Phase.JOINING and self._active_s == math.inf:
+        if self.me.phase == Phase.JOINING and self._active_s == math.inf and not self._is_away:
             self._active_s = now + self.settings.stabilise_s
 
     def _compare_rings(self, packet: Packet, now: float) -> None:
@@ -569,6 +581,9 @@ class Swim:
         held = self.table.get(claim.name)
         if held is not None and _is_out_of_bounds(claim, held):
             return
+        if held is not None and held.public != claim.public and held.instance == claim.instance:
+            update, held = self._complete(update, held)
+            claim = update.member
         if held is not None and claim.version <= held.version:
             if held.state == State.SUSPECT and claim.version == held.version and update.accuser:
                 self._confirm(update, now)
@@ -581,6 +596,18 @@ class Swim:
                 # It is a suspect here already.
                 return
         self._believe(update, held, now)
+
+    def _complete(self, update: Update, held: Member) -> tuple[Update, Member]:
+        """Return a claim and what is held of the same process, both with the process's public address.
+
+        A node of a release before the field passes claims on without it. The process itself says it in every
+        packet that it sends, so each member hears it when it probes the process or is probed.
+        """
+        if held.public:
+            return update._replace(member=update.member._replace(public=held.public)), held
+        held = held._replace(public=update.member.public)
+        self.table.put(held)
+        return update, held
 
     def _believe(self, update: Update, held: Member | None, now: float) -> None:
         """Replace what was held of a member by a newer claim, pass the claim on, and make its event."""
@@ -706,7 +733,7 @@ class Swim:
         if accuser != self.me.name and self._rng.random() * self.table.live < settings.early_probes:
             # A second opinion now, not when the suspect's turn comes. All members hear of the suspicion, and
             # only early_probes of them, on average, probe it: more would be a flood of pings.
-            self._early_s[member.name] = now + self._rng.random() * DROP_JITTER_S
+            self._early_s[member.name] = now + self._rng.random() * _DROP_JITTER_S
 
     def _confirm(self, update: Update, now: float) -> None:
         """Count another accuser of a suspect; pass the accusation on if it shortens the suspicion."""

@@ -193,9 +193,9 @@ def _prime_from(number: int) -> int:
     return number
 
 
-def _visible(member: Member) -> tuple[bool, bool, str, int]:
+def _visible(member: Member) -> tuple[bool, bool, str, int, str]:
     # What a view is made of, and the process to which connections lead.
-    return (member.is_gone, member.is_routable, member.address, member.instance)
+    return (member.is_gone, member.is_routable, member.address, member.instance, member.public)
 
 
 def _live_digest(member: Member) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from cluster.lease import TELL_US
+
 # Membership (swim.py): one probe.
 #
 #     0 s           PROBE_TIMEOUT_S                PROBE_INTERVAL_S
@@ -21,11 +23,6 @@ NACK_SHARE: Final = 0.8
 # A NACK that arrives after the end of the probe would count as missing, against a healthy prober.
 assert NACK_SHARE * PROBE_TIMEOUT_S < PROBE_INTERVAL_S - PROBE_TIMEOUT_S
 
-# A probe out of turn waits up to this, so that not all peers of a node that died probe it at once.
-DROP_JITTER_S: Final = 0.02
-# Dialling a member to learn whether its host refuses (peers.py). Within one network a reset takes
-# milliseconds.
-DIAL_TIMEOUT_S: Final = 0.2
 # A suspect whose host refused connections is dead after this.
 REFUSED_SUSPICION_S: Final = 0.5
 GOSSIP_INTERVAL_S: Final = 0.2
@@ -33,49 +30,29 @@ GOSSIP_INTERVAL_S: Final = 0.2
 # A suspect that is alive hears of its suspicion in one gossip round, and is heard in the next.
 assert 2 * GOSSIP_INTERVAL_S < REFUSED_SUSPICION_S
 
-# The ring (gossip.py): a new view is made this long after a change, so that one burst of changes makes one
-# ring.
-RING_DEBOUNCE_S: Final = 0.05
-# After a change of the ring a node knows which owners other nodes may still ask, for this long.
-SETTLE_S: Final = 2.0
-# Rounds in which an update reaches 1000 members, each telling three more.
-_GOSSIP_ROUNDS: Final = 5
-
-# By then all nodes have heard of the change and route alike.
-assert RING_DEBOUNCE_S + _GOSSIP_ROUNDS * GOSSIP_INTERVAL_S < SETTLE_S
-
 # Forwarding (forward.py, owner.py, breaker.py). A forwarded call gets half of what its caller has left, and
 # at most this. The other half is for the storage, which answers if the owner does not.
 TRY_S: Final = 0.25
+# A forwarded call for which there is nothing to fall back on gets what its caller has left, and at most this.
+MOST_TRY_S: Final = 10.0
+# Such a call is answered this much earlier by the peer: a time-out of its work is no time-out of the peer.
+ANSWER_S: Final = 0.03
 # A time-out of a shorter try says more about the caller's deadline than about the peer: no breaker counts it.
 LEAST_TRY_S: Final = 0.05
 # The caller waits this much longer than the stream. The stream then notices the time-out itself and puts its
 # connection under suspicion.
 STREAM_GRACE_S: Final = 0.02
-# So many time-outs in a row open the breaker of a peer. Its calls then go to the storage at once.
-TIMEOUTS_TO_OPEN: Final = 3
 # An open breaker lets one trial through each time that this has passed, ...
 HALF_OPEN_S: Final = 1.0
-# ... and peers are looked after this often.
+# ... and peers are looked after this often then; while no breaker is open, each HALF_OPEN_S.
 TRIAL_PERIOD_S: Final = 0.25
 
-assert STREAM_GRACE_S < LEAST_TRY_S < TRY_S
+assert STREAM_GRACE_S < LEAST_TRY_S < TRY_S < MOST_TRY_S
+assert ANSWER_S < TRY_S
 assert TRIAL_PERIOD_S <= HALF_OPEN_S
 
-# Telling (forward.py). A write waits at most this for each peer that must drop a copy.
-TELL_S: Final = 1.0
-
-# If a peer does not answer, the write is acknowledged without it after TELL_S. By then the other nodes have
-# stopped asking that peer too, if it answers none of them: its old copy is not served any more.
-assert TIMEOUTS_TO_OPEN * TRY_S < TELL_S
-
-# A peer whose breaker has opened is still told, and waited for, for this long: other nodes may still ask it.
-LATELY_S: Final = 2.0
-
-# A peer that answers no node is SUSPECT by then: it was dialled and probed. Further waiting would only make
-# writes slow.
-assert DIAL_TIMEOUT_S + DROP_JITTER_S + PROBE_INTERVAL_S < LATELY_S
-assert TELL_S < LATELY_S
+# Telling (forward.py). A write waits at most this for each node that must drop a copy, which is then barred.
+TELL_S: Final = TELL_US / 1_000_000
 
 # Connections (peers.py). A call for gossip waits this long for its answer, and longer on an unhealthy node.
 GOSSIP_CALL_S: Final = 1.0
@@ -84,7 +61,7 @@ SILENCE_S: Final = 0.9
 # A connection of a certificate that was replaced has this long to finish its calls.
 CHANNEL_GRACE_S: Final = 2.0
 
-# One slow forwarded call costs no connection; one unanswered packet or invalidation does.
-assert TRY_S + STREAM_GRACE_S < SILENCE_S < min(TELL_S, GOSSIP_CALL_S)
+# One slow forwarded call costs no connection; one unanswered packet does.
+assert max(TRY_S + STREAM_GRACE_S, TELL_S) < SILENCE_S < GOSSIP_CALL_S
 # No call of a healthy node is cut off. On an unhealthy node a packet may be, which is as good as lost.
 assert max(TRY_S + STREAM_GRACE_S, TELL_S, GOSSIP_CALL_S) < CHANNEL_GRACE_S

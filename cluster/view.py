@@ -7,7 +7,7 @@ reference. A call that holds a view therefore sees one ring from its first step 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.ring import Ring
 
@@ -16,29 +16,43 @@ from cluster.ring import Ring
 class View:
     """The ring, and where its nodes are dialled.
 
-    Nodes learn of a change at different times. For a while after it, other nodes may still route by one of
-    the `former` rings, and hold copies of sessions by them. `address_by_name` has every live member besides
-    this node, also those that own nothing yet or any more: they may still hold copies.
+    `former` are the rings by which other nodes may take this one for an owner still: until its present ring
+    has been published long enough (`lease.py`, rule 4). None stands for the time in which it owned nothing.
+    `address_by_name` has every live member besides this node, also those that own nothing yet or any more.
+    `public_by_name` has where clients dial a member, this node too, if the member says so.
     """
 
     me: str
     ring: Ring
     address_by_name: Mapping[str, str]
     is_active: bool = True  # whether this node may own tokens: not while it joins
-    former: tuple[Ring, ...] = ()  # the oldest first
+    former: tuple[Ring | None, ...] = ()  # the oldest first
+    public_by_name: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_alone(self) -> bool:
         """Whether this node owns every token, so that no token need be looked up."""
         return self.ring.nodes == (self.me,)
 
-    def has_settled(self, token: str) -> bool:
-        """Whether a token that this node owns was its own by all former rings as well.
+    @property
+    def routed(self) -> str:
+        """The fingerprint of the ring by which this node owns tokens; empty: it owns nothing."""
+        return self.ring.fingerprint if self.is_active and self.me in self.ring.nodes else ""
 
-        If it was not, a former owner may still change the session without telling this node. A copy here
-        would then be stale.
+    def owns(self, token: str) -> bool:
+        """Tell whether this node owns a token by its ring, and by all former ones."""
+        if not self.is_active or not (self.is_alone or self.ring.owner(token) == self.me):
+            return False
+        return all(ring is not None and ring.owner(token) == self.me for ring in self.former)
+
+    def may_mirror(self, token: str, owner: str) -> bool:
+        """Tell whether this node may have a mirror of a token from its owner, by all rings that count.
+
+        This node owns tokens by each of them: by one without it, nobody would tell it of writes.
         """
-        return all(ring.owner(token) == self.me for ring in self.former)
+        return bool(self.routed) and all(
+            ring is not None and self.me in ring.nodes and ring.owner(token) == owner for ring in self.former
+        )
 
 
 def alone(me: str, *, is_active: bool) -> View:

@@ -25,8 +25,8 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 _MAX_UPDATES: Final = 64
 # Far beyond any clock and any count of refutations; above it arithmetic would leave 64 bits.
 MAX_NUMBER: Final = 2**62
-# Of one Update: two names, an accuser, and numbers.
-_UPDATE_BYTES: Final = 3 * MAX_NAME + 64
+# Of one Update: two names, a public address, an accuser, and numbers.
+_UPDATE_BYTES: Final = 4 * MAX_NAME + 64
 
 RawTable = Sequence[pb.Update]
 
@@ -119,6 +119,7 @@ def _member_message(member: Member) -> pb.Member:
         state=int(member.state),
         phase=int(member.phase),
         instance=member.instance,
+        public=member.public,
     )
 
 
@@ -153,6 +154,8 @@ def _member(message: pb.Member) -> Member:
     address = message.address or message.name
     if not is_address(message.name) or not is_address(address):
         raise MalformedPacket("a member with a name or an address that is not host:port")
+    if message.public and not is_address(message.public):
+        raise MalformedPacket("a member whose public address is not host:port")
     # A refutation adds 1. Without a bound one packet could take the last number, and end all refutations.
     if max(message.generation, message.incarnation) >= MAX_NUMBER:
         raise MalformedPacket("a member whose generation or incarnation is out of bounds")
@@ -168,4 +171,5 @@ def _member(message: pb.Member) -> Member:
         state=state,
         phase=phase,
         instance=message.instance,
+        public=message.public,
     )

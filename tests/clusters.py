@@ -58,6 +58,9 @@ class Cluster:
             [f"127.0.0.1:{port}" for port in free_ports(names)] if isinstance(names, int) else list(names)
         )
         self.daemons: dict[str, Daemon] = {}
+        # Of single nodes: where they find the storage, and what their environment has besides.
+        self.dsns: dict[str, str] = {}
+        self.environs: dict[str, dict[str, str]] = {}
         self.seeds: Sequence[str] = self.names
         self._network = network
 
@@ -77,13 +80,14 @@ class Cluster:
         daemon = Daemon(
             f"-host={host if network is None else network.addresses[host]}",
             f"-port={port}",
-            f"-postgres.address={self.dsn}",
+            f"-postgres.address={self.dsns.get(name, self.dsn)}",
             "-postgres.pool.size=4",
             f"-cluster.listen={name}",
             f"-cluster.seeds={','.join(self.seeds if seeds is None else seeds)}",
             *([f"-cluster.secret={secret}"] if secret else []),
             *self.flags,
             *flags,
+            environ=self.environs.get(name),
             prefix=() if network is None else network.inside(host),
         )
         self.daemons[name] = daemon
@@ -285,6 +289,8 @@ class Load:
             self._remember(token, {"n": f"{CANARY}-{number}"})
         except grpc.aio.AioRpcError as exc:
             self.outcome.failures.append(f"SetValue: {exc.code().name} {exc.details()}")
+            # It may have been done: from now on nothing is known of the session.
+            del self._bags[token], self._written_s[token]
         finally:
             self._busy.discard(token)
 

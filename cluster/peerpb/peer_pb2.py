@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/peerpb/peer.proto\x12\rmnemosynepeer\"\x1e\n\x0cHelloRequest\x12\x0e\n\x06\x63\x61llee\x18\x01 \x01(\t\"/\n\rHelloResponse\x12\x0f\n\x07process\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\",\n\x0cSealedAnswer\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"^\n\x06Origin\x12\x15\n\rcluster_label\x18\x01 \x01(\t\x12\x1b\n\x13storage_fingerprint\x18\x02 \x01(\x0c\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61llee\x18\x04 \x01(\t\"\x80\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\r\n\x05state\x18\x05 \x01(\r\x12\r\n\x05phase\x18\x06 \x01(\r\x12\x10\n\x08instance\x18\x07 \x01(\x06\"T\n\x06Update\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0f\n\x07\x61\x63\x63user\x18\x02 \x01(\t\x12\x12\n\nis_refused\x18\x03 \x01(\x08\"\xe7\x01\n\x06Packet\x12\x0c\n\x04kind\x18\x01 \x01(\r\x12%\n\x06sender\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x14\n\x0cmembers_hash\x18\x06 \x01(\x06\x12\x11\n\tring_hash\x18\x07 \x01(\x06\x12&\n\x07updates\x18\x08 \x03(\x0b\x32\x15.mnemosynepeer.Update\x12$\n\x05table\x18\t \x03(\x0b\x32\x15.mnemosynepeer.Update\"]\n\rGossipRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12%\n\x06packet\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Packet\"H\n\x0eGossipResponse\x12%\n\x06packet\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Packet\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"-\n\x0e\x46orwardRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"R\n\x05\x42\x61tch\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\"\n\x05items\x18\x02 \x03(\x0b\x32\x13.mnemosynepeer.Item\"\x8d\x01\n\x04Item\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x07 \x01(\x04\"0\n\x0f\x46orwardResponse\x12\x0f\n\x07\x61nswers\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"1\n\x07\x41nswers\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.mnemosynepeer.Answer\"5\n\x06\x41nswer\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"^\n\x11InvalidateRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x12\n\neverything\x18\x03 \x01(\x08\"\x14\n\x12InvalidateResponse\"\x1c\n\x0cLeaveRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse2\xed\x02\n\x04Peer\x12\x42\n\x05Hello\x12\x1b.mnemosynepeer.HelloRequest\x1a\x1c.mnemosynepeer.HelloResponse\x12\x43\n\x06Gossip\x12\x1c.mnemosynepeer.GossipRequest\x1a\x1b.mnemosynepeer.SealedAnswer\x12L\n\x07\x46orward\x12\x1d.mnemosynepeer.ForwardRequest\x1a\x1e.mnemosynepeer.ForwardResponse(\x01\x30\x01\x12K\n\nInvalidate\x12 .mnemosynepeer.InvalidateRequest\x1a\x1b.mnemosynepeer.SealedAnswer\x12\x41\n\x05Leave\x12\x1b.mnemosynepeer.LeaveRequest\x1a\x1b.mnemosynepeer.SealedAnswerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/peerpb/peer.proto\x12\rmnemosynepeer\"\x1e\n\x0cHelloRequest\x12\x0e\n\x06\x63\x61llee\x18\x01 \x01(\t\"/\n\rHelloResponse\x12\x0f\n\x07process\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\",\n\x0cSealedAnswer\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"^\n\x06Origin\x12\x15\n\rcluster_label\x18\x01 \x01(\t\x12\x1b\n\x13storage_fingerprint\x18\x02 \x01(\x0c\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x0e\n\x06\x63\x61llee\x18\x04 \x01(\t\"\x90\x01\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\r\n\x05state\x18\x05 \x01(\r\x12\r\n\x05phase\x18\x06 \x01(\r\x12\x10\n\x08instance\x18\x07 \x01(\x06\x12\x0e\n\x06public\x18\x08 \x01(\t\"T\n\x06Update\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0f\n\x07\x61\x63\x63user\x18\x02 \x01(\t\x12\x12\n\nis_refused\x18\x03 \x01(\x08\"\xe7\x01\n\x06Packet\x12\x0c\n\x04kind\x18\x01 \x01(\r\x12%\n\x06sender\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Member\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x14\n\x0cmembers_hash\x18\x06 \x01(\x06\x12\x11\n\tring_hash\x18\x07 \x01(\x06\x12&\n\x07updates\x18\x08 \x03(\x0b\x32\x15.mnemosynepeer.Update\x12$\n\x05table\x18\t \x03(\x0b\x32\x15.mnemosynepeer.Update\"]\n\rGossipRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12%\n\x06packet\x18\x02 \x01(\x0b\x32\x15.mnemosynepeer.Packet\"H\n\x0eGossipResponse\x12%\n\x06packet\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Packet\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"-\n\x0e\x46orwardRequest\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"R\n\x05\x42\x61tch\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\"\n\x05items\x18\x02 \x03(\x0b\x32\x13.mnemosynepeer.Item\"\xb9\x01\n\x04Item\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x07 \x01(\x04\x12\x16\n\x0eretried_method\x18\x08 \x01(\t\x12\x12\n\nmirror_for\x18\t \x01(\t\"0\n\x0f\x46orwardResponse\x12\x0f\n\x07\x61nswers\x18\x01 \x01(\x0c\x12\x0c\n\x04seal\x18\x02 \x01(\x0c\"1\n\x07\x41nswers\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.mnemosynepeer.Answer\"o\n\x06\x41nswer\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07keep_us\x18\x04 \x01(\x04\x12\x10\n\x08instance\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_us\x18\x06 \x01(\x04\"r\n\x11InvalidateRequest\x12%\n\x06origin\x18\x01 \x01(\x0b\x32\x15.mnemosynepeer.Origin\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x12\n\neverything\x18\x03 \x01(\x08\x12\x12\n\nawait_ends\x18\x04 \x01(\x08\"A\n\x12InvalidateResponse\x12\x10\n\x08instance\x18\x01 \x01(\x04\x12\x19\n\x11have_ends_settled\x18\x02 \x01(\x08\"\x1c\n\x0cLeaveRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse2\xed\x02\n\x04Peer\x12\x42\n\x05Hello\x12\x1b.mnemosynepeer.HelloRequest\x1a\x1c.mnemosynepeer.HelloResponse\x12\x43\n\x06Gossip\x12\x1c.mnemosynepeer.GossipRequest\x1a\x1b.mnemosynepeer.SealedAnswer\x12L\n\x07\x46orward\x12\x1d.mnemosynepeer.ForwardRequest\x1a\x1e.mnemosynepeer.ForwardResponse(\x01\x30\x01\x12K\n\nInvalidate\x12 .mnemosynepeer.InvalidateRequest\x1a\x1b.mnemosynepeer.SealedAnswer\x12\x41\n\x05Leave\x12\x1b.mnemosynepeer.LeaveRequest\x1a\x1b.mnemosynepeer.SealedAnswerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,35 +40,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORIGIN']._serialized_start=171
   _globals['_ORIGIN']._serialized_end=265
   _globals['_MEMBER']._serialized_start=268
-  _globals['_MEMBER']._serialized_end=396
-  _globals['_UPDATE']._serialized_start=398
-  _globals['_UPDATE']._serialized_end=482
-  _globals['_PACKET']._serialized_start=485
-  _globals['_PACKET']._serialized_end=716
-  _globals['_GOSSIPREQUEST']._serialized_start=718
-  _globals['_GOSSIPREQUEST']._serialized_end=811
-  _globals['_GOSSIPRESPONSE']._serialized_start=813
-  _globals['_GOSSIPRESPONSE']._serialized_end=885
-  _globals['_FORWARDREQUEST']._serialized_start=887
-  _globals['_FORWARDREQUEST']._serialized_end=932
-  _globals['_BATCH']._serialized_start=934
-  _globals['_BATCH']._serialized_end=1016
-  _globals['_ITEM']._serialized_start=1019
-  _globals['_ITEM']._serialized_end=1160
-  _globals['_FORWARDRESPONSE']._serialized_start=1162
-  _globals['_FORWARDRESPONSE']._serialized_end=1210
-  _globals['_ANSWERS']._serialized_start=1212
-  _globals['_ANSWERS']._serialized_end=1261
-  _globals['_ANSWER']._serialized_start=1263
-  _globals['_ANSWER']._serialized_end=1316
-  _globals['_INVALIDATEREQUEST']._serialized_start=1318
-  _globals['_INVALIDATEREQUEST']._serialized_end=1412
-  _globals['_INVALIDATERESPONSE']._serialized_start=1414
-  _globals['_INVALIDATERESPONSE']._serialized_end=1434
-  _globals['_LEAVEREQUEST']._serialized_start=1436
-  _globals['_LEAVEREQUEST']._serialized_end=1464
-  _globals['_LEAVERESPONSE']._serialized_start=1466
-  _globals['_LEAVERESPONSE']._serialized_end=1481
-  _globals['_PEER']._serialized_start=1484
-  _globals['_PEER']._serialized_end=1849
+  _globals['_MEMBER']._serialized_end=412
+  _globals['_UPDATE']._serialized_start=414
+  _globals['_UPDATE']._serialized_end=498
+  _globals['_PACKET']._serialized_start=501
+  _globals['_PACKET']._serialized_end=732
+  _globals['_GOSSIPREQUEST']._serialized_start=734
+  _globals['_GOSSIPREQUEST']._serialized_end=827
+  _globals['_GOSSIPRESPONSE']._serialized_start=829
+  _globals['_GOSSIPRESPONSE']._serialized_end=901
+  _globals['_FORWARDREQUEST']._serialized_start=903
+  _globals['_FORWARDREQUEST']._serialized_end=948
+  _globals['_BATCH']._serialized_start=950
+  _globals['_BATCH']._serialized_end=1032
+  _globals['_ITEM']._serialized_start=1035
+  _globals['_ITEM']._serialized_end=1220
+  _globals['_FORWARDRESPONSE']._serialized_start=1222
+  _globals['_FORWARDRESPONSE']._serialized_end=1270
+  _globals['_ANSWERS']._serialized_start=1272
+  _globals['_ANSWERS']._serialized_end=1321
+  _globals['_ANSWER']._serialized_start=1323
+  _globals['_ANSWER']._serialized_end=1434
+  _globals['_INVALIDATEREQUEST']._serialized_start=1436
+  _globals['_INVALIDATEREQUEST']._serialized_end=1550
+  _globals['_INVALIDATERESPONSE']._serialized_start=1552
+  _globals['_INVALIDATERESPONSE']._serialized_end=1617
+  _globals['_LEAVEREQUEST']._serialized_start=1619
+  _globals['_LEAVEREQUEST']._serialized_end=1647
+  _globals['_LEAVERESPONSE']._serialized_start=1649
+  _globals['_LEAVERESPONSE']._serialized_end=1664
+  _globals['_PEER']._serialized_start=1667
+  _globals['_PEER']._serialized_end=2032
 # @@protoc_insertion_point(module_scope)

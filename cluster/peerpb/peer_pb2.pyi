@@ -40,7 +40,7 @@ class Origin(_message.Message):
     def __init__(self, cluster_label: _Optional[str] = ..., storage_fingerprint: _Optional[bytes] = ..., protocol: _Optional[int] = ..., callee: _Optional[str] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("name", "address", "generation", "incarnation", "state", "phase", "instance")
+    __slots__ = ("name", "address", "generation", "incarnation", "state", "phase", "instance", "public")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class Member(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     generation: int
@@ -55,7 +56,8 @@ class Member(_message.Message):
     state: int
     phase: int
     instance: int
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[int] = ..., incarnation: _Optional[int] = ..., state: _Optional[int] = ..., phase: _Optional[int] = ..., instance: _Optional[int] = ...) -> None: ...
+    public: str
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., generation: _Optional[int] = ..., incarnation: _Optional[int] = ..., state: _Optional[int] = ..., phase: _Optional[int] = ..., instance: _Optional[int] = ..., public: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("member", "accuser", "is_refused")
@@ -122,7 +124,7 @@ class Batch(_message.Message):
     def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("method", "message", "timeout_ms", "request_id", "traceparent", "tracestate", "deadline_us")
+    __slots__ = ("method", "message", "timeout_ms", "request_id", "traceparent", "tracestate", "deadline_us", "retried_method", "mirror_for")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +132,8 @@ class Item(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_US_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_METHOD_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_FOR_FIELD_NUMBER: _ClassVar[int]
     method: str
     message: bytes
     timeout_ms: int
@@ -137,7 +141,9 @@ class Item(_message.Message):
     traceparent: str
     tracestate: str
     deadline_us: int
-    def __init__(self, method: _Optional[str] = ..., message: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., deadline_us: _Optional[int] = ...) -> None: ...
+    retried_method: str
+    mirror_for: str
+    def __init__(self, method: _Optional[str] = ..., message: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., deadline_us: _Optional[int] = ..., retried_method: _Optional[str] = ..., mirror_for: _Optional[str] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("answers", "seal")
@@ -154,28 +160,40 @@ class Answers(_message.Message):
     def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("code", "message", "text")
+    __slots__ = ("code", "message", "text", "keep_us", "instance", "expires_at_us")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_US_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_US_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: bytes
     text: str
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[bytes] = ..., text: _Optional[str] = ...) -> None: ...
+    keep_us: int
+    instance: int
+    expires_at_us: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[bytes] = ..., text: _Optional[str] = ..., keep_us: _Optional[int] = ..., instance: _Optional[int] = ..., expires_at_us: _Optional[int] = ...) -> None: ...
 
 class InvalidateRequest(_message.Message):
-    __slots__ = ("origin", "tokens", "everything")
+    __slots__ = ("origin", "tokens", "everything", "await_ends")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EVERYTHING_FIELD_NUMBER: _ClassVar[int]
+    AWAIT_ENDS_FIELD_NUMBER: _ClassVar[int]
     origin: Origin
     tokens: _containers.RepeatedScalarFieldContainer[str]
     everything: bool
-    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., everything: bool = ...) -> None: ...
+    await_ends: bool
+    def __init__(self, origin: _Optional[_Union[Origin, _Mapping]] = ..., tokens: _Optional[_Iterable[str]] = ..., everything: bool = ..., await_ends: bool = ...) -> None: ...
 
 class InvalidateResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("instance", "have_ends_settled")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    HAVE_ENDS_SETTLED_FIELD_NUMBER: _ClassVar[int]
+    instance: int
+    have_ends_settled: bool
+    def __init__(self, instance: _Optional[int] = ..., have_ends_settled: bool = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("node",)

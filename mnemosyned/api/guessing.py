@@ -49,12 +49,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from mnemosynerpc.session_pb2 import DeleteRequest, ListRequest
 
+from aio.around import Around
 from aio.rate_limit import LogRateLimiter
 from http2.status import StatusCode
 from mnemosyned.api.auth import KEY_METADATA
@@ -157,7 +159,8 @@ class GuessWatch:
                     return response
                 return self.counted(call, response) or response
             # No inner function: the variables that it shares would cost each call, also a cached Get.
-            return _Working(self, asks_for_token, response, message if keeps_message else b"", call)
+            kept = message if keeps_message else b""
+            return Around(response, partial(self._finish, asks_for_token, kept, call))
 
         return watched
 
@@ -226,6 +229,28 @@ class GuessWatch:
                 "mnemosyned: too many unknown tokens or API keys from this caller; try again later",
             ) from None
 
+    async def _finish(
+        self,
+        asks_for_token: Callable[[bytes], bool],
+        message: bytes,
+        call: Call,
+        work: Coroutine[Any, Any, Encoded],
+    ) -> Encoded:
+        """Return the answer of a call that must wait, late where it tells too much."""
+        try:
+            response = await work
+        except _TELLING as exc:
+            late = self.counted(call, exc)
+            if late is None:
+                raise
+        else:
+            if response or not asks_for_token(message):
+                return response
+            late = self.counted(call, response)
+            if late is None:
+                return response
+        return await late
+
     async def _delayed(self, caller: Caller, call: Call, answer: Encoded | MnemosyneError) -> Encoded:
         # Once more: several may have been made since, and begin only now.
         self._check_waiting(caller)
@@ -246,64 +271,6 @@ class GuessWatch:
         finally:
             # Otherwise this frame and the traceback would keep each other.
             del answer
-
-
-class _Working(Coroutine[Any, Any, Encoded]):
-    """The coroutine of a call that must wait, around that of its handler.
-
-    If it is closed before it has begun, it closes the inner one. A coroutine of Python's would leave the
-    inner one behind, and Python would log that it was never awaited. That happens to each call whose deadline
-    has passed already.
-    """
-
-    __slots__ = ("_asks_for_token", "_begun", "_call", "_inner", "_message", "_watch")
-
-    def __init__(
-        self,
-        watch: GuessWatch,
-        asks_for_token: Callable[[bytes], bool],
-        inner: Coroutine[Any, Any, Encoded],
-        message: bytes,
-        call: Call,
-    ) -> None:
-        self._watch = watch
-        self._asks_for_token = asks_for_token
-        self._inner = inner
-        self._message = message
-        self._call = call
-        self._begun: Coroutine[Any, Any, Encoded] | None = None
-
-    def __await__(self) -> Generator[Any, Any, Encoded]:
-        return self._outer().__await__()
-
-    def send(self, value: Any) -> Any:  # noqa: ANN401  # as in Coroutine
-        return self._outer().send(value)
-
-    def throw(self, *error: Any) -> Any:  # noqa: ANN401  # as in Coroutine
-        return self._outer().throw(*error)
-
-    def close(self) -> None:
-        (self._inner if self._begun is None else self._begun).close()
-
-    def _outer(self) -> Coroutine[Any, Any, Encoded]:
-        if self._begun is None:
-            self._begun = self._finish()
-        return self._begun
-
-    async def _finish(self) -> Encoded:
-        try:
-            response = await self._inner
-        except _TELLING as exc:
-            late = self._watch.counted(self._call, exc)
-            if late is None:
-                raise
-        else:
-            if response or not self._asks_for_token(self._message):
-                return response
-            late = self._watch.counted(self._call, response)
-            if late is None:
-                return response
-        return await late
 
 
 def _never(_: bytes) -> bool:

@@ -52,7 +52,7 @@ open keep the one that they began with, and the peer that has the new one dials 
 Late items
 ----------
 An item carries `deadline_us`, an instant on the storage's clock: from then on the entry node may do the work
-itself. Two nodes' estimates of that clock differ by less than `_CLOCK_ERROR_US`, hence two rules:
+itself. Two nodes' estimates of that clock differ by less than `CLOCK_ERROR_US`, hence two rules:
 
 - An item that arrives after `deadline_us` plus that error is not begun. It was held up by a stalled process
   or network, and the entry node has already asked the storage.
@@ -66,9 +66,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Protocol
 
-from aio.deadline import Deadline
+from aio.around import Around
+from aio.rate_limit import LogRateLimiter, fields_of
 from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
 from cluster.peer_auth import HELLO, METADATA_KEY, PeerAuth, PeerKey
@@ -77,7 +79,8 @@ from cluster.peers import SERVICE_NAME
 from cluster.wire import max_request_bytes
 from http2.status import StatusCode
 from mnemosyned.api import session_manager
-from mnemosyned.api.session_manager import parsed
+from mnemosyned.api.forwarded import CLOCK_ERROR_US, ForwardedCall
+from mnemosyned.api.parsing import parsed
 from mnemosyned.errors import (
     DeadlineExceeded,
     MalformedMessage,
@@ -99,15 +102,24 @@ _PROXY_KEYS: Final = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 _MAX_MESSAGE_BYTES: Final = 8 * 1024**2
 _MAX_HELLO_BYTES: Final = 1024
 _ITEM_OVERHEAD_BYTES: Final = 64 * 1024
-# More than two nodes' estimates of the storage's clock differ by (sessions/clock.py). A larger value would be
-# safe too, but it is taken from the time that a forwarded write has.
-_CLOCK_ERROR_US: Final = 50_000
 # Below the largest message that the entry node accepts, or the whole batch would fail. The entry node gets
 # the answers beyond this limit from the storage.
 _MAX_RESPONSE_BYTES: Final = 32 * 1024**2
-_MS_PER_S: Final = 1000
+_BUGS: Final = LogRateLimiter(10)
 
 _Handler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
+
+
+class Copies(Protocol):
+    """What this node has of sessions besides the storage."""
+
+    def drop(self, keys: Sequence[str] | None) -> int:
+        """Drop the copies of these sessions, None: of all; return this process, as its lease names it."""
+        ...
+
+    async def have_ends_settled(self) -> bool:
+        """Wait for what this node is ending now; tell whether all that it has ended is settled."""
+        ...
 
 
 class PeerService:
@@ -121,7 +133,7 @@ class PeerService:
         calls: MethodTable,
         *,
         storage_now_us: Callable[[], int],
-        drop: Callable[[Sequence[str] | None], None],
+        copies: Copies,
         stop: Callable[[], None],
     ) -> None:
         """Wire the service to the parts of the node of this name.
@@ -132,8 +144,7 @@ class PeerService:
         - `calls` handles forwarded calls. It is not the table of clients: nothing in it forwards again, and
           nothing in it asks for an API key.
         - `storage_now_us` is the storage's clock, in microseconds since the epoch.
-        - `drop` drops the copies of these tokens, or of all tokens if it gets None. It returns when they are
-          dropped, so that the answer confirms it.
+        - `copies` are this node's.
         - `stop` begins the drain of this node, and returns at once.
         """
         self._name = name
@@ -141,7 +152,7 @@ class PeerService:
         self._gossip = gossip
         self._calls = calls
         self._storage_now_us = storage_now_us
-        self._drop = drop
+        self._copies = copies
         self._stop = stop
         self._waiting: set[asyncio.Task[Any]] = set()  # tasks of the streams without a batch under way
         self._is_closed = False
@@ -269,28 +280,38 @@ class PeerService:
 
     def _begin(self, item: pb.Item, call: Call) -> pb.Answer | Coroutine[Any, Any, pb.Answer]:
         """Return an item's answer if the cache has it, otherwise a coroutine that returns the answer."""
-        method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{item.method}")
+        name = item.retried_method or item.method
+        method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{name}")
         if method is None:
-            return _failed(item, Unimplemented(f"mnemosyned: unknown method {item.method[:100]}"))
-        if self._storage_now_us() > item.deadline_us + _CLOCK_ERROR_US:
+            return _failed(item, Unimplemented(f"mnemosyned: unknown method {name[:100]}"))
+        if self._storage_now_us() > item.deadline_us + CLOCK_ERROR_US:
             # Begun now, a write could follow the one that the entry node has done itself.
             return _failed(item, DeadlineExceeded())
-        forwarded = _ForwardedCall(item, call.peer)
+        forwarded = ForwardedCall(item, call.peer)
         try:
             response = method.handle(item.message, forwarded)
         except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
             return _failed(item, exc)
         if isinstance(response, Coroutine):
-            return _finish(item, response, forwarded)
-        return pb.Answer(message=joined(response))
+            return Around(response, partial(_finish, item, forwarded))
+        answer = pb.Answer(message=joined(response))
+        if (grant := forwarded.grant) is not None:
+            answer.keep_us, answer.instance, answer.expires_at_us = grant
+        return answer
 
-    def _invalidate(self, message: bytes, _: Call) -> bytes:
+    def _invalidate(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
         # Nothing is awaited between the parsing and the answer. When the answer is on the wire the copies are
         # gone and the gates of fills under way are closed: the writer may then acknowledge its write.
         request = parsed(pb.InvalidateRequest, message)
         self._check_origin(request.origin)
-        self._drop(None if request.everything else request.tokens)
-        return pb.InvalidateResponse().SerializeToString()
+        answer = pb.InvalidateResponse(
+            instance=self._copies.drop(None if request.everything else request.tokens)
+        )
+        return self._after_ends(answer) if request.await_ends else answer.SerializeToString()
+
+    async def _after_ends(self, answer: pb.InvalidateResponse) -> bytes:
+        answer.have_ends_settled = await self._copies.have_ends_settled()
+        return answer.SerializeToString()
 
     def _leave(self, message: bytes, call: Call) -> bytes:
         if not self._peer_auth.demands_proof:
@@ -308,32 +329,6 @@ class PeerService:
         objection = self._gossip().objection(origin)
         if objection:
             raise NotOurCluster(f"mnemosyned: {objection}")
-
-
-class _ForwardedCall:
-    """A client's call that another node has forwarded; `peer` is that node, for the log.
-
-    `certificate_names` is empty: if the client has a certificate, it has shown it to the entry node.
-    """
-
-    __slots__ = ("_item", "certificate_names", "deadline", "peer")
-
-    certificate_names: tuple[str, ...]
-
-    def __init__(self, item: pb.Item, peer: str) -> None:
-        self._item = item
-        self.peer = peer
-        self.deadline = Deadline.in_s(
-            item.timeout_ms / _MS_PER_S, not_after_us=item.deadline_us - _CLOCK_ERROR_US
-        )
-        self.certificate_names = ()
-
-    def metadata(self, key: str) -> str | None:
-        # Those that the item has fields for. Others, such as a token or an API key, do not travel further
-        # than they must.
-        if key not in {"request_id", "traceparent", "tracestate"}:
-            return None
-        return getattr(self._item, key) or None
 
 
 @contextmanager
@@ -380,7 +375,7 @@ _TOO_LARGE: Final = pb.Answer(
 )
 
 
-async def _finish(item: pb.Item, response: Coroutine[Any, Any, Encoded], call: _ForwardedCall) -> pb.Answer:
+async def _finish(item: pb.Item, call: ForwardedCall, response: Coroutine[Any, Any, Encoded]) -> pb.Answer:
     try:
         return pb.Answer(message=joined(await await_in_time(response, call)))
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
@@ -391,9 +386,12 @@ def _failed(item: pb.Item, exc: Exception) -> pb.Answer:
     # Only a bug is logged above DEBUG. What the client gets in the end is logged at the entry node, with the
     # client's address.
     failure = failure_of(exc)
-    fields = {"method": item.method[:100], "code": failure.code.name, "request_id": item.request_id[:200]}
+    method = (item.retried_method or item.method)[:100]
+    fields = {"method": method, "code": failure.code.name, "request_id": item.request_id[:200]}
     if failure.is_bug:
-        log.error("forwarded_call_failed", extra=fields, exc_info=exc)
+        left_out = _BUGS.take(time.monotonic())
+        if left_out is not None:
+            log.error("forwarded_call_failed", extra=fields | fields_of(left_out), exc_info=exc)
     else:
         log.debug("forwarded_call_failed", extra=fields | {"error": failure.text})
     return pb.Answer(code=failure.code.value, text=failure.text)

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any, Final
 
-from mnemosyned.api.session_manager import parsed
+from mnemosyned.api.parsing import parsed
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
 from mnemosyned.transport.places import StreamPlaces

@@ -2,39 +2,63 @@
 
     client ── call ──> entry node ── is the entry node the owner? ── yes ──> its cache, then the storage
                            | no
+                           |── its mirror of the owner's copy (sessions/mirrors.py)
                            |── forwarded, hop limit 1 ──> owner: its cache, then the storage
                            |       (no answer within 250 ms, or half of the caller's remaining time)
                            └── the storage, past the cache
 
+A node whose own storage does not answer asks other members in its place. A write then first waits until its
+own storage can no longer do it.
+
 An owner that does not answer costs a call some milliseconds, never its answer, because all nodes share one
-storage. What is handled here for another node's token never enters this node's cache: only the owner keeps
-copies, so only the owner must drop them.
+storage. What is read here from the storage for another node's token never enters this node's cache. Besides
+the owner, only those nodes keep a copy to which the owner has granted a mirror: so the owner knows who must
+drop one.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Final
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from google.protobuf.message import Message
 
+from aio.around import Around
+from aio.deadline import Deadline
 from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
-from cluster.routing import Forward, Local, route
+from cluster.routing import UNCACHED, Forward, Local, route
+from cluster.timing import MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
-from mnemosyned.api.session_manager import Response, Rpc
+from mnemosyned.api.forwarded import ForwardedCall
+from mnemosyned.api.session_manager import Gate, Response, Rpc
+from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
+from mnemosyned.sessions.mirrors import Grant
 from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.status import error_of
 
 if TYPE_CHECKING:
+    from mnemosyned.sessions.mirrors import Mirrors
     from mnemosyned.sessions.service import SessionService
 
-# Statuses by which an owner says that it could not do the work. This node perhaps can.
-_OWNER_UNABLE: Final = frozenset(
-    code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
-)
+# Gets the owner's response and its grant.
+Keep: TypeAlias = Callable[[bytes, Grant], None]
+# The storage does a write of this node only in this part of its caller's time, and so long at most: another
+# member may do it in the rest.
+_OWN_TRY_PART: Final = 0.6
+_OWN_TRY_S: Final = 2.0
+# A storage that answers refuses the write by then.
+_REFUSAL_S: Final = 0.03
+# Members that a call is sent to, one after the other.
+_MOST_ASKED: Final = 2
+# Statuses by which a node says that it could not do the work. Another one perhaps can.
+_UNABLE: Final = frozenset(code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED))
 
 
 class ClusterRouter:
@@ -49,6 +73,9 @@ class ClusterRouter:
         forwarder: Forwarder,
         *,
         view: Callable[[], View],
+        gate: Gate,
+        mirrors: Mirrors,
+        is_away: Callable[[], bool],
         trace_context: Callable[[Call], Mapping[str, str]],
     ) -> None:
         """Route by what `view` returns at the moment of each call.
@@ -58,52 +85,268 @@ class ClusterRouter:
         self._service = service
         self._forwarder = forwarder
         self._view = view
+        self._gate = gate
+        self._mirrors = mirrors
+        self._is_away = is_away
+        self._turn = 0
+        self._waiting: set[asyncio.Task[Any]] = set()  # calls that wait for this node's storage
+        self._leaving: set[asyncio.Task[Any]] = set()  # those that no longer shall
         self._trace_context = trace_context
 
     def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
-        if not token:
-            # Also a request whose token is missing: the service has the error that the contract wants.
-            return rpc.handle(self._service, request, call)
-        place = route(self._view(), token, hops_left=1)
+        view = self._view()
+        if call.owner is not None and token:
+            call.owner = view.public_by_name.get(view.ring.owner(token), "")
+        # Also a request whose token is missing: the service has the error that the contract wants.
+        place = route(view, token, hops_left=1) if token else UNCACHED
         if isinstance(place, Forward):
-            return self._forward(place.owner, token, rpc, request, call)
-        return _handle_here(place, self._service, rpc, request, call)
+            return self._handle_foreign(view, place.owner, rpc, request, call, token=token)
+        own = _OwnTry(call) if rpc.is_write and view.address_by_name else call
+        if place.fill_cache and self._gate.is_open():
+            response = rpc.handle(self._service, request, own)
+        else:
+            if token and not place.fill_cache:
+                self._gate.refuse_ring()
+            response = rpc.handle_uncached(self._service, request, own)
+        # As in transport/call.py, faster than asking for a Coroutine.
+        if isinstance(response, bytes) or isinstance(response, tuple) or not view.address_by_name:  # noqa: SIM101
+            return response
+        return Around(response, partial(self._here_or_elsewhere, rpc, request, call, own))
 
-    async def _forward(self, owner: str, token: str, rpc: Rpc, request: Message, call: Call) -> Encoded:
-        """Return the owner's response, or handle the call here.
+    def _handle_foreign(
+        self, view: View, owner: str, rpc: Rpc, request: Message, call: Call, *, token: str
+    ) -> Response:
+        """Handle a call for another node's token: by a mirror, or by the owner."""
+        now_us = 0 if rpc.mirrored is None else self._mirrors.open_at(view, token, owner)
+        if now_us:
+            mirror = self._mirrors.cache.peek(token, now_us=now_us)
+            if mirror is not None and rpc.mirrored is not None:
+                return rpc.mirrored(self._service, token, mirror)
+        if self._is_away():
+            return self._elsewhere(rpc, request, call, first=owner)
+        if now_us and rpc.returns_session:
+            return self._forward_read(view, owner, rpc, request, call)
+        return self._forward(owner, rpc, request, call)
 
-            PeerSkipped            the owner has not seen the call    handle_uncached, at once
-            UNAVAILABLE and such   the owner could not do the work    retry
-            another ClusterError   the outcome is not known           retry
-            another status         the owner's answer is final        raised as that status
+    async def _here_or_elsewhere(
+        self, rpc: Rpc, request: Message, call: Call, own: Call, response: Coroutine[Any, Any, Encoded]
+    ) -> Encoded:
+        """Return what this node's storage answers; without one, what that of another member does."""
+        if self._is_away() and self._members():
+            response.close()
+            return await self._elsewhere(rpc, request, call)
+        try:
+            return await self._unless_left(response, own)
+        except DeadlineExceeded:
+            if not rpc.is_write:
+                raise
+            # The storage is slow: it refused the try as late, and has not done it. The caller may have time.
+            return await self._here(rpc, request, call, is_retry=False)
+        except StorageUnavailable as exc:
+            if not (isinstance(exc, _Left) or self._members()):
+                raise
+            is_under_way = exc.is_under_way
+        if isinstance(own, _OwnTry) and is_under_way:
+            # Otherwise this node's delayed write could be done after the retry, and so after the answer.
+            await asyncio.sleep(max(0.0, own.until_s - time.monotonic()))
+        return await self._elsewhere(rpc, request, call, is_retry=rpc.is_write)
 
-        `handle_uncached` is the plain use case. `retry` accepts that the owner may have done the work.
+    async def _unless_left(self, response: Coroutine[Any, Any, Encoded], own: Call) -> Encoded:
+        """Await what this node's storage answers. Raises _Left when it is not waited for."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            if not isinstance(own, _OwnTry):
+                return await response
+            async with asyncio.timeout_at(own.left_at_s()) as own.limit:
+                return await response
+        except TimeoutError:
+            raise _Left("mnemosyned: storage: no answer in time") from None
+        except asyncio.CancelledError:
+            # By `leave_storage`; or by the caller too, which counts.
+            if task not in self._leaving or task.uncancel():
+                raise
+            raise _Left("mnemosyned: storage: no answer in time") from None
+        finally:
+            self._waiting.discard(task)
+            self._leaving.discard(task)
+
+    def leave_storage(self) -> None:
+        """Have the calls that wait for this node's storage ask another member: it does not answer."""
+        if self._members():
+            self._leaving |= self._waiting
+            for task in self._waiting:
+                task.cancel()
+            self._waiting.clear()
+
+    def _members(self) -> list[str]:
+        """Return the members of the ring besides this node, another one first each time."""
+        view = self._view()
+        names = [name for name in view.ring.nodes if name in view.address_by_name]
+        self._turn += 1
+        turn = self._turn % len(names) if names else 0
+        return names[turn:] + names[:turn]
+
+    async def _elsewhere(
+        self, rpc: Rpc, request: Message, call: Call, *, first: str = "", is_retry: bool = False
+    ) -> Encoded:
+        """Return what another member answers, `first` if it is given: this node's storage does not.
+
+        There is nothing to fall back on. The first member that is asked therefore gets a part of the time,
+        and the next one all that is left. `is_retry` tells that an earlier try may have done the work.
         """
-        item = pb.Item(
+        members = [name for name in (first, *self._members()) if name and self._forwarder.may_ask(name)]
+        names = list(dict.fromkeys(members))[:_MOST_ASKED]
+        if rpc.token is not None and len(names) == 1:
+            # A short try shares its batch with others, which costs less. It nearly always suffices.
+            names *= 2
+        deadline = _deadline(rpc, call)
+        left_s = deadline.left_s()
+        if rpc.is_write and left_s is not None and left_s <= 0:
+            # It lay in the socket of this process while that stood still: nobody would do it.
+            raise DeadlineExceeded
+        item = self._item(rpc, request, call)
+        for number, name in enumerate(names, start=1):
+            if is_retry:
+                item.method, item.retried_method = "", rpc.name
+            if number == len(names):
+                try_s = deadline.whole_s(MOST_TRY_S)
+            else:
+                try_s = deadline.share_s(MOST_TRY_S if rpc.token is None else TRY_S)
+            answer = await self._ask(name, rpc, item, deadline, try_s=try_s)
+            if not isinstance(answer, _Unanswered):
+                return answer
+            is_retry |= rpc.is_write and answer is not _Unanswered.UNSEEN
+        # No member can. This node's storage may answer again.
+        return await self._here(rpc, request, call, is_retry=is_retry)
+
+    async def _forward_read(self, view: View, owner: str, rpc: Rpc, request: Message, call: Call) -> Encoded:
+        """Do what `_forward` does; keep the session in the answer if the owner grants a mirror."""
+        token = "" if rpc.token is None else rpc.token(request)
+        # Asked once more: this may begin some time after the call arrived.
+        asked_us = self._mirrors.open_at(view, token, owner) if view is self._view() else 0
+        if not asked_us:
+            return await self._forward(owner, rpc, request, call)
+        with self._mirrors.cache.begin_fill(token) as fill:
+            keep = partial(self._mirrors.keep, fill, owner, asked_us=asked_us)
+            return await self._forward(owner, rpc, request, call, keep=keep)
+
+    async def _forward(
+        self, owner: str, rpc: Rpc, request: Message, call: Call, *, keep: Keep | None = None
+    ) -> Encoded:
+        """Return the owner's response, or handle the call here; see `_ask` for `keep`."""
+        item = self._item(rpc, request, call)
+        if keep is not None:
+            item.mirror_for = self._view().me
+        answer = await self._ask(owner, rpc, item, _deadline(rpc, call), keep=keep)
+        if not isinstance(answer, _Unanswered):
+            return answer
+        return await self._here(rpc, request, call, is_retry=answer is not _Unanswered.UNSEEN)
+
+    async def _here(self, rpc: Rpc, request: Message, call: Call, *, is_retry: bool) -> Encoded:
+        """Handle the call past the cache; a retry accepts that the work may be done already."""
+        return await _awaited((rpc.retry if is_retry else rpc.handle_uncached)(self._service, request, call))
+
+    def _item(self, rpc: Rpc, request: Message, call: Call) -> pb.Item:
+        return pb.Item(
             method=rpc.name,
             message=request.SerializeToString(),
             request_id=call.metadata("request_id") or call.metadata("x-request-id") or "",
             **self._trace_context(call),  # type: ignore[arg-type]  # its keys are two of the texts
         )
-        written = token if rpc.is_write else None
+
+    async def _ask(
+        self,
+        name: str,
+        rpc: Rpc,
+        item: pb.Item,
+        deadline: Deadline,
+        *,
+        try_s: float | None = None,
+        keep: Keep | None = None,
+    ) -> bytes | _Unanswered:
+        """Return the answer of a node, or what is known if it gives none.
+
+            PeerSkipped            the node has not seen the call     UNSEEN, at once
+            UNAVAILABLE and such   the node could not do the work     UNKNOWN
+            another ClusterError   the outcome is not known           UNKNOWN
+            another status         the node's answer is final         raised as that status
+
+        UNKNOWN is returned when nothing follows any more: at once for a read. `keep` gets what the node has
+        answered and granted as a mirror.
+        """
         try:
-            answer = await self._forwarder.ask(owner, item, written=written, deadline=call.deadline)
+            answer = await self._forwarder.ask(
+                name, item, is_write=rpc.is_write, deadline=deadline, try_s=try_s
+            )
         except PeerSkipped:
             # Nothing was sent, so nothing can follow: a write need not wait.
-            return await _awaited(rpc.handle_uncached(self._service, request, call))
+            return _Unanswered.UNSEEN
         except ClusterError:
             pass
         else:
             if not answer.code:
+                _take_grant(answer, keep)
                 return answer.message
-            if answer.code not in _OWNER_UNABLE:
+            if item.retried_method and answer.code == StatusCode.UNIMPLEMENTED.value:
+                # A node of the former release knows no retries.
+                return _Unanswered.UNSEEN
+            if answer.code not in _UNABLE:
                 raise error_of(answer.code, answer.text)
         if rpc.is_write:
-            # Otherwise the owner's delayed write could be done after the retry, and so after the answer.
+            # Otherwise the node's delayed write could be done after the retry, and so after the answer.
             await self._forwarder.wait_until_expired(item)
-        return await _awaited(rpc.retry(self._service, request, call))
+        return _Unanswered.UNKNOWN
+
+
+class _Left(StorageUnavailable):
+    """A call no longer waits for this node's storage, which is in doubt but may do the work."""
+
+
+class _Unanswered(Enum):
+    """What is known of a call that a node has not answered."""
+
+    UNSEEN = "unseen"  # it has not begun it
+    UNKNOWN = "unknown"  # it may have done it, and does it no more
+
+
+class _OwnTry:
+    """A client's write, as this node's storage gets it first: with time left for a retry. A Call.
+
+    The storage does no part of it after `until_s`, on `time.monotonic()`. Each part, such as a step of a
+    Delete, has an end of its own: `deadline` is asked when it begins.
+    """
+
+    __slots__ = ("_call", "certificate_names", "limit", "owner", "peer", "until_s")
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self.peer = call.peer
+        self.certificate_names = call.certificate_names
+        self.owner = call.owner
+        self.until_s = 0.0  # nothing has begun
+        self.limit: asyncio.Timeout | None = None  # while the storage is awaited
+
+    def left_at_s(self) -> float | None:
+        """Return when a storage that has not answered is left, on the loop's clock; None: never."""
+        return self.until_s + _REFUSAL_S if self.until_s else None
+
+    @property
+    def deadline(self) -> Deadline:
+        """See Call."""
+        left_s = self._call.deadline.of_write().left_s()
+        limit = Deadline.in_s(_OWN_TRY_S if left_s is None else min(_OWN_TRY_PART * left_s, _OWN_TRY_S))
+        self.until_s = limit.at_s
+        if self.limit is not None:
+            self.limit.reschedule(self.left_at_s())
+        return limit
+
+    def metadata(self, key: str) -> str | None:
+        """See Call."""
+        return self._call.metadata(key)
 
 
 class OwnerRouter:
@@ -113,21 +356,39 @@ class OwnerRouter:
     node does not own the token by its own ring, it handles the call past the cache.
     """
 
-    def __init__(self, service: SessionService, *, view: Callable[[], View]) -> None:
+    def __init__(
+        self, service: SessionService, *, view: Callable[[], View], gate: Gate, mirrors: Mirrors
+    ) -> None:
         self._service = service
         self._view = view
+        self._gate = gate
+        self._mirrors = mirrors
 
     def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
         place = route(self._view(), token, hops_left=0)
         assert isinstance(place, Local)
-        return _handle_here(place, self._service, rpc, request, call)
+        if token and not place.fill_cache:
+            self._gate.refuse_ring()
+        if isinstance(call, ForwardedCall) and call.is_retry:
+            return rpc.retry(self._service, request, call)
+        if not (place.fill_cache and self._gate.is_open()):
+            return rpc.handle_uncached(self._service, request, call)
+        response = rpc.handle(self._service, request, call)
+        if rpc.returns_session and isinstance(call, ForwardedCall) and isinstance(response, bytes | tuple):
+            # At once is from the copy, which nothing has dropped since it was read (rule 17).
+            call.grant = self._mirrors.grant(token, call.mirror_for)
+        return response
 
 
-def _handle_here(place: Local, service: SessionService, rpc: Rpc, request: Message, call: Call) -> Response:
-    handle = rpc.handle if place.fill_cache else rpc.handle_uncached
-    return handle(service, request, call)
+def _take_grant(answer: pb.Answer, keep: Keep | None) -> None:
+    if keep is not None and answer.keep_us:
+        keep(answer.message, Grant(answer.keep_us, answer.instance, answer.expires_at_us))
+
+
+def _deadline(rpc: Rpc, call: Call) -> Deadline:
+    return call.deadline.of_write() if rpc.is_write else call.deadline
 
 
 async def _awaited(response: Response) -> Encoded:

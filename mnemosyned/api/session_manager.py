@@ -13,8 +13,8 @@
     handle           | this node owns the token, or no token is concerned | may use and fill the caches
     handle_uncached  | another node owns the token, but this node handles | reads from the storage and leaves
                      | the call, and no other node has begun it           | no copy here
-    retry            | the owner was asked, and its outcome is unknown    | as handle_uncached, and accepts
-                     |                                                    | that the work may be done already
+    retry            | another node, or this node's own storage while it  | as handle_uncached, and accepts
+                     | ended, was asked, and its outcome is unknown       | that the work may be done already
 
 Why no copy in the second form: a write goes to the token's owner, which tells this node nothing. A copy here
 would stay as it is until it expires.
@@ -25,7 +25,9 @@ What "done already" means depends on the RPC:
 - Start: if the token is in use by a session with the same content, that is this call's own session.
 - Abandon: a session that is not found was ended by the first try, so the retry succeeds.
 - SetValue: setting the same value twice is setting it once.
-- List, Delete: no owner, so no retry. A Delete that a client repeats counts only what is left.
+- List: a read too.
+- Delete: one that is repeated counts only what is left. It does not find what the first try has ended, and so
+  has every node drop every copy, unless it names its session.
 
 To add an RPC: add its messages to the .proto file, a use case to the service, an entry to `RPCS`, and a role
 to api/auth.py if it needs less than admin.
@@ -40,9 +42,9 @@ import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.wrappers_pb2 import BoolValue, Int64Value
 from mnemosynerpc.session_pb2 import (
@@ -57,9 +59,12 @@ from mnemosynerpc.session_pb2 import (
 )
 
 from aio.deadline import Deadline
+from aio.slices import SlicesFull, in_slices
+from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
 from aio.units import NS_PER_US, US_PER_S
-from mnemosyned.errors import InvalidArgument, MalformedMessage, SessionNotFound
-from mnemosyned.sessions import bag
+from mnemosyned.api.parsing import AT_ONCE_BYTES, parsed, parsing
+from mnemosyned.errors import InvalidArgument, Overloaded, SessionNotFound
+from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import Criteria, NewSession
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.token import TOKEN_ENTROPY_BYTES, generate_token
@@ -75,7 +80,6 @@ _FALSE: Final = BoolValue(value=False).SerializeToString()
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 
-Request = TypeVar("Request", bound=Message)
 # A serialized response: at once where a cache has it, otherwise by a coroutine. At once saves that
 # coroutine and the time-out around it.
 Response: TypeAlias = Encoded | Coroutine[Any, Any, Encoded]
@@ -87,8 +91,9 @@ class Rpc:
     """One RPC, from a parsed request to a serialized response; a router decides where it is handled.
 
     `token` reads the token whose owner should handle the call. An RPC without one is handled where it
-    arrives. `is_write` tells the router that a repeated try must wait until the first cannot be done any
-    more. The three forms of handling are explained at the top of this module.
+    arrives. `mirrored` answers from this node's mirror of the owner's copy, which came with the answer to an
+    RPC that `returns_session`. `is_write` tells the router that a repeated try must wait until the first
+    cannot be done any more. The three forms of handling are explained at the top of this module.
     """
 
     name: str
@@ -97,6 +102,8 @@ class Rpc:
     handle_uncached: Handle
     retry: Handle
     token: Callable[[Any], str] | None = None
+    mirrored: Callable[[SessionService, str, EncodedSession], Encoded] | None = None
+    returns_session: bool = False
     is_write: bool = False
 
 
@@ -112,39 +119,80 @@ class Router(Protocol):
         ...
 
 
-class LocalRouter:
-    """The router of a node without peers: its own service handles every call, through the caches."""
+class Gate(Protocol):
+    """Tells whether copies may be served and kept."""
 
-    def __init__(self, service: SessionService) -> None:
+    def is_open(self) -> bool:
+        """Tell it of a call that arrives now."""
+        ...
+
+    def refuse_ring(self) -> None:
+        """Count a call that no copy may answer, since this node does not own its token by all rings."""
+        ...
+
+
+class LocalRouter:
+    """The router of a node without peers: its own service handles every call."""
+
+    def __init__(self, service: SessionService, gate: Gate | None = None) -> None:
+        """Without a gate, copies may always be served: nobody else has the storage."""
         self._service = service
+        self._gate = gate
 
     def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
         """See Router."""
-        return rpc.handle(self._service, request, call)
+        if self._gate is None or self._gate.is_open():
+            return rpc.handle(self._service, request, call)
+        return rpc.handle_uncached(self._service, request, call)
 
 
-def add_to(table: MethodTable, router: Router) -> None:
-    """Add the RPCs to a table: under their names, and two of them also under the Go daemon's older names."""
+def add_to(table: MethodTable, router: Router, *, max_entries: int) -> None:
+    """Add the RPCs to a table: under their names, and two of them also under the Go daemon's older names.
+
+    A request with a bag of more than `max_entries` is refused before it is parsed as a whole.
+    """
     for name, rpc in RPCS.items():
-        table.add_unary(SERVICE_NAME, name, _handler(rpc, router))
-    table.add_unary(SERVICE_NAME, "Create", _handler(RPCS["Start"], router))
-    table.add_unary(SERVICE_NAME, "SetData", _handler(RPCS["SetValue"], router))
+        table.add_unary(SERVICE_NAME, name, _handler(rpc, router, max_entries))
+    table.add_unary(SERVICE_NAME, "Create", _handler(RPCS["Start"], router, max_entries))
+    table.add_unary(SERVICE_NAME, "SetData", _handler(RPCS["SetValue"], router, max_entries))
     table.add_unary(SERVICE_NAME, "Context", _context(router))
 
 
-def _handler(rpc: Rpc, router: Router) -> UnaryHandler:
-    if rpc.name == "Start":
+def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
+    request_type = rpc.request_type
+    prepare = _with_token if rpc.name == "Start" else None
 
-        def start(message: bytes, call: Call) -> Response:
-            request = parsed(StartRequest, message)
-            if request.HasField("session") and not request.session.access_token:
-                # Chosen where the call enters the cluster: the token decides which node owns the session. A
-                # retry then has the same token, so that it finds what the first try has stored.
-                request.session.access_token = generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
-            return router.handle(rpc, request, call)
+    def handle(message: bytes, call: Call) -> Response:
+        if len(message) > AT_ONCE_BYTES:
+            return handle_large(message, call)
+        request = parsed(request_type, message)
+        if prepare is not None:
+            prepare(request)
+        return router.handle(rpc, request, call)
 
-        return start
-    return lambda message, call: router.handle(rpc, parsed(rpc.request_type, message), call)
+    async def handle_large(message: bytes, call: Call) -> Encoded:
+        steps = parsing(request_type, message, max_entries=max_entries)
+        try:
+            request = await in_slices(steps, size_bytes=len(message))
+        except SlicesFull:
+            raise Overloaded("mnemosyned: too many large requests are waiting") from None
+        del message, steps  # not in memory twice, while the call waits
+        if prepare is not None:
+            prepare(request)
+        response = router.handle(rpc, request, call)
+        return await response if isinstance(response, Coroutine) else response
+
+    return handle
+
+
+def _with_token(request: Any) -> None:  # noqa: ANN401  # a StartRequest
+    """Choose a token if the request has none, where the call enters the cluster.
+
+    The token decides which node owns the session. A retry then has the same token, so that it finds what the
+    first try has stored.
+    """
+    if request.HasField("session") and not request.session.access_token:
+        request.session.access_token = generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
 
 
 def _context(router: Router) -> UnaryHandler:
@@ -169,6 +217,10 @@ def _get_uncached(service: SessionService, request: GetRequest, _: Call) -> Resp
     return service.get_uncached(request.access_token)
 
 
+def _is_there(_service: SessionService, _token: str, _: EncodedSession) -> Encoded:
+    return _TRUE
+
+
 def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Response:
     # None is "no cache knows", which only the storage can answer.
     is_there = service.exists_cached(request.access_token)
@@ -186,35 +238,35 @@ async def _exists_uncached(service: SessionService, request: ExistsRequest, _: C
 
 
 async def _start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    deadline = call.deadline
-    return await service.start(_new_session(service, request, deadline), deadline)
+    return await service.start(await _new_session(service, request, call.deadline))
 
 
 async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    deadline = call.deadline
-    return await service.start_uncached(_new_session(service, request, deadline), deadline)
+    return await service.start_uncached(await _new_session(service, request, call.deadline))
 
 
 async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    deadline = call.deadline
-    return await service.retry_start(_new_session(service, request, deadline), deadline)
+    return await service.retry_start(await _new_session(service, request, call.deadline))
 
 
-def _new_session(service: SessionService, request: StartRequest, deadline: Deadline) -> NewSession:
+async def _new_session(service: SessionService, request: StartRequest, deadline: Deadline) -> NewSession:
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
     session = request.session
     if not session.subject_id:
         raise InvalidArgument("mnemosyned: missing subject accessToken")
+    stored = service.bag_limits.encoded_at_once(session.bag)
+    if stored is None:
+        stored = await in_slices(service.bag_limits.encoding(session.bag))
     return NewSession(
         access_token=session.access_token,
         subject_id=session.subject_id,
         subject_client=session.subject_client,
         refresh_token=session.refresh_token,
-        bag=bag.encode(service.bag_limits.checked(session.bag)),
+        bag=stored,
         # Of this node's configuration, also for a forwarded call. Nodes with different `-ttl` differ here.
         ttl_us=service.lifetime.idle_us,
-        not_after_us=deadline.not_after_us,
+        not_after_us=service.not_after_us(deadline),
     )
 
 
@@ -233,7 +285,23 @@ async def _retry_abandon(service: SessionService, request: AbandonRequest, call:
 
 async def _set_value(service: SessionService, request: SetValueRequest, call: Call) -> bytes:
     values = await service.set_value(request.access_token, request.key, request.value, call.deadline)
-    return SetValueResponse(bag=values).SerializeToString()
+    return await in_slices(_bag_response(values))
+
+
+def _bag_response(values: dict[str, str]) -> Steps[bytes]:
+    """Encode a SetValueResponse; its field is a map, so it is one part of the bag after the other."""
+    parts: list[bytes] = []
+    part: dict[str, str] = {}
+    size = 0
+    for key, value in values.items():
+        part[key] = value
+        size += len(key) + len(value)
+        if len(part) >= STEP_ITEMS or size > STEP_BYTES:
+            yield
+            parts.append(SetValueResponse(bag=part).SerializeToString())
+            part, size = {}, 0
+    parts.append(SetValueResponse(bag=part).SerializeToString())
+    return b"".join(parts)
 
 
 async def _list(service: SessionService, request: ListRequest, _: Call) -> bytes:
@@ -244,10 +312,14 @@ async def _list(service: SessionService, request: ListRequest, _: Call) -> bytes
         expires_after_us=_instant_us(query, "expire_at_from"),
         expires_before_us=_instant_us(query, "expire_at_to"),
     )
-    return await service.list(criteria, offset=request.offset, limit=request.limit)
+    return await service.list(
+        criteria, offset=request.offset, limit=request.limit, max_bytes=request.max_bytes
+    )
 
 
-async def _delete(service: SessionService, request: DeleteRequest, _: Call) -> bytes:
+async def _delete(
+    service: SessionService, request: DeleteRequest, call: Call, *, is_retry: bool = False
+) -> bytes:
     criteria = Criteria(
         access_token=request.access_token or None,
         refresh_token=request.refresh_token or None,
@@ -255,7 +327,12 @@ async def _delete(service: SessionService, request: DeleteRequest, _: Call) -> b
         expires_after_us=_instant_us(request, "expire_at_from"),
         expires_before_us=_instant_us(request, "expire_at_to"),
     )
-    return Int64Value(value=await service.delete(criteria)).SerializeToString()
+    deleted = await service.delete(criteria, lambda: call.deadline, is_retry=is_retry)
+    return Int64Value(value=deleted).SerializeToString()
+
+
+async def _retry_delete(service: SessionService, request: DeleteRequest, call: Call) -> bytes:
+    return await _delete(service, request, call, is_retry=True)
 
 
 def _own_token(request: Any) -> str:  # noqa: ANN401  # any request with a token
@@ -287,6 +364,8 @@ RPCS: Final = {
             handle_uncached=_get_uncached,
             retry=_get_uncached,
             token=_own_token,
+            mirrored=SessionService.get_mirrored,
+            returns_session=True,
         ),
         Rpc(
             name="Exists",
@@ -295,6 +374,7 @@ RPCS: Final = {
             handle_uncached=_exists_uncached,
             retry=_exists_uncached,
             token=_own_token,
+            mirrored=_is_there,
         ),
         Rpc(
             name="Abandon",
@@ -320,28 +400,11 @@ RPCS: Final = {
             request_type=DeleteRequest,
             handle=_delete,
             handle_uncached=_delete,
-            retry=_delete,
+            retry=_retry_delete,
             is_write=True,
         ),
     )
 }
-
-
-def parsed(request_type: Callable[[], Request], message: bytes) -> Request:
-    """Parse a request.
-
-    Raises:
-        MalformedMessage: the bytes are no such message; strings must be UTF-8. The text names the type of
-            the message and quotes nothing, since a token may be in the bytes.
-    """
-    request = request_type()
-    try:
-        request.ParseFromString(message)
-    except DecodeError:
-        raise MalformedMessage(
-            f"mnemosyned: the request is not a valid {request.DESCRIPTOR.full_name}"
-        ) from None
-    return request
 
 
 def _instant_us(message: Message, name: str) -> int | None:

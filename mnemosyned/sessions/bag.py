@@ -12,6 +12,10 @@ Stored bytes are believed only after `decode` or `checked_fields` has read them:
 - A parser of protobuf accepts more than a daemon writes: unknown fields, keys that come twice, numbers with
   needless bytes. Clients differ in what they make of these. Here, all of them are damage.
 - The reader stops at the first entry over the limits, so its time is bounded whatever the row holds.
+
+A bag of 10,000 entries takes tens of milliseconds. Whatever reads or writes a whole bag therefore exists as
+steps (aio/steps.py), which the event loop runs in slices. `decode`, `checked_fields` and `with_value` run
+them at once.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 from mnemosynerpc.session_pb2 import Session
 
+from aio.steps import STEP_BYTES, STEP_ITEMS, Steps, finished
 from mnemosyned.errors import CorruptSession, InvalidArgument
 from mnemosyned.sessions.model import MAX_BAG_BYTES, NO_LIMIT
 
@@ -59,17 +64,34 @@ class BagLimits:
             value_bytes=max(self.value_bytes, DEFAULT_LIMITS.value_bytes),
         )
 
-    def checked(self, values: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the values of a new bag if they are within the limits.
+    def encoded_at_once(self, values: Mapping[str, str]) -> bytes | None:
+        """Do what `encoding` does if the bag is small, as nearly all are; otherwise return None.
+
+        For a small bag a generator costs as much as the rest.
+        """
+        if len(values) > min(STEP_ITEMS, self.entries):
+            return None
+        size = 0
+        for key, value in values.items():
+            size += len(key) + len(value)
+            if size > STEP_BYTES:
+                return None
+            self.check(key, value)
+        return encode(values)
+
+    def encoding(self, values: Mapping[str, str]) -> Steps[bytes]:
+        """Return the stored form of a new bag if it is within the limits.
 
         Raises:
-            InvalidArgument: they are not.
+            InvalidArgument: it is not.
         """
         if len(values) > self.entries:
             raise too_many_entries(self.entries)
-        for key, value in values.items():
+        for number, (key, value) in enumerate(values.items(), start=1):
+            if number % STEP_ITEMS == 0 or len(value) > STEP_BYTES:
+                yield
             self.check(key, value)
-        return values
+        return (yield from encoding(values))
 
     def check(self, key: str, value: str) -> None:
         """Raise InvalidArgument if the key or the value is too long."""
@@ -96,16 +118,46 @@ def encode(bag: Mapping[str, str]) -> bytes:
     return Session(bag=bag).SerializeToString(deterministic=True)
 
 
+def encoding(bag: Mapping[str, str]) -> Steps[bytes]:
+    """Do what `encode` does: the entries come in the same sequence."""
+    if len(bag) > STEP_ITEMS:
+        yield
+    parts: list[bytes] = []
+    part: dict[str, str] = {}
+    size = 0
+    for key in sorted(bag, key=_place):
+        part[key] = bag[key]
+        size += len(key) + len(part[key])
+        if len(part) >= STEP_ITEMS or size > STEP_BYTES:
+            yield
+            parts.append(encode(part))
+            part, size = {}, 0
+    parts.append(encode(part))
+    return b"".join(parts)
+
+
+def _place(key: str) -> bytes:
+    # As the library sorts: by bytes, and what begins with another key comes before that key.
+    return key.encode() + b"\xff"
+
+
 def decode(stored: bytes, limits: BagLimits = DEFAULT_LIMITS) -> dict[str, str]:
     """Read either stored form.
 
     Raises:
         CorruptSession: the bytes are neither of the two forms, or over the limits.
     """
+    return finished(decoding(stored, limits))
+
+
+def decoding(stored: bytes, limits: BagLimits) -> Steps[dict[str, str]]:
+    """Do what `decode` does."""
     if len(stored) > MAX_BAG_BYTES:
         raise _damage(f"is longer than {MAX_BAG_BYTES} bytes")
     try:
-        return _GobReader(stored, limits).bag() if is_gob(stored) else _protobuf_bag(stored, limits)
+        if is_gob(stored):
+            return (yield from _GobReader(stored, limits).bag())
+        return (yield from _protobuf_bag(stored, limits))
     except IndexError:
         raise _damage("is cut short") from None
     except UnicodeDecodeError:
@@ -120,16 +172,65 @@ def checked_fields(stored: bytes, limits: BagLimits = DEFAULT_LIMITS) -> bytes:
     Raises:
         CorruptSession: see `decode`; or the bag is within MAX_BAG_BYTES only as gob.
     """
+    return finished(checking_fields(stored, limits))
+
+
+def is_ordinary(stored: bytes) -> bool:
+    """Tell whether a stored bag is short and what `encode` writes."""
     # No bag so short can be over limits that are at least the defaults.
-    if len(stored) <= _SHORT_BYTES and not is_gob(stored) and _is_what_encode_writes(stored):
+    return len(stored) <= _SHORT_BYTES and not is_gob(stored) and _is_what_encode_writes(stored)
+
+
+def checking_fields(stored: bytes, limits: BagLimits) -> Steps[bytes]:
+    """Do what `checked_fields` does."""
+    if is_ordinary(stored):
         return stored
-    values = decode(stored, limits)
+    values = yield from decoding(stored, limits)
     if not is_gob(stored):
         return stored
-    fields = encode(values)
+    fields = yield from encoding(values)
     if len(fields) > MAX_BAG_BYTES:
         raise _damage(f"is longer than {MAX_BAG_BYTES} bytes")
     return fields
+
+
+class OpenBag:
+    """A bag to which changes are made one after the other; it is encoded once, after the last."""
+
+    def __init__(self, values: dict[str, str], size_bytes: int) -> None:
+        """`size_bytes` is the length of the stored form."""
+        self._values = values
+        self._size_bytes = size_bytes
+
+    def put(self, key: str, value: str, *, max_entries: int) -> dict[str, str]:
+        """Set one key; return the whole bag as it is then.
+
+        Raises:
+            InvalidArgument: the stored form would be over MAX_BAG_BYTES, or the key one too many. The bag is
+                as it was.
+        """
+        values = self._values
+        former = values.get(key)
+        if former is None and len(values) >= max_entries:
+            raise too_many_entries(max_entries)
+        more_bytes = entry_bytes(key, value) - (0 if former is None else entry_bytes(key, former))
+        if self._size_bytes + more_bytes > MAX_BAG_BYTES:
+            raise _too_long()
+        self._size_bytes += more_bytes
+        values[key] = value
+        return values.copy()
+
+    def encoding(self) -> Steps[bytes]:
+        """Return the stored form."""
+        return encoding(self._values)
+
+
+def opening(stored: bytes, *, max_entries: int = NO_LIMIT, max_key_bytes: int = NO_LIMIT) -> Steps[OpenBag]:
+    """Read a stored bag for changes, by limits that are at least the defaults. Raises what `decode` does."""
+    limits = BagLimits(entries=max_entries, key_bytes=max_key_bytes)
+    values = yield from decoding(stored, limits.of_stored())
+    size_bytes = len((yield from encoding(values))) if is_gob(stored) else len(stored)
+    return OpenBag(values, size_bytes)
 
 
 def with_value(
@@ -141,12 +242,26 @@ def with_value(
         InvalidArgument: the new stored form would be over MAX_BAG_BYTES, or the key one too many.
         CorruptSession: see `decode`.
     """
-    limits = BagLimits(entries=max_entries, key_bytes=max_key_bytes)
-    values = decode(stored, limits.of_stored())
-    if len(values) >= max_entries and key not in values:
-        raise too_many_entries(max_entries)
-    values[key] = value
-    return values, check_size(encode(values))
+    return finished(setting_value(stored, key, value, max_entries=max_entries, max_key_bytes=max_key_bytes))
+
+
+def setting_value(
+    stored: bytes, key: str, value: str, *, max_entries: int, max_key_bytes: int = NO_LIMIT
+) -> Steps[tuple[dict[str, str], bytes]]:
+    """Do what `with_value` does."""
+    opened = yield from opening(stored, max_entries=max_entries, max_key_bytes=max_key_bytes)
+    values = opened.put(key, value, max_entries=max_entries)
+    return values, (yield from opened.encoding())
+
+
+def entry_bytes(key: str, value: str) -> int:
+    """Return how long an entry of the stored form is."""
+    return _field_bytes(_field_bytes(len(key.encode())) + _field_bytes(len(value.encode())))
+
+
+def _field_bytes(size_bytes: int) -> int:
+    # A tag, the length as a varint, the content.
+    return 1 + max(1, (size_bytes.bit_length() + 6) // 7) + size_bytes
 
 
 def check_size(stored: bytes) -> bytes:
@@ -156,8 +271,12 @@ def check_size(stored: bytes) -> bytes:
         InvalidArgument: it is not.
     """
     if len(stored) > MAX_BAG_BYTES:
-        raise InvalidArgument(f"mnemosyned: bag is longer than {MAX_BAG_BYTES} bytes")
+        raise _too_long()
     return stored
+
+
+def _too_long() -> InvalidArgument:
+    return InvalidArgument(f"mnemosyned: bag is longer than {MAX_BAG_BYTES} bytes")
 
 
 def is_gob(stored: bytes) -> bool:
@@ -181,11 +300,14 @@ def _is_what_encode_writes(stored: bytes) -> bool:
     return is_same and not session.ByteSize()
 
 
-def _protobuf_bag(stored: bytes, limits: BagLimits) -> dict[str, str]:
+def _protobuf_bag(stored: bytes, limits: BagLimits) -> Steps[dict[str, str]]:
     """Read our own form in one pass; the entries may have any sequence."""
     values: dict[str, str] = {}
-    at, size, count = 0, len(stored), 0
+    at, size, count, yielded_at = 0, len(stored), 0, 0
     while at < size:
+        if count % STEP_ITEMS == STEP_ITEMS - 1 or at - yielded_at > STEP_BYTES:
+            yielded_at = at
+            yield
         key_at, end = _span(stored, at, _ENTRY_TAG)
         key_start, key_end = _span(stored, key_at, _KEY_TAG)
         value_start, at = _span(stored, key_end, _VALUE_TAG)
@@ -235,7 +357,7 @@ class _GobReader:
         self._limits = limits
         self._at = 0
 
-    def bag(self) -> dict[str, str]:
+    def bag(self) -> Steps[dict[str, str]]:
         self._expect(_GOB_TYPE)
         if self._uint() != len(self._stored) - self._at:
             raise _damage("is cut short or has bytes left over")
@@ -244,7 +366,9 @@ class _GobReader:
         limits = self._limits
         values: dict[str, str] = {}
         count = self._bounded_count()
-        for _ in range(count):
+        for number in range(1, count + 1):
+            if number % STEP_ITEMS == 0:
+                yield
             key = self._text(limits.key_bytes)
             values[key] = self._text(limits.value_bytes)
         if self._at != len(self._stored):

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from aio.batcher import Batcher, BatchLimits
-from aio.deadline import Deadline
 from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound
 from mnemosyned.sessions.coherence import Coherence, Written
 from mnemosyned.sessions.model import Abandonment, NewSession, Session, ValueChange
@@ -18,8 +17,9 @@ Loaded = TypeVar("Loaded")
 # Reads of different callers need not wait for each other.
 _READS: Final = BatchLimits(max_items=512, concurrency=2)
 # Writes share the disk's flush. A write that has begun runs to its end: if it were cancelled, the database
-# might commit it after the caches have been invalidated.
-_WRITES: Final = BatchLimits(max_items=256, concurrency=1, is_abandonable=False)
+# might commit it after the caches have been invalidated. What a batch holds is passed to the storage in one
+# piece, for which other calls wait: large sessions go alone.
+_WRITES: Final = BatchLimits(max_items=256, max_bytes=1024**2, concurrency=1, is_abandonable=False)
 
 
 class BatchedStore(Generic[Loaded]):
@@ -58,17 +58,17 @@ class BatchedStore(Generic[Loaded]):
         """Tell whether there is a live session."""
         return await self._existences.submit(token)
 
-    async def start(self, session: NewSession, deadline: Deadline) -> Session:
+    async def start(self, session: NewSession) -> Session:
         """Store a session. Raises SessionAlreadyExists."""
-        return await (await self._starts.submit(session)).outcome(deadline)
+        return await (await self._starts.submit(session)).outcome()
 
-    async def set_value(self, change: ValueChange, deadline: Deadline) -> dict[str, str]:
+    async def set_value(self, change: ValueChange) -> dict[str, str]:
         """Set one key; return the whole bag. Raises SessionNotFound."""
-        return await (await self._changes.submit(change)).outcome(deadline)
+        return await (await self._changes.submit(change)).outcome()
 
-    async def abandon(self, ending: Abandonment, deadline: Deadline) -> None:
+    async def abandon(self, ending: Abandonment) -> None:
         """End a session. Raises SessionNotFound."""
-        if not await (await self._abandonments.submit(ending)).outcome(deadline):
+        if not await (await self._abandonments.submit(ending)).outcome():
             raise SessionNotFound
 
     async def close(self) -> None:
@@ -89,7 +89,7 @@ class BatchedStore(Generic[Loaded]):
 
     async def _abandon(self, endings: Sequence[Abandonment]) -> Sequence[Written[bool]]:
         tokens = [ending.access_token for ending in endings]
-        return await self._coherence.around_write(tokens, self._store.abandon(endings))
+        return await self._coherence.around_write(tokens, self._store.abandon(endings), is_end=True)
 
 
 def _overloaded() -> Overloaded:

@@ -73,7 +73,7 @@ class CacheConfig(Section):
     )
     ttl_s: float = setting(
         "cache.ttl",
-        "5s",
+        "1m",
         duration(0),
         "how long a cached session is served before it is read from the storage again; 0: no cache",
     )
@@ -82,6 +82,12 @@ class CacheConfig(Section):
         "32MiB",
         size(0, _ANY_SIZE),
         "memory that remembers unknown tokens for -cache.ttl, about 480 bytes each; 0: none",
+    )
+    mirror_bytes: int = setting(
+        "mirror.bytes",
+        "64MiB",
+        size(0, _ANY_SIZE),
+        "memory of a node for copies of sessions that other nodes own, in bytes, KiB, MiB or GiB; 0: none",
     )
 
 

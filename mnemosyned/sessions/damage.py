@@ -15,32 +15,55 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from aio.steps import Steps, finished
 from mnemosyned.errors import CorruptSession, InvalidArgument
 from mnemosyned.sessions import bag, token_hash
 from mnemosyned.sessions.bag import BagLimits
-from mnemosyned.sessions.model import DamagedSession, Session, check_fields
+from mnemosyned.sessions.model import MAX_INDEXED_BYTES, DamagedSession, Session, check_fields
 from mnemosyned.sessions.token import check_token
 
-# A google.protobuf.Timestamp ends with the year 9999.
-_MAX_EXPIRY_US: Final = 253_402_300_800_000_000
+# The last microsecond of the year 9999, where a google.protobuf.Timestamp ends.
+MAX_EXPIRY_US: Final = 253_402_300_799_999_999
+_SHORT_TEXT: Final = MAX_INDEXED_BYTES // 4
 
 
 def checked(session: Session, limits: BagLimits) -> Session:
-    """Return a session from the storage, its bag in our own form.
+    """Return a session from the storage, its bag in our own form and its expiry one that an answer can hold.
 
-    `limits` are those of stored bags (`BagLimits.of_stored`).
+    `limits` are those of stored bags (`BagLimits.of_stored`). An expiry after the year 9999, such as infinity
+    in PostgreSQL, becomes the end of that year: it was written so that the session stays.
 
     Raises:
-        CorruptSession: a field is over its limit, the bag is damaged, or the expiry is no time.
+        CorruptSession: a field is over its limit, or the bag is damaged.
     """
+    return finished(checking(session, limits))
+
+
+def checking(session: Session, limits: BagLimits) -> Steps[Session]:
+    """Do what `checked` does."""
     try:
         check_fields(session)
     except InvalidArgument as exc:
         raise CorruptSession(str(exc).replace("mnemosyned: ", "mnemosyned: storage: ", 1)) from None
-    if not 0 <= session.expires_at_us < _MAX_EXPIRY_US:
-        raise CorruptSession("mnemosyned: storage: expire_at is no time before the year 10000")
-    fields = bag.checked_fields(session.bag, limits)
-    return session if fields is session.bag else replace(session, bag=fields)
+    expires_at_us = max(0, min(session.expires_at_us, MAX_EXPIRY_US))
+    fields = yield from bag.checking_fields(session.bag, limits)
+    if fields is session.bag and expires_at_us == session.expires_at_us:
+        return session
+    return replace(session, bag=fields, expires_at_us=expires_at_us)
+
+
+def is_ordinary(session: Session) -> bool:
+    """Tell whether `checked` returns the session as it is; the quick answer for nearly all."""
+    return (
+        # A character takes four bytes at most.
+        len(session.subject_id) <= _SHORT_TEXT
+        and len(session.subject_client) <= _SHORT_TEXT
+        and len(session.refresh_token) <= _SHORT_TEXT
+        and "\0" not in session.subject_id
+        and "\0" not in session.subject_client
+        and 0 <= session.expires_at_us <= MAX_EXPIRY_US
+        and bag.is_ordinary(session.bag)
+    )
 
 
 def nameable(found: Session | DamagedSession) -> Session | DamagedSession:

@@ -14,15 +14,19 @@ Rules for editing:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from aio.deadline import NO_DEADLINE, Deadline
+from aio.slices import in_slices
+from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
+from aio.units import NEVER_US
 from cache.lru import Slot
 from cache.read_through import ReadThrough
 from mnemosyned.errors import (
     CorruptSession,
+    DeadlineExceeded,
     InvalidArgument,
     MnemosyneError,
     SessionAlreadyExists,
@@ -33,12 +37,16 @@ from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence
+from mnemosyned.sessions.counts import SessionCounts
 from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField, list_response
 from mnemosyned.sessions.lifetime import Lifetime
+from mnemosyned.sessions.listing import Listing
 from mnemosyned.sessions.model import (
     DEFAULT_LIST_LIMIT,
+    DEFAULT_PAGE_BYTES,
     MAX_LIST_LIMIT,
+    MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
     DamagedSession,
@@ -49,7 +57,7 @@ from mnemosyned.sessions.model import (
     check_criteria,
     check_new,
 )
-from mnemosyned.sessions.store import SessionStore
+from mnemosyned.sessions.store import Page, SessionStore
 from mnemosyned.sessions.token import check_token
 from mnemosyned.sessions.token_hash import is_hashed
 from mnemosyned.sessions.touches import TouchWriter
@@ -57,8 +65,9 @@ from mnemosyned.sessions.touches import TouchWriter
 _MAX_OFFSET: Final = 2**63 - 1
 # Sessions ended by one step of a Delete: it holds few locks, and for a short time.
 _DELETE_BATCH: Final = 5000
-# About a millisecond of work.
-_CHECKED_AT_ONCE_BYTES: Final = 64 * 1024
+# Pages of List that are read or encoded at once. Others wait: a page may be megabytes, and takes a connection
+# of the storage, of which other calls need some.
+_PAGES_AT_ONCE: Final = 4
 # Python objects around the token: its slot, and its place in the dictionary.
 NEGATIVE_BYTES: Final = 350
 
@@ -90,6 +99,7 @@ class SessionService:
         rules: ServiceRules,
         damage_log: DamageLog,
     ) -> None:
+        self.counts = SessionCounts()
         self.bag_limits = rules.bag_limits
         self._stored_limits = rules.bag_limits.of_stored()
         self._damage_log = damage_log
@@ -97,10 +107,23 @@ class SessionService:
         self._store = store
         self._cache = cache
         self._touches = touches
+        self._listing = Listing(store, touches)
         self._coherence = coherence
         self._clock = clock
         self._batched: BatchedStore[Loaded] = BatchedStore(store, load=self._load_slots, coherence=coherence)
         self._expiry_field = ExpiryField()
+        self._pages = asyncio.Semaphore(_PAGES_AT_ONCE)
+
+    def not_after_us(self, deadline: Deadline) -> int:
+        """Return the last instant on the storage's clock at which a write of the call may be done.
+
+        Raises:
+            DeadlineExceeded: it has passed.
+        """
+        limit_us = self._clock.limit_us(deadline)
+        if limit_us != NEVER_US and limit_us <= self._clock.now_us():
+            raise DeadlineExceeded
+        return limit_us
 
     async def close(self) -> None:
         """Cancel the calls that still wait for the storage."""
@@ -162,7 +185,7 @@ class SessionService:
         """
         return await self._batched.exists(check_token(token))
 
-    async def start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> EncodedResponse:
+    async def start(self, new: NewSession) -> EncodedResponse:
         """Store a session and return it as a response message.
 
         Raises:
@@ -172,17 +195,20 @@ class SessionService:
         _check_startable(new)
         asked_us = self._clock.now_us()
         with self._cache.begin_fill(new.access_token, is_making=True) as fill:
-            session = await self._batched.start(new, deadline)
+            session = await self._batched.start(new)
+            self.counts.started += 1
             slot = self._slot(session, asked_us)
             fill.put(slot)
         return self._response(slot.value)
 
-    async def start_uncached(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> EncodedResponse:
+    async def start_uncached(self, new: NewSession) -> EncodedResponse:
         """Do what `start` does, and leave the copy to the owner. Raises what `start` does."""
         _check_startable(new)
-        return self._response(EncodedSession(await self._batched.start(new, deadline)))
+        session = await self._batched.start(new)
+        self.counts.started += 1
+        return self._response(EncodedSession(session))
 
-    async def retry_start(self, new: NewSession, deadline: Deadline = NO_DEADLINE) -> EncodedResponse:
+    async def retry_start(self, new: NewSession) -> EncodedResponse:
         """Store a session past the cache, unless an earlier try of the same call has stored it.
 
         Raises:
@@ -190,7 +216,7 @@ class SessionService:
             SessionAlreadyExists: another session has the token.
         """
         try:
-            return await self.start_uncached(new, deadline)
+            return await self.start_uncached(new)
         except SessionAlreadyExists:
             (found,) = await self._store.load([self._lookup(new.access_token)])
             if isinstance(found, MnemosyneError) or not found.is_from(new):
@@ -214,57 +240,84 @@ class SessionService:
             access_token=token,
             key=key,
             value=value,
-            not_after_us=deadline.not_after_us,
+            not_after_us=self.not_after_us(deadline),
             max_entries=self.bag_limits.entries,
             max_key_bytes=self.bag_limits.key_bytes,
         )
         try:
-            return await self._batched.set_value(change, deadline)
+            return await self._batched.set_value(change)
         except CorruptSession as exc:
             self._damage_log.add(token, exc)
             raise
 
     async def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> None:
         """End a session. Raises SessionNotFound."""
-        ending = Abandonment(access_token=check_token(token), not_after_us=deadline.not_after_us)
-        await self._batched.abandon(ending, deadline)
+        ending = Abandonment(access_token=check_token(token), not_after_us=self.not_after_us(deadline))
+        await self._batched.abandon(ending)
+        self.counts.ended_by_cause["abandoned"] += 1
 
-    async def list(self, criteria: Criteria, *, offset: int, limit: int) -> bytes:
-        """Return live sessions as a response message; limit 0 means DEFAULT_LIST_LIMIT.
+    async def list(self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = 0) -> bytes:
+        """Return live sessions as a response message; a limit or `max_bytes` of 0 means the default.
 
-        Damaged sessions are left out, counted in the response, and logged.
+        Damaged sessions are left out, counted in the response, and logged. The page ends early, and says so,
+        if it would be larger than `max_bytes`.
 
         Raises:
-            InvalidArgument: offset or limit out of bounds.
+            InvalidArgument: offset, limit or `max_bytes` out of bounds.
         """
         check_criteria(criteria)
         if not 0 <= offset <= _MAX_OFFSET:
             raise InvalidArgument("mnemosyned: offset is negative")
         if not 0 <= limit <= MAX_LIST_LIMIT:
             raise InvalidArgument(f"mnemosyned: limit is not between 0 and {MAX_LIST_LIMIT}")
-        # Order and range go by expiry, so the storage must know the latest one.
-        await self._touches.flush()
-        page = await self._store.find(criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT)
-        found = await self._all_checked((one.access_token, damage.nameable(one)) for one in page)
-        sessions = [session for session in found if isinstance(session, Session)]
-        return list_response(sessions, left_out=len(page) - len(sessions))
+        if not 0 <= max_bytes <= MAX_PAGE_BYTES:
+            raise InvalidArgument(f"mnemosyned: max_bytes is not between 0 and {MAX_PAGE_BYTES}")
+        max_bytes = max_bytes or DEFAULT_PAGE_BYTES
+        async with self._pages:
+            page = await self._listing.page(
+                criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT, max_bytes=max_bytes
+            )
+            return await in_slices(self._page_response(page, max_bytes))
 
-    async def delete(self, criteria: Criteria) -> int:
+    def _page_response(self, page: Page, max_bytes: int) -> Steps[bytes]:
+        sessions = ((one.access_token, damage.nameable(one)) for one in page.sessions)
+        found = yield from self._all_checked(sessions)
+        return (yield from list_response(found, max_bytes=max_bytes, is_cut=page.is_cut))
+
+    async def delete(
+        self,
+        criteria: Criteria,
+        deadline: Callable[[], Deadline] = lambda: NO_DEADLINE,
+        *,
+        is_retry: bool = False,
+    ) -> int:
         """End every session that meets all criteria; return how many.
 
+        Each step asks for its own deadline; one that was late is tried again while there is time. `is_retry`
+        tells that another try may have ended some.
+
         Raises:
+            DeadlineExceeded: the time is up; earlier steps are done, and stay.
             InvalidArgument: no criterion.
         """
         check_criteria(criteria)
         if criteria.is_empty():
             raise InvalidArgument("mnemosyned: none of expected arguments was provided")
+        self.not_after_us(deadline())
         if criteria.has_range():
             await self._touches.flush()
         deleted = 0
         while True:
-            deleting = self._store.delete(criteria, limit=_DELETE_BATCH)
-            step = await self._coherence.around_delete(deleting, token=criteria.access_token)
+            not_after_us = self.not_after_us(deadline())
+            deleting = self._store.delete(criteria, limit=_DELETE_BATCH, not_after_us=not_after_us)
+            try:
+                step = await self._coherence.around_delete(
+                    deleting, token=criteria.access_token, is_retry=is_retry
+                )
+            except DeadlineExceeded:
+                continue
             deleted += len(step.stored_keys)
+            self.counts.ended_by_cause["deleted"] += len(step.stored_keys)
             if step.is_all:
                 return deleted
 
@@ -274,6 +327,7 @@ class SessionService:
         # A copy that is about to expire is not served (`lifetime.py`), so nothing depends on this: it frees
         # memory. Hashed keys are left out, since one by an unknown key would empty the whole cache.
         self._coherence.drop_copies(key for key in stored_keys if not is_hashed(key))
+        self.counts.ended_by_cause["expired"] += len(stored_keys)
         return len(stored_keys)
 
     async def _load(self, token: str, asked_us: int) -> EncodedResponse:
@@ -290,30 +344,32 @@ class SessionService:
     async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
         found = await self._store.load([self._lookup(token) for token in tokens])
-        checked = await self._all_checked(zip(tokens, found, strict=True))
+        checked = await in_slices(self._all_checked(zip(tokens, found, strict=True)))
         return [self._loaded(token, one, asked_us) for token, one in zip(tokens, checked, strict=True)]
 
-    async def _all_checked(
+    def _all_checked(
         self, found: Iterable[tuple[str, Session | DamagedSession | MnemosyneError]]
-    ) -> _Checked:
+    ) -> Steps[_Checked]:
         """Check what the storage has answered for these tokens; damage is the failure of one item."""
         checked: _Checked = []
         unchecked_bytes = 0
-        for token, one in found:
-            checked.append(self._checked(token, one))
+        for number, (token, one) in enumerate(found, start=1):
             unchecked_bytes += len(one.bag) if isinstance(one, Session) else 0
-            if unchecked_bytes > _CHECKED_AT_ONCE_BYTES:
+            if number % STEP_ITEMS == 0 or unchecked_bytes > STEP_BYTES:
                 unchecked_bytes = 0
-                # Other calls are not to wait until many large bags have been checked.
-                await asyncio.sleep(0)
+                yield
+            if isinstance(one, Session) and damage.is_ordinary(one):
+                checked.append(one)
+            else:
+                checked.append((yield from self._checking(token, one)))
         return checked
 
-    def _checked(
+    def _checking(
         self, token: str, found: Session | DamagedSession | MnemosyneError
-    ) -> Session | MnemosyneError:
+    ) -> Steps[Session | MnemosyneError]:
         try:
             if isinstance(found, Session):
-                return damage.checked(found, self._stored_limits)
+                return (yield from damage.checking(found, self._stored_limits))
             error = found.error() if isinstance(found, DamagedSession) else found
         except CorruptSession as exc:
             error = exc
@@ -341,6 +397,10 @@ class SessionService:
     def _negative_slot(self, token: str, asked_us: int) -> Slot[None]:
         fresh_until_us = self.lifetime.negative_fresh_until_us(asked_us)
         return Slot(None, len(token.encode()) + NEGATIVE_BYTES, fresh_until_us)
+
+    def get_mirrored(self, token: str, encoded: EncodedSession) -> EncodedResponse:
+        """Extend the session of a mirror, and return it as a response message."""
+        return self._extended(token, encoded, self._clock.now_us())
 
     def _extended(self, token: str, encoded: EncodedSession, now_us: int) -> EncodedResponse:
         expires_at_us = self.lifetime.extended_us(now_us)

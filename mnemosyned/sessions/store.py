@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from aio.units import NEVER_US
+from cluster.lease import Barred, Renewal, Renewed
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions.model import (
+    MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
     DamagedSession,
@@ -37,6 +40,14 @@ class Deletion:
     stored_keys: list[str] = field(repr=False)  # of the ended sessions: tokens, or their hashes
     # No session is left that met the criteria when the step began.
     is_all: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What List has found."""
+
+    sessions: Sequence[Session | DamagedSession] = field(repr=False)
+    is_cut: bool  # for its size, before its limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,19 +111,20 @@ class SessionStore(Protocol):
         ...
 
     async def find(
-        self, criteria: Criteria, *, offset: int, limit: int
-    ) -> Sequence[Session | DamagedSession]:
+        self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> Page:
         """Return live sessions by expiry, then by the bytes of the stored key.
 
-        A bag over MAX_BAG_BYTES is damage, and is not read.
-
-        Raises:
-            MessageTooLarge: their bags are over MAX_PAGE_BYTES; no more than that was held in memory.
+        A bag over MAX_BAG_BYTES is damage, and is not read. The page is cut before the session with which its
+        bags would be over `max_bytes`, if it has one already: no more is held in memory.
         """
         ...
 
-    async def delete(self, criteria: Criteria, *, limit: int) -> Deletion:
-        """End at most `limit` sessions that meet all criteria, expired ones included."""
+    async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
+        """End at most `limit` sessions that meet all criteria, expired ones included.
+
+        Late, it raises DeadlineExceeded and ends none.
+        """
         ...
 
     async def clean_up(self, *, limit: int) -> list[str]:
@@ -140,11 +152,54 @@ class Storage(Protocol):
         ...
 
     async def now_us(self) -> int:
-        """Return the storage's clock, microseconds since the epoch; also the test of its health."""
+        """Return the storage's clock, microseconds since the epoch."""
+        ...
+
+    async def check(self) -> object:
+        """Return what changes when the sessions are no longer those of before: dropped, restored, replaced.
+
+        The test of health, every second or two (`storage/health.py`): it may mend what it finds.
+
+        Raises:
+            StorageUnavailable: calls cannot be answered; `detail` says why.
+        """
         ...
 
     async def identity(self) -> bytes:
         """Return 16 bytes that only engines on the same sessions have in common."""
+        ...
+
+    async def estimated_sessions(self) -> int:
+        """Return about how many sessions are stored, expired ones included; it must cost next to nothing."""
+        ...
+
+
+class LeaseStore(Protocol):
+    """The rows of the nodes that share the sessions (`cluster/lease.py`): what a shared engine needs besides.
+
+    Each method is linearizable: its effect on a row, and what it returns of that row, is as if it happened at
+    one moment between its call and its return. On return the effect survives a crash of the storage.
+
+    Any method may raise StorageUnavailable; then it is unknown whether it has been done, or will be.
+    """
+
+    async def renew(self, renewal: Renewal) -> Renewed:
+        """Store the row of this node, unless a newer one or another process's is there; return all rows.
+
+        - A new row has `seen + 1` as its epoch and base.
+        - A row is replaced if it has the same instance and a smaller number, or is the one that the renewal
+          `replaces`. Its epoch and base stay, unless `seen` is above the epoch, which is then `seen + 1`.
+        - Otherwise the renewal is refused, which only the returned row shows: it is as it was at some moment
+          since the call, as those of other nodes are.
+        """
+        ...
+
+    async def bar(self, name: str) -> Barred | None:
+        """Raise the epoch of a node's row by one; None: it has no row."""
+        ...
+
+    async def resign(self, row: tuple[str, int, int | None]) -> None:
+        """Delete a row by name and instance, and by number unless that is None; another row stays."""
         ...
 
 
@@ -197,7 +252,11 @@ class EngineStore(SessionStore, Storage, Protocol):
     """What every engine has."""
 
 
-class FullStore(EngineStore, RenamableStore, CheckableStore, Protocol):
+class SharedStore(EngineStore, LeaseStore, Protocol):
+    """What an engine has whose sessions several nodes share."""
+
+
+class FullStore(SharedStore, RenamableStore, CheckableStore, Protocol):
     """An engine with every part of the port."""
 
 

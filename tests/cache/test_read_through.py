@@ -131,7 +131,7 @@ async def test_that_there_is_no_value_is_kept_until_one_is_made() -> None:
     assert cache.is_negative("k", now_us=SOON_US)
     assert not cache.is_negative("k", now_us=LATER_US)
     assert cache.counters.negative_hits == 1
-    assert cache.keys() == ["k"]
+    assert "k" in cache.negative
     cache.made("k")
     assert not cache.is_negative("k", now_us=SOON_US)
 
@@ -193,7 +193,8 @@ async def test_a_fetch_that_cannot_begin_leaves_nothing_behind() -> None:
     with pytest.raises(OSError, match="too many"):
         await cache.load("k", refuse)
 
-    assert not cache.keys()
+    assert not cache._fills
+    assert "k" not in cache.lru
 
 
 class Observed:
@@ -230,3 +231,123 @@ def test_an_observer_knows_the_keys_with_a_value_or_a_fill_and_no_others() -> No
     assert observed.keys == {"c"}
     cache.drop_everything()
     assert not observed.keys
+
+
+def absent(cache: ReadThrough[str], key: str) -> None:
+    with cache.begin_fill(key) as fill:
+        fill.put_negative(Slot(None, 1, NEVER_US))
+
+
+def test_an_entry_of_another_generation_is_served_if_it_is_kept_and_then_asked_about_no_more() -> None:
+    cache, asked = new_cache(), list[tuple[str, int]]()
+    keep(cache, "k")
+    absent(cache, "n")
+
+    def keeps(key: str, generation: int) -> bool:
+        asked.append((key, generation))
+        return True
+
+    cache.keeps = keeps
+    for _ in range(2):
+        assert cache.peek("k", now_us=SOON_US) == "k"
+        assert cache.is_negative("n", now_us=SOON_US)
+    assert asked == []
+    cache.change_generation()
+    cache.change_generation()
+    for _ in range(2):
+        assert cache.peek("k", now_us=SOON_US) == "k"
+        assert cache.is_negative("n", now_us=SOON_US)
+
+    assert asked == [("k", 0), ("n", 0)]
+    assert (cache.counters.hits, cache.counters.misses) == (4, 0)
+
+
+def test_an_entry_that_is_not_kept_is_a_miss_and_stays_away_when_the_right_comes_back() -> None:
+    cache = new_cache()
+    keep(cache, "k", "other")
+    absent(cache, "n")
+    cache.change_generation()
+    cache.keeps = lambda key, _: key == "other"
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert not cache.is_negative("n", now_us=SOON_US)
+    assert cache.peek("other", now_us=SOON_US) == "other"
+    cache.change_generation()
+    cache.keeps = lambda _key, _generation: True
+
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert not cache.is_negative("n", now_us=SOON_US)
+    assert (cache.counters.hits, cache.counters.misses, cache.counters.negative_hits) == (1, 2, 0)
+
+
+def test_an_entry_that_was_not_asked_for_is_judged_by_its_own_generation() -> None:
+    cache = new_cache()
+    keep(cache, "old")
+    cache.change_generation()
+    keep(cache, "new")
+    cache.change_generation()
+    cache.keeps = lambda _, generation: generation >= 1
+
+    assert cache.peek("old", now_us=SOON_US) is None
+    assert cache.peek("new", now_us=SOON_US) == "new"
+
+
+def test_a_fill_that_began_in_an_earlier_generation_counts_as_of_that_one() -> None:
+    cache = new_cache()
+    with cache.begin_fill("k") as fill, cache.begin_fill("n") as negative:
+        cache.change_generation()
+        fill.put(Slot("k", 1, NEVER_US))
+        negative.put_negative(Slot(None, 1, NEVER_US))
+    cache.keeps = lambda _, generation: generation >= 1
+
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert not cache.is_negative("n", now_us=SOON_US)
+
+
+@pytest.mark.parametrize("forget", ["change_generation", "drop_everything"])
+async def test_a_load_joins_none_that_began_before_a_change_of_all_keys(forget: str) -> None:
+    cache, storage = new_cache(), Storage()
+    cache.keeps = lambda _key, _generation: False
+    storage.gate.clear()
+    early = asyncio.create_task(cache.load("k", storage.fetch))
+    async with asyncio.timeout(5):
+        while not storage.fetches:
+            await asyncio.sleep(0)
+    storage.value = "new"
+    getattr(cache, forget)()
+    late = asyncio.create_task(cache.load("k", storage.fetch))
+    await asyncio.sleep(0)
+    storage.gate.set()
+
+    assert await asyncio.gather(early, late) == ["old", "new"]
+    assert storage.fetches == 2
+    assert cache.peek("k", now_us=SOON_US) != "old"
+
+
+async def test_nothing_is_kept_of_what_is_loaded_while_it_may_not_be() -> None:
+    cache, storage = new_cache(), Storage()
+    cache.may_fill = lambda: False
+    assert await cache.load("k", storage.fetch) == "old"
+    storage.value = None
+    assert await cache.load("n", storage.fetch) is None
+    storage.value = "old"
+    with cache.begin_fill("made", is_making=True) as fill:
+        # It is the beginning that counts: what was read before may be older than a write elsewhere.
+        cache.may_fill = lambda: True
+        fill.put(Slot("made", 1, NEVER_US))
+
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert not cache.is_negative("n", now_us=SOON_US)
+    assert cache.peek("made", now_us=SOON_US) is None
+    await cache.load("k", storage.fetch)
+    assert cache.peek("k", now_us=SOON_US) == "old"
+
+
+def test_a_fill_under_way_puts_nothing_after_everything_was_dropped() -> None:
+    cache = new_cache()
+    with cache.begin_fill("k") as fill, cache.begin_fill("n") as negative:
+        cache.drop_everything()
+        fill.put(Slot("k", 1, NEVER_US))
+        negative.put_negative(Slot(None, 1, NEVER_US))
+
+    assert cache.peek("k", now_us=SOON_US) is None
+    assert not cache.is_negative("n", now_us=SOON_US)

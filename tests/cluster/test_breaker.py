@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from cluster.breaker import Breaker, BreakerState
 
 
@@ -66,20 +64,3 @@ def test_a_trial_that_times_out_is_followed_by_another() -> None:
     assert breaker.state is BreakerState.OPEN
 
     assert breaker.may_try(now=12.25)
-
-
-@pytest.mark.parametrize("lose", ["broke", "timed_out"])
-def test_a_peer_that_was_lost_lately_may_answer_yet(lose: str) -> None:
-    breaker = Breaker()
-    assert breaker.may_answer_yet(now=10.0)
-    for _ in range(3):
-        getattr(breaker, lose)(now=10.0)
-    assert not breaker.is_closed
-    assert breaker.may_answer_yet(now=11.0)
-    assert breaker.may_try(now=11.0)
-    breaker.broke(now=11.5)
-
-    assert breaker.may_answer_yet(now=11.9)
-    assert not breaker.may_answer_yet(now=12.0)
-    breaker.answered()
-    assert breaker.may_answer_yet(now=99.0)

@@ -422,3 +422,21 @@ async def test_a_stream_carries_one_message_after_another(server: Server, channe
     assert stream.is_open
     stream.finish()
     assert not stream.is_open
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_name_with_addresses_of_both_families_is_dialled_at_the_one_that_answers(
+    server: Server, monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
+    port = int(server.address.rpartition(":")[2])
+
+    async def resolve(*_: object, **__: object) -> list[object]:
+        six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        return [six, four][::order]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    channel = Channel(f"both.test:{port}")
+
+    assert await call(channel) == b"answer"
+    await channel.close()

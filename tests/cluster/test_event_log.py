@@ -61,6 +61,21 @@ def test_a_refusal_is_logged_once_per_peer_and_event_in_ten_seconds(
     refusals.write("peer_refuses_us", "a:1", "why", now=10.0)
 
     assert [record.message for record in caplog.records] == ["peer_refused"] * 3 + ["peer_refuses_us"]
+    assert [vars(record).get("left_out") for record in caplog.records] == [None, 1, None, None]
+
+
+def test_events_are_logged_within_a_limit_and_the_next_one_says_what_is_missing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1e9
+    monkeypatch.setattr(event_log.time, "monotonic", lambda: now_s)
+    for _ in range(500):
+        log_event(Event(EventKind.DEAD, MEMBER))
+    now_s += 1
+    log_event(Event(EventKind.DEAD, MEMBER))
+
+    assert len(caplog.records) == 101
+    assert vars(caplog.records[-1])["left_out"] == 400
 
 
 def test_refusals_are_remembered_within_a_bound(

@@ -17,8 +17,10 @@ from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeo
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
 from cluster.ring import Ring
+from cluster.timing import HALF_OPEN_S, TRY_S
 from cluster.view import View
 
+INSTANCE = 7
 ME, B, C = "me:1", "b:1", "c:1"
 
 
@@ -36,8 +38,9 @@ class Peer:
     asked: int = 0
     streams: int = 0
     ended: int = 0
+    tellings: int = 0
     told: list[str] = field(default_factory=list)
-    drops_everything: int = 0
+    instance: int = INSTANCE
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def respond(self, timeout_s: float) -> None:
@@ -93,11 +96,11 @@ class FakePeers:
     ) -> bytes:
         assert channel_kind
         assert callee
+        self._peers[address].tellings += 1
         await self._peers[address].respond(timeout_s)
         request = pb.InvalidateRequest.FromString(body)
         self._peers[address].told += request.tokens
-        self._peers[address].drops_everything += request.everything
-        return b""
+        return pb.InvalidateResponse(instance=self._peers[address].instance).SerializeToString()
 
 
 class Suspicious:
@@ -115,14 +118,18 @@ class Setup:
     suspicious: Suspicious
 
     async def ask(
-        self, name: str = B, *, written: str | None = None, left_s: float | None = None
+        self, name: str = B, *, left_s: float | None = None, try_s: float | None = None
     ) -> pb.Answer:
         return await self.forwarder.ask(
             name,
             pb.Item(method="Get"),
-            written=written,
+            is_write=False,
             deadline=NO_DEADLINE if left_s is None else Deadline.in_s(left_s),
+            try_s=try_s,
         )
+
+    async def tell(self, *keys: str, names: Sequence[str] = (B, C), timeout_s: float = 0.3) -> list[str]:
+        return await self.forwarder.tell(dict.fromkeys(names, INSTANCE), keys, timeout_s=timeout_s)
 
 
 def view(*ring: str, members: Sequence[str] = (B, C)) -> View:
@@ -130,11 +137,11 @@ def view(*ring: str, members: Sequence[str] = (B, C)) -> View:
 
 
 @asynccontextmanager
-async def forwarding(remember_s: float = 5.0) -> AsyncIterator[Setup]:
+async def forwarding() -> AsyncIterator[Setup]:
     peers = {B: Peer(), C: Peer()}
     # The fakes do what a Forwarder asks of Peers.
     fakes: Any = FakePeers(peers)
-    forwarder = Forwarder(fakes, storage_now_us=storage_now_us, remember_s=remember_s)
+    forwarder = Forwarder(fakes, storage_now_us=storage_now_us)
     suspicious = Suspicious()
     forwarder.bind(lambda name: pb.Origin(callee=name), suspicious)
     forwarder.follow(view(ME, B, C))
@@ -152,11 +159,6 @@ async def until(is_met: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not is_met():
             await asyncio.sleep(0.01)
-
-
-def owned_by(name: str, ring: Ring | None = None) -> str:
-    ring = ring or Ring([ME, B, C])
-    return next(token for token in map(str, range(1000)) if ring.owner(token) == name)
 
 
 async def test_a_broken_connection_opens_the_breaker_and_the_next_call_is_not_sent() -> None:
@@ -183,6 +185,39 @@ async def test_a_peer_that_is_back_is_asked_again() -> None:
         assert (await setup.ask()).code == 0
 
 
+async def test_a_peer_of_which_there_is_a_sign_is_asked_again_at_once() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        with pytest.raises(PeerUnreachable):
+            await setup.ask()
+        setup.forwarder.answers_again(B)
+        await until(lambda: setup.peers[B].tellings == 1)
+        assert setup.forwarder.breaker_states()[B] is BreakerState.OPEN
+        setup.peers[B].fails_with = None
+        began_s = time.monotonic()
+        setup.forwarder.answers_again(B)
+        await until(lambda: setup.forwarder.breaker_states()[B] is BreakerState.CLOSED)
+
+        assert time.monotonic() - began_s < HALF_OPEN_S / 2
+        assert (await setup.ask()).code == 0
+
+
+async def test_a_call_with_nothing_to_fall_back_on_is_waited_for_and_keeps_no_other_waiting() -> None:
+    async with forwarding() as setup:
+        peer = setup.peers[B]
+        peer.is_slow = True
+        patient = [asyncio.create_task(setup.ask(try_s=5.0)) for _ in range(3)]
+        await until(lambda: peer.asked == 3)
+        await asyncio.sleep(2 * TRY_S)
+        assert not any(task.done() for task in patient)
+        peer.is_slow = False
+        assert (await setup.ask()).code == 0
+        peer.may_answer.set()
+
+        assert [(await task).code for task in patient] == [0] * 3
+        assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
+
+
 async def test_a_peer_that_is_slow_gets_a_quarter_of_a_second() -> None:
     async with forwarding() as setup:
         setup.peers[B].is_slow = True
@@ -203,48 +238,7 @@ async def test_callers_in_a_hurry_do_not_open_a_breaker() -> None:
         assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
 
 
-async def test_a_peer_whose_write_failed_is_asked_nothing_before_the_token_is_delivered() -> None:
-    async with forwarding() as setup:
-        peer = setup.peers[B]
-        peer.is_slow = True
-        with pytest.raises(PeerTimeout):
-            await setup.ask(written="t")
-        with pytest.raises(PeerSkipped):
-            await setup.ask()
-        assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
-        peer.may_answer.set()
-        await until(lambda: "t" in peer.told)
-        await asyncio.sleep(0)
-
-        assert (await setup.ask()).code == 0
-
-
-async def test_a_peer_that_missed_a_change_is_asked_nothing_before_the_token_is_delivered() -> None:
-    async with forwarding() as setup:
-        setup.peers[B].is_slow = True
-        await setup.forwarder.invalidate_everywhere(["t"], deadline=Deadline.in_s(0.1))
-        with pytest.raises(PeerSkipped):
-            await setup.ask()
-        assert setup.peers[C].told == ["t"]
-        setup.peers[B].may_answer.set()
-        await until(lambda: setup.peers[B].told == ["t"])
-
-
-async def test_what_changes_while_pending_tokens_are_delivered_is_delivered_too() -> None:
-    async with forwarding() as setup:
-        peer = setup.peers[B]
-        peer.fails_with = PeerUnreachable
-        await setup.forwarder.invalidate_everywhere(["one"])
-        peer.fails_with, peer.is_slow = None, True
-        await until(lambda: setup.forwarder.breaker_states()[B] is BreakerState.HALF_OPEN)
-        await setup.forwarder.invalidate_everywhere(["two"])
-        peer.may_answer.set()
-
-        await until(lambda: len(peer.told) >= 2)
-        assert set(peer.told) == {"one", "two"}
-
-
-async def test_a_slow_peer_gets_invalidations_and_is_waited_for_though_it_is_not_asked() -> None:
+async def test_a_slow_peer_is_told_and_waited_for_though_it_is_not_asked() -> None:
     async with forwarding() as setup:
         peer = setup.peers[B]
         peer.is_slow = True
@@ -252,16 +246,64 @@ async def test_a_slow_peer_gets_invalidations_and_is_waited_for_though_it_is_not
             with pytest.raises(PeerTimeout):
                 await setup.ask()
         assert setup.forwarder.breaker_states()[B] is BreakerState.OPEN
-        telling = asyncio.create_task(setup.forwarder.invalidate_everywhere(["t"]))
+        telling = asyncio.create_task(setup.tell("t", timeout_s=5.0))
         await until(lambda: setup.peers[C].told == ["t"])
         assert not telling.done()
         peer.may_answer.set()
-        await telling
 
+        assert await telling == []
         assert peer.told == ["t"]
 
 
-async def test_a_peer_whose_connection_broke_gets_invalidations_all_the_same() -> None:
+async def test_those_who_have_not_confirmed_in_time_are_named() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].is_slow = True
+        began_s = time.monotonic()
+
+        assert await setup.tell("t") == [B]
+        assert 0.25 < time.monotonic() - began_s < 1.0
+        assert setup.peers[C].told == ["t"]
+        setup.peers[C].fails_with = PeerUnreachable
+        assert await setup.tell("t", "u") == [B, C]
+        assert await setup.tell("t", names=["gone:1"]) == ["gone:1"]
+
+
+async def test_without_tokens_a_peer_is_asked_whether_it_answers() -> None:
+    async with forwarding() as setup:
+        setup.peers[C].fails_with = PeerUnreachable
+
+        assert await setup.tell() == [C]
+        assert setup.peers[B].told == []
+
+
+async def test_many_tokens_are_told_and_none_twice() -> None:
+    async with forwarding() as setup:
+        tokens = [str(number) for number in range(2500)]
+
+        assert await setup.tell(*tokens, timeout_s=5.0) == []
+        assert setup.peers[B].told == setup.peers[C].told == tokens
+
+
+async def test_a_peer_that_confirms_is_asked_again_at_once() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].fails_with = PeerUnreachable
+        with pytest.raises(PeerUnreachable):
+            await setup.ask()
+        setup.peers[B].fails_with = None
+        assert await setup.tell("t") == []
+
+        assert (await setup.ask()).code == 0
+
+
+async def test_only_members_are_known() -> None:
+    async with forwarding() as setup:
+        assert setup.forwarder.knows(B)
+        assert not setup.forwarder.knows("stranger:1")
+        setup.forwarder.follow(view(ME, members=[]))
+        assert not setup.forwarder.knows(B)
+
+
+async def test_a_peer_whose_connection_broke_is_told_all_the_same() -> None:
     async with forwarding() as setup:
         peer = setup.peers[B]
         peer.fails_with = PeerUnreachable
@@ -269,9 +311,17 @@ async def test_a_peer_whose_connection_broke_gets_invalidations_all_the_same() -
             await setup.ask()
         # Only this node's connection had broken.
         peer.fails_with = None
-        await setup.forwarder.invalidate_everywhere(["t"])
 
+        assert await setup.tell("t") == []
         assert peer.told == ["t"]
+
+
+async def test_only_the_process_that_was_meant_can_confirm() -> None:
+    async with forwarding() as setup:
+        setup.peers[B].instance = INSTANCE + 1
+
+        assert await setup.tell("t") == [B]
+        assert await setup.tell("t", "u") == [B]
 
 
 async def test_time_outs_are_counted_in_a_row() -> None:
@@ -279,107 +329,11 @@ async def test_time_outs_are_counted_in_a_row() -> None:
         peer = setup.peers[B]
         for _ in range(5):
             peer.is_slow = True
-            await setup.forwarder.invalidate_everywhere(["t"], deadline=Deadline.in_s(0.2))
+            assert await setup.tell("t", timeout_s=0.1) == [B]
             peer.is_slow = False
-            await setup.forwarder.invalidate_everywhere(["t"])
+            assert await setup.tell("t") == []
 
         assert setup.forwarder.breaker_states()[B] is BreakerState.CLOSED
-
-
-async def test_owners_by_former_rings_get_invalidations_too() -> None:
-    async with forwarding() as setup:
-        former, token = Ring([ME, C]), owned_by(C, Ring([ME, C]))
-        for nodes in ((ME, B), (ME,)):
-            now = view(*nodes)
-            setup.forwarder.follow(
-                View(me=ME, ring=now.ring, address_by_name=now.address_by_name, former=(former,))
-            )
-            setup.peers[C].told.clear()
-            await setup.forwarder.invalidate([token])
-            assert setup.peers[C].told == [token]
-
-
-async def test_a_new_owner_that_cannot_be_reached_is_asked_nothing_before_it_has_dropped_its_copies(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("cluster.forward._MAX_CHANGED", 1)
-    async with forwarding() as setup:
-        setup.peers[B].is_slow = True
-        setup.forwarder.changed(["a", "b"])
-        setup.forwarder.follow(view(ME, B))
-        await asyncio.sleep(0)
-        with pytest.raises(PeerSkipped):
-            await setup.ask(B)
-        setup.peers[B].may_answer.set()
-
-        await until(lambda: setup.peers[B].drops_everything >= 1)
-
-
-async def test_a_change_older_than_any_copy_is_not_delivered() -> None:
-    async with forwarding(remember_s=0.3) as setup:
-        setup.peers[B].fails_with = PeerUnreachable
-        await setup.forwarder.invalidate_everywhere(["old"])
-        await asyncio.sleep(0.4)
-        setup.peers[B].fails_with = None
-        await until(lambda: setup.forwarder.breaker_states()[B] is BreakerState.CLOSED)
-
-        assert setup.peers[B].told == []
-
-
-async def test_a_peer_that_missed_too_much_drops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.owner._MAX_PENDING", 2)
-    async with forwarding() as setup:
-        setup.peers[B].fails_with = PeerUnreachable
-        await setup.forwarder.invalidate_everywhere(["a", "b", "c"])
-        setup.peers[B].fails_with = None
-        await until(lambda: setup.peers[B].drops_everything == 1)
-
-        assert (await setup.ask()).code == 0
-
-
-async def test_owners_get_invalidations_of_their_own_tokens_only() -> None:
-    async with forwarding() as setup:
-        tokens = [owned_by(name) for name in (ME, B, C)]
-        await setup.forwarder.invalidate(tokens)
-
-        assert (setup.peers[B].told, setup.peers[C].told) == ([tokens[1]], [tokens[2]])
-
-
-async def test_new_owners_drop_what_changed_lately() -> None:
-    async with forwarding() as setup:
-        setup.forwarder.follow(view(ME, B))
-        token = owned_by(C)
-        setup.forwarder.changed([token])
-        setup.forwarder.follow(view(ME, B, C))
-
-        await until(lambda: setup.peers[C].told == [token])
-        assert setup.peers[B].told == []
-
-
-async def test_new_owners_drop_everything_where_too_much_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.forward._MAX_CHANGED", 1)
-    async with forwarding() as setup:
-        setup.peers[B].fails_with = PeerUnreachable
-        setup.forwarder.changed(["a", "b"])
-        setup.forwarder.follow(view(ME, B))
-
-        await until(lambda: setup.peers[C].drops_everything == 1)
-        assert setup.suspicious.names == [B]
-
-
-async def test_the_first_view_is_a_change_too() -> None:
-    peers = {B: Peer()}
-    fakes: Any = FakePeers(peers)
-    forwarder = Forwarder(fakes, storage_now_us=storage_now_us, remember_s=5.0)
-    await forwarder.invalidate_everywhere(["t"])
-    await forwarder.invalidate(["t"])
-    forwarder.changed(["t"])
-    forwarder.follow(view(B, members=[B]))
-
-    await until(lambda: peers[B].told != [])
-    await forwarder.close()
-
-    assert peers[B].told == ["t"]
 
 
 async def test_a_new_peer_may_be_asked_while_an_old_ones_stream_ends() -> None:
@@ -436,7 +390,7 @@ async def test_a_write_may_be_repeated_when_the_owner_has_stopped_trying() -> No
         setup.peers[B].fails_with = PeerUnreachable
         item = pb.Item(method="Abandon")
         with pytest.raises(PeerUnreachable):
-            await setup.forwarder.ask(B, item, written="t", deadline=NO_DEADLINE)
+            await setup.forwarder.ask(B, item, is_write=True, deadline=NO_DEADLINE)
         assert storage_now_us() < item.deadline_us
         await setup.forwarder.wait_until_expired(item)
         assert storage_now_us() >= item.deadline_us
@@ -448,7 +402,7 @@ async def test_a_write_may_be_repeated_when_the_owner_has_stopped_trying() -> No
 
 async def test_alone_it_sets_no_timer() -> None:
     fakes: Any = FakePeers({})
-    forwarder = Forwarder(fakes, storage_now_us=storage_now_us, remember_s=5.0)
+    forwarder = Forwarder(fakes, storage_now_us=storage_now_us)
     forwarder.follow(view(ME, members=[]))
     running = asyncio.create_task(forwarder.run())
     await asyncio.sleep(0.05)

@@ -14,7 +14,7 @@ from cluster import wire
 from cluster.errors import MalformedPacket, PeerRefused, PeerTimeout, PeerUnreachable
 from cluster.gossip import Gossip
 from cluster.identity import Identity
-from cluster.member import EventKind, Kind, Member, Packet, Phase, State, Update
+from cluster.member import EventKind, Kind, Member, Packet, Phase, Send, State, Update
 from cluster.swim import Settings
 from cluster.view import View
 
@@ -32,6 +32,7 @@ class FakePeers:
         self.forgotten: list[str] = []
         # By address: who proves to be there when asked for the first time.
         self.proving: dict[str, Member] = {}
+        self.sockets: dict[str, str] = {}  # of other processes of this daemon, by address
 
     async def call(self, address: str, _method: str, body: bytes, **_: object) -> bytes:
         self.called.append(address)
@@ -44,6 +45,9 @@ class FakePeers:
 
     async def keep_connected(self, _address: str, _lost: object) -> None:
         await asyncio.Event().wait()
+
+    def socket_at(self, address: str) -> str:
+        return self.sockets.get(address, "")
 
     def forget(self, address: str) -> None:
         self.forgotten.append(address)
@@ -108,7 +112,7 @@ async def test_without_seeds_a_node_owns_everything_and_sets_no_timer() -> None:
 
         assert one.view.is_alone
         assert one.view.is_active
-        assert one.view.former == ()
+        assert one.view.former == (None,)
         assert timers() == []
         assert one.peers.called == []
 
@@ -142,20 +146,29 @@ async def test_a_stalled_loop_is_noticed_and_the_inbox_read_first() -> None:
         await until(lambda: one._due_s > 0.0)
 
 
-async def test_what_came_to_this_node_by_a_new_ring_has_not_settled_for_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(shell, "SETTLE_S", 0.2)
+def owners(view: View) -> list[tuple[str, ...] | None]:
+    return [None if ring is None else ring.nodes for ring in view.former]
+
+
+async def test_what_came_to_this_node_by_a_new_ring_has_not_settled_before_it_is_told() -> None:
     async with gossiping() as one:
         await until(lambda: one.view.is_active)
+        first = one.view
+        one.settle(first)
+        assert one.view.former == ()
         one.hear(Packet(Kind.SYNC, OTHER))
         await until(lambda: len(one.view.ring.nodes) == 2)
-        assert [ring.nodes for ring in one.view.former] == [(ME.name,)]
+        assert owners(one.view) == [(ME.name,)]
+        second = one.view
         one.hear(Packet(Kind.GOSSIP, OTHER._replace(incarnation=1, state=State.LEFT), target=ME.name))
         await until(lambda: len(one.view.ring.nodes) == 1)
-        assert [len(ring.nodes) for ring in one.view.former] == [1, 2]
+        assert owners(one.view) == [(ME.name,), (ME.name, OTHER.name)]
+        for former in (first, second):
+            one.settle(former)
+        assert len(one.view.former) == 2
 
-        await until(lambda: one.view.former == ())
+        one.settle(one.view)
+        assert one.view.former == ()
         assert one.views[-1] is one.view
 
 
@@ -165,7 +178,8 @@ async def test_a_node_that_joins_owned_nothing_before() -> None:
         await until(lambda: one.view.is_active)
 
         assert one.view.ring.nodes == (ME.name, OTHER.name)
-        assert all(ring.owner(str(number)) == OTHER.name for ring in one.view.former for number in range(9))
+        assert owners(one.view)[0] is None
+        assert not any(one.view.owns(str(number)) for number in range(9))
 
 
 async def test_former_rings_are_kept_within_a_bound() -> None:
@@ -176,7 +190,8 @@ async def test_former_rings_are_kept_within_a_bound() -> None:
             one.hear(Packet(Kind.SYNC, OTHER._replace(name=name, address=name)))
             await until(lambda count=number: len(one.view.ring.nodes) == count + 2)  # type: ignore[misc]
 
-        assert len(one.view.former) == 4
+        assert len(one.view.former) <= 4
+        assert one.view.former[0] is None
 
 
 async def test_when_no_seed_answers_a_node_serves_alone_and_goes_on_asking() -> None:
@@ -185,6 +200,19 @@ async def test_when_no_seed_answers_a_node_serves_alone_and_goes_on_asking() -> 
 
         assert one.view.is_alone
         await until(lambda: one.peers.called.count("127.0.0.1:3") >= 2)
+
+
+@pytest.mark.parametrize(("sibling", "levels"), [("", ["WARNING"]), ("/s/peers-2", ["DEBUG"])])
+async def test_the_silence_of_a_process_of_the_same_daemon_is_no_news(
+    sibling: str, levels: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    async with gossiping("127.0.0.1:2") as one:
+        one.peers.sockets = {"127.0.0.1:2": sibling}
+        await until(lambda: one.view.is_active)
+
+    found = [record.levelname for record in caplog.records if record.msg == "no_seed_answers"]
+    assert found == levels
 
 
 @pytest.mark.parametrize("seed", ["a..b:80", f"{'x' * 70}.local:80"])
@@ -202,7 +230,7 @@ async def test_another_sign_while_a_member_is_dialled_leads_to_another_dial(
 
     async with gossiping() as one:
 
-        async def is_refused(address: str) -> bool:
+        async def is_refused(address: str, _: str) -> bool:
             dialled.append(address)
             if len(dialled) == 1:
                 # A process that ends may close its connections before its port.
@@ -226,7 +254,7 @@ async def test_a_member_of_which_there_was_one_sign_is_dialled_once(
 ) -> None:
     dialled: list[str] = []
 
-    async def is_refused(address: str) -> bool:
+    async def is_refused(address: str, _: str) -> bool:
         dialled.append(address)
         return False
 
@@ -297,6 +325,26 @@ async def test_nothing_is_sent_after_the_end() -> None:
         assert called >= 1
         assert len(one.peers.called) == called
         assert timers() == []
+
+
+async def test_a_member_that_answers_after_a_lost_packet_is_told_of() -> None:
+    async with gossiping() as one:
+        await one.meet(OTHER)
+        heard: list[str] = []
+        one.on_answering = heard.append
+        ping = Send(OTHER.address, Packet(Kind.PING, ME, target=OTHER.name, sequence=5))
+        for _ in range(2):
+            # The shell's own packets have found no peer, so only the second answer follows another.
+            heard.clear()
+            one.peers.proving[OTHER.address] = OTHER
+            await one._deliver(ping)
+        assert heard == []
+        one.peers.fails_with = PeerTimeout("no answer in time")
+        await one._deliver(ping)
+        one.peers.proving[OTHER.address] = OTHER
+        await one._deliver(ping)
+
+        assert heard == [OTHER.name]
 
 
 async def test_the_name_at_an_address_is_that_of_the_live_member_there() -> None:

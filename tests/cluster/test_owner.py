@@ -12,6 +12,7 @@ from cluster import owner as owners
 from cluster.errors import PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.owner import Owner
 from cluster.peerpb import peer_pb2 as pb
+from cluster.timing import TRY_S
 
 ADDRESS = "10.0.0.1:1"
 
@@ -60,18 +61,8 @@ def owner(sender: Sender) -> Owner:
     return Owner(sender.forward, sender.notify)
 
 
-async def ask(owner: Owner, method: str = "Get", *, is_write: bool = False, try_s: float = 5.0) -> object:
+async def ask(owner: Owner, method: str = "Get", *, is_write: bool = False, try_s: float = TRY_S) -> object:
     return await owner.forward(pb.Item(method=method), is_write=is_write, try_s=try_s)
-
-
-async def test_a_peer_may_be_asked_while_it_answers_and_has_missed_nothing(owner: Owner) -> None:
-    assert owner.may_be_asked
-    owner.pending.add(["t"], now=1.0)
-    assert not owner.may_be_asked
-    owner.pending.forget(before=2.0)
-    owner.breaker.broke(now=1.0)
-
-    assert not owner.may_be_asked
 
 
 async def test_a_read_and_a_write_never_share_a_batch(owner: Owner, sender: Sender) -> None:

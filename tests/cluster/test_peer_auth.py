@@ -208,6 +208,16 @@ def test_keys_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(callee._keys) == 2
 
 
+def test_a_trusted_way_needs_no_proof_and_others_still_do() -> None:
+    callee = PeerAuth([SECRET], process=bytes(16), trusted_peer="unix")
+
+    assert check(callee, None, peer="unix") is NO_KEY
+    with pytest.raises(UnauthenticatedPeer):
+        check(callee, None, peer=PEER)
+    with pytest.raises(UnauthenticatedPeer):
+        check(node(SECRET), None, peer="unix")
+
+
 @pytest.mark.parametrize(
     "peer", ["127.0.0.1:4000", "127.8.8.8:1", "[::1]:4000", "%5B::1%5D:4000", "[::ffff:127.0.0.1]:1"]
 )
@@ -371,3 +381,31 @@ def test_a_loopback_address_is_this_host(host: str) -> None:
 @pytest.mark.parametrize("host", ["192.0.2.1", "::ffff:192.0.2.1", "localhost.example", ""])
 def test_any_other_host_may_be_another_one(host: str) -> None:
     assert not peer_auths.is_loopback(host)
+
+
+def test_secrets_are_renewed_without_refusing_calls_on_connections_of_either_secret() -> None:
+    caller, callee = node(SECRET), node(SECRET)
+    old_key = greeted(caller, callee)
+    check(callee, signed(old_key))
+
+    for one in (caller, callee):
+        one.renew([NEXT, SECRET])
+    new_key = greeted(caller, callee)
+    for key in (old_key, new_key, old_key, new_key):
+        check(callee, signed(key))
+
+    callee.renew([NEXT])
+    check(callee, signed(new_key))
+    with pytest.raises(UnauthenticatedPeer):
+        check(callee, signed(old_key))
+
+
+@pytest.mark.parametrize(("before", "after"), [((SECRET,), ()), ((), (SECRET,))])
+def test_secrets_are_neither_begun_nor_given_up_while_a_node_runs(
+    before: tuple[bytes, ...], after: tuple[bytes, ...]
+) -> None:
+    one = node(*before)
+
+    with pytest.raises(ValueError, match="secret"):
+        one.renew(after)
+    assert one.has_secret == bool(before)

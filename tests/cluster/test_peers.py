@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ import pytest
 from clusters import free_ports
 
 from cluster.errors import PeerRefused, PeerTimeout, PeerUnproven, PeerUnreachable, UnauthenticatedPeer
-from cluster.peer_auth import METADATA_KEY, PeerAuth, PeerKey
+from cluster.peer_auth import METADATA_KEY, NO_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import ChannelKind, ForwardStream, Peers, is_refused
 
@@ -51,6 +52,7 @@ class Echo(grpc.GenericRpcHandler):
 
     def __init__(self, secret: bytes = SECRET) -> None:
         self.forges = ""
+        self.is_trusting = False  # it takes calls without a proof
         self.received: list[bytes] = []
         self._auth = PeerAuth([secret], process=os.urandom(16))
 
@@ -83,6 +85,9 @@ class Echo(grpc.GenericRpcHandler):
         return pb.SealedAnswer(answer=answer, seal=seal).SerializeToString()
 
     def _key(self, signature: str, method: str, message: bytes) -> PeerKey:
+        if self.is_trusting:
+            assert signature == ""
+            return NO_KEY
         return self._auth.check(
             signature, method, message, certificate_names=(), peer="127.0.0.1:1", now_ms=now_ms()
         )
@@ -252,6 +257,28 @@ async def test_each_loss_of_a_connection_is_told(setup: Setup) -> None:
 
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_process_of_the_same_daemon_is_called_through_its_socket_without_proof(
+    tmp_path: Path,
+) -> None:
+    echo, path = Echo(secret=b"another"), str(tmp_path / "peers-2")
+    echo.is_trusting = True
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((echo,))
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    stats = {method: Stats() for method in METHODS}
+    auth = PeerAuth([SECRET], process=os.urandom(16))
+    peers = Peers(auth, stats, socket_at=lambda address: path if address == "192.0.2.1:1" else "")
+    setup = Setup(peers, "192.0.2.1:1", stats, server, echo)
+
+    assert await setup.call(b"hello") == b"hello"
+    assert await setup.open_stream().ask(b"batch", timeout_s=5) == b"batch"
+    assert not await is_refused(setup.address, path)
+    await peers.close()
+    await server.stop(None)
+    assert await is_refused(setup.address, path)
 
 
 async def test_only_a_host_that_says_so_has_refused(setup: Setup) -> None:

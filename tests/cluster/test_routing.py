@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 
 import pytest
 
 from cluster.ring import Ring
-from cluster.routing import CACHED, UNCACHED, Forward, peers_with_copies, route
+from cluster.routing import CACHED, UNCACHED, Forward, route
 from cluster.view import View, alone
 
 NODES = ("a:1", "b:1", "c:1")
@@ -73,44 +73,24 @@ def test_a_token_that_stays_is_kept_while_others_come() -> None:
         assert (route(last, token, hops_left=1) is CACHED) == was_mine
 
 
-def dialled(me: str, *, former: tuple[Ring, ...] = (), nodes: tuple[str, ...] = NODES) -> View:
-    return View(
-        me=me, ring=Ring(nodes), address_by_name={name: name for name in NODES if name != me}, former=former
-    )
+def test_what_a_node_owned_before_it_owned_nothing_has_not_settled() -> None:
+    young = View(me="a:1", ring=Ring(NODES), address_by_name={}, former=(Ring(NODES), None))
+
+    assert not any(young.owns(f"token-{number}") for number in range(100))
+    assert route(alone("a:1", is_active=True), "token", hops_left=0) is CACHED
+    assert route(replace(alone("a:1", is_active=True), former=(None,)), "token", hops_left=0) is UNCACHED
 
 
-def test_the_owner_of_a_token_may_have_a_copy_and_no_other_peer() -> None:
-    now = dialled("a:1")
-    for token in (f"token-{number}" for number in range(100)):
-        owner = now.ring.owner(token)
+def test_a_node_shows_a_ring_only_while_it_owns_tokens_by_it() -> None:
+    on_it = view("a:1")
 
-        assert peers_with_copies(now, [token]) == ({} if owner == "a:1" else {owner: [token]})
-
-
-def test_the_owner_by_a_former_ring_may_have_a_copy_too() -> None:
-    former = Ring(("c:1",))
-    now = dialled("a:1", former=(former,), nodes=("a:1", "b:1"))
-    token = next(token for token in map(str, range(100)) if now.ring.owner(token) == "b:1")
-
-    assert list(peers_with_copies(now, [token])) == ["b:1", "c:1"]
+    assert on_it.routed == view("b:1").routed == Ring(NODES).fingerprint
+    assert view("d:1").routed == ""
+    assert replace(on_it, is_active=False).routed == ""
 
 
-def test_a_former_owner_that_is_gone_is_no_peer() -> None:
-    now = dialled("a:1", former=(Ring(("gone:1",)),), nodes=("a:1",))
+def test_a_node_that_joins_owns_no_token() -> None:
+    joining = replace(view("a:1"), is_active=False)
 
-    assert peers_with_copies(now, ["token"]) == {}
-
-
-def test_any_peer_may_have_a_copy_of_what_has_no_token() -> None:
-    assert peers_with_copies(dialled("a:1"), ["\0id"]) == {"b:1": ["\0id"], "c:1": ["\0id"]}
-
-
-def test_tokens_of_one_peer_are_grouped() -> None:
-    now = dialled("a:1")
-    tokens = [f"token-{number}" for number in range(100)]
-    tokens_by_peer = peers_with_copies(now, tokens)
-
-    assert tokens_by_peer.keys() == {"b:1", "c:1"}
-    assert sorted(itertools.chain.from_iterable(tokens_by_peer.values())) == sorted(
-        token for token in tokens if now.ring.owner(token) != "a:1"
-    )
+    assert not any(joining.owns(f"token-{number}") for number in range(100))
+    assert not alone("a:1", is_active=False).owns("token")

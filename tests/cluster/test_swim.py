@@ -865,3 +865,23 @@ def test_the_gone_are_forgotten_in_their_time_or_when_there_are_too_many() -> No
         few.receive(gossip(A, Update(member(f"n{number}", state=State.DEAD))), now=NOW_S)
     few.tick(now=NOW_S + 15.0)
     assert few.table.gone == ["n7", "n8", "n9"]
+
+
+def test_a_public_address_survives_nodes_that_do_not_know_the_field() -> None:
+    told = A._replace(public="clients:1")
+    one = swim(B)
+
+    # First by a node of an older release, which leaves the field out; then by the member itself.
+    one.receive(gossip(B, Update(A)), now=NOW_S)
+    one.receive(gossip(told), now=NOW_S)
+    assert one.table.get("a") == told
+
+    # A newer claim that an older node has passed on.
+    one.receive(gossip(B, Update(A._replace(incarnation=1))), now=NOW_S)
+    assert one.table.get("a") == told._replace(incarnation=1)
+
+    # Another process of that name says it for itself.
+    one.receive(gossip(A._replace(generation=8, instance=1)), now=NOW_S)
+    held = one.table.get("a")
+    assert held is not None
+    assert not held.public

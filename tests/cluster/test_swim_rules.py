@@ -28,7 +28,7 @@ def methods_with(text: str) -> set[str]:
 @pytest.mark.parametrize(
     ("text", "methods"),
     [
-        ("self.table.put(", {"_store"}),
+        ("self.table.put(", {"_store", "_complete"}),
         ("self.table.forget(", {"_forget"}),
         ("self._store(", {"__init__", "_believe", "_end_suspicions", "_bump_incarnation"}),
         ("self.me = ", {"__init__", "_bump_incarnation"}),

@@ -23,6 +23,11 @@ def views(*memberships: tuple[Member, ...], me: Member = A) -> View:
     return view
 
 
+def owners(view: View) -> list[tuple[str, ...] | None]:
+    """The nodes of the former rings; None: a time in which this node owned nothing."""
+    return [None if ring is None else ring.nodes for ring in view.former]
+
+
 def test_only_members_that_own_tokens_are_on_the_ring() -> None:
     leaving, suspect, dead = (
         member("c", phase=Phase.LEAVING),
@@ -49,54 +54,68 @@ def test_a_node_without_any_owner_is_on_its_own_ring() -> None:
     assert view.former == ()
 
 
-def test_a_first_node_that_found_no_other_has_no_former_ring() -> None:
+def test_a_first_node_that_found_no_other_had_owned_nothing() -> None:
     view = next_view(alone(A.name, is_active=False), A, [A])
 
     assert view.is_active
-    assert view.former == ()
+    assert view.former == (None,)
+    assert not view.owns("token")
+    assert settled(view).owns("token")
 
 
 def test_the_last_ring_becomes_a_former_one() -> None:
     view = views((A, B), (A, B, C))
 
-    assert [ring.nodes for ring in view.former] == [("a:1",), ("a:1", "b:1")]
+    assert owners(view) == [("a:1",), ("a:1", "b:1")]
 
 
 def test_the_same_ring_keeps_the_former_ones() -> None:
     moved = B._replace(address="10.9.9.9:1")
     view = views((A, B), (A, moved))
 
-    assert [ring.nodes for ring in view.former] == [("a:1",)]
+    assert owners(view) == [("a:1",)]
     assert view.address_by_name == {B.name: "10.9.9.9:1"}
 
 
 def test_a_node_that_joined_had_owned_nothing() -> None:
     view = next_view(alone(A.name, is_active=False), A, [A, B, C])
 
-    assert [ring.nodes for ring in view.former] == [("b:1", "c:1")]
+    assert owners(view) == [None]
 
 
-def test_a_node_that_knows_peers_while_it_joins_has_their_ring_as_former() -> None:
+def test_a_node_that_knows_peers_while_it_joins_has_owned_nothing_by_their_ring() -> None:
     joining = next_view(alone(A.name, is_active=False), JOINING, [JOINING, B])
     view = next_view(joining, A, [A, B])
 
     assert joining.ring.nodes == ("b:1",)
-    assert [ring.nodes for ring in view.former] == [("b:1",), ("b:1",)]
+    assert owners(view) == [None, None]
+    assert not any(view.owns(str(number)) for number in range(100))
 
 
-def test_a_node_whose_peers_go_while_it_joins_has_no_former_ring() -> None:
+def test_a_node_whose_peers_go_while_it_joins_owns_nothing_yet() -> None:
     joining = next_view(alone(A.name, is_active=False), JOINING, [JOINING, B])
     view = next_view(joining, JOINING, [JOINING, B._replace(state=State.DEAD)])
 
     assert view.is_alone
-    assert view.former == ()
+    assert not view.owns("token")
 
 
-def test_former_rings_are_bounded_and_the_oldest_goes_first() -> None:
+def test_a_node_that_leaves_owns_nothing_and_may_be_taken_for_an_owner_still() -> None:
+    leaving = A._replace(phase=Phase.LEAVING)
+    view = next_view(views((A, B)), leaving, [leaving, B])
+
+    assert (view.routed, view.ring.nodes) == ("", ("b:1",))
+    assert owners(view) == [("a:1",), ("a:1", "b:1")]
+
+
+def test_more_former_rings_than_are_kept_count_as_a_time_without_tokens() -> None:
     memberships = [(A, *map(member, "bcdefgh"[:count])) for count in range(1, 8)]
-    view = views(*memberships)
 
-    assert [len(ring.nodes) for ring in view.former] == [4, 5, 6, 7]
+    assert [owners(views(*memberships[:count])) for count in (4, 5, 6)] == [
+        [("a:1",), ("a:1", "b:1"), ("a:1", "b:1", "c:1"), ("a:1", "b:1", "c:1", "d:1")],
+        [None],
+        [None, ("a:1", "b:1", "c:1", "d:1", "e:1", "f:1")],
+    ]
 
 
 def test_a_settled_view_differs_in_its_former_rings_alone() -> None:

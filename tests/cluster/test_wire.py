@@ -25,6 +25,7 @@ MEMBERS = st.builds(
     state=st.sampled_from(State),
     phase=st.sampled_from(Phase),
     instance=st.integers(0, 2**63 - 1),
+    public=st.one_of(st.just(""), NAMES),
 )
 UPDATES = st.lists(st.builds(Update, MEMBERS, NAMES, st.booleans()), max_size=3).map(tuple)
 HASHES = st.integers(0, 2**64 - 1)
@@ -133,7 +134,7 @@ def test_a_name_is_printable(name: str) -> None:
 
 def test_the_longest_table_fits_into_a_request() -> None:
     name = f"{'n' * 253}:65535"
-    longest = Member(name, name[1:] + "5", 2**62 - 1, 2**62 - 1, State.LEFT, Phase.LEAVING, 2**63 - 1)
+    longest = Member(name, name[1:] + "5", 2**62 - 1, 2**62 - 1, State.LEFT, Phase.LEAVING, 2**63 - 1, name)
     packet = Packet(Kind.SYNC, longest, table=(Update(longest, name, is_refused=True),) * 100)
 
     assert len(wire.request(packet, ORIGIN)) <= wire.max_request_bytes(100)

@@ -26,6 +26,7 @@ class AnyCall:
     peer = "192.0.2.1:1"
     deadline = NO_DEADLINE
     certificate_names = ()
+    owner: str | None = None
 
     def __init__(self, authorization: str) -> None:
         self._authorization = authorization

@@ -13,7 +13,7 @@ import h2.config
 import h2.connection
 import h2.events
 import pytest
-from mnemosynerpc.session_pb2 import ExistsRequest, StartRequest
+from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, StartRequest
 from mnemosynerpc.session_pb2 import Session as WireSession
 from serving import ENGINES, Node, serving
 
@@ -21,7 +21,9 @@ from http2.messages import framed
 from mnemosyned.storage.memory import MemoryStore
 
 EXISTS = framed(ExistsRequest(access_token="t").SerializeToString())
-OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "4", "8", "12", "13"
+OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = (
+    "0", "3", "4", "8", "12", "13",
+)  # fmt: skip
 Headers = list[tuple[str, str]]
 _FRAME_BYTES = 16_000
 
@@ -145,8 +147,27 @@ async def test_an_error_carries_its_text(client: Client) -> None:
     assert answer.headers["grpc-message"] == "mnemosyned: missing access token"
 
 
-async def test_content_types_with_a_subtype_are_grpc(client: Client) -> None:
-    assert (await client.ask(EXISTS, content_type="application/grpc+proto")).status == OK
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/grpc+proto",
+        "Application/GRPC",
+        "APPLICATION/gRPC+Proto",
+        "application/grpc;charset=utf-8",
+        "application/grpc ; charset=utf-8",
+    ],
+)
+async def test_content_types_of_grpc_are_taken_in_any_case(client: Client, content_type: str) -> None:
+    assert (await client.ask(EXISTS, content_type=content_type)).status == OK
+
+
+@pytest.mark.parametrize("body", [b"", EXISTS[:3], EXISTS[:-1]])
+async def test_a_call_without_a_whole_message_is_refused_at_once(client: Client, body: bytes) -> None:
+    async with asyncio.timeout(2):
+        answer = await client.ask(body)
+
+    assert answer.status in {UNIMPLEMENTED, INTERNAL}
+    assert (await client.ask(EXISTS)).status == OK
 
 
 async def test_a_compressed_message_by_hand_is_answered(client: Client) -> None:
@@ -213,9 +234,42 @@ async def test_a_client_that_takes_no_trailers_is_told(strict_client: Client) ->
     assert (await strict_client.ask(EXISTS, without="te")).status == UNIMPLEMENTED
 
 
-@pytest.mark.parametrize("value", ["5", "1.5S", "-1S", "S"])
-async def test_a_malformed_timeout_is_refused(strict_client: Client, value: str) -> None:
-    assert (await strict_client.ask(EXISTS, extra=[("grpc-timeout", value)])).status == INTERNAL
+MALFORMED_TIMEOUTS = ["", "5", "1.5S", "-1S", "+1S", "S", "1s", "1x", "1 S", "123456789S", "0x1S", "\u0661S"]
+
+
+@pytest.mark.parametrize("value", MALFORMED_TIMEOUTS)
+async def test_a_malformed_timeout_is_an_invalid_argument_whatever_the_cache_has(
+    strict_client: Client, value: str
+) -> None:
+    message = StartRequest(session=WireSession(subject_id="s", access_token="t"))
+    await strict_client.ask(framed(message.SerializeToString()), method="Start")
+    cached = framed(GetRequest(access_token="t").SerializeToString())
+    assert (await strict_client.ask(cached, method="Get")).status == OK
+    extra = [("grpc-timeout", value)]
+
+    # Also a second value, which a proxy may go by.
+    for headers in (extra, [("grpc-timeout", "5S"), *extra]):
+        for body, method in ((cached, "Get"), (EXISTS, "Exists"), (b"", "Context")):
+            answer = await strict_client.ask(body, method=method, extra=headers)
+            assert answer.status == INVALID_ARGUMENT
+            assert answer.headers["grpc-message"] == "mnemosyned: malformed grpc-timeout"
+    assert (await strict_client.ask(cached, method="Get")).status == OK
+
+
+@pytest.mark.parametrize("value", ["", "5", "1.5S", "-1S", "S", "1x"])
+async def test_no_engine_runs_a_call_with_a_malformed_timeout(client: Client, value: str) -> None:
+    # grpcio's core answers INTERNAL, before this daemon sees the call.
+    answer = await client.ask(EXISTS, extra=[("grpc-timeout", value)])
+
+    assert answer.status in {INVALID_ARGUMENT, INTERNAL}
+    assert (await client.ask(EXISTS)).status == OK
+
+
+@pytest.mark.parametrize("value", ["0S", "00000000n"])
+async def test_a_timeout_of_zero_has_passed(client: Client, value: str) -> None:
+    answer = await client.ask(EXISTS, extra=[("grpc-timeout", value)])
+
+    assert answer.was_reset or answer.status == DEADLINE_EXCEEDED
 
 
 async def test_a_timeout_that_has_passed_already_ends_a_call_that_must_wait(

@@ -7,7 +7,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +25,8 @@ pytestmark = pytest.mark.timeout(120)
 needs_network = pytest.mark.skipif(not IS_POSSIBLE, reason="network namespaces need root, ip and nft")
 
 MakeCluster = Callable[..., Cluster]
+# The callers share the machine with the nodes, and may be late to see that one is about to stop.
+SLOW_DRAIN = "-drain.delay=1s"
 TOUCHES = 'mnemosyned_storage_postgres_queries_total{query="touch"}'
 
 
@@ -121,7 +122,7 @@ async def test_no_call_fails_while_a_node_stands_still(make_cluster: MakeCluster
 
 
 async def test_no_call_fails_in_a_rolling_restart(make_cluster: MakeCluster) -> None:
-    cluster = await started(make_cluster(5))
+    cluster = await started(make_cluster(5, SLOW_DRAIN))
     outcome = await scenarios.restart_each(cluster)
 
     assert not outcome.failures, outcome.report
@@ -165,6 +166,7 @@ async def test_no_call_fails_when_every_node_is_replaced_at_another_address(
     spread: Cluster, network: Network
 ) -> None:
     cluster = spread
+    cluster.flags = (SLOW_DRAIN,)
     # As pods have it: one name for all, which is this node's own as well.
     cluster.seeds = [f"{EVERYBODY}:7000"]
     await started(cluster)
@@ -210,7 +212,7 @@ async def test_errors_of_the_owner_reach_the_caller_as_they_are(make_cluster: Ma
     assert all(metric(daemon, "mnemosyned_cluster_forwards_total") for daemon in cluster.daemons.values())
 
 
-async def test_what_moves_to_another_owner_is_dropped_and_its_expiry_written(
+async def test_the_expiry_of_what_moves_to_another_owner_is_written(
     make_cluster: MakeCluster,
 ) -> None:
     cluster = make_cluster(2, "-ttl=10h", "-touch.interval=1h")
@@ -225,7 +227,6 @@ async def test_what_moves_to_another_owner_is_dropped_and_its_expiry_written(
     kept = [token for token in tokens if cluster.page(first, f"?token={token}")["owner"] == first]
 
     assert 0 < len(kept) < len(tokens)
-    await until(lambda: metric(cluster.daemons[first], "mnemosyned_cache_entries") == len(kept))
     await until(lambda: metric(cluster.daemons[first], TOUCHES) > 0)
     after = await stored_expiries(cluster)
     assert all(then < now for then, now in zip(before, after, strict=True))
@@ -248,8 +249,8 @@ async def test_a_node_whose_seeds_are_away_serves_alone_and_joins_when_they_come
     cluster = make_cluster(2)
     early, late = cluster.names
     daemon = cluster.launch(early, seeds=[late])
+    await asyncio.to_thread(daemon.wait_for, "no_seed_answers")
     token = start(await asyncio.to_thread(daemon.serving))
-    daemon.wait_for("no_seed_answers")
     await asyncio.to_thread(cluster.launch(late, seeds=[]).serving)
 
     await cluster.rings_equal(cluster.names)
@@ -262,12 +263,12 @@ async def test_a_node_is_not_ready_before_it_knows_whom_to_tell_of_writes(make_c
     # A seed that takes connections and says nothing.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         daemon = cluster.launch(name, seeds=[f"127.0.0.1:{silent.getsockname()[1]}"])
-        await asyncio.to_thread(daemon.serving)
-        await until(lambda: daemon.http("/healthr")[0] == 200)
-        ready = datetime.now(tz=UTC)
-        gave_up = datetime.fromisoformat(daemon.wait_for("no_seed_answers")["ts"])
+        await asyncio.to_thread(daemon.listening)
+        gave_up = await asyncio.to_thread(daemon.wait_for, "no_seed_answers")
+        serving = await asyncio.to_thread(daemon.wait_for, "serving")
+        assert daemon.http("/healthr")[0] == 200
 
-    assert gave_up <= ready
+    assert gave_up["ts"] <= serving["ts"]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +317,7 @@ async def test_a_node_without_a_secret_warns_and_one_without_seeds_is_silent(pos
         with Daemon(
             f"-postgres.address={postgres_dsn}", "-cluster.listen=127.0.0.1:1", "-cluster.seeds=127.0.0.1:2"
         ) as daemon:
-            assert daemon.serving().wait_for("cluster_without_secret")["peers_from"] == "this host only"
+            assert daemon.listening().wait_for("cluster_without_secret")["peers_from"] == "this host only"
         token = start(lone)
 
         assert get(lone, token).access_token == token

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mnemosynerpc.session_pb2 import Session
 
+from aio.steps import finished
 from mnemosyned.errors import InvalidArgument
 from mnemosyned.sessions import bag
 
@@ -122,9 +123,10 @@ def test_a_full_bag_takes_new_values_but_no_new_keys() -> None:
 def test_a_bag_over_a_limit_is_refused(values: dict[str, str], complaint: str) -> None:
     limits = bag.BagLimits(entries=2, key_bytes=5, value_bytes=9)
 
-    assert limits.checked({"żżx": "żżżżx", "": ""})
+    within = {"żżx": "żżżżx", "": ""}
+    assert finished(limits.encoding(within)) == limits.encoded_at_once(within) == bag.encode(within)
     with pytest.raises(InvalidArgument, match=complaint):
-        limits.checked(values)
+        finished(limits.encoding(values))
 
 
 @pytest.mark.parametrize("stored", damaged.BAGS.values(), ids=damaged.BAGS)
@@ -166,3 +168,34 @@ def test_lower_limits_make_no_stored_bag_unreadable_and_higher_ones_allow_more()
     assert bag.BagLimits(entries=20_000).of_stored().entries == 20_000
     stored = damaged.BAGS["too many entries"]
     assert bag.checked_fields(stored, bag.BagLimits(entries=20_000)) == stored
+
+
+def in_steps(limits: bag.BagLimits, values: dict[str, str]) -> bytes:
+    assert limits.encoded_at_once(values) is None
+    return finished(limits.encoding(values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {f"ż{number}": "v" * (number % 50) for number in range(3000)},
+        {chr(number): "" for number in (*range(1, 0xD800, 97), *range(0xE000, 0x11_0000, 997))},
+        {"k": "é" * 300_000, "": "x" * 70_000, "a": ""},
+    ],
+    ids=["many", "keys of any character", "large"],
+)
+def test_a_large_bag_in_steps_is_the_same_bag(values: dict[str, str]) -> None:
+    stored = in_steps(bag.DEFAULT_LIMITS, values)
+
+    assert stored == bag.encode(values)
+    assert sum(1 for _ in bag.encoding(values)) >= 2
+    assert bag.decode(stored) == values
+
+
+@given(st.dictionaries(st.text(max_size=200), st.text(max_size=300), max_size=20), st.text(), st.text())
+def test_an_open_bag_knows_its_length(values: dict[str, str], key: str, value: str) -> None:
+    opened = finished(bag.opening(bag.encode(values)))
+    changed = opened.put(key, value, max_entries=100)
+
+    assert changed == values | {key: value}
+    assert opened._size_bytes == len(finished(opened.encoding())) == len(bag.encode(changed))

@@ -1,21 +1,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
+from serving import kept
 from stores import new
 
-from aio.deadline import NO_DEADLINE, Deadline
 from cache.lru import Lru, Slot
 from cache.read_through import ReadThrough
-from mnemosyned.errors import MnemosyneError, SessionNotFound, StorageUnavailable
-from mnemosyned.sessions.coherence import Coherence, TokenIndex, Written
+from mnemosyned.errors import DeadlineExceeded, MnemosyneError, SessionNotFound, StorageUnavailable
+from mnemosyned.sessions.coherence import Coherence, Written
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import Session
 from mnemosyned.sessions.store import Deletion
-from mnemosyned.sessions.token_hash import TokenHasher
+from mnemosyned.sessions.token_hash import TokenHasher, session_id
+from mnemosyned.sessions.token_index import TokenIndex
 
 NEVER_US = 2**61
 HASHER = TokenHasher([b"a key that only these tests know"], is_hashing=True)
@@ -46,38 +47,43 @@ def new_cache(index: TokenIndex | None = None, *tokens: str) -> ReadThrough[Enco
     return cache
 
 
-class Remote:
-    """Other nodes, which confirm when they are let."""
+class Others:
+    """Other nodes, whose copies are gone when the test says so; a Settler."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, ...]] = []
-        self.confirmed: list[tuple[str, ...]] = []
-        self.given_up: list[tuple[str, ...]] = []
-        self.may_confirm = asyncio.Event()
+        self.settled: list[tuple[str, ...]] = []
+        self.may_settle = asyncio.Event()
         self.is_needed = True
+        self.awaited = 0  # how often their own ends were awaited
+        self.have_settled = True
+        self.failures = 0  # so many of the next settlings fail
 
-    def routing(self) -> object:
-        return "the ring"
+    def settle(self, tokens: Sequence[str]) -> Coroutine[Any, Any, None] | None:
+        return self._settle(tokens) if self.is_needed else None
 
-    def after_write(self, tokens: Sequence[str], routed_by: object) -> Coroutine[Any, Any, None] | None:
-        assert routed_by == "the ring"
-        return self._tell(tokens) if self.is_needed else None
+    def settle_stored(self, stored_keys: Sequence[str]) -> Coroutine[Any, Any, None] | None:
+        return self._settle(stored_keys) if self.is_needed else None
 
-    def give_up(self, tokens: Sequence[str]) -> None:
-        self.given_up.append(tuple(tokens))
+    def settle_everything(self) -> Coroutine[Any, Any, None] | None:
+        return self._settle(["everything"])
 
-    def after_delete(self, stored_keys: Sequence[str]) -> Coroutine[Any, Any, None] | None:
-        return self._tell(stored_keys) if self.is_needed else None
+    async def others_have_settled(self) -> bool:
+        self.awaited += 1
+        return self.have_settled
 
-    async def _tell(self, keys: Sequence[str]) -> None:
+    async def _settle(self, keys: Sequence[str]) -> None:
         self.told.append(tuple(keys))
-        await self.may_confirm.wait()
-        self.confirmed.append(tuple(keys))
+        if self.failures:
+            self.failures -= 1
+            raise StorageUnavailable("nothing proves it")
+        await self.may_settle.wait()
+        self.settled.append(tuple(keys))
 
 
-async def until(condition: object) -> None:
+async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # type: ignore[operator]
+        while not condition():
             await asyncio.sleep(0)
 
 
@@ -85,84 +91,100 @@ async def written(*results: bool | MnemosyneError) -> list[bool | MnemosyneError
     return list(results)
 
 
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> Others:
+    monkeypatch.setattr("mnemosyned.sessions.coherence._RETRY_S", 0.01)
+    return Others()
+
+
 async def test_own_copies_are_gone_before_the_caller_has_the_answer() -> None:
     cache = new_cache(None, "t", "u")
     coherence = Coherence(cache)
     (one,) = await coherence.around_write(["t"], written(True))
 
-    assert "t" not in cache.lru
-    assert "u" in cache.lru
-    assert await one.outcome(NO_DEADLINE)
+    assert kept(cache) == ["u"]
+    assert await one.outcome()
 
 
-async def test_own_copies_are_gone_though_the_store_failed() -> None:
-    cache, remote = new_cache(None, "t"), Remote()
-    coherence = Coherence(cache, invalidator=remote)
+async def test_own_copies_are_gone_though_the_store_failed_and_the_write_is_settled(others: Others) -> None:
+    cache = new_cache(None, "t")
+    coherence = Coherence(cache, settler=others)
 
     async def fail() -> list[bool | MnemosyneError]:
         raise StorageUnavailable("no answer: the write may have been done")
 
-    writing = asyncio.create_task(coherence.around_write(["t"], fail()))
-    await until(lambda: remote.told == [("t",)])
-
-    assert "t" not in cache.lru
-    assert not writing.done()
-    remote.may_confirm.set()
     with pytest.raises(StorageUnavailable):
-        await writing
+        await coherence.around_write(["t"], fail())
+    assert not kept(cache)
+    others.may_settle.set()
+
+    await until(lambda: others.settled == [("t",)])
 
 
-async def test_a_caller_waits_for_other_nodes_also_where_its_own_item_failed() -> None:
-    remote = Remote()
-    coherence = Coherence(new_cache(), invalidator=remote)
+async def test_a_caller_waits_for_other_nodes_also_where_its_own_item_failed(others: Others) -> None:
+    coherence = Coherence(new_cache(), settler=others)
     good, bad = await coherence.around_write(["t", "u"], written(True, SessionNotFound()))
-    callers = [asyncio.create_task(one.outcome(NO_DEADLINE)) for one in (good, bad)]
-    await until(lambda: remote.told == [("t", "u")])
+    callers = [asyncio.create_task(one.outcome()) for one in (good, bad)]
+    await until(lambda: others.told == [("t", "u")])
 
     assert not any(caller.done() for caller in callers)
-    remote.may_confirm.set()
+    others.may_settle.set()
     assert await callers[0]
     with pytest.raises(SessionNotFound):
         await callers[1]
 
 
-async def test_a_caller_that_leaves_does_not_end_the_telling() -> None:
-    remote = Remote()
-    coherence = Coherence(new_cache(), invalidator=remote)
+async def test_a_caller_that_leaves_does_not_end_the_settling(others: Others) -> None:
+    coherence = Coherence(new_cache(), settler=others)
+    one, other = await coherence.around_write(["t", "u"], written(True, True))
+    callers = [asyncio.create_task(item.outcome()) for item in (one, other)]
+    await until(lambda: others.told)
+    callers[0].cancel()
+    await asyncio.gather(callers[0], return_exceptions=True)
+    others.may_settle.set()
+
+    assert await callers[1]
+    assert others.settled == [("t", "u")]
+
+
+async def test_a_settling_that_fails_leaves_the_outcome_unknown_and_goes_on(others: Others) -> None:
+    coherence = Coherence(new_cache(), settler=others)
+    others.failures = 3
+    one, other = await coherence.around_write(["t", "u"], written(True, SessionNotFound()))
+    for item in (one, other):
+        with pytest.raises(StorageUnavailable):
+            await item.outcome()
+    others.may_settle.set()
+
+    await until(lambda: others.settled == [("t", "u")])
+    assert len(others.told) == 4
+    await asyncio.sleep(0.05)
+    assert len(others.told) == 4
+
+
+async def test_a_settling_of_which_there_is_nothing_left_is_tried_no_more(others: Others) -> None:
+    coherence = Coherence(new_cache(), settler=others)
+    others.failures = 1
     (one,) = await coherence.around_write(["t"], written(True))
-    caller = asyncio.create_task(one.outcome(NO_DEADLINE))
-    await until(lambda: remote.told)
-    caller.cancel()
-    await asyncio.gather(caller, return_exceptions=True)
-    remote.may_confirm.set()
+    with pytest.raises(StorageUnavailable):
+        await one.outcome()
+    others.is_needed = False
+    await asyncio.sleep(0.05)
 
-    await until(lambda: remote.confirmed == [("t",)])
-    assert not remote.given_up
-
-
-async def test_a_caller_waits_for_half_of_its_time_and_its_peers_are_told_on() -> None:
-    remote = Remote()
-    coherence = Coherence(new_cache(), invalidator=remote)
-    (one,) = await coherence.around_write(["t"], written(True))
-
-    assert await one.outcome(Deadline.in_s(0.02))
-    assert remote.given_up == [("t",)]
-    assert not remote.confirmed
-    remote.may_confirm.set()
-    await until(lambda: remote.confirmed == [("t",)])
+    assert others.told == [("t",)]
+    await coherence.close()
 
 
-async def test_where_no_other_node_can_have_a_copy_no_caller_waits() -> None:
-    remote = Remote()
-    remote.is_needed = False
-    (one,) = await Coherence(new_cache(), invalidator=remote).around_write(["t"], written(True))
+async def test_where_no_other_node_can_have_a_copy_no_caller_waits(others: Others) -> None:
+    others.is_needed = False
+    (one,) = await Coherence(new_cache(), settler=others).around_write(["t"], written(True))
 
     assert one == Written(True, None)
 
 
-async def test_a_delete_is_told_and_runs_on_without_its_caller() -> None:
-    cache, remote, may_delete = new_cache(None, "t"), Remote(), asyncio.Event()
-    coherence = Coherence(cache, invalidator=remote)
+async def test_a_delete_is_settled_and_runs_on_without_its_caller(others: Others) -> None:
+    cache, may_delete = new_cache(None, "t"), asyncio.Event()
+    coherence = Coherence(cache, settler=others)
 
     async def delete() -> Deletion:
         await may_delete.wait()
@@ -174,23 +196,118 @@ async def test_a_delete_is_told_and_runs_on_without_its_caller() -> None:
     await asyncio.gather(deleting, return_exceptions=True)
     may_delete.set()
 
-    await until(lambda: remote.told == [("t",)])
-    assert "t" not in cache.lru
+    await until(lambda: others.told == [("t",)])
+    assert not kept(cache)
     await coherence.close()
 
 
-async def test_a_delete_of_a_token_that_failed_drops_its_copies_too() -> None:
-    cache, remote = new_cache(None, "t", "u"), Remote()
-    remote.may_confirm.set()
+async def test_a_delete_waits_until_it_is_settled(others: Others) -> None:
+    coherence = Coherence(new_cache(), settler=others)
+
+    async def delete() -> Deletion:
+        return Deletion(stored_keys=["t", "u"], is_all=True)
+
+    deleting = asyncio.create_task(coherence.around_delete(delete()))
+    await until(lambda: others.told == [("t", "u")])
+    assert not deleting.done()
+    others.may_settle.set()
+    assert (await deleting).is_all
+    others.failures = 1
+    with pytest.raises(StorageUnavailable):
+        await coherence.around_delete(delete())
+
+    await until(lambda: len(others.settled) == 2)
+
+
+async def test_a_delete_that_found_nothing_waits_for_the_ends_that_were_under_way(others: Others) -> None:
+    coherence = Coherence(new_cache(), settler=others)
+
+    async def delete(*keys: str) -> Deletion:
+        return Deletion(stored_keys=list(keys), is_all=True)
+
+    (abandoned,) = await coherence.around_write(["t"], written(True), is_end=True)
+    deleting = [asyncio.create_task(coherence.around_delete(delete("u")))]
+    await until(lambda: others.told == [("t",), ("u",)])
+    # Each waits for what began before, and none for another one that waits.
+    deleting += [asyncio.create_task(coherence.around_delete(delete())) for _ in range(2)]
+    await asyncio.wait(deleting, timeout=0.02)
+    assert not any(task.done() for task in deleting)
+    assert others.awaited == 0
+    others.may_settle.set()
+    await asyncio.gather(*deleting, abandoned.outcome())
+
+    assert others.awaited == 3
+
+
+async def test_a_delete_has_all_copies_dropped_if_what_was_ended_is_not_known(others: Others) -> None:
+    cache = new_cache(None, "t", "u")
+    coherence = Coherence(cache, settler=others)
+    others.may_settle.set()
+
+    async def fail() -> Deletion:
+        raise StorageUnavailable("no answer: some sessions may have ended")
+
+    async def delete() -> Deletion:
+        return Deletion(stored_keys=[], is_all=True)
+
+    with pytest.raises(StorageUnavailable):
+        await coherence.around_delete(fail())
+    assert not kept(cache)
+    await until(lambda: others.settled == [("everything",)])
+    # All is settled: nothing more is to do for another Delete.
+    await coherence.around_delete(delete())
+    assert others.settled == [("everything",)]
+    others.have_settled = False
+    await coherence.around_delete(delete())
+    assert others.settled == [("everything",)] * 2
+
+
+async def test_a_delete_that_was_never_sent_drops_nothing(others: Others) -> None:
+    cache = new_cache(None, "t")
+
+    async def fail() -> Deletion:
+        raise DeadlineExceeded
+
+    with pytest.raises(DeadlineExceeded):
+        await Coherence(cache, settler=others).around_delete(fail())
+    assert kept(cache) == ["t"]
+    assert not others.told
+
+
+async def test_a_delete_that_found_nothing_is_settled_if_it_names_its_session(others: Others) -> None:
+    index = TokenIndex(HASHER)
+    cache = new_cache(index, "t", "u", "v")
+    coherence = Coherence(cache, index=index, settler=others)
+    others.may_settle.set()
+
+    async def delete() -> Deletion:
+        return Deletion(stored_keys=[], is_all=True)
+
+    assert (await coherence.around_delete(delete())).is_all
+    assert others.settled == []
+    # An earlier Delete may have ended it, and failed.
+    await coherence.around_delete(delete(), token="t")
+    stored = HASHER.stored_key("u")
+    await coherence.around_delete(delete(), token=session_id(stored))
+    unknown = session_id(FOREIGN.stored_key("v"))
+    await coherence.around_delete(delete(), token=unknown)
+
+    assert others.settled == [("t",), (stored,), (unknown,)]
+    assert kept(cache) == ["v"]
+
+
+async def test_a_delete_of_a_token_that_failed_drops_its_copies_too(others: Others) -> None:
+    cache = new_cache(None, "t", "u")
+    others.may_settle.set()
 
     async def fail() -> Deletion:
         raise StorageUnavailable("no answer: the session may have ended")
 
     with pytest.raises(StorageUnavailable):
-        await Coherence(cache, invalidator=remote).around_delete(fail(), token="t")
+        await Coherence(cache, settler=others).around_delete(fail(), token="t")
 
-    assert cache.keys() == ["u"]
-    assert remote.confirmed == [("t",)]
+    assert kept(cache) == ["u"]
+    await until(lambda: others.settled == [("t",)])
 
 
 def test_a_copy_is_dropped_by_the_hash_of_its_token() -> None:
@@ -199,7 +316,7 @@ def test_a_copy_is_dropped_by_the_hash_of_its_token() -> None:
     coherence = Coherence(cache, index=index)
     coherence.drop_copies([HASHER.stored_key("a"), HASHER.stored_key("unknown"), "c"])
 
-    assert cache.keys() == ["b"]
+    assert kept(cache) == ["b"]
 
 
 def test_a_fill_under_way_is_fenced_by_the_hash_too() -> None:
@@ -209,7 +326,7 @@ def test_a_fill_under_way_is_fenced_by_the_hash_too() -> None:
         Coherence(cache, index=index).drop_copy(HASHER.stored_key("a"))
         fill.put(Slot(encoded("a"), 1, NEVER_US))
 
-    assert not cache.keys()
+    assert not kept(cache)
 
 
 def test_a_hash_by_another_key_may_be_of_any_token_and_drops_all() -> None:
@@ -220,7 +337,7 @@ def test_a_hash_by_another_key_may_be_of_any_token_and_drops_all() -> None:
         coherence.drop_copy(FOREIGN.stored_key("a"))
         fill.put(Slot(encoded("c"), 1, NEVER_US))
 
-    assert not cache.keys()
+    assert not kept(cache)
     assert index.find(HASHER.stored_key("a")) is None
 
 
@@ -228,11 +345,11 @@ def test_a_hash_may_be_of_any_token_where_no_key_is_known() -> None:
     cache = new_cache(None, "a", "b")
     Coherence(cache).drop_copy(HASHER.stored_key("a"))
 
-    assert not cache.keys()
+    assert not kept(cache)
 
 
 def test_without_keys_given_every_copy_is_dropped() -> None:
     cache = new_cache(None, "a", "b")
     Coherence(cache).drop_copies(None)
 
-    assert not cache.keys()
+    assert not kept(cache)

@@ -42,9 +42,6 @@ def test_a_bag_of_the_go_daemon_is_converted() -> None:
         {"subject_client": "\0"},
         {"refresh_token": "r" * 2049},
         {"bag": b"\x12\x05ADMIN"},
-        {"expires_at_us": END_OF_TIME_US},
-        {"expires_at_us": 2**63 - 1},
-        {"expires_at_us": -1},
     ],
 )
 def test_a_session_that_cannot_have_been_started_is_not_believed(field: dict[str, object]) -> None:
@@ -53,6 +50,18 @@ def test_a_session_that_cannot_have_been_started_is_not_believed(field: dict[str
 
     assert str(caught.value).startswith("mnemosyned: storage: ")
     assert "ADMIN" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stored_us", "shown_us"),
+    [(END_OF_TIME_US, END_OF_TIME_US - 1), (2**63 + 946_684_800_000_000, END_OF_TIME_US - 1), (-(2**63), 0)],
+)
+def test_an_expiry_beyond_what_an_answer_can_hold_is_the_nearest_that_it_can(
+    stored_us: int, shown_us: int
+) -> None:
+    checked = damage.checked(replace(HEALTHY, expires_at_us=stored_us), DEFAULT_LIMITS)
+
+    assert checked == replace(HEALTHY, expires_at_us=shown_us)
 
 
 @pytest.mark.parametrize("token", ["", "\0", "a\0b", "t" * 4097, HASH[:-1], HASH + "0"])

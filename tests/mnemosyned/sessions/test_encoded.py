@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 from mnemosynerpc.session_pb2 import GetResponse, ListResponse
 from mnemosynerpc.session_pb2 import Session as Wire
 
+from aio.steps import finished
+from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.encoded import (
     SHARED_BYTES,
@@ -71,9 +73,13 @@ def test_the_last_expiry_is_encoded_once() -> None:
 
 def test_a_list_is_one_session_after_the_other() -> None:
     sessions = [stored(1_000_000, {"a": "1"}), stored(2_500_000, {})]
-    response = ListResponse.FromString(list_response(sessions))
+    found = [sessions[0], CorruptSession("mnemosyned: storage: damaged"), sessions[1]]
+    response = ListResponse.FromString(finished(list_response(found, max_bytes=1000, is_cut=False)))
+    cut = ListResponse.FromString(finished(list_response(found, max_bytes=1, is_cut=False)))
 
     assert [one.expire_at.ToMicroseconds() for one in response.sessions] == [1_000_000, 2_500_000]
+    assert (response.left_out, response.truncated) == (1, False)
+    assert (len(cut.sessions), cut.left_out, cut.truncated) == (1, 1, True)
 
 
 def test_an_entry_costs_at_least_its_bytes() -> None:

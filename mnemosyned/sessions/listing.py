@@ -1,0 +1,104 @@
+"""List, with the expiries that the storage does not know yet (`touches.py`).
+
+Sessions are listed by expiry. That of a session in use is in memory first, so the storage shows it too soon:
+
+    stored:    a  b  C  d | e f        C waits to be written; a page of four asks for some sessions more
+    true:      a  b  d  e | f C        C is written, alone, and goes to its place
+
+A page therefore writes what waits for its own sessions, and for no others. What it has read beside them fills
+the gaps. A session moves back only, so what follows is right up to the last expiry that was read. If that is
+not enough, the page is read again.
+
+Expiries that wait on other nodes are theirs: they are in the storage within a touch interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final, TypeAlias
+
+from aio.slices import in_slices
+from mnemosyned.errors import MnemosyneError
+from mnemosyned.sessions.model import Criteria, DamagedSession, Session
+from mnemosyned.sessions.store import Page, SessionStore
+from mnemosyned.sessions.touches import TouchWriter
+
+_Found: TypeAlias = Session | DamagedSession
+
+# After them, a page shows what it has: each round has written what the one before it met.
+_ROUNDS: Final = 4
+_SPARE: Final = 8
+
+
+class Listing:
+    """Reads pages of live sessions."""
+
+    def __init__(self, store: SessionStore, touches: TouchWriter) -> None:
+        self._store = store
+        self._touches = touches
+
+    async def page(self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int) -> Page:
+        """Return live sessions by their latest expiry, then by the key's bytes; see SessionStore.find."""
+        if criteria.expires_after_us is not None:
+            # The storage may still have them before the range.
+            in_range = self._touches.soonest(criteria.expires_after_us, limit)
+            await self._write(await in_slices(in_range))
+        number = 0
+        while True:
+            number += 1
+            spare = _SPARE + limit // 4 if self._touches.is_anything_waiting() else 0
+            page = await self._store.find(criteria, offset=offset, limit=limit + spare, max_bytes=max_bytes)
+            asked, found = limit + spare, page.sessions
+            latest = [self._latest_us(one) for one in found]
+            if not any(latest):
+                return _first(found, limit, is_cut=page.is_cut)
+            await self._write([one.access_token for one in found])
+            merged = _merged(found, latest, criteria)
+            if len(found) == asked or page.is_cut:
+                known_until_us = max(_expiries(found), default=0)
+                sure = [one for us, one in merged if us <= known_until_us]
+                is_enough = len(sure) >= limit or (page.is_cut and sure)
+                if not is_enough and number < _ROUNDS:
+                    continue
+                if is_enough:
+                    return _first(sure, limit, is_cut=page.is_cut)
+            return _first([one for _, one in merged], limit, is_cut=page.is_cut)
+
+    def _latest_us(self, found: _Found) -> int:
+        """Return the expiry that waits to be written; 0: the stored one is the latest."""
+        if isinstance(found, DamagedSession):
+            return 0
+        latest_us = self._touches.waiting_us(found.access_token)
+        return latest_us if latest_us > found.expires_at_us else 0
+
+    async def _write(self, tokens: Sequence[str]) -> None:
+        # A storage that takes no write now can still be read: the page has the expiries from memory.
+        with suppress(MnemosyneError):
+            await self._touches.write(tokens)
+
+
+def _first(found: Sequence[_Found], limit: int, *, is_cut: bool) -> Page:
+    return Page(sessions=found[:limit], is_cut=is_cut and len(found) < limit)
+
+
+def _expiries(found: Sequence[_Found]) -> Iterator[int]:
+    """Return the expiries in their sequence; a damaged session has that of the one before it."""
+    expires_at_us = 0
+    for one in found:
+        expires_at_us = one.expires_at_us if isinstance(one, Session) else expires_at_us
+        yield expires_at_us
+
+
+def _merged(found: Sequence[_Found], latest: Sequence[int], criteria: Criteria) -> list[tuple[int, _Found]]:
+    merged: list[tuple[int, _Found]] = []
+    for one, stored_us, latest_us in zip(found, _expiries(found), latest, strict=True):
+        if not latest_us:
+            merged.append((stored_us, one))
+        elif criteria.expires_before_us is None or latest_us < criteria.expires_before_us:
+            assert isinstance(one, Session)
+            merged.append((latest_us, replace(one, expires_at_us=latest_us)))
+    # Keys that are no text have surrogates.
+    merged.sort(key=lambda pair: (pair[0], pair[1].access_token.encode(errors="surrogateescape")))
+    return merged
