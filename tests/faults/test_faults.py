@@ -1,0 +1,56 @@
+"""Short runs of the laboratory; `make faults` has the long ones, and all kinds of faults.
+
+No clock of a test can prove that a promise holds whatever fails. These runs find what breaks it often.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import pytest
+from faults.laboratory import Variant
+from faults.runner import Plan, Result, run
+from faults.schedules import FaultKind
+from networks import IS_POSSIBLE
+
+pytestmark = [
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(not IS_POSSIBLE, reason="network namespaces need root, ip and nft"),
+]
+# Some of each sort: processes, hosts, networks, storages.
+CI_KINDS: Final = (
+    FaultKind.KILL,
+    FaultKind.STOP,
+    FaultKind.PART,
+    FaultKind.ONE_WAY,
+    FaultKind.STORAGE_CUT,
+    FaultKind.STORAGE_RESTART,
+    FaultKind.ROLLING,
+)
+VARIANTS: Final = {
+    "five nodes with hashed tokens": Variant(nodes=5, has_hmac=True),
+    "grpcio with TLS": Variant(engine="grpcio", has_tls=True),
+}
+
+
+@pytest.mark.parametrize("kind", CI_KINDS, ids=[kind.value for kind in CI_KINDS])
+def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path: Path) -> None:
+    result = judge(Plan(seed=1, kinds=(kind,), is_patient=True), tmp_path)
+
+    if kind is FaultKind.STORAGE_CUT:
+        # The other nodes answer in the place of the one that is cut off.
+        assert not result.needless, result.report
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_what_was_acknowledged_stays_so_in_every_variant(variant: Variant, tmp_path: Path) -> None:
+    judge(Plan(seed=2, kinds=CI_KINDS, variant=variant, rate=150.0, is_patient=True), tmp_path)
+
+
+def judge(plan: Plan, directory: Path) -> Result:
+    result = run(plan, directory)
+    if result.findings or not result.is_whole:
+        pytest.fail(result.report, pytrace=False)
+    assert result.mirror_hits > 0
+    return result
