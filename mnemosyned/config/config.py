@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import io
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Final, NoReturn, TypeVar, cast
 
@@ -40,10 +39,26 @@ _ADDRESS: Final = re.compile(r"embedded:.*|\w+://(?!.*(password|:[^/]*@)).*", re
 class Config:
     """What the daemon runs with: one value of each section, found by its type."""
 
-    def __init__(self, sections: Mapping[type[Section], Section], *, secret_file: str = "") -> None:
-        """`secret_file` is the configuration file, if it has a secret."""
+    def __init__(
+        self,
+        sections: Mapping[type[Section], Section],
+        *,
+        given: Mapping[str, str] | None = None,
+        secret_file: str = "",
+    ) -> None:
+        """`given` are the flags that were given, as text; `secret_file` is a file that has a secret."""
         self._sections = dict(sections)
+        self._given = dict(given or {})
         self._secret_file = secret_file
+
+    def shown(self, *, with_defaults: bool) -> dict[str, str]:
+        """Return the flags by name as text, for the log: of each secret what its flag permits."""
+        return {
+            flag.name: _shown(flag, self._given.get(flag.name, flag.default), getattr(section, field))
+            for section in self._sections.values()
+            for field, flag in flags_of(type(section)).items()
+            if with_defaults or flag.name in self._given
+        }
 
     def secret_files(self) -> dict[str, str]:
         """Return the files with secrets that the daemon reads, by the names of the flags that name them."""
@@ -51,6 +66,18 @@ class Config:
         for section in self._sections.values():
             found |= section.secret_files()
         return found
+
+    def warnings(self) -> list[str]:
+        """Return what is wrong in the sections without stopping a start."""
+        return [text for section in self._sections.values() for text in section.warnings()]
+
+    def replaced(self, *sections: Section) -> Config:
+        """Return a configuration with other values of these sections; `shown` shows what was given."""
+        return Config(
+            self._sections | {type(one): one for one in sections},
+            given=self._given,
+            secret_file=self._secret_file,
+        )
 
     def __getitem__(self, section: type[S]) -> S:
         return cast("S", self._sections[section])
@@ -65,8 +92,16 @@ class Config:
         return f"Config({list(self._sections.values())})"
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str], sections: Sequence[type[Section]]) -> Config:
+def parse(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    sections: Sequence[type[Section]],
+    *,
+    only: Sequence[type[Section]] = (),
+) -> Config:
     """Return the configuration; `-help` and `-version` are the caller's to handle.
+
+    With `only`, the values of the other sections are not read, and what concerns several is not checked.
 
     Raises:
         ConfigError: anything wrong in any of the sources.
@@ -81,12 +116,24 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], sections: Sequence[ty
     texts = {name: values for name, values in vars(found).items() if name != "config" and values}
     sources = _sources(arguments, environ, flags)
     config = Config(
-        {section: _section(section, texts, sources) for section in sections},
+        {section: _section(section, texts, sources) for section in only or sections},
+        given={name: _text(flags[name], values) for name, values in texts.items()},
         secret_file=parser.file_with_secret,
     )
-    for section in sections:
+    for section in () if only else sections:
         config[section].check(config)
     return config
+
+
+def _shown(flag: Flag, text: str, value: object) -> str:
+    if flag.shown is not None:
+        # The value: a file that another flag names may have it.
+        return flag.shown(str(value))
+    if flag.is_secret:
+        return text and "[redacted]"
+    # A password in the address of another service is none of ours, and still a secret; so is a parameter.
+    without_password = re.sub("//.*@", "//[redacted]@", text, flags=re.DOTALL)
+    return re.sub(r"\?.*", "?[redacted]", without_password, flags=re.DOTALL)
 
 
 def _section(section: type[Section], texts: Mapping[str, list[str]], sources: Mapping[str, str]) -> Section:
@@ -98,11 +145,25 @@ def _section(section: type[Section], texts: Mapping[str, list[str]], sources: Ma
 def _value(flag: Flag, texts: list[str] | None, sources: Mapping[str, str]) -> Any:  # noqa: ANN401  # any field's
     text = flag.default
     if texts:
-        text = ",".join(texts) if flag.is_list else texts[-1]
+        text = _text(flag, texts)
+    if not _is_unicode(text):
+        raise ConfigError(f"{sources[flag.name]}: it is not UTF-8")
     try:
         return flag.parse(text)
     except ValueError as exc:
         raise ConfigError(f"{sources[flag.name]}: {without_addresses(str(exc))}") from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line or the environment that are no text
+        return False
+    return True
+
+
+def _text(flag: Flag, given: list[str]) -> str:
+    return ",".join(given) if flag.is_list else given[-1]
 
 
 def _normalised(argv: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[str]:
@@ -183,17 +244,22 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
 
     def _opened(self, path: str) -> IO[str]:
         """Return the content of the configuration file. Raises ConfigError."""
+        from mnemosyned.config.config_file import settings_in, syntax_of  # only with a file
+
         try:
             content = read_bytes(path, holds_secret=False, max_bytes=MAX_CONFIG_BYTES)
         except FileRefused as exc:
             raise ConfigError(f"config file {path}: {exc}") from None
         try:
-            stream = io.StringIO(text_of(content))
+            stream = _ReadFile(text_of(content))
         except FileRefused as exc:
-            raise ConfigError(f"config file {path}: it is not valid {_syntax(path)}: {exc}") from None
+            raise ConfigError(f"config file {path}: it is not valid {syntax_of(path)}: {exc}") from None
         stream.name = path  # the library asks for it, as of any file
-        has_secret = any(self._is_secret(name, value) for name, value in _settings_in(stream).items())
-        stream.seek(0)
+        found = stream.settings = settings_in(stream, self._flags)
+        for name, value in found.items():
+            if isinstance(value, list) and name in self._flags and not self._flags[name].is_list:
+                raise ConfigError(f"config file {path}: {name} takes one value, and not a list")
+        has_secret = any(self._is_secret(name, value) for name, value in found.items())
         if has_secret:
             self.file_with_secret = path
             try:
@@ -218,46 +284,18 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # ConfigArg
         raise ConfigError(f"config file: {message.splitlines()[0]}")
 
 
+class _ReadFile(io.StringIO):
+    """A configuration file that has been read, with what is in it."""
+
+    name: str
+    settings: dict[str, str | list[str]]
+
+
 class _FileParser(configargparse.ConfigFileParser):  # type: ignore[misc]  # untyped as well
     """TOML or YAML, nested or with dotted keys."""
 
     def get_syntax_description(self) -> str:
         return ACTIONS["config"]
 
-    def parse(self, stream: IO[str]) -> dict[str, str | list[str]]:
-        return _settings_in(stream)
-
-
-def _syntax(name: str) -> str:
-    return "TOML" if name.endswith(".toml") else "YAML"
-
-
-def _settings_in(stream: IO[str]) -> dict[str, str | list[str]]:
-    # Only with a file: it takes long to import.
-    import yaml
-
-    name = str(stream.name)
-    syntax = _syntax(name)
-    try:
-        text = stream.read()
-        tree = tomllib.loads(text) if syntax == "TOML" else yaml.safe_load(text)
-        if not isinstance(tree or {}, dict):
-            raise ConfigError(f"config file {name}: it is not a table of flags")
-        return dict(_flattened(tree or {}, ""))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # Not the parser's own text: it quotes the line, which may hold a password. PyYAML lets ValueError
-        # through for a date such as 2026-99-99. A YAML table may contain itself.
-        raise ConfigError(f"config file {name}: it is not valid {syntax}") from None
-
-
-def _flattened(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str | list[str]]]:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flattened(value, name + ".")
-        elif value is not None:
-            yield name, [_as_text(one) for one in value] if isinstance(value, list) else _as_text(value)
-
-
-def _as_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    def parse(self, stream: _ReadFile) -> dict[str, str | list[str]]:
+        return stream.settings

@@ -9,7 +9,7 @@ A section is a frozen dataclass. Each of its fields is a setting:
 
         size: int = setting("cache.size", "100000", integer(1, 10**9), "sessions in the cache")
 
-The flag, its environment variable, its place in the configuration file, `-help`, the README's table, the
+The flag, its environment variable, its place in the configuration file, `-help`, docs/flags.md, the
 completion of shells, the process title and the log filter are all made from this declaration.
 """
 
@@ -53,6 +53,7 @@ class Flag:
     is_boolean: bool = False  # it may stand without a value
     is_secret_file: bool = False  # its value names a file with a secret (files.py)
     choices: tuple[str, ...] = ()  # what completion offers
+    shown: Callable[[str], str] | None = None  # of the field's value, what the log may show
 
     @property
     def variable(self) -> str:
@@ -81,6 +82,7 @@ def setting(  # one place says everything of a setting
         is_boolean=getattr(parse, "is_boolean", False),
         is_secret_file=getattr(parse, "is_secret_file", False),
         choices=tuple(choices or getattr(parse, "choices", ())),
+        shown=getattr(parse, "shown", None),
     )
     # To dataclasses it is a field without a default; to the type checker it is the field's value.
     return cast("T", field(metadata={_METADATA_KEY: flag}, repr=not is_secret))
@@ -109,6 +111,10 @@ class Section:
             if flag.is_secret_file
         }
         return {name: path for name, path in names.items() if path}
+
+    def warnings(self) -> list[str]:
+        """Return what is wrong without stopping the start, one line each, for `-check-config`."""
+        return []
 
     def check(self, config: Config) -> None:
         """Check what concerns several settings, also of other sections. Raises ConfigError."""

@@ -1,4 +1,4 @@
-"""What users read of the flags: `-help`, the README's table, and completion for bash and zsh."""
+"""What users read of the flags: `-help`, the table of docs/flags.md, and completion for bash and zsh."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.addresses import is_address
+from mnemosyned.config.cpus import available_cpus
 from mnemosyned.config.duration import format_duration, parse_duration
 from mnemosyned.config.files import MAX_WORDS_BYTES, FileRefused, read_bytes, words_of
 from mnemosyned.config.flags import ConfigError
@@ -21,6 +22,7 @@ _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 _BYTES_BY_UNIT: Final = {"": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _MIN_SECRET: Final = 16
+_MAX_SHOWN: Final = 100  # characters of a wrong value
 
 
 def boolean(text: str) -> bool:
@@ -39,20 +41,40 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     """Return the parser of a whole number within bounds."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text, re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
+        # No more digits than any number in use: Python refuses thousands of them with a text of its own.
+        if not re.fullmatch(r"[+-]?\d{1,20}", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"{text[:_MAX_SHOWN]!r} is not a whole number from {low} to {high}")
         return int(text)
 
     return parse
 
 
+MAX_WORKERS: Final = 256
+
+
+def workers(text: str) -> int:
+    """Read a number of processes, or `auto`: one for each processor that this process may use."""
+    if text == "auto":
+        return min(available_cpus(), MAX_WORKERS)
+    try:
+        return integer(1, MAX_WORKERS)(text)
+    except ValueError as exc:
+        raise ValueError(f"{exc}, nor auto") from None
+
+
+# A hundred years, far from where instants in microseconds, and the year 9999 of a Timestamp, end.
+_MAX_DURATION_S: Final = 100 * 365 * 86400.0
+
+
 def duration(low_s: float) -> Callable[[str], float]:
-    """Return the parser of a Go duration of at least so many seconds; values are in seconds."""
+    """Return the parser of a Go duration of at least so many seconds, and at most 100 years; in seconds."""
 
     def parse(text: str) -> float:
         seconds = parse_duration(text)
         if seconds < low_s:
             raise ValueError(f"{text!r} is less than {format_duration(low_s)}")
+        if not seconds <= _MAX_DURATION_S:
+            raise ValueError(f"{text!r} is more than 100 years")
         return seconds
 
     return parse
@@ -62,9 +84,9 @@ def size(low: int, high: int) -> Callable[[str], int]:
     """Return the parser of a number of bytes within bounds, with KiB, MiB or GiB."""
 
     def parse(text: str) -> int:
-        match = re.fullmatch(r"(\d+)(KiB|MiB|GiB|)", text, re.ASCII)
+        match = re.fullmatch(r"(\d{1,20})(KiB|MiB|GiB|)", text, re.ASCII)
         if match is None:
-            raise ValueError(f"{text!r} is not a number of bytes such as 4194304, 4MiB or 1GiB")
+            raise ValueError(f"{text[:_MAX_SHOWN]!r} is not a number of bytes such as 4194304, 4MiB or 1GiB")
         size_bytes = int(match[1]) * _BYTES_BY_UNIT[match[2]]
         if not low <= size_bytes <= high:
             raise ValueError(f"{text!r} is not between {low} and {high} bytes")
@@ -91,9 +113,20 @@ def host(text: str) -> str:
         if text[5:6] != "/" or any(char.isspace() for char in text):
             raise ValueError(f"{text!r} is not unix: and an absolute path")
         return text
-    if not text or any(char.isspace() or char in "[]/" for char in text):
-        raise ValueError(f"{text!r} is not a host name or address")
+    if not _may_be_host(text):
+        raise ValueError(f"{text[:_MAX_SHOWN]!r} is not a host name or address")
     return text
+
+
+def _may_be_host(text: str) -> bool:
+    if not text or not text.isprintable() or any(char.isspace() or char in "[]/" for char in text):
+        return False
+    try:
+        # As the resolver's library does, which raises this for a label that is empty or longer than 63.
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def node_address(text: str) -> str:

@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from certificates import Authority
+from secrecy import CANARY
 
 from mnemosyned.commands import help_text
 from mnemosyned.config.config import Config
@@ -139,6 +141,8 @@ def test_the_touch_interval_follows_the_ttl() -> None:
     ("argument", "named"),
     [
         ("-ttl=1d", "flag -ttl: '1d' is not a duration"),
+        ("-ttl=900000h", "flag -ttl: '900000h' is more than 100 years"),
+        ("-drain.timeout=1" + "0" * 400 + "h", "is more than 100 years"),
         ("-ttl=0", "flag -ttl: '0' is less than 1s"),
         ("-ttl=-1m", "flag -ttl: '-1m' is less than 1s"),
         ("-ttc=10ms", "flag -ttc"),
@@ -203,6 +207,7 @@ def test_a_wrong_variable_is_named() -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
+        ("ttl: 2026-99-99", "flag -ttl from the config file: '2026-99-99'"),
         ("ttl: soon", "flag -ttl from the config file: 'soon'"),
         ("tl: 5m", "config file: tl is not a flag; did you mean -ttl?"),
         ("ttl: [5m", "is not valid YAML"),
@@ -466,7 +471,18 @@ def test_a_third_users_config_file_is_refused_if_it_has_a_secret(tmp_path: Path)
         ("ttl: 5m".encode("utf-16"), "it is UTF-16"),
         (b"a: &a {b: *a}", "not valid YAML"),
         (b"[" * 5000, "not valid YAML"),
-        (b"ttl: 2026-99-99", "not valid YAML"),
+        (b"ttl: 5m\nport: [1", "not valid YAML, in line 2"),
+        (b"port: 8080\nport: 9090", "port is given twice"),
+        (b"cache.size: 1\ncache: {size: 2}", "cache.size is given twice"),
+        (b"port: [8080, 9090]", "port takes one value, and not a list"),
+        (b"cluster.seeds: [[a]]", "cluster.seeds is a list of more than values"),
+        (b"storage: !!python/object:os.system x", "storage has a type of its own"),
+        (b"cluster.secret: !secret hunter2", "cluster.secret has a type of its own"),
+        (b"? {a: b}\n: c", "a key in line 1 is not a name"),
+        *(
+            (b"port: " + it, "port: YAML reads numbers")
+            for it in (b"0123", b"0o17", b"0x7b", b"1_0", b"08", b"1:30")
+        ),
         (b"#" * 300_000, "it is larger than 262144 bytes"),
     ],
 )
@@ -477,6 +493,25 @@ def test_a_damaged_config_file_is_named_in_one_line(tmp_path: Path, content: byt
 
     assert text.startswith(f"config file {path}: ")
     assert words in text
+
+
+def test_a_toml_file_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    for content, words in (
+        ("port = 1\nport = 2\n", "a key is given twice"),
+        ('"cache.size" = 1\n[cache]\nsize = 2', "cache.size is given twice"),
+        ("port = [1, 2]", "port takes one value"),
+    ):
+        (tmp_path / "c.toml").write_text(content)
+        assert words in complaint(f"-config={tmp_path / 'c.toml'}")
+
+
+def test_values_of_yaml_mean_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("port: '0123'\ntls: no\ncluster.label: 2026-11-26\n")
+    config = parse([f"-config={tmp_path / 'c.yaml'}"], {})
+
+    assert config[GrpcConfig].port == 123
+    assert not config[TlsConfig].is_on
+    assert config[ClusterConfig].label == "2026-11-26"
 
 
 def test_a_config_file_with_windows_lines_is_valid(tmp_path: Path) -> None:
@@ -547,11 +582,93 @@ def test_the_members_are_bounded() -> None:
 def test_a_file_in_the_address_of_the_database_is_a_file_with_a_secret(
     tmp_path: Path, parameter: str
 ) -> None:
-    path = written(tmp_path, "x", 0o600)
-    address = f"-postgres.address=postgres://u:hunter2@h/d?sslmode=require&{parameter}={path}"
+    files = Authority(tmp_path).files("client")
+    content = Path(files.private_key).read_text() if parameter == "sslkey" else "h:5432:d:u:hunter2"
+    path = written(tmp_path, content, 0o600)
+    certificate = f"&sslcert={files.certificate}" if parameter == "sslkey" else ""
+    address = f"-postgres.address=postgres://u:hunter2@h/d?sslmode=require&{parameter}={path}{certificate}"
 
     assert parse([address], {}).secret_files() == {f"postgres.address ({parameter})": path}
     Path(path).chmod(0o602)
     text = complaint(address)
     assert text.startswith(f"flag -postgres.address: its {parameter}, {path}: other users may write it")
     assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("f.yaml", "port: 1\n--port: 2", "port is given twice"),
+        ("f.yaml", "port:", "port has no value; leave it out, or write an empty text as two quotes"),
+        ("f.yaml", "cluster.seeds: [a:1, ~]", "cluster.seeds has no value"),
+        ("f.yaml", "~: 2", "a key is not the name of a flag"),
+        ("f.yaml", "config: /other", "config names this file, and cannot be given in it"),
+        ("f.toml", '"" = "hunter2"', "a key is not the name of a flag"),
+        ("f.toml", '"hunter2 x" = 1', "hunter2 is not the name of a flag"),
+        ("f.toml", "port = 1\nport = 2", "a key is given twice"),
+        ("f.toml", 'cache.ttl = "1s"\n[cache]\nttl = "2s"', "a key is given twice, in line 2"),
+    ],
+)
+def test_what_a_file_cannot_mean_is_refused_with_its_name(
+    tmp_path: Path, name: str, text: str, complaint: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    path.chmod(0o600)
+
+    with pytest.raises(ConfigError) as caught:
+        parse([f"-config={path}"], {})
+    assert str(caught.value).startswith(f"config file {path}: {complaint}")
+
+
+def test_a_word_that_yaml_takes_for_a_boolean_is_text_where_text_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("host: no\ngrpc.debug: yes\ncache:\n  # size: 10\n")
+
+    config = parse([f"-config={path}"], {})
+    assert (config[GrpcConfig].host, config[GrpcConfig].is_debug) == ("no", True)
+
+
+@pytest.mark.parametrize("value", ["0o17", "0x50", "8_080", "1:30", "9" * 5000])
+def test_a_variable_that_is_no_decimal_number_is_refused_in_a_short_line(value: str) -> None:
+    with pytest.raises(ConfigError, match="variable MNEMOSYNED_PORT: '") as caught:
+        parse([], {"MNEMOSYNED_PORT": value})
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("flag", ["HOST", "CLUSTER_SECRET", "TLS_CRT", "POSTGRES_TABLE", "LOG_LEVEL"])
+def test_bytes_that_are_no_text_are_refused_in_one_line(flag: str) -> None:
+    with pytest.raises(ConfigError, match=rf"variable MNEMOSYNED_{flag}: it is not UTF-8$"):
+        parse([], {f"MNEMOSYNED_{flag}": b"caf\xe9".decode(errors="surrogateescape")})
+
+
+@pytest.mark.parametrize("name", ["a" * 70, "a..b", "a\x1b", "[::1"])
+def test_what_no_resolver_takes_is_no_host(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not a host name or address"):
+        parse([f"-host={name}"], {})
+
+
+@pytest.mark.parametrize("text", ["http://[::1", "http://", "ftp://x:1", "a b:1", "http://x:99999999", "x:0"])
+def test_what_is_no_endpoint_of_traces_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"flag -tracing.agent.address: it is not host:port or a URL"):
+        parse([f"-tracing.agent.address={text}"], {})
+
+
+def test_what_the_log_shows_of_flags_has_no_secret(tmp_path: Path) -> None:
+    address = tmp_path / "address"
+    query = f"sslmode=disable&sslpassword={CANARY}"
+    address.write_text(f"postgres://ada:{CANARY}@db.example:7432,[::1]/sessions?{query}")
+    address.chmod(0o600)
+    flags = [
+        f"-postgres.address.file={address}",
+        f"-cluster.secret={CANARY}-long-enough-for-a-secret",
+        f"-tracing.agent.address=http://user:{CANARY}@127.0.0.1:1/x?key={CANARY}",
+    ]
+    config = parse(flags, {})
+    shown = config.shown(with_defaults=True)
+
+    assert CANARY not in str(shown)
+    assert shown["postgres.address"] == "db.example:7432, [::1]:5432, database sessions, user ada"
+    assert shown["cluster.secret"] == "[redacted]"
+    assert shown["tracing.agent.address"] == "http://[redacted]@127.0.0.1:1/x?[redacted]"
+    assert shown["ttl"] == "24m"
