@@ -35,7 +35,7 @@ from mnemosyned.embedded.server import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import (
+from common import (
     CALLS_A_CONNECTION,
     CONNECTIONS,
     LOAD_CORE,

@@ -22,7 +22,7 @@ from mnemosyned.embedded.server import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from peering import Peer, peering
+from peering import Peer, peering, until_they_serve_copies
 from serving import configured, serving
 
 from mnemosyned.storage.engines import StorageConfig, Surroundings
@@ -38,6 +38,7 @@ BACKGROUND = (
     "health.py",
     "table.py",
     "dissemination.py",
+    "node_table.py",
 )
 
 
@@ -90,8 +91,7 @@ async def main(dsn: str) -> None:
 
 
 async def clustered(one: Peer, other: Peer, *, is_long: bool) -> None:
-    while not len(one.node.view.ring.nodes) == len(other.node.view.ring.nodes) == 2 or one.node.view.former:
-        await asyncio.sleep(0.05)
+    await until_they_serve_copies(one, other)
     tokens = [str(number) for number in range(99)]
     own = next(token for token in tokens if one.node.view.ring.owner(token) == one.address)
     foreign = next(token for token in tokens if one.node.view.ring.owner(token) == other.address)

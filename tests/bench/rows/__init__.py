@@ -1,0 +1,29 @@
+"""The rows of the goals, by name; each is a generator of results and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from results import Curve, Result
+
+from rows import cached, idle, latency, listing, nodes, storage, workers
+from rows.setting import Bench
+
+__all__ = ["ROWS", "Bench"]
+
+ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
+    "cached": cached.one_token,
+    "tokens": cached.many_tokens,
+    "methods": cached.other_methods,
+    "sessions": cached.many_sessions,
+    "load": latency.under_load,
+    "hop": nodes.forwarded,
+    "nodes": nodes.three_nodes,
+    "writes": storage.busy,
+    "alone": storage.one_caller,
+    "list": listing.pages,
+    "touches": listing.under_touches,
+    "workers": workers.two_workers,
+    "idle": idle.idle_nodes,
+}
