@@ -1,7 +1,7 @@
 """Three nodes and a PostgreSQL on this machine, for trying out.
 
-`make cluster` runs them until Ctrl-C; `make node N=2` starts the second one again after it has died. Both
-work in the directory of the embedded PostgreSQL:
+`make cluster` runs them until Ctrl-C, or until the terminal is closed. `make node N=2` starts the second one
+again after it has died. Both work in the directory of the embedded PostgreSQL:
 
     cluster.ports    the nodes' ports; locked by the process that runs the cluster
     cluster.secret   the nodes' secret; a cluster makes its own
@@ -84,6 +84,8 @@ class _Node:
 def _run_cluster(directory: Path) -> int:
     """Run until Ctrl-C, or until no node is left. When a node dies, only the other nodes react."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _hang_up)
     numbers = os.environ.get("CLUSTER_PORTS", _PORTS).split(",")
     if len(numbers) != _NODES or not all(number.isdecimal() for number in numbers):
         return _complain("CLUSTER_PORTS must be three numbers, as in 8080,8082,8084")
@@ -105,6 +107,12 @@ def _run_cluster(directory: Path) -> int:
             _stop([node for node in nodes if node.process.poll() is None])
             _tell_of_others(nodes)
     return _complain("no node is left")
+
+
+def _hang_up(_number: int, _frame: object) -> NoReturn:
+    # The terminal was closed. The kernel and the shell may both say so, and once is as Ctrl-C.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _has_claimed(file: TextIO, ports: Iterable[int]) -> bool:

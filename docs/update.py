@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of README.md: `make docs`."""
+"""Rewrite the generated parts of the documents: `make docs`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text()
     code = (ROOT / "client" / "mnemosynerpc" / "example.py").read_text()
     body = code[code.index("def main") : code.index("\n\nif __name__")].rstrip() + "\n"
-    readme = _between(readme, "<!-- flags: made by `make docs` -->\n", flag_table(SECTIONS))
     readme = _between(readme, "<!-- example: client/mnemosynerpc/example.py -->\n", f"```python\n{body}```\n")
     (ROOT / "README.md").write_text(readme)
+    flags = (ROOT / "docs" / "flags.md").read_text()
+    table = _between(flags, "<!-- flags: made by `make docs` -->\n", flag_table(SECTIONS))
+    (ROOT / "docs" / "flags.md").write_text(table)
 
 
 def _between(text: str, start: str, content: str) -> str:

@@ -1,11 +1,11 @@
 """argv to exit code.
 
-0 after a clean stop, 1 for a failed start, 2 for wrong flags, 130 for a second Ctrl-C.
+0 after a clean stop, 1 for a failed start or an output that cannot be written, 2 for wrong flags, 130 for a
+second Ctrl-C.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -13,16 +13,40 @@ from typing import TYPE_CHECKING
 from mnemosyned import __version__, settings
 from mnemosyned.config.flags import ConfigError
 from mnemosyned.config.help import actions_in
+from mnemosyned.observe import stdio
 from mnemosyned.security.process_title import hide_secrets
 from mnemosyned.settings import SECRET_FLAGS, RunConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mnemosyned.config.config import Config
 
 
 def main() -> int:
     """Run the daemon as the command line, the environment and the file say; or another command."""
-    arguments = sys.argv[1:]
+    stdio.secure()
+    try:
+        exit_code = _exit_code_of(sys.argv[1:])
+        sys.stdout.flush()
+    except stdio.OutputFailed as exc:
+        stdio.abandon_output()
+        return _complain(str(exc), 1)
+    except KeyboardInterrupt:  # before there was a daemon, or while its last lines were waited for
+        stdio.abandon_output()
+        return 130
+    return exit_code
+
+
+def _exit_code_of(arguments: list[str]) -> int:
+    try:
+        return _main(arguments)
+    except SystemExit as exc:
+        # argparse ends a command for help and for wrong usage; what it has printed is still to be flushed.
+        return exc.code if isinstance(exc.code, int) else 1
+
+
+def _main(arguments: list[str]) -> int:
     hide_secrets(arguments, SECRET_FLAGS)
     # Only now: these imports take ten times as long as all before, and until here `ps` shows the secrets.
     from mnemosyned.commands import COMMANDS
@@ -39,17 +63,20 @@ def main() -> int:
 def _serve(arguments: list[str]) -> int:
     from mnemosyned.commands import help_text  # see above
 
+    def parse() -> Config:
+        return settings.parse(arguments, os.environ)
+
     actions = actions_in(arguments)
     if actions:
         sys.stdout.write(help_text() if "help" in actions else f"mnemosyned {__version__}\n")
         return 0
     try:
-        config = settings.parse(arguments, os.environ)
+        config = parse()
     except ConfigError as exc:
         return _complain(str(exc), 2)
     if config[RunConfig].only_checks:
         return _check(config)
-    return _run(config)
+    return _run(config, parse, arguments)
 
 
 def _check(config: Config) -> int:
@@ -59,30 +86,26 @@ def _check(config: Config) -> int:
         warnings = configured_files.check(config)
     except ConfigError as exc:
         return _complain(str(exc), 2)
-    sys.stderr.write("".join(f"mnemosyned: warning: {text}\n" for text in warnings))
+    for text in warnings:
+        _complain(f"warning: {text}", 0)
     sys.stdout.write("the configuration is valid\n")
     return 0
 
 
-def _run(config: Config) -> int:
-    # The imports make no garbage; the daemon turns the collector on again.
-    gc.disable()
-    from mnemosyned.daemon import StartFailed, run
-    from mnemosyned.observe import logs
-    from mnemosyned.observe.config import ObserveConfig
-    from mnemosyned.security import core_dumps
+def _run(config: Config, parse: Callable[[], Config], arguments: list[str]) -> int:
+    from mnemosyned import running
 
-    observe = config[ObserveConfig]
-    logs.configure(observe.log_environment, observe.log_level, secret_flags=SECRET_FLAGS)
-    if not config[RunConfig].has_core_dumps:
-        core_dumps.forbid()
-    try:
-        run(config)
-    except StartFailed as exc:
-        return _complain(str(exc), 1)
-    except KeyboardInterrupt:
-        return _complain("stopped before everything was written and closed cleanly", 130)
-    return 0
+    def body() -> None:
+        if config[RunConfig].workers > 1:
+            from mnemosyned.workers import supervisor
+
+            supervisor.run(config, parse, arguments)
+            return
+        from mnemosyned.daemon import run
+
+        run(config, parse)
+
+    return running.run(config, body)
 
 
 def _complain(text: str, exit_code: int) -> int:

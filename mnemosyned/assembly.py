@@ -5,9 +5,9 @@ runs. Nothing here listens, runs or opens anything, so it needs no event loop an
 
     Config ──> store (storage/engines.py)
                  |
-    StorageClock |      ClusterNode (if it has peers) ── invalidator ──┐
-        |        |                                                     v
-        └────────┴──> LruBackend, negative Lru ──> ReadThrough ──> Coherence
+    StorageClock |      ClusterNode (if it has peers) ── forwarder ──┐
+        |        |                                                   v
+        └────────┴──> LruBackend, negative Lru ──> ReadThrough ──> LeaseKeeper ──> Coherence
                                                         |              |
                           TouchWriter ──────────> SessionService <─────┘
                                                         |
@@ -17,7 +17,7 @@ runs. Nothing here listens, runs or opens anything, so it needs no event loop an
 
 Two knots decide the sequence:
 
-- The node and the sessions need each other. The node's `invalidator` is there from its construction, and the
+- The node and the sessions need each other. The node's `forwarder` is there from its construction, and the
   sessions come to the node later, by `bind`.
 - Wrappers of methods go around what is already in a table, so the sequence in `_new_tables` matters.
 
@@ -27,36 +27,46 @@ in their registry.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from cache.backend import LruBackend
 from cache.lru import Lru
 from cache.read_through import ReadThrough
+from cluster.lease import Lease
+from cluster.mirrors import Grants
 from mnemosyned.api import reflection, session_manager
 from mnemosyned.api.auth import guard
 from mnemosyned.api.guessing import GuessWatch
 from mnemosyned.api.health import SERVICE_NAME as HEALTH
 from mnemosyned.api.health import Health
-from mnemosyned.api.session_manager import LocalRouter
+from mnemosyned.api.session_manager import LocalRouter, Router
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.metrics import (
     AuthMetrics,
     CacheCollector,
     GuessCollector,
+    LeaseCollector,
     RpcCollector,
+    SessionCollector,
     UpkeepMetrics,
 )
+from mnemosyned.observe.mirror_metrics import MirrorCollector
 from mnemosyned.security.config import GuessConfig, TlsConfig
 from mnemosyned.security.tls import ClientAuth, TlsFiles
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.coherence import Coherence, TokenIndex
+from mnemosyned.sessions.coherence import Coherence
 from mnemosyned.sessions.config import CacheConfig, bag_limits, lifetime
 from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedSession
+from mnemosyned.sessions.lease_gate import LeaseGate, LeaseSettler
+from mnemosyned.sessions.lease_keeper import LeaseKeeper
+from mnemosyned.sessions.mirrors import Mirrors
 from mnemosyned.sessions.service import ServiceRules, SessionService
+from mnemosyned.sessions.token_index import TokenIndex
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.storage.hashed import HashedStore
@@ -65,6 +75,7 @@ from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.engine import Engine, EngineOptions
 from mnemosyned.transport.h2_engine import H2Engine
 from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.places import StreamPlaces
 from mnemosyned.transport.traces import carried
 
 if TYPE_CHECKING:
@@ -72,8 +83,9 @@ if TYPE_CHECKING:
 
     from mnemosyned.config.config import Config
     from mnemosyned.node import ClusterNode
+    from mnemosyned.place import Place
     from mnemosyned.security.api_keys import Callers
-    from mnemosyned.sessions.store import EngineStore
+    from mnemosyned.sessions.store import EngineStore, SharedStore
     from mnemosyned.transport.traces import Tracing
 
 
@@ -99,6 +111,7 @@ class Hooks:
     stop: Callable[[], None]  # begins the end of the daemon; a peer may ask for it
     callers: Callable[[], Callers] | None = None  # who may call; None: all may
     tracing: Tracing | None = None
+    place: Place | None = None  # None: this process is the daemon, and no worker of one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +121,8 @@ class Parts:
     store: EngineStore
     clock: StorageClock
     cache: ReadThrough[EncodedSession]
+    keeper: LeaseKeeper | None  # None: nobody else has the storage
+    mirrors: Mirrors | None  # as `keeper`
     coherence: Coherence
     touches: TouchWriter
     service: SessionService
@@ -125,36 +140,51 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
     Metrics are registered in `hooks.registry`, so each node of a process needs a registry of its own.
     """
     clock = StorageClock()
-    node = _new_node(config, clock)
-    cache, coherence = _new_cache(config, store, clock, node, hooks.registry)
+    node = _new_node(config, clock, hooks.place)
+    caches = _new_caches(config, store, clock, hooks.registry)
+    cache = caches.own
+    keeper = _new_keeper(config, store, clock, caches, node)
+    if keeper is not None:
+        hooks.registry.register(LeaseCollector(keeper.counters, reason=keeper.reason, age_s=keeper.age_s))
+    mirrors = _new_mirrors(config, clock, caches, keeper, hooks.registry)
+    coherence = Coherence(cache, index=caches.index, settler=_settler(keeper, node), mirrors=mirrors)
     upkeep = UpkeepMetrics(hooks.registry)
     touches = TouchWriter(
         store,
         max_waiting=config[CacheConfig].max_sessions,
         lost=upkeep.touches_lost,
         on_gone=coherence.drop_copy,
+        token_of=caches.token_shown_as,
     )
+    rules = ServiceRules(lifetime=lifetime(config), bag_limits=bag_limits(config))
+    damage_log = DamageLog(upkeep.damaged_sessions)
     service = SessionService(
-        store,
-        cache,
-        touches,
-        coherence=coherence,
-        clock=clock,
-        rules=ServiceRules(lifetime=lifetime(config), bag_limits=bag_limits(config)),
-        damage_log=DamageLog(upkeep.damaged_sessions),
+        store, cache, touches, coherence=coherence, clock=clock, rules=rules, damage_log=damage_log
     )
+    hooks.registry.register(SessionCollector(service.counts))
     if node is not None:
-        node.bind(storage=store, cache=cache, coherence=coherence, touches=touches, service=service)
-    health = Health(_PUBLIC_SERVICES)
-    guesses = GuessWatch(config[GuessConfig], hooks.callers, max_streams=config[GrpcConfig].max_streams)
-    hooks.registry.register(GuessCollector(guesses.counts, callers=guesses.callers))
-    has_own_port = bool(config[ClusterConfig].bind)
-    tables = _new_tables(service, node, health, hooks, guesses=guesses, has_own_port=has_own_port)
+        assert keeper is not None
+        assert mirrors is not None
+        node.bind(
+            storage=store,
+            cache=cache,
+            keeper=keeper,
+            coherence=coherence,
+            touches=touches,
+            service=service,
+            mirrors=mirrors,
+        )
+    health = _new_health(config[GrpcConfig])
+    gate = None if keeper is None else LeaseGate(keeper)
+    router = LocalRouter(service, gate) if node is None else node.router(_trace_context(hooks))
+    tables = _new_tables(config, service, router, node, health=health, hooks=hooks)
     _register_calls(hooks.registry, tables, node)
     return Parts(
         store=store,
         clock=clock,
         cache=cache,
+        keeper=keeper,
+        mirrors=mirrors,
         coherence=coherence,
         touches=touches,
         service=service,
@@ -180,7 +210,13 @@ def engine_options(config: Config) -> EngineOptions:
         handshake_timeout_s=grpc.handshake_timeout_s,
         drain_timeout_s=grpc.drain_timeout_s,
         max_age_s=grpc.max_age_s,
+        age_grace_s=grpc.age_grace_s,
+        max_idle_s=grpc.max_idle_s,
         send_timeout_s=grpc.send_timeout_s,
+        max_unsent_bytes=grpc.max_unsent_bytes,
+        max_unsent_bytes_per_connection=grpc.max_unsent_bytes_per_connection,
+        max_request_bytes=grpc.max_request_bytes,
+        max_request_bytes_per_connection=grpc.max_request_bytes_per_connection,
         tls=tls_files(config),
     )
 
@@ -198,7 +234,7 @@ def tls_files(config: Config) -> TlsFiles | None:
     )
 
 
-def _new_node(config: Config, clock: StorageClock) -> ClusterNode | None:
+def _new_node(config: Config, clock: StorageClock, place: Place | None) -> ClusterNode | None:
     cluster = config[ClusterConfig]
     # A storage of this process alone cannot be shared, so its node has no peers, whatever the flags say: the
     # daemon warns of that.
@@ -209,24 +245,45 @@ def _new_node(config: Config, clock: StorageClock) -> ClusterNode | None:
 
     options = NodeOptions(
         listen=cluster.listen,
+        public=config[GrpcConfig].advertise,
         seeds=cluster.foreign_seeds,
         label=cluster.label,
         secrets=cluster.secret,
         peer_names=config[TlsConfig].peer_names,
         max_members=cluster.max_members,
         max_message_bytes=config[GrpcConfig].max_message_bytes,
-        cache_ttl_s=config[CacheConfig].ttl_s,
+        siblings={} if place is None else place.siblings,
     )
     return ClusterNode(options, clock)
 
 
-def _new_cache(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Caches:
+    """Of the sessions that this node owns, and mirrors of others; with hashed tokens there are indexes."""
+
+    own: ReadThrough[EncodedSession]
+    index: TokenIndex | None
+    mirrors: ReadThrough[EncodedSession]
+    mirror_index: TokenIndex | None
+
+    def drop_everything(self) -> None:
+        self.own.drop_everything()
+        self.mirrors.drop_everything()
+
+    def token_shown_as(self, shown: str) -> str:
+        """Return the token of the copy that List shows so, or what it shows."""
+        for index in (self.index, self.mirror_index):
+            if index is not None and (token := index.token_shown_as(shown)) != shown:
+                return token
+        return shown
+
+
+def _new_caches(
     config: Config,
     store: EngineStore,
     clock: StorageClock,
-    node: ClusterNode | None,
     registry: CollectorRegistry,
-) -> tuple[ReadThrough[EncodedSession], Coherence]:
+) -> _Caches:
     limits = config[CacheConfig]
     entries: LruBackend[EncodedSession] = LruBackend(
         max_entries=limits.max_sessions, max_bytes=limits.max_bytes, now_us=clock.now_us
@@ -235,7 +292,9 @@ def _new_cache(
     # cache's time to live, by which its entries grow old; without one it is off.
     negative: Lru[None] = Lru(max_entries=sys.maxsize, max_bytes=limits.negative_bytes if limits.ttl_s else 0)
     # With hashed tokens, other nodes name sessions by their hashes, which the cache does not have as keys.
-    index = TokenIndex(store.token_hasher) if isinstance(store, HashedStore) else None
+    index, mirror_index = (
+        TokenIndex(store.token_hasher) if isinstance(store, HashedStore) else None for _ in range(2)
+    )
     cache = ReadThrough(entries, negative, observer=index)
     registry.register(
         CacheCollector(
@@ -245,7 +304,73 @@ def _new_cache(
             negative_entries=lambda: len(negative),
         )
     )
-    return cache, Coherence(cache, index=index, invalidator=None if node is None else node.invalidator)
+    # Bound by bytes alone: each entry is of some size.
+    mirrored: Lru[EncodedSession] = Lru(max_entries=sys.maxsize, max_bytes=limits.mirror_bytes)
+    mirrors = ReadThrough(mirrored, observer=mirror_index)
+    return _Caches(own=cache, index=index, mirrors=mirrors, mirror_index=mirror_index)
+
+
+def _new_keeper(
+    config: Config,
+    store: EngineStore,
+    clock: StorageClock,
+    caches: _Caches,
+    node: ClusterNode | None,
+) -> LeaseKeeper | None:
+    """Return what keeps the lease of a daemon whose storage others may use too, knowingly or not."""
+    if not config[StorageConfig].engine.capabilities.is_shared:
+        return None
+    instance = int.from_bytes(os.urandom(8), "big") >> 1
+    name = config[ClusterConfig].listen or f"alone-{instance:016x}"
+    keeper = LeaseKeeper(
+        cast("SharedStore", store),
+        Lease(name, instance),
+        clock,
+        grants=Grants(max_tokens=config[CacheConfig].max_sessions, keep_us=lifetime(config).cache_us),
+        drop_everything=caches.drop_everything,
+        teller=None if node is None else node.forwarder,
+    )
+    if node is None:
+        # A ring of its own: no other daemon takes it for one that routes alike.
+        keeper.route_by(name)
+    else:
+        keeper.on_published = node.published
+        keeper.on_doubt.append(node.storage_doubted)
+    caches.own.may_fill = lambda: keeper.lease.is_valid(clock.uptime_us())
+    return keeper
+
+
+def _new_mirrors(
+    config: Config,
+    clock: StorageClock,
+    caches: _Caches,
+    keeper: LeaseKeeper | None,
+    registry: CollectorRegistry,
+) -> Mirrors | None:
+    if keeper is None:
+        return None
+    mirrors = Mirrors(
+        caches.own,
+        caches.mirrors,
+        index=caches.mirror_index,
+        grants=keeper.grants,
+        lease=keeper.lease,
+        clock=clock,
+        is_wanted=config[CacheConfig].mirror_bytes > 0,
+    )
+    keeper.on_rows, keeper.drop_mirrors = mirrors.met, mirrors.drop
+    registry.register(MirrorCollector(mirrors.cache, mirrors.counters, keeper.counters))
+    return mirrors
+
+
+def _settler(keeper: LeaseKeeper | None, node: ClusterNode | None) -> LeaseSettler | None:
+    if keeper is None:
+        return None
+    return LeaseSettler(keeper, (lambda _: True) if node is None else node.owns)
+
+
+def _trace_context(hooks: Hooks) -> Callable[[Call], Mapping[str, str]]:
+    return carried if hooks.tracing is None else hooks.tracing.context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,18 +380,24 @@ class _Tables:
     forwarded: MethodTable  # what a forwarded call may call
 
 
+def _new_health(grpc: GrpcConfig) -> Health:
+    return Health(
+        _PUBLIC_SERVICES, StreamPlaces(per_connection=grpc.max_watches_per_connection, total=grpc.max_watches)
+    )
+
+
 def _new_tables(
+    config: Config,
     service: SessionService,
+    router: Router,
     node: ClusterNode | None,
+    *,
     health: Health,
     hooks: Hooks,
-    *,
-    guesses: GuessWatch,
-    has_own_port: bool,
 ) -> _Tables:
     """Return what clients and peers may call, and what a forwarded call may call.
 
-    `has_own_port` is whether peers have a port of their own. Then the clients' table has no Peer service.
+    Where peers have a port of their own, the clients' table has no Peer service.
 
     Added in this sequence:
 
@@ -277,17 +408,17 @@ def _new_tables(
     5. Traces around everything, so that a refused call has a span too.
     """
     clients, forwarded = MethodTable(), MethodTable()
+    has_own_port = bool(config[ClusterConfig].bind) or hooks.place is not None
     peers = MethodTable() if node is not None and has_own_port else None
-    trace_context: Callable[[Call], Mapping[str, str]] = carried
-    if hooks.tracing is not None:
-        trace_context = hooks.tracing.context
-    router = LocalRouter(service) if node is None else node.router(trace_context)
-    session_manager.add_to(clients, router)
+    max_entries = service.bag_limits.entries
+    session_manager.add_to(clients, router, max_entries=max_entries)
     if node is not None:
-        session_manager.add_to(forwarded, node.owner_router())
+        session_manager.add_to(forwarded, node.owner_router(), max_entries=max_entries)
         node.serve_peers(clients if peers is None else peers, forwarded, stop=hooks.stop)
     if hooks.callers is not None:
         guard(clients, hooks.callers, AuthMetrics(hooks.registry))
+    guesses = GuessWatch(config[GuessConfig], hooks.callers, max_streams=config[GrpcConfig].max_streams)
+    hooks.registry.register(GuessCollector(guesses.counts, callers=guesses.callers))
     guesses.watch(clients)
     health.add_to(clients)
     reflection.add_to(clients, _PUBLIC_SERVICES)

@@ -1,11 +1,12 @@
 """The files that the configuration names: read, followed while the daemon runs, and checked without it.
 
-    at the start   tls, callers ──> reloader, which follows them    (file_reloader.py)
+    at the start   tls, callers, the storage's address ──> reloader, which follows them (file_reloader.py)
                    secrets      ──> a warning for each that other users may read
     -check-config  the same reads and the same complaints, and nothing starts
 
 Secrets and HMAC keys are read with the configuration itself (config/parsers.py), so an unusable one never
-gets here. TLS files and callers change while the daemon runs, and are read here.
+gets here. TLS files, callers and the file with the storage's address change while the daemon runs, and are
+read here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mnemosyned.security import api_keys
 from mnemosyned.security.config import AuthConfig
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable, log_exposures
 from mnemosyned.security.tls import tls_reloader
+from mnemosyned.storage.engines import StorageConfig
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -57,6 +59,14 @@ def follow_callers(config: Config) -> FileReloader[Callers] | None:
         raise ConfigError(f"flag -auth.keys: {exc}") from exc
 
 
+def follow_address(config: Config) -> FileReloader[str] | None:
+    """Return the reloader of the storage's address; None if no file holds it. Raises ConfigError."""
+    try:
+        return config[StorageConfig].engine.follow_address(config)
+    except FilesUnusable as exc:
+        raise ConfigError(str(exc)) from exc
+
+
 def warn(config: Config, tls: FileReloader[TlsMaterial] | None) -> None:
     """Log what is unsafe in the files, and does not stop the start."""
     log_exposures({path: f"-{name}" for name, path in config.secret_files().items()})
@@ -81,7 +91,7 @@ def check(config: Config) -> list[str]:
         for complaint in _complaints(tls.content):
             raise ConfigError(f"flag -tls: {complaint}")
     exposures = {name: exposure_of(path) for name, path in config.secret_files().items()}
-    return [
+    return config.warnings() + [
         f"flag -{name}: {one.path}: {one.event.replace('_', ' ')}; {one.advice}"
         for name, one in exposures.items()
         if one is not None

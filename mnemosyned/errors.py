@@ -56,6 +56,12 @@ class StorageUnavailable(MnemosyneError):
     does about that).
     """
 
+    # Whether the storage may still be doing the work, at the latest when the call's time is up.
+    is_under_way = True
+    # For the log, never for a caller: what was being done, where, and what happened; and what to look at.
+    detail = ""
+    hint = ""
+
 
 class CorruptSession(MnemosyneError):
     """What is stored of a session is damaged, or no daemon wrote it. Other sessions are not affected."""

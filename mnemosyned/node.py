@@ -7,14 +7,13 @@ The life of a node
     view:  alone, not active: every call past the cache ───────┴────> the ring ──> without     peers forget
            (a call for its own tokens leaves no copy)                              this node   this node
 
-- Constructed: the node knows its name and its seeds. `bind` gives it the sessions, which were built with its
-  `invalidator`: each needs the other, so one of them comes later.
+- Constructed: the node knows its name and its seeds. `bind` gives it the sessions, whose lease was built with
+  its `forwarder`: each needs the other, so one of them comes later.
 - The port listens before `run`, because peers dial this node as soon as it joins. Until then the Peer
   service answers UNAVAILABLE.
 - `run` waits for the storage's identity, because nodes of different tables must not share a ring. Then
   it joins.
-- Until it has joined, the node handles calls past the cache: it does not know which nodes hold copies, and
-  those nodes do not tell it of writes.
+- Until it has joined, the node handles calls past the cache: it does not know which tokens it will own.
 - `leave` gives the tokens to the other nodes. This node goes on handling its clients' calls, which it now
   forwards.
 - `announce_left` is the last step, after the last call is answered. Without it the peers would suspect this
@@ -22,24 +21,16 @@ The life of a node
 
 A new ring
 ----------
-`_follow` gets each new view. It replaces one reference, so that the next call is routed by the new ring. The
-copies of tokens that other nodes own now must go, for two reasons:
+`_follow` gets each new view. It replaces one reference, so that the next call is routed by the new ring, and
+has the lease publish it. Copies of tokens that this node owned all the time are served on. `keeps` decides
+that by the rings since the copy was made, so nothing walks through the cache: the copies of other tokens are
+not read any more, and leave it as the oldest do.
 
-- Their new owner does not tell this node of writes once the old ring is settled (cluster/view_change.py).
-  If the token came back, the copy would be served, though it is old.
-- They occupy memory for calls that do not come any more.
+The expiries of sessions are written at once. Their new owners read them from the storage, and would otherwise
+see sessions expire earlier than this node has promised.
 
-They go in the sweep, a task, because a full cache has hundreds of thousands of keys. In the meantime no call
-reads them: a token that another node owns is forwarded, or handled past the cache. That holds for one change
-of the ring. At a second change during the sweep a token may come back that the sweep has not reached. The
-sweep is then cancelled, and the whole cache is dropped.
-
-The sweep also writes the expiries of the sessions. Their new owners read them from the storage, and would
-otherwise see sessions expire earlier than this node has promised.
-
-Which nodes are told of a write
--------------------------------
-`RemoteCaches` is where the rule of `sessions/coherence.py` meets the ring.
+When the ring has been published long enough (`cluster/lease.py`), the tokens that it has brought may have
+copies too.
 """
 
 from __future__ import annotations
@@ -48,15 +39,18 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 from cluster import discovery
 from cluster.addresses import AddressRules
 from cluster.forward import Forwarder
 from cluster.gossip import Gossip
 from cluster.identity import Identity
+from cluster.lease import ACTIVATION_US
 from cluster.member import Member, Phase, State
 from cluster.peer_auth import PROCESS_BYTES, PeerAuth
 from cluster.peers import SERVICE_NAME, Peers
@@ -66,7 +60,10 @@ from mnemosyned.api.peer import METHODS, PeerService
 from mnemosyned.api.router import ClusterRouter, OwnerRouter
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.security.tls import peer_context
+from mnemosyned.sessions.lease_gate import LeaseGate
+from mnemosyned.sessions.lease_keeper import LeaseKeeper
 from mnemosyned.transport.call import MethodStats
+from mnemosyned.transport.engine import UNIX_PEER
 
 if TYPE_CHECKING:
     from cache.read_through import ReadThrough
@@ -74,6 +71,7 @@ if TYPE_CHECKING:
     from mnemosyned.sessions.clock import StorageClock
     from mnemosyned.sessions.coherence import Coherence
     from mnemosyned.sessions.encoded import EncodedSession
+    from mnemosyned.sessions.mirrors import Mirrors
     from mnemosyned.sessions.service import SessionService
     from mnemosyned.sessions.store import Storage
     from mnemosyned.sessions.touches import TouchWriter
@@ -82,10 +80,15 @@ from mnemosyned.transport.methods import MethodTable
 
 log = logging.getLogger(__name__)
 
-# Keys between two turns of the event loop. To find their owners takes about 1.5 ms, in which calls wait.
-_SWEEP_KEYS: Final = 1000
+# A node leaves the ring when its storage has not answered for so long, and comes back when it has. Each
+# change of the ring costs copies, so a storage that was only slow causes none.
+_AWAY_AFTER_S: Final = 0.7
+_BACK_AFTER_S: Final = 1.0
+# Rings that are remembered to judge copies by; an older copy is dropped.
+_MAX_RINGS: Final = 16
 # Between two questions for the storage's identity; the daemon is not ready before it has one.
 _RETRY_S: Final = 0.5
+_US_PER_S: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,62 +97,13 @@ class NodeOptions:
 
     listen: str  # host:port, as peers dial it; also this node's name
     seeds: Sequence[str]  # host:port of other nodes; empty: this node begins a cluster
+    public: str = ""  # host:port, as clients dial it; empty: not told
     label: str
     secrets: Sequence[str]  # the first signs, all are accepted
     peer_names: Sequence[str] = ()  # in the certificates of nodes
     max_message_bytes: int  # of a client's request, which may be forwarded
     max_members: int  # that this cluster may have; the table of members has no more
-    cache_ttl_s: float  # how long a peer may serve a copy that it could not be told to drop
-
-
-class RemoteCaches:
-    """The Invalidator of a clustered node: decides from the view which nodes may have a copy.
-
-    Only the owner of a token may keep a copy. This gives two cases for a write of this node:
-
-    - This node owns the token, and has owned it by one settled view since before the write began. No other
-      node can have a copy, and nothing is sent. This is the healthy case.
-    - Otherwise every node is told: the owner did not get this write, or two nodes may disagree on the owner.
-
-    "One settled view" is tested as one object, because a view never changes. `former` is empty once all nodes
-    route by the new ring; `is_active` is false while this node joins.
-
-    Why the view is compared from before the write to after it: a change of the ring in between may have given
-    the token to a node that read the session before the write was committed.
-    """
-
-    def __init__(self, forwarder: Forwarder, view: Callable[[], View]) -> None:
-        self._forwarder = forwarder
-        self._view = view
-
-    def routing(self) -> View:
-        """See Invalidator."""
-        return self._view()
-
-    def after_write(self, tokens: Sequence[str], routed_by: object) -> Coroutine[Any, Any, None] | None:
-        """See Invalidator."""
-        # Remembered in any case: a node that owns the token by the next ring may have read it before.
-        self._forwarder.changed(tokens)
-        view = self._view()
-        if view is routed_by and view.is_active and not view.former:
-            tokens = [token for token in tokens if not _owns(view, token)]
-        if not tokens or not view.address_by_name:
-            return None
-        return self._forwarder.invalidate_everywhere(tokens)
-
-    def give_up(self, tokens: Sequence[str]) -> None:
-        """See Invalidator."""
-        self._forwarder.ask_nothing_before(tokens)
-
-    def after_delete(self, stored_keys: Sequence[str]) -> Coroutine[Any, Any, None] | None:
-        """See Invalidator."""
-        # Stored keys may be hashes, whose owners are not known here: no shortcut for own tokens.
-        self._forwarder.changed(stored_keys)
-        return self._forwarder.invalidate(stored_keys)
-
-
-def _owns(view: View, token: str) -> bool:
-    return view.is_alone or view.ring.owner(token) == view.me
+    siblings: Mapping[str, str] = field(default_factory=dict)  # Unix sockets of this daemon's other workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +112,11 @@ class _Sessions:
 
     storage: Storage
     cache: ReadThrough[EncodedSession]
+    keeper: LeaseKeeper
     coherence: Coherence
     touches: TouchWriter
     service: SessionService
+    mirrors: Mirrors
 
 
 class ClusterNode:
@@ -171,42 +127,57 @@ class ClusterNode:
     """
 
     def __init__(self, options: NodeOptions, clock: StorageClock) -> None:
-        """Make the node; `bind` gives it the sessions, which in turn need the node's `invalidator`."""
+        """Make the node; `bind` gives it the sessions, whose lease needs the node's `forwarder`."""
         self._options = options
         self._clock = clock
         self._bound: _Sessions | None = None
+        self._sockets = dict(options.siblings)  # by address
         self.client_stats = {name: MethodStats(SERVICE_NAME, name, "unary") for name in METHODS}
         self.peer_auth = PeerAuth(
             [secret.encode() for secret in options.secrets],
             options.peer_names,
             process=os.urandom(PROCESS_BYTES),
+            trusted_peer=UNIX_PEER if options.siblings else None,
         )
         self._peers = Peers(
             self.peer_auth,
             self.client_stats,
             server_name=self._host_at,
             may_dial=AddressRules(options.seeds, own=options.listen).may_dial,
+            socket_at=lambda address: self._sockets.get(address, ""),
         )
-        self.forwarder = Forwarder(self._peers, storage_now_us=clock.now_us, remember_s=options.cache_ttl_s)
-        # Not active: no node tells this one of writes yet, so it must keep no copies.
+        self.forwarder = Forwarder(self._peers, storage_now_us=clock.now_us)
+        # Not active: it does not know yet which tokens it will own.
         self.view = alone(options.listen, is_active=False)
-        self.invalidator = RemoteCaches(self.forwarder, lambda: self.view)
+        # The view of each generation of the cache, the last ones.
+        self._views: deque[tuple[int, View]] = deque([(0, self.view)], maxlen=_MAX_RINGS)
         self.has_joined = asyncio.Event()  # set once this node knows its peers, or that it has none
         self.gossip: Gossip | None = None
         self._service: PeerService | None = None
-        self._sweep: asyncio.Task[None] | None = None
+        self._router: ClusterRouter | None = None
+        self._turning: asyncio.TimerHandle | None = None  # off the ring, or back
+        self._flush: asyncio.Task[None] | None = None
+        self._settling: View | None = None  # it has been published
 
     def bind(
         self,
         *,
         storage: Storage,
         cache: ReadThrough[EncodedSession],
+        keeper: LeaseKeeper,
         coherence: Coherence,
         touches: TouchWriter,
         service: SessionService,
+        mirrors: Mirrors,
     ) -> None:
         """Take the sessions; call it once, before the node serves or runs."""
-        self._bound = _Sessions(storage, cache, coherence, touches, service)
+        self._bound = _Sessions(storage, cache, keeper, coherence, touches, service, mirrors)
+        cache.keeps = self._keeps
+
+    @property
+    def keeper(self) -> LeaseKeeper | None:
+        """What keeps this node's lease; None: not yet bound."""
+        return None if self._bound is None else self._bound.keeper
 
     @property
     def _sessions(self) -> _Sessions:
@@ -224,17 +195,42 @@ class ClusterNode:
         Raises:
             FilesUnusable: the files have changed once more, and are invalid.
         """
-        self._peers.identify(peer_context(material.files))
+        self._peers.identify(await asyncio.to_thread(peer_context, material.files))
+
+    def renew_secrets(self, secrets: Sequence[str]) -> None:
+        """Use these secrets from now on, the first one for what this node says.
+
+        Connections to peers are opened anew with it. Those that peers have opened stay while their secret is
+        among these.
+
+        Raises:
+            ValueError: see PeerAuth.
+        """
+        self.peer_auth.renew([secret.encode() for secret in secrets])
+        self._peers.dial_again()
 
     def router(self, trace_context: Callable[[Call], Mapping[str, str]]) -> ClusterRouter:
         """Return the router for calls of clients."""
-        return ClusterRouter(
-            self._sessions.service, self.forwarder, view=lambda: self.view, trace_context=trace_context
+        self._router = ClusterRouter(
+            self._sessions.service,
+            self.forwarder,
+            view=lambda: self.view,
+            gate=LeaseGate(self._sessions.keeper),
+            mirrors=self._sessions.mirrors,
+            is_away=lambda: self.is_away,
+            trace_context=trace_context,
         )
+        return self._router
 
     def owner_router(self) -> OwnerRouter:
         """Return the router for calls that peers forward."""
-        return OwnerRouter(self._sessions.service, view=lambda: self.view)
+        sessions = self._sessions
+        return OwnerRouter(
+            sessions.service,
+            view=lambda: self.view,
+            gate=LeaseGate(sessions.keeper),
+            mirrors=sessions.mirrors,
+        )
 
     def serve_peers(self, table: MethodTable, calls: MethodTable, *, stop: Callable[[], None]) -> None:
         """Add the Peer service to a table.
@@ -247,7 +243,7 @@ class ClusterNode:
             self._joined,
             calls,
             storage_now_us=self._clock.now_us,
-            drop=self._sessions.coherence.drop_copies,
+            copies=self,
             stop=stop,
         )
         self._service.add_to(
@@ -256,15 +252,31 @@ class ClusterNode:
             max_members=self._options.max_members,
         )
 
+    def drop(self, keys: Sequence[str] | None) -> int:
+        """See Copies: drop what another node names."""
+        sessions = self._sessions
+        sessions.mirrors.recall(lambda: sessions.coherence.drop_copies(keys))
+        return sessions.keeper.lease.instance
+
+    async def have_ends_settled(self) -> bool:
+        """See Copies."""
+        return await self._sessions.coherence.have_ends_settled()
+
     async def run(self) -> None:
         """Join the cluster and stay in it, until cancelled. The storage must be open, but may fail."""
         options = self._options
         if options.seeds and not self.peer_auth.demands_proof:
             log.warning("cluster_without_secret", extra={"peers_from": "this host only"})
         identity = Identity(label=options.label, storage_fingerprint=await self._storage_identity())
+        address = await discovery.own_address(options.listen)
+        # Siblings announce addresses of this host too.
+        self._sockets |= {
+            f"{address.rpartition(':')[0]}:{name.rpartition(':')[2]}": path
+            for name, path in options.siblings.items()
+        }
         me = Member(
             name=options.listen,
-            address=await discovery.own_address(options.listen),
+            address=address,
             # Milliseconds: a restarted node has a later one, and so its claims replace those of before.
             generation=time.time_ns() // 1_000_000,
             incarnation=0,
@@ -272,17 +284,19 @@ class ClusterNode:
             phase=Phase.JOINING,
             # Tells two processes with one name apart, which is a mistake in the configuration.
             instance=int.from_bytes(os.urandom(8), "big") >> 1,
+            public=options.public,
         )
         self.gossip = Gossip(
             me,
             identity,
             self._peers,
-            seeds=options.seeds,
+            seeds=[*options.seeds, *options.siblings],
             on_view=self._follow,
             may_vouch=self.peer_auth.demands_proof,
             settings=Settings(max_members=options.max_members),
         )
         self.forwarder.bind(identity.message, self.gossip)
+        self.gossip.on_answering = self.forwarder.answers_again
         self.gossip.start()
         await self.forwarder.run()
 
@@ -301,9 +315,11 @@ class ClusterNode:
         """Tell the peers that this node has left, and close all connections; call it after the last call."""
         if self.gossip is not None:
             await self.gossip.announce_left()
-        if self._sweep is not None:
-            self._sweep.cancel()
-            await asyncio.gather(self._sweep, return_exceptions=True)
+        if self._turning is not None:
+            self._turning.cancel()
+        if self._flush is not None:
+            self._flush.cancel()
+            await asyncio.gather(self._flush, return_exceptions=True)
         await self.forwarder.close()
         await self._peers.close()
 
@@ -338,36 +354,74 @@ class ClusterNode:
                 log.debug("storage_identity_waits", extra={"error": str(exc)})
                 await asyncio.sleep(_RETRY_S)
 
+    # Without the storage.
+
+    @property
+    def is_away(self) -> bool:
+        """Whether this node's storage does not answer, so that other members had better be asked."""
+        return self._sessions.keeper.is_in_doubt or (self.gossip is not None and self.gossip.is_away)
+
+    def storage_doubted(self, is_in_doubt: bool) -> None:  # noqa: FBT001  # a callback with one argument
+        """Leave the ring if the storage does not answer for a while; come back when it has for a while."""
+        if self._turning is not None:
+            self._turning.cancel()
+        if is_in_doubt and self._router is not None:
+            self._router.leave_storage()
+        turn, after_s = (self._withdraw, _AWAY_AFTER_S) if is_in_doubt else (self._come_back, _BACK_AFTER_S)
+        self._turning = asyncio.get_running_loop().call_later(after_s, turn)
+
+    def _withdraw(self) -> None:
+        if self.gossip is not None and self.gossip.swim.me.phase is Phase.ACTIVE:
+            log.warning("left_ring", extra={"reason": "the storage does not answer"})
+            self.gossip.withdraw()
+
+    def _come_back(self) -> None:
+        if self.gossip is not None and self.gossip.is_away:
+            log.info("on_ring_again", extra={"reason": "the storage answers"})
+            self.gossip.come_back()
+
+    def owns(self, token: str) -> bool:
+        """Tell whether this node owns a token, by its ring and by all rings that others may still use."""
+        return self.view.owns(token)
+
+    def published(self, ring: str) -> None:
+        """Take note that the store has a ring of this node."""
+        view = self.view
+        if view.former and ring == view.routed and view is not self._settling:
+            self._settling = view
+            asyncio.get_running_loop().call_later(ACTIVATION_US / _US_PER_S, self._settle, view)
+
+    def _settle(self, view: View) -> None:
+        if self.gossip is not None:
+            self.gossip.settle(view)
+
+    def _keeps(self, token: str, generation: int) -> bool:
+        """Tell whether this node has owned a token ever since a generation of the cache."""
+        since = generation - self._views[0][0]
+        if since < 0:
+            return False
+        return all(
+            view.routed and (view.is_alone or view.ring.owner(token) == view.me)
+            for view in islice((view for _, view in self._views), since, None)
+        )
+
     def _follow(self, view: View) -> None:
-        """Route by a new view, and drop the copies of tokens that other nodes own now."""
-        is_same_ring = view.ring.nodes == self.view.ring.nodes
-        self.view = view
+        """Route by a new view, and have the store know its ring."""
+        old, self.view = self.view, view
         self.forwarder.follow(view)
+        sessions = self._sessions
+        if (view.ring.nodes, view.is_active) != (old.ring.nodes, old.is_active):
+            sessions.cache.change_generation()
+            sessions.mirrors.follow(view)
+            self._views.append((sessions.cache.generation, view))
+            if self._flush is None or self._flush.done():
+                # Owned here: it ends, or is cancelled in `announce_left`.
+                self._flush = asyncio.create_task(self._write_expiries())
+        sessions.keeper.route_by(view.routed)
         if view.is_active:
             self.has_joined.set()
-        if is_same_ring:
-            return
-        if self._sweep is not None and not self._sweep.done():
-            # The last ring may have taken a token from this node, and this ring may give it back. If the
-            # sweep has not reached it, its copy misses the writes of the owner in between.
-            self._sweep.cancel()
-            self._sessions.cache.drop_everything()
-        # Owned here: it ends, or it is cancelled above or in `announce_left`.
-        self._sweep = asyncio.create_task(self._drop_foreign_copies(view))
 
-    async def _drop_foreign_copies(self, view: View) -> None:
-        """Drop the copies of tokens that other nodes own now, and write their expiries."""
-        # A call that was routed by the old view may not have opened its fill yet: its task has begun and
-        # waits for its turn. After two turns of the loop its fill is open, `keys` has it, and `drop` closes
-        # its gate.
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        keys = self._sessions.cache.keys()
-        for start in range(0, len(keys), _SWEEP_KEYS):
-            for key in keys[start : start + _SWEEP_KEYS]:
-                if view.ring.owner(key) != view.me:
-                    self._sessions.cache.drop(key)
-            await asyncio.sleep(0)
+    async def _write_expiries(self) -> None:
         try:
             await self._sessions.touches.flush()
         except MnemosyneError as exc:

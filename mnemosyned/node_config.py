@@ -9,7 +9,8 @@ of the flag. Two secrets are accepted during a rotation:
     all nodes: old ──> all nodes: old,new ──> all nodes: new,old ──> all nodes: new
                        (accepts both)         (signs with new)
 
-Each arrow is a restart of one node after the other. At every moment, all nodes accept what any node signs.
+Each arrow is SIGHUP to one node after the other, or a restart (reload.py). At every moment, all nodes accept
+what any node signs.
 
 By default the Peer service is on the gRPC port, where every client reaches it. With `-cluster.bind` it has a
 port of its own, which a firewall can close to clients (ports.py). Peers dial `-cluster.listen` in both cases.
@@ -36,10 +37,12 @@ from mnemosyned.config.parsers import (
 from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.transport.config import GrpcConfig
+from mnemosyned.transport.engine import UNIX_PREFIX
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
 
+MAX_PORT: Final = 65_535
 _MAX_SECRETS: Final = 2  # each call is compared with all of them
 
 
@@ -136,7 +139,36 @@ class ClusterConfig(Section):
             raise ConfigError(
                 "flag -cluster.listen: with -auth.keys, nodes need -cluster.secret.file or -tls.peer-names"
             )
+        if config[GrpcConfig].advertise and not self.listen:
+            raise ConfigError("flag -grpc.advertise is given, and -cluster.listen is not")
         self._check_bind(config[GrpcConfig])
+
+    def check_ports_of(self, workers: int, grpc: GrpcConfig) -> None:
+        """Check that each of several workers can have a peers' port of its own. Raises ConfigError.
+
+        Worker k has the port of `-cluster.listen`, and of `-cluster.bind`, plus k-1.
+        """
+        if not self.listen:
+            return
+        if grpc.host.startswith(UNIX_PREFIX) and not self.bind:
+            raise ConfigError("flag -cluster.bind: with -workers and -host=unix: peers need an address")
+        given = {"listen": self.listen} | ({"bind": self.bind} if self.bind else {})
+        for flag, address in given.items():
+            last = split_address(address)[1] + workers - 1
+            if last > MAX_PORT:
+                raise ConfigError(f"flag -cluster.{flag}: {workers} workers need ports up to {last}")
+        # What is given last is what is listened on.
+        (flag, address) = list(given.items())[-1]
+        first = split_address(address)[1]
+        host = split_address(address)[0] if self.bind else grpc.host
+        if not grpc.port or not _overlap(host, grpc.host):
+            return
+        for name, taken in (("gRPC", grpc.port), ("admin", grpc.port + 1)):
+            if first <= taken < first + workers:
+                raise ConfigError(
+                    f"flag -cluster.{flag}: {workers} workers take the ports from {first} on for peers, and "
+                    f"{taken} is the {name} port (-port); give another one, such as {grpc.port + 10}"
+                )
 
     def _check_bind(self, grpc: GrpcConfig) -> None:
         if not self.bind:
@@ -155,6 +187,11 @@ def split_address(address: str) -> tuple[str, int]:
     """Return host and port of host:port; IPv6 without its brackets."""
     host, _, port = address.rpartition(":")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def joined_address(host: str, port: int) -> str:
+    """Return host:port; IPv6 with brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mnemosyned.config.flags import Section, flags_by_name, setting
-from mnemosyned.config.parsers import boolean
+from mnemosyned.config.flags import ConfigError, Section, flags_by_name, setting
+from mnemosyned.config.parsers import boolean, workers
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.security.config import AuthConfig, GuessConfig, TlsConfig
@@ -46,6 +46,29 @@ class RunConfig(Section):
         boolean,
         "allow core dumps and debuggers; a core dump has all cached sessions and secrets",
     )
+    workers: int = setting(
+        "workers",
+        "1",
+        workers,
+        "processes that share the gRPC port, each a node of the cluster; auto: one for each processor",
+    )
+
+    def check(self, config: Config) -> None:
+        """See Section: what several processes cannot share."""
+        if self.workers == 1:
+            return
+        storage, grpc = config[engines.StorageConfig], config[GrpcConfig]
+        if not storage.engine.capabilities.is_shared:
+            raise ConfigError(
+                f"flag -workers: with -storage={storage.name} each process would have its own sessions; "
+                "it takes one worker"
+            )
+        if grpc.engine != "h2":
+            raise ConfigError(
+                f"flag -workers: -grpc.engine={grpc.engine} opens its sockets itself and cannot share them; "
+                "it takes one worker"
+            )
+        config[ClusterConfig].check_ports_of(self.workers, grpc)
 
 
 # A section's `check` sees the others through the whole configuration, so the order is for `-help` alone.

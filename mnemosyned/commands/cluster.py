@@ -5,9 +5,10 @@
     leave                  GET for the node's name, then a signed call of Leave in the node's Peer service
 
 The admin port is the gRPC port + 1 (`daemon.py`), so one address names both. Where peers have a port of their
-own (`-cluster.bind`), it is the same on all nodes, and `-admin-port` names it. Reads need no secret but reach
-to that port. `leave` changes the cluster, so it is signed like a call between nodes, with the cluster's
-secret, and only the node of that name and process accepts it.
+own (`-cluster.bind`), it is the same on all nodes, and `-admin-port` names it. The workers of a daemon have
+one admin port together; its page has that of each under `workers`. Reads need no secret but reach to that
+port. `leave` changes the cluster, so it is signed like a call between nodes, with the cluster's secret, and
+only the node of that name and process accepts it.
 
 - Exit codes: 0 healthy or done, 1 unhealthy or failed, 2 wrong usage.
 - Standard output has the result only, as text or as JSON (`-o json`). Errors go to standard error, one line.
@@ -109,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_port,
         default=_own_admin_port(),
         metavar="PORT",
-        help="admin port of the nodes (default: that of -node + 1; with MNEMOSYNED_CLUSTER_BIND, "
-        "MNEMOSYNED_PORT + 1)",
+        help="admin port of the nodes (default: that of -node + 1; with MNEMOSYNED_CLUSTER_BIND or "
+        "MNEMOSYNED_WORKERS, MNEMOSYNED_PORT + 1)",
     )
     common.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="form of the output (default: text)"
@@ -188,10 +189,11 @@ def _members(arguments: argparse.Namespace) -> Outcome:
             member["status"],
             str(member["incarnation"]),
             f"{member['ring_share']:.1%}",
+            member.get("lease", ""),
         )
         for member in page["members"]
     ]
-    return page["members"], _table(("NODE", "ADDRESS", "STATUS", "INCARNATION", "SHARE"), rows), 0
+    return page["members"], _table(("NODE", "ADDRESS", "STATUS", "INCARNATION", "SHARE", "LEASE"), rows), 0
 
 
 def _ring(arguments: argparse.Namespace) -> Outcome:
@@ -218,7 +220,8 @@ def _check(arguments: argparse.Namespace) -> Outcome:
     """Compare all views of the cluster.
 
     Unhealthy is: a member that is not active (one that has left on purpose is fine), gives no page, has
-    another ring, or has an open breaker for a peer. During a change of the ring, views differ for a moment;
+    another ring, has an open breaker for a peer, has no valid lease, or shares its table with a daemon that
+    is no member. During a change of the ring, views differ for a moment;
     a script should check again before it acts.
 
     The list of members is that of the node that was asked. In a partition it names the nodes of the other
@@ -226,11 +229,21 @@ def _check(arguments: argparse.Namespace) -> Outcome:
     """
     context = _context(arguments)
     asked = _page(_admin(arguments), context)
+    # Workers have no admin ports of their own; the page of a daemon with workers says where it has its one.
+    arguments.admin_port = arguments.admin_port or int(asked.get("admin_port", 0))
     there = [one for one in asked["members"] if one["status"] not in {"dead", "left"}]
     with ThreadPoolExecutor(max_workers=16) as pool:
         # A certificate is valid for a name, so with TLS nodes are reached by name.
         where = "address" if context is None else "name"
-        pages = list(pool.map(lambda one: _page_or_trouble(_admin(arguments, one[where]), context), there))
+        pages = list(
+            pool.map(
+                lambda one: (
+                    _of_worker(asked, one["name"])
+                    or _page_or_trouble(_admin(arguments, one[where]), context, one["name"])
+                ),
+                there,
+            )
+        )
     troubles = [
         f"{one['name']}: {one['status']}" for one in asked["members"] if one["status"] not in _HEALTHY
     ]
@@ -254,6 +267,11 @@ def _troubles(page: Page | Unanswered, asked: Page) -> list[str]:
     if page["ring"]["fingerprint"] != asked["ring"]["fingerprint"]:
         found.append(f"routes by another ring, {page['ring']['fingerprint']}")
     found += [f"does not reach {one['name']}" for one in page["members"] if one["breaker"] != "closed"]
+    # A node of a former version has none, and one that has just started registers for two seconds.
+    lease = page.get("lease") or {}
+    if lease.get("reason") not in {None, "", "registering"}:
+        found.append(f"may serve no copies: {lease['reason']}")
+    found += [f"shares its table with {name}, which is no member" for name in lease.get("strangers", ())]
     return found
 
 
@@ -264,7 +282,15 @@ def _leave(arguments: argparse.Namespace) -> Outcome:
     flags += [f"-cluster.secret.file={arguments.secret_file}"] if arguments.secret_file else []
     environ = {name: os.environ[name] for name in _SECRET_VARIABLES if name in os.environ}
     secrets = settings.parse(flags, environ)[ClusterConfig].secret
-    name = _page(_admin(arguments), _context(arguments))["node"]
+    page = _page(_admin(arguments), _context(arguments))
+    name = page["node"]
+    if "workers" in page:
+        if arguments.node not in page["workers"]:
+            raise Unanswered(
+                f"{arguments.node} is a daemon with workers: end it by SIGTERM, or name one of its nodes "
+                f"with -node, if other hosts reach them: {', '.join(page['workers'])}"
+            )
+        name = arguments.node
     asyncio.run(_call_leave(arguments, name, secrets))
     return {"node": name, "leaving": True}, f"{name} is leaving\n", 0
 
@@ -326,11 +352,17 @@ def _peer_context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def _page_or_trouble(where: str, context: ssl.SSLContext | None) -> Page | Unanswered:
+def _page_or_trouble(where: str, context: ssl.SSLContext | None, name: str) -> Page | Unanswered:
     try:
-        return _page(where, context)
+        page = _page(where, context)
     except Unanswered as exc:
         return exc
+    return _of_worker(page, name) or page
+
+
+def _of_worker(page: Page, name: str) -> Page | None:
+    """Return what the worker of this name shows, where the page is that of its daemon."""
+    return cast("Page | None", page.get("workers", {}).get(name))
 
 
 def _admin(arguments: argparse.Namespace, node: str = "") -> str:
@@ -345,7 +377,7 @@ def _admin(arguments: argparse.Namespace, node: str = "") -> str:
 
 def _own_admin_port() -> int:
     """Return the admin port where this machine's node has a port for peers; 0 where it has none."""
-    if not _environ("cluster.bind"):
+    if not _environ("cluster.bind") and _environ("workers") in {"", "1"}:
         return 0
     try:
         return _port(_environ("port") or settings.FLAGS["port"].default) + 1

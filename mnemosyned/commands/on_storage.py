@@ -36,6 +36,14 @@ def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -
     observe = config[ObserveConfig]
     logs.configure(observe.log_environment, observe.log_level, secret_flags=settings.SECRET_FLAGS)
     try:
+        return _run_on_server(config, work)
+    except (MnemosyneError, StorageRefused) as exc:
+        sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
+        return 1
+
+
+def _run_on_server(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -> int:
+    try:
         # If a daemon runs the private server already, this process only shares it.
         server = config[StorageConfig].engine.start_server(config)
         try:
@@ -43,9 +51,9 @@ def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -
         finally:
             if server is not None:
                 server.stop()
-    except (MnemosyneError, StorageRefused) as exc:
-        sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
-        return 1
+    finally:
+        # What failed is told after the lines of the log, and in a line for people.
+        logs.close()
 
 
 async def _run(
