@@ -9,9 +9,12 @@ SOURCES := mnemosyned cluster cache aio
 GRPC_TOOLS := 1.71.0
 PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
+# Most of a test is waiting, for daemons and for time-outs: with four workers on two cores the suite takes 10
+# minutes, and with two 19. A worker that has no tests left takes some of another's.
+WORKERS := -n 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench hops flood drill redteam redteam-short simulate fuzz soak wheel lock clean
+.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,11 +29,11 @@ node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the secon
 	@$(BIN)/python deploy/local_cluster.py node $(N)
 
 test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## the tests again, with the lines and branches they leave out
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage run -m pytest $(WORKERS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -74,17 +77,29 @@ $(PROTOC) -I mnemosynerpc=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_o
 $(PROTOC) -I cluster/peerpb=proto --python_out=$(2) --pyi_out=$(2) cluster/peerpb/peer.proto
 endef
 
-docs: $(VENV)/dev.stamp ## write the generated parts of the README
+docs: $(VENV)/dev.stamp ## write the generated parts of the documents
 	$(BIN)/python docs/update.py
 
-bench: $(VENV)/dev.stamp ## compare with a bare server on this machine, as ratios
+bench: $(VENV)/dev.stamp ## measure all rows of the goals; ARGS='--quick cached hop' chooses, see --help
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+touches: $(VENV)/dev.stamp ## measure what a touch costs PostgreSQL; ARGS='--sessions 100000', see --help
+	$(BIN)/python tests/bench/touches.py $(ARGS)
 
 hops: $(VENV)/dev.stamp ## count the functions and files that a call enters; ARGS=-v names them
 	$(BIN)/python tests/bench/hops.py $(ARGS)
 
 flood: $(VENV)/dev.stamp ## read cached sessions while 10,000 unknown tokens a second are asked for; see --help
 	$(BIN)/python tests/bench/flood.py $(ARGS)
+
+workers: $(VENV)/dev.stamp ## one process beside a daemon with workers: calls a second, CPU a call; see --help
+	$(BIN)/python tests/bench/workers.py $(ARGS)
+
+stalls: $(VENV)/dev.stamp ## make heavy calls, and time those of another client; ARGS='List --engine h2', see --help
+	$(BIN)/python tests/bench/stalls.py $(ARGS)
+
+idle: $(VENV)/dev.stamp ## measure what three nodes and PostgreSQL cost while nothing calls; see --help
+	$(BIN)/python tests/bench/idle.py $(ARGS)
 
 drill: $(VENV)/dev.stamp ## lose nodes of a cluster again and again; ARGS='kill -n 20', see --help
 	$(BIN)/python tests/bench/drill.py $(ARGS)
@@ -95,11 +110,17 @@ redteam: $(VENV)/dev.stamp ## attack daemons of this checkout, and print what he
 redteam-short: $(VENV)/dev.stamp ## some attacks of each kind, in about a minute
 	PYTHONPATH=tests $(BIN)/python -m redteam --short $(ARGS)
 
+faults: $(VENV)/dev.stamp ## break a cluster under load, and judge what clients saw; ARGS='--kinds=part --seeds=5'
+	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
+
 soak: $(VENV)/dev.stamp ## make 10,000,000 calls on connections that stay open, or N; memory must not grow
 	$(BIN)/python tests/bench/soak.py -n $(or $(N),10000000) $(ARGS)
 
 simulate: $(VENV)/dev.stamp ## lose, let go and gain nodes of a simulated cluster of N, 1000 if not said
 	$(BIN)/python tests/bench/simulate.py -n $(or $(N),1000) $(ARGS)
+
+leases: $(VENV)/dev.stamp ## look for stale reads in N simulated schedules of leases, 1000 if not said; see --help
+	$(BIN)/python tests/bench/leases.py -n $(or $(N),1000) $(ARGS)
 
 fuzz: $(VENV)/dev.stamp ## much random input: frames, bags, requests, packets; N tries each, 20000 if not said
 	FUZZ_EXAMPLES=$(or $(N),20000) $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)

@@ -68,11 +68,26 @@ class Daemon:
 
     def serving(self) -> Self:
         """Wait until calls are answered."""
-        line = self.wait_for("serving")
+        self._note_where(self.wait_for("serving"))
+        return self
+
+    def leased(self) -> Self:
+        """Wait until calls are answered from copies too: until the node's lease is valid."""
+        self.serving()
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not any('"lease_valid"' in line for line in self.lines):
+            assert time.monotonic() < deadline_s, "no lease"
+            time.sleep(0.02)
+        return self
+
+    def listening(self) -> Self:
+        """Wait until the ports are open; the storage may not be."""
+        self._note_where(self.wait_for("listening"))
+        return self
+
+    def _note_where(self, line: dict[str, Any]) -> None:
         self.address: str = line["grpc"]
         self.admin = line["admin"]
-        self.wait_for("storage_ready")
-        return self
 
     @contextmanager
     def stub(self) -> Iterator[SessionManagerStub]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
@@ -18,6 +19,7 @@ from mnemosyned.assembly import GRPC_ENGINES, Hooks, Parts
 from mnemosyned.config.config import Config
 from mnemosyned.sessions.config import lifetime
 from mnemosyned.sessions.encoded import EncodedSession
+from mnemosyned.sessions.lease_keeper import LeaseKeeper
 from mnemosyned.sessions.service import SessionService
 from mnemosyned.sessions.store import EngineStore
 from mnemosyned.sessions.touches import TouchWriter
@@ -38,9 +40,21 @@ LIFETIME: Final = lifetime(configured())
 
 
 def assembled(store: EngineStore, *flags: str) -> Parts:
-    """The parts of a node on this store."""
+    """The parts of a node on this store, which is nobody else's, unless `flags` choose a shared engine."""
     hooks = Hooks(registry=CollectorRegistry(), stop=lambda: None)
-    return assembly.assemble(configured(*flags), store, hooks)
+    return assembly.assemble(configured("-storage=memory", *flags), store, hooks)
+
+
+def kept(cache: ReadThrough[Any]) -> list[str]:
+    """The keys of which a cache knows the value, or that there is none."""
+    return [*cache.lru.slots, *cache.negative.slots]
+
+
+async def until_valid(keeper: LeaseKeeper) -> None:
+    """Wait until the lease of a node is valid: from then on it serves copies."""
+    async with asyncio.timeout(10):
+        while keeper.reason():
+            await asyncio.sleep(0.01)
 
 
 @dataclass
@@ -64,6 +78,9 @@ async def serving(
     parts.health.set_serving(True)
     engine = GRPC_ENGINES[engine_name](parts.table, assembly.engine_options(configured(*flags)))
     port = await engine.start()
+    if parts.keeper is not None:
+        parts.keeper.begin()
+        await until_valid(parts.keeper)
     address = f"127.0.0.1:{port}"
     channel_options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     try:
@@ -83,3 +100,5 @@ async def serving(
         parts.health.close()
         await engine.drain()
         await parts.service.close()
+        if parts.keeper is not None:
+            await parts.keeper.resign()

@@ -37,7 +37,7 @@ def test_it_lists_the_members_and_their_shares(cluster: Cluster) -> None:
     rows = [line.split() for line in out.splitlines()]
 
     assert code == 0
-    assert rows[0] == ["NODE", "ADDRESS", "STATUS", "INCARNATION", "SHARE"]
+    assert rows[0] == ["NODE", "ADDRESS", "STATUS", "INCARNATION", "SHARE", "LEASE"]
     assert [row[0] for row in rows[1:]] == sorted(cluster.names)
     assert {row[2] for row in rows[1:]} == {"active"}
     assert sum(float(row[4].rstrip("%")) for row in rows[1:]) == pytest.approx(100.0, abs=0.2)
@@ -168,5 +168,5 @@ def test_three_nodes_on_one_machine_go_on_when_one_is_killed(tmp_path: Path) -> 
     search(welcome, "what make cluster prints")
     search((tmp_path / "mnemosyned/postgres/cluster.log").read_text(), "the log of make cluster")
     assert process.returncode == 0
-    assert re.search(r"\d{2,} reads, 0 failed", out.splitlines()[-1].rpartition("\r")[2])
+    assert re.search(r"\d{2,} reads, \d+ at the owner, 0 failed", out.splitlines()[-1].rpartition("\r")[2])
     wait_until_gone(tmp_path)

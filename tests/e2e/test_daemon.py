@@ -110,9 +110,7 @@ def test_it_starts_without_its_storage_and_serves_when_that_comes(tmp_path: Path
     dsn = server.dsn
     server.stop()
     with Daemon(f"-postgres.address={dsn}") as daemon:
-        line = daemon.wait_for("serving")
-        daemon.address, daemon.admin = line["grpc"], line["admin"]
-        daemon.wait_for("storage_not_ready")
+        daemon.listening().wait_for("storage_not_ready")
         with daemon.stub() as stub:
             with pytest.raises(grpc.RpcError) as caught:
                 stub.Start(NEW)
@@ -120,7 +118,7 @@ def test_it_starts_without_its_storage_and_serves_when_that_comes(tmp_path: Path
             assert daemon.http("/healthz")[0] == 200
             assert daemon.http("/healthr")[0] == 503
             with EmbeddedPostgres.start(tmp_path / "pg"):
-                daemon.wait_for("storage_ready")
+                daemon.wait_for("serving")
                 assert stub.Start(NEW).session.access_token
                 assert daemon.http("/healthr")[0] == 200
                 daemon.stop()
@@ -219,7 +217,7 @@ def test_grpc_debug_logs_every_call() -> None:
 
 def test_touches_that_cannot_be_written_at_the_end_are_told(tmp_path: Path) -> None:
     server = EmbeddedPostgres.start(tmp_path / "pg")
-    with Daemon(f"-postgres.address={server.dsn}") as daemon, daemon.serving().stub() as stub:
+    with Daemon(f"-postgres.address={server.dsn}") as daemon, daemon.leased().stub() as stub:
         token = stub.Start(NEW).session.access_token
         server.stop()
         time.sleep(0.005)  # the test is that time passes
@@ -247,13 +245,17 @@ grpc_server_request_duration_seconds_bucket grpc_server_requests
 
 
 def test_metrics_have_the_names_of_the_go_daemon_and_add_up(postgres_dsn: str) -> None:
-    with Daemon(f"-postgres.address={postgres_dsn}") as daemon, daemon.serving().stub() as stub:
+    with Daemon(f"-postgres.address={postgres_dsn}") as daemon, daemon.leased().stub() as stub:
         token = stub.Start(NEW).session.access_token
         for _ in range(3):
             stub.Get(GetRequest(access_token=token))
         for _ in range(2):
             with pytest.raises(grpc.RpcError):
                 stub.Get(GetRequest(access_token="absent"))
+        ended = stub.Start(NEW).session.access_token
+        stub.Abandon(AbandonRequest(access_token=ended))
+        others = [stub.Start(StartRequest(session=Session(subject_id="leaving"))) for _ in range(2)]
+        stub.Delete(DeleteRequest(subject_id=others[0].session.subject_id))
         _, page = daemon.http("/metrics")
     families = list(text_string_to_metric_families(page))
     samples = [sample for family in families for sample in family.samples]
@@ -271,10 +273,17 @@ def test_metrics_have_the_names_of_the_go_daemon_and_add_up(postgres_dsn: str) -
     assert value("grpc_server_errors_total", code="NOT_FOUND", **get) == 2
     assert value("grpc_server_request_duration_seconds_count", **get) == 5
     assert value("grpc_server_requests", **get) == 0
+    assert value("mnemosyned_ready") == 1
+    assert value("mnemosyned_build_info", engine="h2", storage="postgres") == 1
+    assert value("mnemosyned_sessions_started_total") == 4
+    assert value("mnemosyned_sessions_ended_total", cause="abandoned") == 1
+    assert value("mnemosyned_sessions_ended_total", cause="deleted") == 2
+    assert value("mnemosyned_storage_postgres_connections_in_use") == 0
 
 
 def test_a_failed_request_is_one_line_with_what_an_operator_asks(postgres_dsn: str) -> None:
-    with Daemon(f"-postgres.address={postgres_dsn}") as daemon, daemon.serving().stub() as stub:
+    flags = [f"-postgres.address={postgres_dsn}", "-log.level=debug"]
+    with Daemon(*flags) as daemon, daemon.serving().stub() as stub:
         with pytest.raises(grpc.RpcError):
             stub.Get(GetRequest(access_token="absent"), metadata=(("request_id", "r-17"),))
         line = daemon.wait_for("rpc_failed")

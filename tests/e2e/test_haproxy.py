@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from clusters import CALL_TIMEOUT_S, Cluster, Load, free_ports, until
+from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from mnemosynerpc.session_pb2 import ExistsRequest
@@ -124,6 +125,49 @@ async def test_a_call_of_the_peer_service_is_refused_and_others_pass(
     assert set(codes.values()) == {grpc.StatusCode.PERMISSION_DENIED}, codes
 
 
+async def test_calls_that_repeat_their_token_arrive_at_one_node_each_and_others_take_turns(
+    tmp_path: Path,
+) -> None:
+    store = MemoryStore(wall_us=lambda: 0)
+    ports = free_ports(2)
+    async with (
+        serving(store, "h2", flags=[f"-port={ports[0]}"]) as first,
+        serving(store, "h2", flags=[f"-port={ports[1]}"]) as second,
+    ):
+        nodes = [first, second]
+        names = [f"127.0.0.1:{port}" for port in ports]
+        with balancing([*names, names[0]], tmp_path) as address:
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = SessionManagerStub(channel)
+                await until_answered(stub)
+                by_token = [await reached(stub, nodes, f"token-{number}") for number in range(20)]
+                await alone(stub, nodes)
+
+    # One each, whatever says the token, and not the same for all.
+    assert {sum(map(bool, calls)) for calls in by_token} == {1}, by_token
+    assert len({calls[0] > 0 for calls in by_token}) == 2, by_token
+
+
+async def reached(stub: SessionManagerStub, nodes: Sequence[Node], token: str) -> list[int]:
+    """Return how many of four calls for a token each node got."""
+    before = [called_any(node) for node in nodes]
+    for _ in range(2):
+        await stub.Exists(
+            ExistsRequest(access_token=token),
+            timeout=CALL_TIMEOUT_S,
+            metadata=(("x-mnemosyne-token", token),),
+        )
+    for value in (token, f"bearer {token}"):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Context(Empty(), timeout=CALL_TIMEOUT_S, metadata=(("authorization", value),))
+    return [called_any(node) - count for node, count in zip(nodes, before, strict=True)]
+
+
+def called_any(node: Node) -> int:
+    return sum(sum(one.requests_by_code().values()) for one in node.table.stats() if one.labels[1] in CALLS)
+
+
+CALLS = ("Exists", "Context")
 PEER_PATHS = (
     *(f"/mnemosynepeer.Peer/{method}" for method in ("Gossip", "Forward", "Invalidate", "Leave", "Other")),
     "/MNEMOSYNEPEER.PEER/Leave",

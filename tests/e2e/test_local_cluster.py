@@ -111,6 +111,18 @@ def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pids[0]}").exists()
 
 
+def test_a_terminal_that_closes_stops_all_nodes_cleanly(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as (cluster, _, _, pids):
+        # The kernel and the shell may both send it.
+        code, end = cluster.end(signal.SIGHUP, signal.SIGHUP)
+        log = (tmp_path / "mnemosyned/postgres/cluster.log").read_text()
+
+    assert code == 0
+    assert "stopping 3 nodes" in end
+    assert log.count('"stopped"') == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (_, environ, _, _):
         answers = [run(environ, *words.split()) for words in ("node 2", "node 4", "node", "")]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,58 @@ ALERTS = {
         {'grpc_server_accept_failures_total{error="EMFILE"}': "0+1x30"},
         {'grpc_server_accept_failures_total{error="ECONNABORTED"}': "0+1x30"},
     ),
+    "MnemosynedWorkersDie": (
+        {"mnemosyned_worker_restarts_total": "0x24 1 2 3 4 5 6"},
+        {"mnemosyned_worker_restarts_total": "0x24 1x6"},
+    ),
+    "MnemosynedNotReady": ({"mnemosyned_ready": "0x30"}, {"mnemosyned_ready": "1x26 0x4"}),
+    "MnemosynedNoLease": ({"mnemosyned_lease_valid": "0x30"}, {"mnemosyned_lease_valid": "1x28 0x2"}),
+    "MnemosynedRingsDisagree": (
+        {
+            'mnemosyned_cluster_ring_info{job="m", instance="a", fingerprint="1"}': "1x30",
+            'mnemosyned_cluster_ring_info{job="m", instance="b", fingerprint="2"}': "1x30",
+        },
+        {
+            'mnemosyned_cluster_ring_info{job="m", instance="a", fingerprint="1"}': "1x30",
+            'mnemosyned_cluster_ring_info{job="m", instance="b", fingerprint="1"}': "1x30",
+        },
+    ),
+    "MnemosynedSlow": (
+        {
+            f'grpc_server_request_duration_seconds_bucket{{{SESSIONS}, le="0.5"}}': "0+98x30",
+            f'grpc_server_request_duration_seconds_bucket{{{SESSIONS}, le="1"}}': "0+100x30",
+            f'grpc_server_request_duration_seconds_bucket{{{SESSIONS}, le="+Inf"}}': "0+100x30",
+        },
+        {
+            f'grpc_server_request_duration_seconds_bucket{{{SESSIONS}, le="0.5"}}': "0+995x30",
+            f'grpc_server_request_duration_seconds_bucket{{{SESSIONS}, le="1"}}': "0+1000x30",
+            f'grpc_server_request_duration_seconds_bucket{{{SESSIONS}, le="+Inf"}}': "0+1000x30",
+        },
+    ),
+    "MnemosynedPoolExhausted": (
+        {"mnemosyned_storage_postgres_waiting": "3x30"},
+        {"mnemosyned_storage_postgres_waiting": "0 9x8 0 9x8 0 9x8 0 9x8"},
+    ),
+    "MnemosynedCleanupFails": (
+        {"mnemosyned_cleanup_errors_total": "0x10 0+1x20"},
+        {"mnemosyned_cleanup_errors_total": "0x20 1x10"},
+    ),
+    "MnemosynedFlood": (
+        {'grpc_server_connections_ended_total{reason="flood"}': "0+40x30"},
+        {'grpc_server_connections_ended_total{reason="client"}': "0+4000x30"},
+    ),
+    "MnemosynedCallersRefused": (
+        {'mnemosyned_auth_refusals_total{reason="unknown"}': "0+40x30"},
+        {'mnemosyned_auth_refusals_total{reason="unknown"}': "0+20x30"},
+    ),
+    "MnemosynedStalls": (
+        {"mnemosyned_cluster_stalls_total": "0+1x30"},
+        {"mnemosyned_cluster_stalls_total": "0x20 0+1x9"},
+    ),
+    "MnemosynedLogLinesLost": (
+        {"mnemosyned_log_lines_dropped_total": "0x20 7x10"},
+        {"mnemosyned_log_lines_dropped_total": "7x30"},
+    ),
     "MnemosynedTouchesLost": (
         {"mnemosyned_touches_lost_total": "0x20 7x10"},
         {"mnemosyned_touches_lost_total": "7x30"},
@@ -171,7 +224,7 @@ def test_the_environment_of_a_pod_makes_a_node_of_the_cluster(secrets: Path) -> 
 
     assert config[ClusterConfig].listen == "mnemosyned-1.mnemosyned-peers.ours.svc:8090"
     assert config[ClusterConfig].seeds == ("mnemosyned-peers.ours.svc:8090",)
-    assert config[ClusterConfig].bind == "0.0.0.0:8090"
+    assert config[ClusterConfig].bind == "[::]:8090"
     assert config[ClusterConfig].secret == ("hunter2-a-secret-for-these-tests-only",)
     assert config[PostgresConfig].address == "postgres://u:p@h/d"
     assert not config[TlsConfig].is_on
@@ -360,6 +413,16 @@ def test_prometheus_takes_its_configuration_the_alerts_and_what_the_dashboard_as
     promtool("check", "rules", rules)
 
 
+def test_each_alert_says_how_bad_it_is_and_has_a_section_in_the_runbook() -> None:
+    for rule in RULES:
+        path, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        headings = re.findall(r"^## (\w+)$", (ROOT / path).read_text(), re.MULTILINE)
+
+        assert rule["labels"]["severity"] in {"critical", "warning"}
+        assert rule["alert"] in headings
+        assert anchor == rule["alert"].lower()
+
+
 @needs_promtool
 def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     tests = []
@@ -415,6 +478,15 @@ def test_all_that_the_image_copies_is_let_through_to_its_build() -> None:
     assert all((ROOT / line[1:]).exists() for line in ignored if line.startswith("!"))
 
 
+def test_the_image_has_every_package_of_the_distribution() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = {name.split(".")[0] for name in setup["options"]["packages"].split()}
+    copied = re.findall(r"^COPY (\S+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+
+    assert packages == {Path(name).name for name in copied}
+
+
 @pytest.mark.parametrize("wire", ["plain", "tls"])
 def test_the_health_check_of_the_image_tells_whether_it_is_alive(wire: str, tmp_path: Path) -> None:
     (port,) = free_ports(1)
@@ -441,3 +513,24 @@ def test_the_health_check_of_the_image_tells_whether_it_is_alive(wire: str, tmp_
 
     assert code == 1
     assert len(text.splitlines()) == 1
+
+
+def test_the_example_of_envoy_hashes_tokens_and_lets_only_services_of_clients_pass() -> None:
+    resources = yaml.safe_load((DEPLOY / "envoy.yaml").read_text())["static_resources"]
+    clusters = {one["name"]: one for one in resources["clusters"]}
+    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    (host,) = manager["route_config"]["virtual_hosts"]
+    paths = [route["match"].get("path") or route["match"]["prefix"] for route in host["routes"]]
+    hashed = [route["route"] for route in host["routes"] if "hash_policy" in route["route"]]
+    headers = [[policy["header"]["header_name"] for policy in route["hash_policy"]] for route in hashed]
+    by_token = clusters["nodes-by-token"]
+
+    assert {path.split("/")[1] for path in paths} == {"mnemosynerpc.SessionManager", "grpc.health.v1.Health"}
+    assert {route["route"]["cluster"] for route in host["routes"]} == set(clusters)
+    assert headers == [["x-mnemosyne-token", "authorization"], ["x-mnemosyne-token"]]
+    assert {route["cluster"] for route in hashed} == {"nodes-by-token"}
+    assert by_token["lb_policy"] == "RING_HASH"
+    assert by_token["common_lb_config"]["consistent_hashing_lb_config"]["hash_balance_factor"] > 100
+    assert clusters["nodes"]["lb_policy"] == "ROUND_ROBIN"
+    for cluster in clusters.values():
+        assert cluster["health_checks"][0]["grpc_health_check"] == {}

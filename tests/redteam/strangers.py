@@ -308,7 +308,7 @@ def _bodies(name: str) -> dict[str, bytes]:
     batch = pb.Batch(origin=pb.Origin(callee=name), items=[item]).SerializeToString()
     return {
         "Gossip": _sync(pb.Origin(), [], _member("127.9.9.9:7000")),
-        "Invalidate": pb.InvalidateRequest(everything=True).SerializeToString(),
+        "Invalidate": pb.InvalidateRequest(tokens=["t"]).SerializeToString(),
         "Leave": pb.LeaveRequest(node=name).SerializeToString(),
         "Forward": pb.ForwardRequest(batch=batch).SerializeToString(),
         "Hello": b"",
