@@ -27,6 +27,7 @@ from typing import Final, Protocol
 
 from aio.units import NEVER_US
 from mnemosyned.sessions.model import Criteria
+from mnemosyned.storage.postgres import key_walk
 from mnemosyned.storage.postgres.columns import (
     COLUMNS,
     DAMAGE,
@@ -63,6 +64,10 @@ class Walks(Protocol):
         and neither the server nor this process has held more than a page. A bag that is left out is not
         even fetched. A damaged row counts as empty: it must not make the page too large.
         """
+        ...
+
+    def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
+        """Page through live sessions in the sequence of their keys; see `key_walk.py`."""
         ...
 
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:
@@ -106,6 +111,12 @@ class WalksByExpiry:
         )
         return _page(page, bytes_at=at + 2), [*values, offset, limit, page_bytes]
 
+    def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
+        """See Walks."""
+        return key_walk.walk(
+            self._table, criteria, start=start, limit=limit, page_bytes=page_bytes, due="expire_at"
+        )
+
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:
         """See Walks."""
         where, values = condition(criteria)
@@ -145,6 +156,12 @@ class WalksByDueTime:
             f"SELECT {COLUMNS}, {DAMAGE} AS damage FROM {self._table} WHERE access_token = ANY(ARRAY({keys}))"
         )
         return _page(page, bytes_at=at + 2), [*values, offset, limit, page_bytes]
+
+    def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
+        """See Walks."""
+        return key_walk.walk(
+            self._table, criteria, start=start, limit=limit, page_bytes=page_bytes, due="due_at"
+        )
 
     def _keyed(self, live: str) -> str:
         return f"SELECT access_token FROM {self._table} WHERE {live}"

@@ -74,12 +74,19 @@ def test_the_last_expiry_is_encoded_once() -> None:
 def test_a_list_is_one_session_after_the_other() -> None:
     sessions = [stored(1_000_000, {"a": "1"}), stored(2_500_000, {})]
     found = [sessions[0], CorruptSession("mnemosyned: storage: damaged"), sessions[1]]
-    response = ListResponse.FromString(finished(list_response(found, max_bytes=1000, is_cut=False)))
-    cut = ListResponse.FromString(finished(list_response(found, max_bytes=1, is_cut=False)))
+
+    def listed(max_bytes: int) -> ListResponse:
+        steps = list_response(
+            found, max_bytes=max_bytes, is_cut=False, next_token=lambda count: f"after {count}"
+        )
+        return ListResponse.FromString(finished(steps))
+
+    response, cut = listed(1000), listed(1)
 
     assert [one.expire_at.ToMicroseconds() for one in response.sessions] == [1_000_000, 2_500_000]
     assert (response.left_out, response.truncated) == (1, False)
     assert (len(cut.sessions), cut.left_out, cut.truncated) == (1, 1, True)
+    assert (response.next_page_token, cut.next_page_token) == ("after 3", "after 2")
 
 
 def test_an_entry_costs_at_least_its_bytes() -> None:

@@ -11,6 +11,7 @@ from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.listing import Listing
 from mnemosyned.sessions.model import MAX_PAGE_BYTES, Criteria, NewSession, Session, Touch
+from mnemosyned.sessions.page_token import PageToken, Shown
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
 
@@ -42,7 +43,7 @@ class Setup:
         self.store = Store()
         lost = Counter("lost", "Lost.", registry=CollectorRegistry())
         self.touches = TouchWriter(self.store, max_waiting=1000, lost=lost, on_gone=lambda _: None)
-        self.listing = Listing(self.store, self.touches)
+        self.listing = Listing(self.store, self.touches, touch_interval_us=1_000_000)
         self.encoded: dict[str, EncodedSession] = {}
 
     async def start(self) -> None:
@@ -67,6 +68,13 @@ class Setup:
         page = await self.listing.page(criteria, offset=offset, limit=limit, max_bytes=MAX_PAGE_BYTES)
         assert not page.is_cut
         return [one.access_token for one in page.sessions]
+
+    async def walked(self, criteria: Criteria = EVERYTHING, *, shown: Sequence[str] = ()) -> list[str]:
+        token = PageToken(shown=Shown.of(shown))
+        page = await self.listing.walk(criteria, token=token, limit=100, max_bytes=MAX_PAGE_BYTES)
+        tokens = [one.access_token for one in page.sessions]
+        assert [key.decode() for key in page.keys] == tokens
+        return tokens
 
 
 @pytest.fixture
@@ -138,3 +146,35 @@ async def test_a_storage_that_takes_no_write_is_listed_with_the_expiries_from_me
 
     assert await setup.listed() == ["t002", "t003", "t004"]
     assert len(setup.touches) == 2
+
+
+async def test_a_walk_has_the_latest_expiries_in_the_sequence_of_keys_and_writes_nothing(
+    setup: Setup,
+) -> None:
+    setup.use(*range(50))
+    page = await setup.listing.walk(EVERYTHING, token=PageToken(), limit=100, max_bytes=MAX_PAGE_BYTES)
+
+    assert [one.expires_at_us for one in page.sessions if isinstance(one, Session)] == [
+        setup.expires_us(number) for number in range(100)
+    ]
+    assert setup.store.touched == []
+
+
+async def test_ranges_of_a_walk_go_by_the_latest_expiry(setup: Setup) -> None:
+    start_us, end_us = setup.expires_us(0), setup.expires_us(99)
+    setup.encoded["t097"].expires_at_us += 2_500_000
+    setup.touches.mark("t097", setup.encoded["t097"])
+    setup.use(1)
+
+    # The storage has t097 two seconds before the range.
+    assert await setup.walked(Criteria(expires_after_us=end_us)) == ["t097"]
+    assert await setup.walked(Criteria(expires_before_us=start_us + 2_500_000)) == ["t000", "t002"]
+    assert await setup.walked(Criteria(expires_after_us=end_us - 1_500_000, expires_before_us=end_us)) == [
+        "t098"
+    ]
+
+
+async def test_a_walk_leaves_out_what_was_shown_before_it(setup: Setup) -> None:
+    setup.use(4)
+
+    assert await setup.walked(shown=[f"t{number:03}" for number in range(2, 100)]) == ["t000", "t001"]
