@@ -174,11 +174,15 @@ class WalksByDueTime:
             "WITH soonest AS MATERIALIZED (SELECT access_token, expire_at "
             f"FROM {self._table} WHERE {live} ORDER BY due_at LIMIT {most}), "
             # Once: each count reads them all.
-            "counted AS MATERIALIZED (SELECT count(*) AS total FROM soonest) "
+            "counted AS MATERIALIZED (SELECT count(*) AS total FROM soonest), "
+            "bound AS MATERIALIZED (SELECT expire_at FROM soonest "
+            f"ORDER BY expire_at OFFSET {wanted} - 1 LIMIT 1) "
             # If these are all sessions, the bound is not needed, and others may have broken it.
             f"SELECT access_token FROM (SELECT access_token, expire_at FROM soonest WHERE {is_all} UNION ALL "
-            f"SELECT access_token, expire_at FROM {self._table} WHERE {live} AND NOT {is_all} AND due_at <= "
-            f"(SELECT expire_at FROM soonest ORDER BY expire_at OFFSET {wanted} - 1 LIMIT 1)) AS found"
+            f"SELECT access_token, expire_at FROM {self._table} WHERE {live} AND NOT {is_all} "
+            "AND due_at <= (SELECT expire_at FROM bound) "
+            # What is beyond the bound is dropped where it is read: in use, that is nearly everything.
+            f"AND expire_at{UNINDEXED} <= (SELECT expire_at FROM bound)) AS found"
         )
 
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:
