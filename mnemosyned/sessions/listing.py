@@ -56,9 +56,11 @@ class Listing:
             spare = _SPARE + limit // 4 if self._touches.is_anything_waiting() else 0
             page = await self._store.find(criteria, offset=offset, limit=limit + spare, max_bytes=max_bytes)
             asked, found = limit + spare, page.sessions
+            if not self._touches.is_anything_waiting():
+                return _first(found, limit, page, asked)
             latest = [self._latest_us(one) for one in found]
             if not any(latest):
-                return _first(found, limit, is_cut=page.is_cut)
+                return _first(found, limit, page, asked)
             await self._write([one.access_token for one in found])
             merged = _merged(found, latest, criteria)
             if len(found) == asked or page.is_cut:
@@ -68,8 +70,8 @@ class Listing:
                 if not is_enough and number < _ROUNDS:
                     continue
                 if is_enough:
-                    return _first(sure, limit, is_cut=page.is_cut)
-            return _first([one for _, one in merged], limit, is_cut=page.is_cut)
+                    return _first(sure, limit, page, asked)
+            return _first([one for _, one in merged], limit, page, asked)
 
     async def walk(self, criteria: Criteria, *, token: PageToken, limit: int, max_bytes: int) -> KeyedPage:
         """Return live sessions by stored key, with their latest expiries; see SessionStore.walk.
@@ -81,6 +83,8 @@ class Listing:
             # The storage may still have them before the range.
             asked = replace(criteria, expires_after_us=max(0, criteria.expires_after_us - self._lag_us))
         page = await self._store.walk(asked, start=token.start, limit=limit, max_bytes=max_bytes)
+        if asked is criteria and not (token.shown.digests or self._touches.is_anything_waiting()):
+            return page
         is_shown = token.shown.finder()
         sessions: list[_Found] = []
         keys: list[bytes] = []
@@ -110,8 +114,10 @@ class Listing:
             await self._touches.write(tokens)
 
 
-def _first(found: Sequence[_Found], limit: int, *, is_cut: bool) -> Page:
-    return Page(sessions=found[:limit], is_cut=is_cut and len(found) < limit)
+def _first(found: Sequence[_Found], limit: int, page: Page, asked: int) -> Page:
+    """Return the first of what was found in a page of the storage, of which so many were asked for."""
+    is_last = len(page.sessions) < asked and not page.is_cut and len(found) <= limit
+    return Page(sessions=found[:limit], is_cut=page.is_cut and len(found) < limit, is_last=is_last)
 
 
 def _expiries(found: Sequence[_Found]) -> Iterator[int]:

@@ -114,12 +114,12 @@ class Following:
 NOTHING: Final = Following(most_bytes=0, token=lambda _: "")
 
 
-def after_first(criteria: Criteria, page: Page, limit: int) -> Following:
+def after_first(criteria: Criteria, page: Page) -> Following:
     """Return what follows a page by expiry that begins with the first session."""
     found = page.sessions
 
     def token(count: int) -> str:
-        if count == len(found) < limit and not page.is_cut:
+        if count == len(found) and page.is_last:
             return ""
         shown = Shown.of([one.access_token for one in found[:count]])
         return PageToken(shown=shown).encode(criteria)

@@ -292,7 +292,7 @@ class SessionService:
                     self._page_response(keyed, max_bytes, page_token.after_keyed(criteria, place, keyed))
                 )
             page = await self._listing.page(criteria, offset=offset, limit=limit, max_bytes=max_bytes)
-            following = page_token.NOTHING if offset else page_token.after_first(criteria, page, limit)
+            following = page_token.NOTHING if offset else page_token.after_first(criteria, page)
             return await in_slices(self._page_response(page, max_bytes, following))
 
     def _page_response(

@@ -48,6 +48,7 @@ class Page:
 
     sessions: Sequence[Session | DamagedSession] = field(repr=False)
     is_cut: bool  # for its size, before its limit
+    is_last: bool = False  # no session follows; an engine leaves it to its caller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
     "writes": storage.busy,
     "alone": storage.one_caller,
     "list": listing.pages,
+    "depth": listing.deep_pages,
     "touches": listing.under_touches,
     "workers": workers.two_workers,
     "idle": idle.idle_nodes,

@@ -12,10 +12,15 @@ from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.listing import Listing
 from mnemosyned.sessions.model import MAX_PAGE_BYTES, Criteria, NewSession, Session, Touch
 from mnemosyned.sessions.page_token import PageToken, Shown
+from mnemosyned.sessions.store import KeyedPage
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
 
 EVERYTHING = Criteria()
+
+
+async def _nothing() -> None:
+    """What a walk waits for, unless a test has it wait for more."""
 
 
 class Store(MemoryStore):
@@ -27,6 +32,14 @@ class Store(MemoryStore):
         self.is_read_only = False
         self.may_touch = asyncio.Event()
         self.may_touch.set()
+        self.on_walk = _nothing
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        page = await super().walk(criteria, start=start, limit=limit, max_bytes=max_bytes)
+        await self.on_walk()
+        return page
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         if self.is_read_only:
@@ -178,3 +191,26 @@ async def test_a_walk_leaves_out_what_was_shown_before_it(setup: Setup) -> None:
     setup.use(4)
 
     assert await setup.walked(shown=[f"t{number:03}" for number in range(2, 100)]) == ["t000", "t001"]
+
+
+async def test_only_a_page_that_nothing_follows_is_the_last(setup: Setup) -> None:
+    async def is_last(limit: int, criteria: Criteria = EVERYTHING) -> bool:
+        page = await setup.listing.page(criteria, offset=0, limit=limit, max_bytes=MAX_PAGE_BYTES)
+        return page.is_last
+
+    assert [await is_last(limit) for limit in (3, 99, 101)] == [False, False, True]
+    # More than the rounds of a page write wait, and are beyond the range now.
+    end_us = setup.expires_us(99)
+    setup.use(*range(95))
+    page = await setup.listing.page(
+        Criteria(expires_before_us=end_us), offset=0, limit=3, max_bytes=MAX_PAGE_BYTES
+    )
+    assert (len(page.sessions), page.is_last) == (0, False)
+
+
+async def test_a_walk_keeps_to_its_range_when_what_waited_was_written_meanwhile(setup: Setup) -> None:
+    end_us = setup.expires_us(99)
+    setup.use(1)
+    setup.store.on_walk = setup.touches.flush
+
+    assert await setup.walked(Criteria(expires_after_us=end_us)) == []

@@ -108,7 +108,7 @@ def test_the_salt_follows_from_all_that_was_shown() -> None:
 
 def test_no_first_page_has_a_token_that_has_a_whole_token_of_a_session() -> None:
     tokens = [os.urandom(64).hex() for _ in range(10)]
-    following = after_first(EVERYTHING, Page(sessions=[*map(session, tokens)], is_cut=False), 10)
+    following = after_first(EVERYTHING, Page(sessions=[*map(session, tokens)], is_cut=False))
     raw = urlsafe_b64decode(following.token(10) + "===")
 
     assert not any(token.encode()[:8] in raw for token in tokens)
@@ -131,14 +131,14 @@ def test_keys_that_look_the_same_are_passed() -> None:
 
 
 def test_the_last_first_page_has_no_token() -> None:
-    page = Page(sessions=[session("a"), session("b")], is_cut=False)
+    found = [session("a"), session("b")]
+    last = Page(sessions=found, is_cut=False, is_last=True)
 
-    assert after_first(EVERYTHING, page, 3).token(2) == ""
-    assert after_first(EVERYTHING, page, 2).token(2)
+    assert after_first(EVERYTHING, last).token(2) == ""
     # The response is full before.
-    assert after_first(EVERYTHING, page, 3).token(1)
-    assert after_first(EVERYTHING, Page(sessions=page.sessions, is_cut=True), 3).token(2)
-    assert after_first(EVERYTHING, Page(sessions=[], is_cut=False), 3).token(0) == ""
+    assert after_first(EVERYTHING, last).token(1)
+    assert after_first(EVERYTHING, Page(sessions=found, is_cut=False)).token(2)
+    assert after_first(EVERYTHING, Page(sessions=[], is_cut=False, is_last=True)).token(0) == ""
     assert NOTHING.token(2) == ""
 
 
@@ -160,7 +160,7 @@ def test_a_token_is_never_longer_than_was_said_before() -> None:
     for count in (0, 1, 10, 1000):
         tokens = [os.urandom(64).hex() for _ in range(count)]
         page = Page(sessions=[*map(session, tokens)], is_cut=False)
-        following = after_first(EVERYTHING, page, count)
+        following = after_first(EVERYTHING, page)
         token = parsed(following.token(count))
         assert len(following.token(count)) <= following.most_bytes
         keys = [b"k" * 4097]
