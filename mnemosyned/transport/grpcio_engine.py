@@ -79,7 +79,7 @@ _NEVER_MS: Final = 2**31 - 1
 _MAX_SERVERS: Final = 16
 # grpcio reads the sockets in threads of its own, and hands the calls over one by one: after a stall some come
 # later than with the other engine.
-_STALL_MEMORY_S: Final = 0.5
+_STALL_MEMORY_S: Final = 1.0
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
 Context = Any
