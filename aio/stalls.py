@@ -39,10 +39,16 @@ _IN_TIME_NS: Final = round((_PERIOD_S + _SLACK_S) * NS_PER_S)
 class StallWatch:
     """The beats of one event loop, from `start` to `stop`; without them no stall is seen."""
 
-    def __init__(self, uptime_ns: Callable[[], int], *, memory_s: float = 0.1) -> None:
-        """`uptime_ns` never goes back; a stall is remembered for `memory_s` after its end."""
+    def __init__(
+        self, uptime_ns: Callable[[], int], *, memory_s: float = 0.1, memory_part: float = 0.0
+    ) -> None:
+        """`uptime_ns` never goes back.
+
+        A stall is remembered for `memory_s` after its end, and longer by `memory_part` of its length.
+        """
         self._uptime_ns = uptime_ns
         self._memory_ns = round(memory_s * NS_PER_S)
+        self._memory_part = memory_part
         self._beaten_ns = 0
         # Their beginnings, their ends, and the rounds in which these were seen; as short as the memory.
         self._stalls: deque[tuple[int, int, int]] = deque()
@@ -90,8 +96,9 @@ class StallWatch:
         self._beaten_ns = now_ns
         self._beat_later()
 
-    def _is_past(self, _begun_ns: int, ended_ns: int, ended_round: int, now_ns: int) -> bool:
-        return now_ns - ended_ns > self._memory_ns and self._round - ended_round >= _ROUNDS
+    def _is_past(self, begun_ns: int, ended_ns: int, ended_round: int, now_ns: int) -> bool:
+        memory_ns = self._memory_ns + self._memory_part * (ended_ns - begun_ns)
+        return now_ns - ended_ns > memory_ns and self._round - ended_round >= _ROUNDS
 
     def count_round(self) -> None:
         """Note that the loop has come round once more."""

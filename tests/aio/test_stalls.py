@@ -82,6 +82,28 @@ async def test_a_stall_is_remembered_until_the_loop_has_come_round(watch: StallW
     assert watch.waited_s() == 0
 
 
+async def test_a_long_stall_is_remembered_for_longer() -> None:
+    uptime = Uptime()
+    watch = StallWatch(uptime, memory_s=0.1, memory_part=0.5)
+    watch.start()
+    try:
+        uptime.s += 2
+        watch.beat()
+        come_round(watch)
+        for _ in range(12):
+            uptime.s += 0.09
+            watch.beat()
+
+        assert watch.waited_s() == pytest.approx(3.08)
+
+        uptime.s += 0.09
+        watch.beat()
+
+        assert watch.waited_s() == 0
+    finally:
+        watch.stop()
+
+
 async def test_the_loop_counts_its_rounds_after_a_stall_and_then_no_more() -> None:
     uptime = Uptime()
     watch = StallWatch(uptime, memory_s=0.0)
