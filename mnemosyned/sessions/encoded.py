@@ -31,6 +31,8 @@ _NEXT_TOKEN_TAG: Final = b"\x22"  # field 4 of ListResponse, length-delimited
 # At most, of the fields of a ListResponse besides its sessions and the content of the token.
 _PAGE_FIELDS_BYTES: Final = 20
 _VARINT_CONTINUES: Final = 0x80
+_LONG_VARINT: Final = 1 << 28  # from here on, and below 1 << 35, a varint has five bytes
+_LONG_VARINT_BYTES: Final = 5
 # Lengths of nearly all sessions, and of their fields.
 _SHORT_VARINTS: Final = tuple(
     bytes([value]) if value < _VARINT_CONTINUES else bytes([value & 0x7F | _VARINT_CONTINUES, value >> 7])
@@ -49,7 +51,7 @@ def varint(value: int) -> bytes:
     """Encode an unsigned protobuf varint."""
     if value < len(_SHORT_VARINTS):
         return _SHORT_VARINTS[value]
-    if 1 << 28 <= value < 1 << 35:
+    if _LONG_VARINT <= value < _LONG_VARINT << 7:
         # Seconds, and nanoseconds mostly.
         return bytes(
             (
@@ -80,13 +82,14 @@ class ExpiryField:
     Expiries are whole milliseconds, so at speed many answers share one.
     """
 
-    __slots__ = ("_expires_at_us", "_field", "_seconds", "_seconds_field")
+    __slots__ = ("_expires_at_us", "_field", "_long_head", "_seconds", "_seconds_field")
 
     def __init__(self) -> None:
         self._expires_at_us = -1
         self._field = b""
         self._seconds = -1
         self._seconds_field = b""
+        self._long_head = b""
 
     def encode(self, expires_at_us: int) -> bytes:
         """Return the field for an expiry, microseconds since the epoch."""
@@ -95,9 +98,16 @@ class ExpiryField:
             seconds, us = divmod(expires_at_us, US_PER_S)
             if seconds != self._seconds:
                 self._seconds, self._seconds_field = seconds, _SECONDS_TAG + varint(seconds)
+                size = len(self._seconds_field) + len(_NANOS_TAG) + _LONG_VARINT_BYTES
+                self._long_head = _EXPIRE_AT_TAG + varint(size) + self._seconds_field + _NANOS_TAG
+            nanos = us * NS_PER_US
+            if nanos >= _LONG_VARINT:
+                # Three of four, if expiries are no whole milliseconds, as those of List.
+                self._field = self._long_head + varint(nanos)
+                return self._field
             timestamp = self._seconds_field
             if us:
-                timestamp += _NANOS_TAG + varint(us * NS_PER_US)
+                timestamp += _NANOS_TAG + varint(nanos)
             self._field = _EXPIRE_AT_TAG + varint(len(timestamp)) + timestamp
         return self._field
 

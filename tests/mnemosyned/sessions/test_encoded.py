@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 from mnemosynerpc.session_pb2 import GetResponse, ListResponse
@@ -69,6 +70,20 @@ def test_the_last_expiry_is_encoded_once() -> None:
 
     assert field.encode(5_000) is field.encode(5_000)
     assert field.encode(6_000) == ExpiryField().encode(6_000)
+
+
+@given(st.integers(0, YEAR_9999_US), st.integers(0, 2_000_000))
+def test_an_expiry_is_encoded_as_protobuf_does(first_us: int, more_us: int) -> None:
+    field = ExpiryField()
+    for expires_at_us in (first_us, min(first_us + more_us, YEAR_9999_US)):
+        timestamp = Timestamp()
+        timestamp.FromMicroseconds(expires_at_us)
+        wanted = Wire(expire_at=timestamp).SerializeToString()
+        if expires_at_us >= 1_000_000:
+            assert field.encode(expires_at_us) == wanted
+        else:
+            # The seconds are there even if they are 0.
+            assert Wire.FromString(field.encode(expires_at_us)) == Wire.FromString(wanted)
 
 
 def test_a_list_is_one_session_after_the_other() -> None:
