@@ -144,10 +144,12 @@ class CallQueue:
                 self._fail(call, own_copy(outcome))
             return
         assert isinstance(outcome, Sequence)
-        if count := sum(not call.done() for call in batch.calls):
-            self._line.answered(count)
+        count = 0
         for call, answer in zip(batch.calls, outcome, strict=True):
+            count += not call.done()
             call.set_result(answer)
+        if count:
+            self._line.answered(count)
 
     def _fail(self, call: Call, failure: BaseException) -> None:
         if not call.done():
