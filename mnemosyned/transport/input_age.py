@@ -14,7 +14,7 @@ An echo does:
 What comes behind the ACK was sent after the PING, because a connection keeps its sequence. If input waited
 again meanwhile, another PING asks for what comes behind that.
 
-RFC 9113, section 6.7, has every client answer a PING. One that does not is asked to connect anew.
+RFC 9113, section 6.7, has every client answer a PING. One that does not is asked to open another connection.
 """
 
 from __future__ import annotations
