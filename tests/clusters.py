@@ -33,7 +33,8 @@ from processes import Daemon
 from secrecy import CANARY
 
 SECRET = f"{CANARY}-a-secret-for-these-tests-only"
-CALL_TIMEOUT_S = 3.0
+# A write waits up to two seconds for a node that was lost, and longer beside other tests.
+CALL_TIMEOUT_S = 5.0
 # The daemons' -cache.ttl.
 MAX_STALE_S = 5.0
 _CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1))

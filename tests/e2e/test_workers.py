@@ -247,7 +247,8 @@ async def test_without_retries_only_calls_in_flight_on_the_killed_worker_fail(st
         await leased(daemon)
         await until(lambda: len(load.outcome.calls) > 300)
 
-    assert len(load.outcome.failures) <= 10, load.outcome.report
+    # Those of a tenth of a second at most.
+    assert len(load.outcome.failures) <= 30, load.outcome.report
     assert not load.outcome.stale, load.outcome.report
 
 
