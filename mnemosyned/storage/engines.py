@@ -20,6 +20,7 @@ from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import one_of
 from mnemosyned.security.config import AuthConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.storage.redis.config import RedisConfig
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -144,6 +145,29 @@ def _start_private_postgres(config: Config) -> PrivateServer | None:
     return start(config[PostgresConfig])
 
 
+def _build_redis(config: Config, surroundings: Surroundings) -> EngineStore:
+    from mnemosyned.storage.redis.build import build
+
+    return build(config[RedisConfig], registry=surroundings.registry, address=surroundings.address)
+
+
+def _follow_address_of_redis(config: Config) -> FileReloader[str] | None:
+    from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
+
+    section = config[RedisConfig]
+    if not section.address_file:
+        return None
+
+    def read() -> str:
+        try:
+            return section.address_in_file()
+        except ConfigError as exc:
+            raise FilesUnusable(str(exc)) from None
+
+    path = section.address_file
+    return FileReloader("redis_address", [path], read, secret_paths=[path])
+
+
 def _build_memory(_: Config, __: Surroundings) -> EngineStore:
     from mnemosyned.storage.memory import MemoryStore
 
@@ -161,6 +185,14 @@ ENGINES: Final = {
             section=PostgresConfig,
             start_server=_start_private_postgres,
             follow_address=_follow_address_of_postgres,
+        ),
+        Engine(
+            name="redis",
+            meaning="Redis or Valkey",
+            capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True, can_check=True),
+            build=_build_redis,
+            section=RedisConfig,
+            follow_address=_follow_address_of_redis,
         ),
         Engine(
             name="memory",

