@@ -6,8 +6,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,3 +141,68 @@ def redis_server(directory: Path, kind: str = "", **settings: str) -> Iterator[R
     program = found[kind] if kind else next(iter(found.values()))
     with RedisServer(directory, program, settings) as server:
         yield server
+
+
+@dataclass
+class Watched:
+    """Servers that Sentinels watch: a primary and its replicas, which change their roles."""
+
+    servers: list[RedisServer]
+    sentinels: list[RedisServer]
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        return f"redis+sentinel://:{PASSWORD}@{hosts}/sessions"
+
+    def primary(self) -> RedisServer:
+        """Return the server that a Sentinel names."""
+        answer = self.sentinels[0].command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "sessions")
+        port = int(answer.split(b"\r\n")[4])
+        (found,) = [server for server in self.servers if server.port == port]
+        return found
+
+    def until_replicated(self, replicas: int) -> None:
+        """Wait until the primary has so many replicas, which the Sentinels know."""
+        _until(lambda: self.primary().command("INFO", "replication").count(b"state=online") >= replicas)
+        _until(
+            lambda: all(
+                f"slaves={len(self.servers) - 1},sentinels={len(self.sentinels)}".encode()
+                in sentinel.command("INFO", "sentinel")
+                for sentinel in self.sentinels
+            )
+        )
+
+
+def _until(is_met: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + _READY_S
+    while not is_met():
+        assert time.monotonic() < deadline_s, "not within 20 s"
+        time.sleep(0.02)
+
+
+@contextmanager
+def watched(directory: Path, replicas: int = 2, sentinels: int = 3) -> Iterator[Watched]:
+    """Run a primary, its replicas, and Sentinels that have found one another."""
+    program = next(iter(programs().values()))
+    with ExitStack() as stack:
+        primary = stack.enter_context(RedisServer(directory / "0", program))
+        servers = [primary]
+        for number in range(1, replicas + 1):
+            settings = {"replicaof": f"127.0.0.1 {primary.port}"}
+            servers.append(stack.enter_context(RedisServer(directory / str(number), program, settings)))
+        settings = {
+            "sentinel monitor": f"sessions 127.0.0.1 {primary.port} 2",
+            "sentinel auth-pass": f"sessions {PASSWORD}",
+            "sentinel down-after-milliseconds": "sessions 1000",
+            "sentinel failover-timeout": "sessions 3000",
+        }
+        found = [
+            stack.enter_context(
+                RedisServer(directory / f"sentinel{number}", program, settings, is_sentinel=True)
+            )
+            for number in range(sentinels)
+        ]
+        together = Watched(servers, found)
+        together.until_replicated(replicas)
+        yield together

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from mnemosyned.storage.redis.address import Address
-from mnemosyned.storage.redis.faults import FAULTS, NoPrimary, name_of
+from mnemosyned.storage.redis.faults import FAULTS, NoPrimary, UnknownService, name_of
 from mnemosyned.storage.redis.link import Link, open_link
 
 
@@ -29,7 +29,8 @@ class Connector:
         """Open a connection to the primary, and log in.
 
         Raises:
-            NoPrimary: no Sentinel names one.
+            NoPrimary: no Sentinel answers.
+            UnknownService: a Sentinel does not know the service.
             redis-py's errors, OSError, TimeoutError: of the server.
         """
         address = self.address
@@ -38,7 +39,7 @@ class Connector:
             return await open_link(address, host, address.login, address.database)
 
     async def primary(self) -> tuple[str, int] | None:
-        """Return where the primary is; None: at the socket of the address. Raises NoPrimary."""
+        """Return where the primary is; None: at the socket of the address. Raises like `connect`."""
         if not self.address.hosts:
             return None
         if not self.address.service:
@@ -55,8 +56,7 @@ class Connector:
                 failures.append(f"{sentinel[0]}:{sentinel[1]}: {name_of(answer)}")
                 continue
             if answer is None:
-                failures.append(f"{sentinel[0]}:{sentinel[1]}: it knows no service of this name")
-                continue
+                raise UnknownService(f"no Sentinel knows the service {self.address.service}")
             self._sentinels.remove(sentinel)
             self._sentinels.insert(0, sentinel)
             host, port = answer

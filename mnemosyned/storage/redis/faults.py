@@ -33,8 +33,12 @@ class NoPrimary(Exception):
     """The Sentinels name no primary; the text is the reason."""
 
 
+class UnknownService(Exception):
+    """A Sentinel does not know the service of the address; the text names it."""
+
+
 # What ends here as StorageUnavailable. Anything else, such as a TypeError, is a bug.
-FAULTS: Final = (RedisError, OSError, NotReplicated, NoPrimary)
+FAULTS: Final = (RedisError, OSError, NotReplicated, NoPrimary, UnknownService)
 _NO_DATABASE: Final = "DB index is out of range"
 
 # By the server's code: what it means, and what to look at.
@@ -74,7 +78,7 @@ _NOT_REPLICATED: Final = (
 
 def is_refusal(exc: BaseException) -> bool:
     """Tell whether a retry ends the same way, until the configuration or the rights of the user change."""
-    if isinstance(exc, AuthenticationError) or _lacks_right(exc):
+    if isinstance(exc, AuthenticationError | UnknownService) or _lacks_right(exc):
         return True
     return isinstance(exc, ResponseError) and _NO_DATABASE in str(exc)
 
@@ -102,7 +106,7 @@ def condition_of(exc: BaseException) -> str:
         return "no answer in time"
     if isinstance(cause, OSError):
         return system_reason(cause)
-    if isinstance(exc, NoPrimary | AddressError):
+    if isinstance(exc, NoPrimary | UnknownService | AddressError):
         return str(exc)
     if isinstance(exc, ConnectionError):
         return "the connection is closed"
@@ -132,6 +136,8 @@ def hint_of(exc: BaseException) -> str:
 def _meaning(exc: BaseException) -> tuple[str, str]:
     if isinstance(exc, NotReplicated):
         return _NOT_REPLICATED
+    if isinstance(exc, UnknownService):
+        return str(exc), "see the name behind the hosts in the address, and `sentinel monitor`"
     if not isinstance(exc, RedisError):
         return "", ""
     known = _MEANINGS.get(error_of(exc))
