@@ -164,8 +164,8 @@ class Watched:
 
     def until_replicated(self, replicas: int) -> None:
         """Wait until the primary has so many replicas, which the Sentinels know."""
-        _until(lambda: self.primary().command("INFO", "replication").count(b"state=online") >= replicas)
-        _until(
+        until(lambda: self.primary().command("INFO", "replication").count(b"state=online") >= replicas)
+        until(
             lambda: all(
                 f"slaves={len(self.servers) - 1},sentinels={len(self.sentinels)}".encode()
                 in sentinel.command("INFO", "sentinel")
@@ -174,7 +174,7 @@ class Watched:
         )
 
 
-def _until(is_met: Callable[[], bool]) -> None:
+def until(is_met: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + _READY_S
     while not is_met():
         assert time.monotonic() < deadline_s, "not within 20 s"
