@@ -86,7 +86,9 @@ from http2.stream import STREAM_BYTES, ServerLimits, Stream
 _HIGHEST_STREAM: Final = 2**31 - 1
 
 _GOODBYE: Final = b"goodbye!"
-_PING_FRAME: Final = b"\0\0\x08\x06\0\0\0\0\0" + _GOODBYE
+_ECHO: Final = b"so far.."
+_PING: Final = b"\0\0\x08\x06\0\0\0\0\0"
+_PING_FRAME: Final = _PING + _GOODBYE
 _GOODBYE_S: Final = 1.0  # for the answer to this PING
 
 
@@ -128,6 +130,7 @@ class ServerConnection(Generic[S]):
         "_stream_type",
         "_waiting",
         "begun_s",
+        "echoes",
         "has_preface",
         "is_half_closed",
         "is_over",
@@ -173,6 +176,7 @@ class ServerConnection(Generic[S]):
         self.has_preface = False
         self.is_half_closed = False  # the peer sends no more
         self.is_over = False  # send the last output, then close
+        self.echoes = 0  # answers to `ask_echo`
         self.reason = ""  # why it is over or retires: one word, for a metric
         self.begun_s = now_s
         self.moved_s = now_s  # when something last arrived
@@ -337,11 +341,14 @@ class ServerConnection(Generic[S]):
                 self._opened += 1
                 self._highest_id = event.stream_id
             self._reset(event.stream_id, news)
-        elif isinstance(event, Ping) and self._is_farewell(event):
-            self._close(now_s)
+        elif isinstance(event, Ping) and event.ack:
+            self._take_echo(event.data, now_s)
 
-    def _is_farewell(self, ping: Ping) -> bool:
-        return ping.ack and ping.data == _GOODBYE and self._phase is Phase.RETIRING
+    def _take_echo(self, data: bytes, now_s: float) -> None:
+        if data == _ECHO:
+            self.echoes += 1
+        elif data == _GOODBYE and self._phase is Phase.RETIRING:
+            self._close(now_s)
 
     def _append(self, stream: S, data: bytes) -> None:
         """Add to a body that comes in several parts, unless a bound is passed."""
@@ -550,6 +557,15 @@ class ServerConnection(Generic[S]):
             (stream.arrived_s for stream in self.streams.values() if stream.counted_bytes), default=math.inf
         )
         return min(since_s, self.begun_s) if self._admission_bytes else since_s
+
+    def ask_echo(self) -> None:
+        """Send a PING; `echoes` counts its answer, which comes behind all that was sent before it."""
+        self._output += self._core.data_to_send() + _PING + _ECHO
+
+    @property
+    def has_admission(self) -> bool:
+        """Whether requests wait until others are answered, to be opened by `admit`."""
+        return bool(self._admission)
 
     # How it ends.
 

@@ -34,7 +34,10 @@ _WAIT_S = 10
 
 @dataclass
 class Toy:
-    """`Wait` is answered when `go_on` is set, `Big` with as many bytes as its message says."""
+    """`Wait` is answered when `go_on` is set, `Big` with as many bytes as its message says.
+
+    `Age` answers how long it may have waited until it was taken in, in seconds.
+    """
 
     port: int = 0
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
@@ -46,6 +49,7 @@ class Toy:
         table.add_unary("toy.Toy", "Echo", lambda message, _call: message)
         table.add_unary("toy.Toy", "Wait", self._wait)
         table.add_unary("toy.Toy", "Big", lambda message, _call: bytes(int(message)))
+        table.add_unary("toy.Toy", "Age", lambda _message, call: str(call.deadline.waited_s).encode())
         table.add_stream("toy.Toy", "Chat", self._chat)
         self.stats = table.stats()
         return table

@@ -78,8 +78,9 @@ _NEVER_MS: Final = 2**31 - 1
 # a drain.
 _MAX_SERVERS: Final = 16
 # grpcio reads the sockets in threads of its own, and hands the calls over one by one: after a stall some come
-# later than with the other engine.
+# later than with the other engine, and the later the more have come in it.
 _STALL_MEMORY_S: Final = 0.5
+_STALL_MEMORY_PART: Final = 0.5
 
 # grpc.aio's generic classes take their type arguments only in the stubs.
 Context = Any
@@ -100,7 +101,7 @@ class GrpcioEngine:
         self._identity: grpc.ServerCertificateConfiguration | None = None
         self._arguments = _channel_arguments(table, options)
         self._unsent = UnsentAnswers(options)
-        self._stalls = StallWatch(uptime_ns, memory_s=_STALL_MEMORY_S)
+        self._stalls = StallWatch(uptime_ns, memory_s=_STALL_MEMORY_S, memory_part=_STALL_MEMORY_PART)
         self._handlers = _handlers(table, options.max_message_bytes, self._unsent, self._stalls)
         self._servers: list[RegisteredServer] = []  # the last one accepts connections
         self._retiring = Tasks("retirement", max_tasks=_MAX_SERVERS)

@@ -76,6 +76,7 @@ from mnemosyned.transport.h2_call import (
     status_headers,
 )
 from mnemosyned.transport.h2_server import Server
+from mnemosyned.transport.input_age import InputAge
 from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ _OK_HEAD: Final[Headers] = [CONTENT_TYPE]
 _OK_TRAILERS: Final[Headers] = [(b"grpc-status", b"0")]
 
 _LINGER_S: Final = 2.0
+_LONG_S: Final = 0.05  # a wait of input that is told to its calls
 _AGE_JITTER: Final = 0.1
 _HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a pause
 
@@ -110,7 +112,9 @@ class Connection(asyncio.Protocol):
         self._is_http2 = False
         self._flush_is_due = False
         self._at_once_bytes = AT_ONCE_BYTES  # so much input is taken without a turn in the backlog
-        self._held_since_s = math.inf  # when the oldest input in the backlog may have been sent
+        self._held_since_s = math.inf  # when input began to wait in the backlog, and behind it
+        self._age = InputAge()
+        self._echoes = 0  # that `_age` knows of
         self._is_writable = True
         self._closing_since_s: float | None = None
         self._certificate_names: tuple[str, ...] | None = None
@@ -140,19 +144,33 @@ class Connection(asyncio.Protocol):
         )
         server.connections.add(self)
         server.stats.open = len(server.connections)
+        self._note_stall()
 
     def data_received(self, data: bytes) -> None:
         """Take what has arrived, and answer what can be answered at once."""
+        self._note_stall()
         if len(data) > self._at_once_bytes:
-            if self._held_since_s == math.inf:
-                self._held_since_s = time.monotonic() - self._server.stalls.waited_s()
             self._server.backlog.put(self, data)
         else:
             self.take_input(data)
 
+    def _note_stall(self) -> None:
+        waited_s = self._server.stalls.waited_s()
+        if waited_s:
+            self._age.delayed_since(time.monotonic() - waited_s)
+
+    def _note_hold(self, now_s: float) -> None:
+        if now_s - self._held_since_s > _LONG_S:
+            self._age.delayed_since(self._held_since_s)
+
     def hold_input(self, is_held: bool) -> None:  # noqa: FBT001  # the state itself
         """See Taker."""
         self._at_once_bytes = -1 if is_held else AT_ONCE_BYTES
+        if is_held:
+            self._held_since_s = time.monotonic()
+        else:
+            self._note_hold(time.monotonic())
+            self._held_since_s = math.inf
         if self._transport.is_closing():
             return
         with suppress(NotImplementedError):  # asyncio allows a transport that cannot pause
@@ -171,22 +189,28 @@ class Connection(asyncio.Protocol):
             if not self._begins_http2(data):
                 return
         now_s = time.monotonic()
+        self._note_hold(now_s)
         calls = self._http.receive(data, now_s)
-        self._note_waiting(calls, now_s)
+        if self._age.since_s != math.inf or self._http.has_admission:
+            self._note_age(calls, now_s)
         self._take(calls, now_s)
         self._flush(now_s)
 
-    def _note_waiting(self, calls: list[Call], now_s: float) -> None:
-        """Tell new calls how long they may have waited, in the socket and in the backlog."""
-        waited_s = self._server.stalls.waited_s()
-        if self._held_since_s != math.inf:
-            waited_s = max(waited_s, now_s - self._held_since_s)
-            if self._at_once_bytes >= 0:
-                self._held_since_s = math.inf  # this was the last of it
-        if waited_s:
-            for call in calls:
-                if call.arrived_s == now_s:
-                    call.waited_s = waited_s
+    def _note_age(self, calls: list[Call], now_s: float) -> None:
+        """Tell new calls how long they may have waited before they were taken in."""
+        if self._http.has_admission:
+            self._age.delayed_since(now_s)
+        for call in calls:
+            # Not again with a later part of its body.
+            call.waited_s = call.waited_s or max(0.0, call.arrived_s - self._age.since_s)
+        if self._at_once_bytes < 0 or self._http.has_admission:
+            # There is more of what waited.
+            return
+        if self._http.echoes > self._echoes:
+            self._echoes = self._http.echoes
+            self._age.echoed()
+        if self._age.ask(now_s):
+            self._http.ask_echo()
 
     def eof_received(self) -> bool:
         """Take note that the client sends no more; False closes the transport."""
@@ -273,6 +297,8 @@ class Connection(asyncio.Protocol):
             if now_s - self._closing_since_s > _LINGER_S:
                 self._transport.abort()
             return
+        if self._age.is_late(now_s):
+            self.retire("ping_timeout")
         for call in self._http.check(now_s):
             self._cancel(call)
         if self._http.is_overdue(now_s):
@@ -524,6 +550,8 @@ class Connection(asyncio.Protocol):
     def _begin_waiting(self, now_s: float) -> bool:
         """Begin requests that have waited for others to be answered, or for answers to be read."""
         admitted = self._http.admit(now_s)
+        if admitted:
+            self._note_age(admitted, now_s)
         self._take(admitted, now_s)
         waiting = self._http.next_waiting()
         if waiting is not None:

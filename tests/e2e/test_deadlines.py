@@ -32,6 +32,7 @@ SHORT_S = 0.3
 LONGER_S = 10.0
 # Longer than a write that was told to have failed could still be under way.
 AFTERWARDS_S = 1.5
+MANY = 900
 
 Write = Callable[[SessionManagerStub, float], object]
 
@@ -163,6 +164,23 @@ def test_writes_that_waited_in_the_socket_of_a_stopped_process_are_not_done(daem
             daemon.process.send_signal(signal.SIGCONT)
 
         assert codes == [EXCEEDED] * len(WRITES)
+        time.sleep(AFTERWARDS_S)
+        assert state(stub) == (False, {"k": "first"})
+
+
+def test_none_of_many_writes_that_waited_is_done(daemon: Daemon) -> None:
+    """More of them than are taken in a moment: in the socket, and behind it with the client."""
+    with daemon.stub() as stub:
+        state(stub)
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            late = SetValueRequest(access_token="held", key="k", value="late" * 200)
+            calls = [stub.SetValue.future(late, timeout=1.0) for _ in range(MANY)]
+            codes = {call.code() for call in calls}
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+
+        assert codes == {EXCEEDED}
         time.sleep(AFTERWARDS_S)
         assert state(stub) == (False, {"k": "first"})
 

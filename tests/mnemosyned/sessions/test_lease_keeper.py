@@ -93,6 +93,13 @@ class World:
         for node in nodes:
             await node.keeper.refresh()
 
+    async def pass_until(self, is_met: Callable[[], object], *nodes: Node) -> None:
+        """Let time pass so slowly that the keepers that run see all of it, until a condition is met."""
+        async with asyncio.timeout(10):
+            while not is_met():
+                await self.pass_by(PERIOD_US // 2, *nodes)
+                await asyncio.sleep(0.006)
+
     async def begin(self, *nodes: Node) -> None:
         """Wait until these nodes have a lease, and know one another's."""
         await self.pass_by(ACTIVATION_US + PERIOD_US, *nodes)
@@ -422,16 +429,12 @@ async def test_a_node_that_cannot_be_told_is_barred_again_until_it_can(world: Wo
     async with running(writer):
         world.silent.add("b")
         await world.finish(writer.settle(), other)
-        for bars in (2, 3):
-            await world.pass_by(BAR_US * 3 // 4, other, writer)
-            await until(lambda bars=bars: world.store.bars >= bars)  # type: ignore[misc]
-            await world.pass_by(0, other)
+        await world.pass_until(lambda: world.store.bars >= 3, other, writer)
         assert other.keeper.reason() == "barred"
         # No write waits for it.
         assert writer.settle() is None
         world.silent.clear()
-        await world.pass_by(BAR_US * 3 // 4, other, writer)
-        await until(lambda: other.told)
+        await world.pass_until(lambda: other.told, other, writer)
         bars = world.store.bars
         # Its bar ends.
         for _ in range(30):
