@@ -20,7 +20,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to try
-	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: $(ARGS)
+	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
 	@$(BIN)/python deploy/local_cluster.py

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 def build(
     config: RedisConfig,
     *,
+    dsn: str,
     registry: CollectorRegistry,
     address: FileReloader[str] | None = None,
 ) -> RedisStore:
     """Return the store that the configuration describes, not yet opened; `address` is its file, or None."""
     options = RedisOptions(
-        address=config.address if address is None else address.content,
+        address=dsn if address is None else address.content,
         prefix=config.prefix,
         pool_size=config.pool_size,
         connect_timeout_s=config.connect_timeout_s,

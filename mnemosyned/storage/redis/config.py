@@ -25,16 +25,22 @@ _MAX_REPLICAS: Final = 100
 def address(text: str) -> str:
     """Read a URL of Redis; raises ValueError, whose text quotes no secret."""
     text = text.strip()
-    parse(text)
+    if not is_private(text):
+        parse(text)
     return text
 
 
 def shown(text: str) -> str:
     """Return what the log may show of an address."""
-    return str(parse(text))
+    return text if is_private(text) else str(parse(text))
 
 
 address.shown = shown  # type: ignore[attr-defined]  # read by `setting`
+
+
+def is_private(text: str) -> bool:
+    """Tell whether an address asks for a private server."""
+    return text.startswith("embedded:")
 
 
 def prefix(text: str) -> str:
@@ -72,7 +78,8 @@ class RedisConfig(Section):
         "redis.address",
         "redis://127.0.0.1:6379/0",
         address,
-        "redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix:// URL",
+        "redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix:// URL; "
+        "embedded: for a private server",
         is_secret=True,
     )
     address_file: str = setting(
@@ -123,6 +130,8 @@ class RedisConfig(Section):
             raise ConfigError(
                 "flag -storage: redis needs the packages redis and hiredis: pip install 'mnemosyned[redis]'"
             )
+        if is_private(self.address):
+            return
         try:
             check_files(parse(self.address))
         except AddressError as exc:
@@ -130,7 +139,7 @@ class RedisConfig(Section):
 
     def secret_files(self) -> dict[str, str]:
         """See Section."""
-        key = parse(self.address).files.key
+        key = "" if is_private(self.address) else parse(self.address).files.key
         # Not `super()`: before Python 3.14 it means the class as it was before it got its slots.
         return Section.secret_files(self) | ({"redis.address (key)": key} if key else {})
 
