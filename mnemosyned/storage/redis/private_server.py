@@ -194,6 +194,7 @@ class PrivateRedis:
             "appendfsync": "always",
             "save": '""',
             "maxmemory-policy": "noeviction",
+            "zset-max-listpack-value": "160",
         }
         self._write("redis.conf", "\n".join(f"{name} {value}" for name, value in settings.items()))
         log = os.open(
