@@ -12,6 +12,8 @@ PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 # Most of a test is waiting, for daemons and for time-outs: with four workers on two cores the suite takes 10
 # minutes, and with two 19. A worker that has no tests left takes some of another's.
 WORKERS := -n 4 --dist worksteal
+# Whole clusters under load, with deadlines of a second: they need the processors for themselves.
+LABORATORY := tests/faults/test_faults.py
 
 .DEFAULT_GOAL := help
 .PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
@@ -29,7 +31,12 @@ node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the secon
 	@$(BIN)/python deploy/local_cluster.py node $(N)
 
 test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
+ifdef ARGS
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+else
+	$(BIN)/python -m pytest $(WORKERS) --ignore=$(LABORATORY)
+	$(BIN)/python -m pytest -n 2 $(LABORATORY)
+endif
 
 coverage: $(VENV)/dev.stamp ## the tests again, with the lines and branches they leave out
 	$(BIN)/coverage erase

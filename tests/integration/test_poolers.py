@@ -116,9 +116,9 @@ async def test_a_pooler_that_resets_nothing_between_clients_works(postgres_dsn: 
         postgres_dsn, tmp_path, pool_mode="session", server_reset_query="", default_pool_size="3"
     ) as pooler:
         earlier = await asyncpg.connect(pooler.dsn)
-        await earlier.execute("SET default_transaction_isolation = serializable; SET statement_timeout = 1")
         for number in range(200):
             await earlier.execute(f"PREPARE __asyncpg_stmt_{number:x}__ AS SELECT 1")
+        await earlier.execute("SET default_transaction_isolation = serializable; SET statement_timeout = 1")
         await earlier.close()
         for _ in range(3):
             store = await opened(new_postgres_store(pooler.dsn, TABLE))
