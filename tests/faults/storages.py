@@ -162,6 +162,8 @@ class RedisStorage:
         former, self._server = self._server, self._replica
         former.kill()
         self._server.command("REPLICAOF", "NO", "ONE")
+        # Also when it is started again.
+        del self._server.settings["replicaof"]
         self._replica = self._new({"replicaof": f"127.0.0.1 {self._server.port}"})
 
     def stop(self) -> None:
