@@ -1,7 +1,7 @@
 """Long work on the event loop, in slices: other calls wait for a slice, never for the work.
 
     turns of the loop:  | light calls | … | slice of A | light calls | … | slice of B | light calls | …
-                         8 turns             2 ms        8 turns
+                         8 turns             1 ms        8 turns
 
 A light call may need some turns: a call of grpcio takes six, and grpcio accepts one call in two turns. With a
 slice in each turn it accepted fewer calls than came. A turn without work takes 20 µs.
@@ -30,7 +30,7 @@ from aio.steps import Steps
 
 T = TypeVar("T")
 
-_SLICE_S: Final = 0.002
+_SLICE_S: Final = 0.001
 _TURNS_BETWEEN: Final = 8
 _MAX_BEGUN: Final = 8
 # Of what the jobs that are not done hold. One more is taken if there is none.

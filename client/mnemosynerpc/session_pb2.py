@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amnemosynerpc/session.proto\x12\x0cmnemosynerpc\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xea\x01\n\x07Session\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x16\n\x0esubject_client\x18\x03 \x01(\t\x12+\n\x03\x62\x61g\x18\x04 \x03(\x0b\x32\x1e.mnemosynerpc.Session.BagEntry\x12-\n\texpire_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x06 \x01(\t\x1a*\n\x08\x42\x61gEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\"\n\nGetRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\"5\n\x0bGetResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"9\n\x0f\x43ontextResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"i\n\x0bListRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\"\n\x05query\x18\x0b \x01(\x0b\x32\x13.mnemosynerpc.Query\x12\x11\n\tmax_bytes\x18\x0c \x01(\x03J\x04\x08\x03\x10\x0b\"\x84\x01\n\x05Query\x12\x32\n\x0e\x65xpire_at_from\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x65xpire_at_to\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x03 \x01(\t\"\\\n\x0cListResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.mnemosynerpc.Session\x12\x10\n\x08left_out\x18\x02 \x01(\x03\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"%\n\rExistsRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\"6\n\x0cStartRequest\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"7\n\rStartResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"&\n\x0e\x41\x62\x61ndonRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\"C\n\x0fSetValueRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\"t\n\x10SetValueResponse\x12\x34\n\x03\x62\x61g\x18\x01 \x03(\x0b\x32\'.mnemosynerpc.SetValueResponse.BagEntry\x1a*\n\x08\x42\x61gEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb6\x01\n\rDeleteRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x32\n\x0e\x65xpire_at_from\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x65xpire_at_to\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x04 \x01(\t\x12\x12\n\nsubject_id\x18\x05 \x01(\t2\xb3\x05\n\x0eSessionManager\x12@\n\x05Start\x12\x1a.mnemosynerpc.StartRequest\x1a\x1b.mnemosynerpc.StartResponse\x12:\n\x03Get\x12\x18.mnemosynerpc.GetRequest\x1a\x19.mnemosynerpc.GetResponse\x12@\n\x07\x43ontext\x12\x16.google.protobuf.Empty\x1a\x1d.mnemosynerpc.ContextResponse\x12=\n\x04List\x12\x19.mnemosynerpc.ListRequest\x1a\x1a.mnemosynerpc.ListResponse\x12\x41\n\x06\x45xists\x12\x1b.mnemosynerpc.ExistsRequest\x1a\x1a.google.protobuf.BoolValue\x12\x43\n\x07\x41\x62\x61ndon\x12\x1c.mnemosynerpc.AbandonRequest\x1a\x1a.google.protobuf.BoolValue\x12I\n\x08SetValue\x12\x1d.mnemosynerpc.SetValueRequest\x1a\x1e.mnemosynerpc.SetValueResponse\x12\x42\n\x06\x44\x65lete\x12\x1b.mnemosynerpc.DeleteRequest\x1a\x1b.google.protobuf.Int64Value\x12\x41\n\x06\x43reate\x12\x1a.mnemosynerpc.StartRequest\x1a\x1b.mnemosynerpc.StartResponse\x12H\n\x07SetData\x12\x1d.mnemosynerpc.SetValueRequest\x1a\x1e.mnemosynerpc.SetValueResponseB\x0eZ\x0cmnemosynerpcb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amnemosynerpc/session.proto\x12\x0cmnemosynerpc\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xea\x01\n\x07Session\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x16\n\x0esubject_client\x18\x03 \x01(\t\x12+\n\x03\x62\x61g\x18\x04 \x03(\x0b\x32\x1e.mnemosynerpc.Session.BagEntry\x12-\n\texpire_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x06 \x01(\t\x1a*\n\x08\x42\x61gEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\"\n\nGetRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\"5\n\x0bGetResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"9\n\x0f\x43ontextResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"\x91\x01\n\x0bListRequest\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\"\n\x05query\x18\x0b \x01(\x0b\x32\x13.mnemosynerpc.Query\x12\x11\n\tmax_bytes\x18\x0c \x01(\x03\x12\x17\n\npage_token\x18\x0f \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_page_tokenJ\x04\x08\x03\x10\x0b\"\x84\x01\n\x05Query\x12\x32\n\x0e\x65xpire_at_from\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x65xpire_at_to\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x03 \x01(\t\"u\n\x0cListResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.mnemosynerpc.Session\x12\x10\n\x08left_out\x18\x02 \x01(\x03\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"%\n\rExistsRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\"6\n\x0cStartRequest\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"7\n\rStartResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.mnemosynerpc.Session\"&\n\x0e\x41\x62\x61ndonRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\"C\n\x0fSetValueRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\"t\n\x10SetValueResponse\x12\x34\n\x03\x62\x61g\x18\x01 \x03(\x0b\x32\'.mnemosynerpc.SetValueResponse.BagEntry\x1a*\n\x08\x42\x61gEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb6\x01\n\rDeleteRequest\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x32\n\x0e\x65xpire_at_from\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0c\x65xpire_at_to\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrefresh_token\x18\x04 \x01(\t\x12\x12\n\nsubject_id\x18\x05 \x01(\t2\xb3\x05\n\x0eSessionManager\x12@\n\x05Start\x12\x1a.mnemosynerpc.StartRequest\x1a\x1b.mnemosynerpc.StartResponse\x12:\n\x03Get\x12\x18.mnemosynerpc.GetRequest\x1a\x19.mnemosynerpc.GetResponse\x12@\n\x07\x43ontext\x12\x16.google.protobuf.Empty\x1a\x1d.mnemosynerpc.ContextResponse\x12=\n\x04List\x12\x19.mnemosynerpc.ListRequest\x1a\x1a.mnemosynerpc.ListResponse\x12\x41\n\x06\x45xists\x12\x1b.mnemosynerpc.ExistsRequest\x1a\x1a.google.protobuf.BoolValue\x12\x43\n\x07\x41\x62\x61ndon\x12\x1c.mnemosynerpc.AbandonRequest\x1a\x1a.google.protobuf.BoolValue\x12I\n\x08SetValue\x12\x1d.mnemosynerpc.SetValueRequest\x1a\x1e.mnemosynerpc.SetValueResponse\x12\x42\n\x06\x44\x65lete\x12\x1b.mnemosynerpc.DeleteRequest\x1a\x1b.google.protobuf.Int64Value\x12\x41\n\x06\x43reate\x12\x1a.mnemosynerpc.StartRequest\x1a\x1b.mnemosynerpc.StartResponse\x12H\n\x07SetData\x12\x1d.mnemosynerpc.SetValueRequest\x1a\x1e.mnemosynerpc.SetValueResponseB\x0eZ\x0cmnemosynerpcb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,28 +49,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETRESPONSE']._serialized_end=464
   _globals['_CONTEXTRESPONSE']._serialized_start=466
   _globals['_CONTEXTRESPONSE']._serialized_end=523
-  _globals['_LISTREQUEST']._serialized_start=525
-  _globals['_LISTREQUEST']._serialized_end=630
-  _globals['_QUERY']._serialized_start=633
-  _globals['_QUERY']._serialized_end=765
-  _globals['_LISTRESPONSE']._serialized_start=767
-  _globals['_LISTRESPONSE']._serialized_end=859
-  _globals['_EXISTSREQUEST']._serialized_start=861
-  _globals['_EXISTSREQUEST']._serialized_end=898
-  _globals['_STARTREQUEST']._serialized_start=900
-  _globals['_STARTREQUEST']._serialized_end=954
-  _globals['_STARTRESPONSE']._serialized_start=956
-  _globals['_STARTRESPONSE']._serialized_end=1011
-  _globals['_ABANDONREQUEST']._serialized_start=1013
-  _globals['_ABANDONREQUEST']._serialized_end=1051
-  _globals['_SETVALUEREQUEST']._serialized_start=1053
-  _globals['_SETVALUEREQUEST']._serialized_end=1120
-  _globals['_SETVALUERESPONSE']._serialized_start=1122
-  _globals['_SETVALUERESPONSE']._serialized_end=1238
+  _globals['_LISTREQUEST']._serialized_start=526
+  _globals['_LISTREQUEST']._serialized_end=671
+  _globals['_QUERY']._serialized_start=674
+  _globals['_QUERY']._serialized_end=806
+  _globals['_LISTRESPONSE']._serialized_start=808
+  _globals['_LISTRESPONSE']._serialized_end=925
+  _globals['_EXISTSREQUEST']._serialized_start=927
+  _globals['_EXISTSREQUEST']._serialized_end=964
+  _globals['_STARTREQUEST']._serialized_start=966
+  _globals['_STARTREQUEST']._serialized_end=1020
+  _globals['_STARTRESPONSE']._serialized_start=1022
+  _globals['_STARTRESPONSE']._serialized_end=1077
+  _globals['_ABANDONREQUEST']._serialized_start=1079
+  _globals['_ABANDONREQUEST']._serialized_end=1117
+  _globals['_SETVALUEREQUEST']._serialized_start=1119
+  _globals['_SETVALUEREQUEST']._serialized_end=1186
+  _globals['_SETVALUERESPONSE']._serialized_start=1188
+  _globals['_SETVALUERESPONSE']._serialized_end=1304
   _globals['_SETVALUERESPONSE_BAGENTRY']._serialized_start=331
   _globals['_SETVALUERESPONSE_BAGENTRY']._serialized_end=373
-  _globals['_DELETEREQUEST']._serialized_start=1241
-  _globals['_DELETEREQUEST']._serialized_end=1423
-  _globals['_SESSIONMANAGER']._serialized_start=1426
-  _globals['_SESSIONMANAGER']._serialized_end=2117
+  _globals['_DELETEREQUEST']._serialized_start=1307
+  _globals['_DELETEREQUEST']._serialized_end=1489
+  _globals['_SESSIONMANAGER']._serialized_start=1492
+  _globals['_SESSIONMANAGER']._serialized_end=2183
 # @@protoc_insertion_point(module_scope)

@@ -50,16 +50,18 @@ class ContextResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class ListRequest(_message.Message):
-    __slots__ = ("offset", "limit", "query", "max_bytes")
+    __slots__ = ("offset", "limit", "query", "max_bytes", "page_token")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
     MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     offset: int
     limit: int
     query: Query
     max_bytes: int
-    def __init__(self, offset: _Optional[int] = ..., limit: _Optional[int] = ..., query: _Optional[_Union[Query, _Mapping]] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+    page_token: str
+    def __init__(self, offset: _Optional[int] = ..., limit: _Optional[int] = ..., query: _Optional[_Union[Query, _Mapping]] = ..., max_bytes: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class Query(_message.Message):
     __slots__ = ("expire_at_from", "expire_at_to", "refresh_token")
@@ -72,14 +74,16 @@ class Query(_message.Message):
     def __init__(self, expire_at_from: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., expire_at_to: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., refresh_token: _Optional[str] = ...) -> None: ...
 
 class ListResponse(_message.Message):
-    __slots__ = ("sessions", "left_out", "truncated")
+    __slots__ = ("sessions", "left_out", "truncated", "next_page_token")
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     sessions: _containers.RepeatedCompositeFieldContainer[Session]
     left_out: int
     truncated: bool
-    def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., left_out: _Optional[int] = ..., truncated: bool = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., left_out: _Optional[int] = ..., truncated: bool = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ExistsRequest(_message.Message):
     __slots__ = ("access_token",)

@@ -113,7 +113,7 @@ class SessionManagerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Lists live sessions by expiry, then token.
+        """Lists live sessions: a page by expiry, then token, and the pages after it by token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -313,7 +313,11 @@ async def _list(service: SessionService, request: ListRequest, _: Call) -> bytes
         expires_before_us=_instant_us(query, "expire_at_to"),
     )
     return await service.list(
-        criteria, offset=request.offset, limit=request.limit, max_bytes=request.max_bytes
+        criteria,
+        offset=request.offset,
+        limit=request.limit,
+        max_bytes=request.max_bytes,
+        token=request.page_token if request.HasField("page_token") else None,
     )
 
 

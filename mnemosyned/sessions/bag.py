@@ -36,7 +36,7 @@ _KEY_TAG: Final = 0x0A  # field 1 of an entry, length-delimited
 _VALUE_TAG: Final = 0x12  # field 2 of an entry, length-delimited
 _VARINT_CONTINUES: Final = 0x80
 # The parser of protobuf is quicker than ours, but it has no bound on the entries that it reads.
-_SHORT_BYTES: Final = 4096
+SHORT_BYTES: Final = 4096
 # Enough for any length up to MAX_BAG_BYTES.
 _MAX_LENGTH_BYTES: Final = 4
 _GOB_TYPE: Final = bytes.fromhex("127f0401010342616701ff8000010c010c0000")
@@ -178,7 +178,7 @@ def checked_fields(stored: bytes, limits: BagLimits = DEFAULT_LIMITS) -> bytes:
 def is_ordinary(stored: bytes) -> bool:
     """Tell whether a stored bag is short and what `encode` writes."""
     # No bag so short can be over limits that are at least the defaults.
-    return len(stored) <= _SHORT_BYTES and not is_gob(stored) and _is_what_encode_writes(stored)
+    return len(stored) <= SHORT_BYTES and not is_gob(stored) and _is_what_encode_writes(stored)
 
 
 def checking_fields(stored: bytes, limits: BagLimits) -> Steps[bytes]:

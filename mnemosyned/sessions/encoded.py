@@ -8,7 +8,7 @@ in pieces, and all callers share the one that is large.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
@@ -27,9 +27,17 @@ _SECONDS_TAG: Final = b"\x08"  # field 1, varint
 _NANOS_TAG: Final = b"\x10"  # field 2, varint
 _LEFT_OUT_TAG: Final = b"\x10"  # field 2 of ListResponse, varint
 _TRUNCATED: Final = b"\x18\x01"  # field 3 of ListResponse, true
-_PAGE_FIELDS_BYTES: Final = 16  # at most, of the fields of a ListResponse besides its sessions
+_NEXT_TOKEN_TAG: Final = b"\x22"  # field 4 of ListResponse, length-delimited
+# At most, of the fields of a ListResponse besides its sessions and the content of the token.
+_PAGE_FIELDS_BYTES: Final = 20
 _VARINT_CONTINUES: Final = 0x80
-_SHORT_VARINTS: Final = tuple(bytes([value]) for value in range(_VARINT_CONTINUES))
+_LONG_VARINT: Final = 1 << 28  # from here on, and below 1 << 35, a varint has five bytes
+_LONG_VARINT_BYTES: Final = 5
+# Lengths of nearly all sessions, and of their fields.
+_SHORT_VARINTS: Final = tuple(
+    bytes([value]) if value < _VARINT_CONTINUES else bytes([value & 0x7F | _VARINT_CONTINUES, value >> 7])
+    for value in range(1024)
+)
 # Python objects around the bytes of an entry: its slot, its place in the dictionary, the token.
 _OVERHEAD_BYTES: Final = 700
 # From here on, a response in pieces costs less than a copy.
@@ -41,10 +49,19 @@ EncodedResponse: TypeAlias = bytes | tuple[bytes, ...]
 
 def varint(value: int) -> bytes:
     """Encode an unsigned protobuf varint."""
-    if value < _VARINT_CONTINUES:
+    if value < len(_SHORT_VARINTS):
         return _SHORT_VARINTS[value]
-    if value < _VARINT_CONTINUES**2:
-        return bytes((value & 0x7F | _VARINT_CONTINUES, value >> 7))
+    if _LONG_VARINT <= value < _LONG_VARINT << 7:
+        # Seconds, and nanoseconds mostly.
+        return bytes(
+            (
+                value & 127 | 128,
+                value >> 7 & 127 | 128,
+                value >> 14 & 127 | 128,
+                value >> 21 & 127 | 128,
+                value >> 28,
+            )
+        )
     encoded = bytearray()
     while value >= _VARINT_CONTINUES:
         encoded.append(value & 0x7F | _VARINT_CONTINUES)
@@ -65,13 +82,14 @@ class ExpiryField:
     Expiries are whole milliseconds, so at speed many answers share one.
     """
 
-    __slots__ = ("_expires_at_us", "_field", "_seconds", "_seconds_field")
+    __slots__ = ("_expires_at_us", "_field", "_long_head", "_seconds", "_seconds_field")
 
     def __init__(self) -> None:
         self._expires_at_us = -1
         self._field = b""
         self._seconds = -1
         self._seconds_field = b""
+        self._long_head = b""
 
     def encode(self, expires_at_us: int) -> bytes:
         """Return the field for an expiry, microseconds since the epoch."""
@@ -80,9 +98,16 @@ class ExpiryField:
             seconds, us = divmod(expires_at_us, US_PER_S)
             if seconds != self._seconds:
                 self._seconds, self._seconds_field = seconds, _SECONDS_TAG + varint(seconds)
+                size = len(self._seconds_field) + len(_NANOS_TAG) + _LONG_VARINT_BYTES
+                self._long_head = _EXPIRE_AT_TAG + varint(size) + self._seconds_field + _NANOS_TAG
+            nanos = us * NS_PER_US
+            if nanos >= _LONG_VARINT:
+                # Three of four, if expiries are no whole milliseconds, as those of List.
+                self._field = self._long_head + varint(nanos)
+                return self._field
             timestamp = self._seconds_field
             if us:
-                timestamp += _NANOS_TAG + varint(us * NS_PER_US)
+                timestamp += _NANOS_TAG + varint(nanos)
             self._field = _EXPIRE_AT_TAG + varint(len(timestamp)) + timestamp
         return self._field
 
@@ -149,47 +174,60 @@ def encoded_fields(session: Session) -> bytes:
     # By hand: a protobuf object takes three times as long, and List encodes a thousand.
     token = session.access_token.encode()
     subject = session.subject_id.encode()
-    fields = [_TOKEN_TAG, varint(len(token)), token, _SUBJECT_TAG, varint(len(subject)), subject]
+    client = refresh = b""
     if session.subject_client:
         client = session.subject_client.encode()
-        fields += (_CLIENT_TAG, varint(len(client)), client)
+        client = _CLIENT_TAG + varint(len(client)) + client
     if session.refresh_token:
         refresh = session.refresh_token.encode()
-        fields += (_REFRESH_TAG, varint(len(refresh)), refresh)
-    fields.append(session.bag)
-    return b"".join(fields)
+        refresh = _REFRESH_TAG + varint(len(refresh)) + refresh
+    heads = varint(len(token)), varint(len(subject))
+    return b"".join(
+        (_TOKEN_TAG, heads[0], token, _SUBJECT_TAG, heads[1], subject, client, refresh, session.bag)
+    )
 
 
-def list_response(found: Sequence[Session | MnemosyneError], *, max_bytes: int, is_cut: bool) -> Steps[bytes]:
+def list_response(
+    found: Sequence[Session | MnemosyneError],
+    *,
+    max_bytes: int,
+    is_cut: bool,
+    next_token: Callable[[int], str],
+) -> Steps[bytes]:
     """Encode a ListResponse; its field 1 is repeated, so it is one response after the other.
 
     Errors are left out and counted. The response ends before a session that would make it larger than
-    `max_bytes`, if it has one; `is_cut` is whether the page was cut before.
+    `max_bytes`, if it has one; `is_cut` is whether the page was cut before. `max_bytes` is without the token
+    of the next page, which `next_token` returns, by how many of those found the response has.
     """
-    expiry_field = ExpiryField()
+    encode_expiry = ExpiryField().encode
     parts: list[bytes] = []
+    count = len(found)
     left_out = size_bytes = step_bytes = 0
-    for number, session in enumerate(found, start=1):
+    most_bytes = max_bytes - _PAGE_FIELDS_BYTES
+    for number, session in enumerate(found):
         if isinstance(session, MnemosyneError):
             left_out += 1
             continue
         fields = encoded_fields(session)
-        expiry = expiry_field.encode(session.expires_at_us)
-        head = _SESSION_TAG + varint(len(fields) + len(expiry))
-        piece_bytes = len(head) + len(fields) + len(expiry)
-        size_bytes += piece_bytes
-        if parts and size_bytes > max_bytes - _PAGE_FIELDS_BYTES:
-            is_cut = True
+        expiry = encode_expiry(session.expires_at_us)
+        session_bytes = len(fields) + len(expiry)
+        head = varint(session_bytes)
+        size_bytes += session_bytes + len(head) + 1
+        if size_bytes > most_bytes and parts:
+            count, is_cut = number, True
             break
-        parts += (head, fields, expiry)
-        step_bytes += piece_bytes
-        if number % STEP_ITEMS == 0 or step_bytes > STEP_BYTES:
+        parts += (_SESSION_TAG, head, fields, expiry)
+        step_bytes += session_bytes
+        if number % STEP_ITEMS == STEP_ITEMS - 1 or step_bytes > STEP_BYTES:
             step_bytes = 0
             yield
     if left_out:
         parts.append(_LEFT_OUT_TAG + varint(left_out))
     if is_cut:
         parts.append(_TRUNCATED)
+    if token := next_token(count).encode():
+        parts += (_NEXT_TOKEN_TAG, varint(len(token)), token)
     return b"".join(parts)
 
 

@@ -22,22 +22,27 @@ from typing import Final, TypeAlias
 from aio.slices import in_slices
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions.model import Criteria, DamagedSession, Session
-from mnemosyned.sessions.store import Page, SessionStore
+from mnemosyned.sessions.page_token import PageToken
+from mnemosyned.sessions.store import KeyedPage, Page, SessionStore
 from mnemosyned.sessions.touches import TouchWriter
 
 _Found: TypeAlias = Session | DamagedSession
 
 # After them, a page shows what it has: each round has written what the one before it met.
 _ROUNDS: Final = 4
+# How far the storage may be behind: a load leaves it one interval behind, a touch waits for another, and the
+# writing takes time.
+_LAG_INTERVALS: Final = 3
 _SPARE: Final = 8
 
 
 class Listing:
     """Reads pages of live sessions."""
 
-    def __init__(self, store: SessionStore, touches: TouchWriter) -> None:
+    def __init__(self, store: SessionStore, touches: TouchWriter, *, touch_interval_us: int) -> None:
         self._store = store
         self._touches = touches
+        self._lag_us = _LAG_INTERVALS * touch_interval_us
 
     async def page(self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int) -> Page:
         """Return live sessions by their latest expiry, then by the key's bytes; see SessionStore.find."""
@@ -51,9 +56,11 @@ class Listing:
             spare = _SPARE + limit // 4 if self._touches.is_anything_waiting() else 0
             page = await self._store.find(criteria, offset=offset, limit=limit + spare, max_bytes=max_bytes)
             asked, found = limit + spare, page.sessions
+            if not self._touches.is_anything_waiting():
+                return _first(found, limit, page, asked)
             latest = [self._latest_us(one) for one in found]
             if not any(latest):
-                return _first(found, limit, is_cut=page.is_cut)
+                return _first(found, limit, page, asked)
             await self._write([one.access_token for one in found])
             merged = _merged(found, latest, criteria)
             if len(found) == asked or page.is_cut:
@@ -63,8 +70,36 @@ class Listing:
                 if not is_enough and number < _ROUNDS:
                     continue
                 if is_enough:
-                    return _first(sure, limit, is_cut=page.is_cut)
-            return _first([one for _, one in merged], limit, is_cut=page.is_cut)
+                    return _first(sure, limit, page, asked)
+            return _first([one for _, one in merged], limit, page, asked)
+
+    async def walk(self, criteria: Criteria, *, token: PageToken, limit: int, max_bytes: int) -> KeyedPage:
+        """Return live sessions by stored key, with their latest expiries; see SessionStore.walk.
+
+        Nothing is written for it: an expiry in memory changes no session's place.
+        """
+        asked = criteria
+        if criteria.expires_after_us is not None and self._touches.is_anything_waiting():
+            # The storage may still have them before the range.
+            asked = replace(criteria, expires_after_us=max(0, criteria.expires_after_us - self._lag_us))
+        page = await self._store.walk(asked, start=token.start, limit=limit, max_bytes=max_bytes)
+        if asked is criteria and not (token.shown.digests or self._touches.is_anything_waiting()):
+            return page
+        is_shown = token.shown.finder()
+        sessions: list[_Found] = []
+        keys: list[bytes] = []
+        for one, key in zip(page.sessions, page.keys, strict=True):
+            if is_shown(one.access_token):
+                continue
+            found = one
+            if isinstance(one, Session):
+                latest_us = self._latest_us(one)
+                found = replace(one, expires_at_us=latest_us) if latest_us else one
+                if not criteria.allows(found.expires_at_us):
+                    continue
+            sessions.append(found)
+            keys.append(key)
+        return replace(page, sessions=sessions, keys=keys)
 
     def _latest_us(self, found: _Found) -> int:
         """Return the expiry that waits to be written; 0: the stored one is the latest."""
@@ -79,8 +114,10 @@ class Listing:
             await self._touches.write(tokens)
 
 
-def _first(found: Sequence[_Found], limit: int, *, is_cut: bool) -> Page:
-    return Page(sessions=found[:limit], is_cut=is_cut and len(found) < limit)
+def _first(found: Sequence[_Found], limit: int, page: Page, asked: int) -> Page:
+    """Return the first of what was found in a page of the storage, of which so many were asked for."""
+    is_last = len(page.sessions) < asked and not page.is_cut and len(found) <= limit
+    return Page(sessions=found[:limit], is_cut=page.is_cut and len(found) < limit, is_last=is_last)
 
 
 def _expiries(found: Sequence[_Found]) -> Iterator[int]:

@@ -137,6 +137,12 @@ class Criteria:
         """Tell whether nothing was asked for, which must never mean everything."""
         return self == Criteria()
 
+    def allows(self, expires_at_us: int) -> bool:
+        """Tell whether a session that expires then is in the range."""
+        after_us, before_us = self.expires_after_us, self.expires_before_us
+        is_late_enough = after_us is None or expires_at_us > after_us
+        return is_late_enough and (before_us is None or expires_at_us < before_us)
+
     def has_range(self) -> bool:
         """Tell whether the answer depends on when sessions expire."""
         return self.expires_after_us is not None or self.expires_before_us is not None

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from aio.deadline import NO_DEADLINE, Deadline
 from aio.slices import in_slices
-from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
+from aio.steps import STEP_BYTES, STEP_ITEMS, Steps, cut
 from aio.units import NEVER_US
 from cache.lru import Slot
 from cache.read_through import ReadThrough
@@ -32,7 +32,7 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.sessions import bag, damage
+from mnemosyned.sessions import bag, damage, page_token
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
@@ -57,7 +57,7 @@ from mnemosyned.sessions.model import (
     check_criteria,
     check_new,
 )
-from mnemosyned.sessions.store import Page, SessionStore
+from mnemosyned.sessions.store import KeyedPage, Page, SessionStore
 from mnemosyned.sessions.token import check_token
 from mnemosyned.sessions.token_hash import is_hashed
 from mnemosyned.sessions.touches import TouchWriter
@@ -107,7 +107,7 @@ class SessionService:
         self._store = store
         self._cache = cache
         self._touches = touches
-        self._listing = Listing(store, touches)
+        self._listing = Listing(store, touches, touch_interval_us=rules.lifetime.touch_interval_us)
         self._coherence = coherence
         self._clock = clock
         self._batched: BatchedStore[Loaded] = BatchedStore(store, load=self._load_slots, coherence=coherence)
@@ -256,14 +256,23 @@ class SessionService:
         await self._batched.abandon(ending)
         self.counts.ended_by_cause["abandoned"] += 1
 
-    async def list(self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = 0) -> bytes:
+    async def list(
+        self,
+        criteria: Criteria,
+        *,
+        offset: int,
+        limit: int,
+        max_bytes: int = 0,
+        token: str | None = None,
+    ) -> bytes:
         """Return live sessions as a response message; a limit or `max_bytes` of 0 means the default.
 
         Damaged sessions are left out, counted in the response, and logged. The page ends early, and says so,
-        if it would be larger than `max_bytes`.
+        if it would be larger than `max_bytes`. With a page token, also an empty one, sessions are in the
+        sequence of their stored keys (`page_token.py`); otherwise in that of their expiries.
 
         Raises:
-            InvalidArgument: offset, limit or `max_bytes` out of bounds.
+            InvalidArgument: offset, limit or `max_bytes` out of bounds; a page token of another query.
         """
         check_criteria(criteria)
         if not 0 <= offset <= _MAX_OFFSET:
@@ -272,17 +281,41 @@ class SessionService:
             raise InvalidArgument(f"mnemosyned: limit is not between 0 and {MAX_LIST_LIMIT}")
         if not 0 <= max_bytes <= MAX_PAGE_BYTES:
             raise InvalidArgument(f"mnemosyned: max_bytes is not between 0 and {MAX_PAGE_BYTES}")
-        max_bytes = max_bytes or DEFAULT_PAGE_BYTES
+        if token is not None and offset:
+            raise InvalidArgument("mnemosyned: offset and page_token exclude each other")
+        place = None if token is None else page_token.PageToken.parse(token, criteria)
+        limit, max_bytes = limit or DEFAULT_LIST_LIMIT, max_bytes or DEFAULT_PAGE_BYTES
         async with self._pages:
-            page = await self._listing.page(
-                criteria, offset=offset, limit=limit or DEFAULT_LIST_LIMIT, max_bytes=max_bytes
-            )
-            return await in_slices(self._page_response(page, max_bytes))
+            if place is not None:
+                keyed = await self._listing.walk(criteria, token=place, limit=limit, max_bytes=max_bytes)
+                return await in_slices(
+                    self._page_response(keyed, max_bytes, page_token.after_keyed(criteria, place, keyed))
+                )
+            page = await self._listing.page(criteria, offset=offset, limit=limit, max_bytes=max_bytes)
+            following = page_token.NOTHING if offset else page_token.after_first(criteria, page)
+            return await in_slices(self._page_response(page, max_bytes, following))
 
-    def _page_response(self, page: Page, max_bytes: int) -> Steps[bytes]:
-        sessions = ((one.access_token, damage.nameable(one)) for one in page.sessions)
-        found = yield from self._all_checked(sessions)
-        return (yield from list_response(found, max_bytes=max_bytes, is_cut=page.is_cut))
+    def _page_response(
+        self, page: Page | KeyedPage, max_bytes: int, following: page_token.Following
+    ) -> Steps[bytes]:
+        found: _Checked = []
+        for part in cut(page.sessions):
+            if found:
+                yield
+            if damage.are_ordinary(part):
+                found += part
+            else:
+                found += yield from self._all_checked(
+                    (one.access_token, damage.nameable(one)) for one in part
+                )
+        return (
+            yield from list_response(
+                found,
+                max_bytes=max_bytes - following.most_bytes,
+                is_cut=page.is_cut,
+                next_token=following.token,
+            )
+        )
 
     async def delete(
         self,

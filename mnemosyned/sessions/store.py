@@ -48,6 +48,17 @@ class Page:
 
     sessions: Sequence[Session | DamagedSession] = field(repr=False)
     is_cut: bool  # for its size, before its limit
+    is_last: bool = False  # no session follows; an engine leaves it to its caller
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyedPage:
+    """What a walk by stored key has found."""
+
+    sessions: Sequence[Session | DamagedSession] = field(repr=False)
+    keys: Sequence[bytes] = field(repr=False)  # of the sessions; those of damaged ones may be cut
+    next_key: bytes | None = field(repr=False)  # where the walk goes on; None: there is nothing left
+    is_cut: bool  # for its size, before its limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +128,16 @@ class SessionStore(Protocol):
 
         A bag over MAX_BAG_BYTES is damage, and is not read. The page is cut before the session with which its
         bags would be over `max_bytes`, if it has one already: no more is held in memory.
+        """
+        ...
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        """Return live sessions from a stored key on, by the bytes of the key; otherwise as `find`.
+
+        It costs the same wherever it begins. An engine may therefore look at a bounded number of sessions
+        that do not meet the criteria, and leave the others to the next page.
         """
         ...
 

@@ -26,13 +26,14 @@ from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
+    DamagedSession,
     Lookup,
     NewSession,
     Session,
     Touch,
     ValueChange,
 )
-from mnemosyned.sessions.store import Deletion, FullStore, Page, Renaming
+from mnemosyned.sessions.store import Deletion, FullStore, KeyedPage, Page, Renaming
 from mnemosyned.sessions.token_hash import TokenHasher
 
 Item = TypeVar("Item")
@@ -103,8 +104,16 @@ class HashedStore:
         found = await self._store.find(
             await self._by_stored_key(criteria), offset=offset, limit=limit, max_bytes=max_bytes
         )
-        shown = [replace(session, access_token=_shown(session.access_token)) for session in found.sessions]
-        return replace(found, sessions=shown)
+        return replace(found, sessions=_all_shown(found.sessions))
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        """See SessionStore, and `find`. A session that is renamed meanwhile may be missed, or come twice."""
+        found = await self._store.walk(
+            await self._by_stored_key(criteria), start=start, limit=limit, max_bytes=max_bytes
+        )
+        return replace(found, sessions=_all_shown(found.sessions))
 
     async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore; takes a session id in place of the token too."""
@@ -196,6 +205,10 @@ class HashedStore:
 
     def _keyed(self, item: Tokened) -> Tokened:
         return replace(item, access_token=self._stored_key(item.access_token))
+
+
+def _all_shown(found: Sequence[Session | DamagedSession]) -> list[Session | DamagedSession]:
+    return [replace(one, access_token=_shown(one.access_token)) for one in found]
 
 
 def _shown(stored_key: str) -> str:

@@ -12,8 +12,8 @@ easy to overlook:
   `clean_up` and `stored_keys_after` looks through it.
 - Isolation. An item fails alone by having an exception for its result, and leaves the dictionary as it was.
 
-Costs: `find`, `delete`, `clean_up` and `stored_keys_after` go through all sessions. Memory has no bound but
-that of expiry and cleanup.
+Costs: `find`, `walk`, `delete`, `clean_up` and `stored_keys_after` go through all sessions. Memory has no
+bound but that of expiry and cleanup.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from mnemosyned.sessions.model import (
     Touch,
     ValueChange,
 )
-from mnemosyned.sessions.store import Deletion, Page, Renaming, StoredSession
+from mnemosyned.sessions.page_token import between
+from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
 
 
 class MemoryStore:
@@ -117,14 +118,29 @@ class MemoryStore:
         found = [session for session in self._matching(criteria) if session.expires_at_us > now_us]
         # By the bytes of the key, in the order of an index of bytes: pages of both engines are the same.
         found.sort(key=lambda session: (session.expires_at_us, session.access_token.encode()))
-        page: list[Session | DamagedSession] = []
-        size_bytes = 0
-        for session in found[offset : offset + limit]:
-            size_bytes += len(session.bag) if len(session.bag) <= MAX_BAG_BYTES else 0
-            if page and size_bytes > max_bytes:
-                return Page(sessions=page, is_cut=True)
-            page.append(_readable(session))
-        return Page(sessions=page, is_cut=False)
+        wanted = found[offset : offset + limit]
+        page = _fitting(wanted, max_bytes)
+        return Page(sessions=page, is_cut=len(page) < len(wanted))
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        """See SessionStore."""
+        now_us = self._wall_us()
+        found = {
+            session.access_token.encode(): session
+            for session in self._matching(criteria)
+            if session.expires_at_us > now_us
+        }
+        keys = sorted(key for key in found if key >= start)
+        page = _fitting([found[key] for key in keys[:limit]], max_bytes)
+        count = len(page)
+        return KeyedPage(
+            sessions=page,
+            keys=keys[:count],
+            next_key=between(keys[count - 1], keys[count]) if count < len(keys) else None,
+            is_cut=count < min(limit, len(keys)),
+        )
 
     async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore. Expired sessions count, as they would be removed by cleanup anyway."""
@@ -286,6 +302,18 @@ class MemoryStore:
         return tokens
 
 
+def _fitting(sessions: Sequence[Session], max_bytes: int) -> list[Session | DamagedSession]:
+    """Return the first sessions that fit into so many bytes, at least one."""
+    page: list[Session | DamagedSession] = []
+    size_bytes = 0
+    for session in sessions:
+        size_bytes += len(session.bag) if len(session.bag) <= MAX_BAG_BYTES else 0
+        if page and size_bytes > max_bytes:
+            break
+        page.append(_readable(session))
+    return page
+
+
 def _readable(session: Session) -> Session | DamagedSession:
     if len(session.bag) <= MAX_BAG_BYTES:
         return session
@@ -299,9 +327,5 @@ def _meets(session: Session, criteria: Criteria) -> bool:
         (session.refresh_token, criteria.refresh_token),
         (session.subject_id, criteria.subject_id),
     )
-    after_us, before_us = criteria.expires_after_us, criteria.expires_before_us
-    return (
-        all(wanted is None or found == wanted for found, wanted in wanted_by_found)
-        and (after_us is None or session.expires_at_us > after_us)
-        and (before_us is None or session.expires_at_us < before_us)
-    )
+    is_wanted = all(wanted is None or found == wanted for found, wanted in wanted_by_found)
+    return is_wanted and criteria.allows(session.expires_at_us)

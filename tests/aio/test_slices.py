@@ -44,7 +44,7 @@ async def test_others_have_their_turns_between_slices() -> None:
     assert await asyncio.gather(*jobs) == [20] * 10
     task.cancel()
 
-    # 100 ms of work in slices of 2 ms, and at least eight turns between two of them.
+    # 100 ms of work in slices of 1 ms, and at least eight turns between two of them.
     assert turns > 200
 
 

@@ -16,7 +16,7 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.sessions import bag
+from mnemosyned.sessions import bag, token_hash
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
 from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage import engines
@@ -248,6 +248,90 @@ async def test_a_page_that_would_not_fit_into_memory_is_refused(engine: Engine) 
     assert (len(whole.sessions), whole.is_cut) == (4, True)
     assert (len(rest.sessions), rest.is_cut) == (1, False)
     assert (len(least.sessions), least.is_cut) == (1, True)
+
+
+async def walked(engine: Engine, criteria: Criteria, limit: int) -> list[str]:
+    """The tokens that all pages of a walk show."""
+    shown: list[str] = []
+    start: bytes | None = b""
+    while start is not None:
+        page = await engine.store.walk(criteria, start=start, limit=limit)
+        assert len(page.keys) == len(page.sessions) <= limit
+        assert page.next_key is None or max([start, *page.keys]) < page.next_key or not page.keys
+        shown += [session.access_token for session in page.sessions]
+        start = page.next_key
+    return shown
+
+
+async def test_a_walk_has_each_session_once_in_the_sequence_of_keys(engine: Engine) -> None:
+    tokens = ["a", "ab", "ab!", "b", "é", "日本", "z" * 200, *(f"{number:02}" for number in range(13))]
+    for token in tokens:
+        await started(engine, token)
+    await engine.shift_expiry("ab", 5)
+    await started(engine, "expired")
+    await engine.shift_expiry("expired", -61)
+    keys = sorted(engine.named(token).encode() for token in tokens)
+
+    for limit in (1, 2, 3, 7, 40):
+        shown = await walked(engine, Criteria(), limit)
+        assert shown == [token_hash.session_id(key.decode()) for key in keys]
+
+
+async def test_a_walk_meets_all_criteria(engine: Engine) -> None:
+    one = await started(engine, "1", subject_id="a", refresh_token="r")
+    await started(engine, "2", subject_id="a", refresh_token="q")
+    await started(engine, "3", subject_id="b", refresh_token="r")
+    at_us = one.expires_at_us
+
+    for limit in (1, 2, 10):
+
+        async def found(criteria: Criteria, limit: int = limit) -> set[str]:
+            shown = await walked(engine, criteria, limit)
+            assert len(set(shown)) == len(shown)
+            return {token for token in "123" if engine.shown(token)[0] in shown}
+
+        assert await found(Criteria(subject_id="a")) == {"1", "2"}
+        assert await found(Criteria(refresh_token="r")) == {"1", "3"}
+        assert await found(Criteria(subject_id="a", refresh_token="r")) == {"1"}
+        assert await found(Criteria(access_token="1", subject_id="b")) == set()
+        assert await found(Criteria(expires_before_us=at_us)) == set()
+        assert await found(Criteria(expires_before_us=at_us + 1)) == {"1"}
+        assert await found(Criteria(expires_after_us=at_us)) == {"2", "3"}
+        assert await found(Criteria(expires_after_us=at_us - 1, expires_before_us=at_us + 1)) == {"1"}
+
+
+async def test_a_walk_goes_on_where_a_page_ended_for_its_size(engine: Engine) -> None:
+    large = bag.encode({"k": "x" * 1_500_000})
+    tokens = [(await started(engine, f"t{n}", bag=large)).access_token for n in range(5)]
+    first = await engine.store.walk(Criteria(), start=b"", limit=5, max_bytes=4_000_000)
+    least = await engine.store.walk(Criteria(), start=b"", limit=5, max_bytes=1)
+    assert first.next_key is not None
+    rest = await engine.store.walk(Criteria(), start=first.next_key, limit=5)
+
+    assert (len(first.sessions), first.is_cut) == (2, True)
+    assert (len(least.sessions), least.is_cut) == (1, True)
+    assert (len(rest.sessions), rest.is_cut, rest.next_key) == (3, False, None)
+    shown = [session.access_token for session in (*first.sessions, *rest.sessions)]
+    assert sorted(shown) == sorted(engine.shown(*tokens))
+
+
+async def test_what_ends_and_begins_during_a_walk_disturbs_no_other_session(engine: Engine) -> None:
+    tokens = [f"{number:02}" for number in range(20)]
+    await engine.store.start([new(token) for token in tokens])
+    shown: list[str] = []
+    start: bytes | None = b""
+    number = 0
+    while start is not None:
+        page = await engine.store.walk(Criteria(), start=start, limit=3)
+        shown += [session.access_token for session in page.sessions]
+        start, number = page.next_key, number + 1
+        later_us = await engine.store.now_us() + number * TTL_US
+        await engine.store.touch([Touch(access_token=token, expires_at_us=later_us) for token in tokens])
+        await engine.store.start([new(f"{number:02}x")])
+        await engine.store.abandon(endings(tokens.pop(number * 7 % len(tokens))))
+
+    assert len(set(shown)) == len(shown)
+    assert set(engine.shown(*tokens)) <= set(shown)
 
 
 async def test_all_given_criteria_must_hold(engine: Engine) -> None:

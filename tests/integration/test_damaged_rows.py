@@ -156,6 +156,24 @@ async def test_list_leaves_damaged_sessions_out_and_says_how_many(
     assert (await node.stub.Delete(DeleteRequest(subject_id="by hand"))).value == len(tokens) + 5 - 2
 
 
+async def test_pages_by_token_leave_each_damaged_session_out_once(
+    node: Node, sql: asyncpg.Connection
+) -> None:
+    tokens = await insert_all(sql)
+    await insert(sql, {b"\xff": BAG, b"": BAG, b"nul\0": BAG, b"\0nul": BAG, b"t" * 4097: BAG})
+    healthy = (await node.stub.Start(StartRequest(session=Session(subject_id="s")))).session.access_token
+    for first_token in (None, ""):
+        for limit in (1, 2, 1000):
+            request = ListRequest(limit=limit, page_token=first_token)
+            shown, left_out, is_first = [], 0, True
+            while is_first or request.page_token:
+                page = await node.stub.List(request)
+                shown += [session.access_token for session in page.sessions]
+                left_out += page.left_out
+                request.page_token, is_first = page.next_page_token, False
+            assert (shown, left_out) == ([healthy], len(tokens) + 5)
+
+
 async def test_sessions_without_an_end_live_to_the_end_of_the_calendar(
     node: Node, sql: asyncpg.Connection
 ) -> None:

@@ -19,7 +19,7 @@ from stores import new_postgres_store
 from mnemosyned.sessions.model import MAX_PAGE_BYTES, Criteria
 from mnemosyned.storage.postgres.queries import Queries, Query
 from mnemosyned.storage.postgres.schema import Table
-from mnemosyned.storage.postgres.walks import WalksByDueTime, WalksByExpiry
+from mnemosyned.storage.postgres.walks import Walks, WalksByDueTime, WalksByExpiry
 
 Calls = dict[str, tuple[Query, list[object]]]
 
@@ -89,6 +89,20 @@ class Statements:
             self.ranges[f"delete of {name}"] = walks.delete(
                 criteria, limit=items, not_after_us=now_us + HOUR_US
             )
+            self.ranges[f"walk of {name}"] = self._walk(walks, criteria)
+        for start in (b"", b"t1", b"t19"):
+            self.ranges[f"walk from {start!r}"] = self._walk(walks, Criteria(), start)
+        self.ranges["walk of all that expire after"] = self._walk(walks, Criteria(expires_after_us=now_us))
+        # What looks at so many sessions at most that meet nothing, here all that it can.
+        self.scans = {
+            f"walk of {name}": self._walk(walks, criteria)
+            for name, criteria in {
+                "what expires late": Criteria(expires_after_us=now_us + 900 * HOUR_US),
+                "what expires soon": Criteria(expires_before_us=now_us + HOUR_US // 2),
+                "all that expire before": Criteria(expires_before_us=now_us + 90 * HOUR_US),
+                "no subject": Criteria(subject_id="s"),
+            }.items()
+        }
         # What reads all sessions that are due before: here those of the first page.
         self.walks = {
             "list": walks.find(Criteria(), offset=0, limit=items, page_bytes=MAX_PAGE_BYTES),
@@ -96,6 +110,9 @@ class Statements:
                 Criteria(expires_before_us=now_us + 90 * HOUR_US), limit=items, not_after_us=now_us + HOUR_US
             ),
         }
+
+    def _walk(self, walks: Walks, criteria: Criteria, start: bytes = b"") -> tuple[Query, list[object]]:
+        return walks.walk(criteria, start=start, limit=self.items, page_bytes=MAX_PAGE_BYTES)
 
     def pages_allowed(self) -> int:
         return PAGES_PER_STATEMENT + PAGES_PER_ITEM * self.items
@@ -246,6 +263,8 @@ async def test_a_statement_costs_so_much_an_item_whatever_the_statistics_say(
         statements = Statements(queries, 5, server.now_us)
         # The first thousand sessions by their due time give the bound of a page.
         assert not await server.over(statements.walks, statements.pages_allowed() + 3000)
+        # What it looks at, by the index of a criterion and by the key, and a page of an index now and then.
+        assert not await server.over(statements.scans, statements.pages_allowed() + 9000)
     await server.connection.execute("SET plan_cache_mode = auto")
     statements = Statements(queries, 5, server.now_us)
     every = statements.look_ups | statements.ranges

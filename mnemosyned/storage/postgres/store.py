@@ -43,7 +43,7 @@ from mnemosyned.sessions.model import (
     Touch,
     ValueChange,
 )
-from mnemosyned.sessions.store import Deletion, Page, Renaming, StoredSession
+from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
 from mnemosyned.storage.postgres import trial
 from mnemosyned.storage.postgres.cleaning import Cleaner
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS, REFUSALS, Faults
@@ -51,7 +51,15 @@ from mnemosyned.storage.postgres.migration import Migration
 from mnemosyned.storage.postgres.node_table import NodeTable
 from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.queries import Queries
-from mnemosyned.storage.postgres.rows import abandoned, escaped, page_of, session_of, started, text
+from mnemosyned.storage.postgres.rows import (
+    abandoned,
+    escaped,
+    keyed_page_of,
+    page_of,
+    session_of,
+    started,
+    text,
+)
 from mnemosyned.storage.postgres.schema import Table, set_up
 from mnemosyned.storage.postgres.table_health import TableHealth
 from mnemosyned.storage.postgres.value_writer import ValueWriter
@@ -219,6 +227,16 @@ class PostgresStore:
             lambda walks: walks.find(criteria, offset=offset, limit=limit, page_bytes=page_bytes)
         )
         return await in_slices(page_of(rows, max_bytes))
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        """See SessionStore; `find` has more of it."""
+        page_bytes = max(max_bytes, MAX_BAG_BYTES)
+        rows = await self._walk(
+            lambda walks: walks.walk(criteria, start=start, limit=limit, page_bytes=page_bytes)
+        )
+        return await in_slices(keyed_page_of(rows, max_bytes))
 
     async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore. No isolation: a Delete is one item, and criteria are checked before.

@@ -27,6 +27,7 @@ from typing import Final, Protocol
 
 from aio.units import NEVER_US
 from mnemosyned.sessions.model import Criteria
+from mnemosyned.storage.postgres import key_walk
 from mnemosyned.storage.postgres.columns import (
     COLUMNS,
     DAMAGE,
@@ -63,6 +64,10 @@ class Walks(Protocol):
         and neither the server nor this process has held more than a page. A bag that is left out is not
         even fetched. A damaged row counts as empty: it must not make the page too large.
         """
+        ...
+
+    def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
+        """Page through live sessions in the sequence of their keys; see `key_walk.py`."""
         ...
 
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:
@@ -106,6 +111,12 @@ class WalksByExpiry:
         )
         return _page(page, bytes_at=at + 2), [*values, offset, limit, page_bytes]
 
+    def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
+        """See Walks."""
+        return key_walk.walk(
+            self._table, criteria, start=start, limit=limit, page_bytes=page_bytes, due="expire_at"
+        )
+
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:
         """See Walks."""
         where, values = condition(criteria)
@@ -146,6 +157,12 @@ class WalksByDueTime:
         )
         return _page(page, bytes_at=at + 2), [*values, offset, limit, page_bytes]
 
+    def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
+        """See Walks."""
+        return key_walk.walk(
+            self._table, criteria, start=start, limit=limit, page_bytes=page_bytes, due="due_at"
+        )
+
     def _keyed(self, live: str) -> str:
         return f"SELECT access_token FROM {self._table} WHERE {live}"
 
@@ -157,11 +174,15 @@ class WalksByDueTime:
             "WITH soonest AS MATERIALIZED (SELECT access_token, expire_at "
             f"FROM {self._table} WHERE {live} ORDER BY due_at LIMIT {most}), "
             # Once: each count reads them all.
-            "counted AS MATERIALIZED (SELECT count(*) AS total FROM soonest) "
+            "counted AS MATERIALIZED (SELECT count(*) AS total FROM soonest), "
+            "bound AS MATERIALIZED (SELECT expire_at FROM soonest "
+            f"ORDER BY expire_at OFFSET {wanted} - 1 LIMIT 1) "
             # If these are all sessions, the bound is not needed, and others may have broken it.
             f"SELECT access_token FROM (SELECT access_token, expire_at FROM soonest WHERE {is_all} UNION ALL "
-            f"SELECT access_token, expire_at FROM {self._table} WHERE {live} AND NOT {is_all} AND due_at <= "
-            f"(SELECT expire_at FROM soonest ORDER BY expire_at OFFSET {wanted} - 1 LIMIT 1)) AS found"
+            f"SELECT access_token, expire_at FROM {self._table} WHERE {live} AND NOT {is_all} "
+            "AND due_at <= (SELECT expire_at FROM bound) "
+            # What is beyond the bound is dropped where it is read: in use, that is nearly everything.
+            f"AND expire_at{UNINDEXED} <= (SELECT expire_at FROM bound)) AS found"
         )
 
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:

@@ -24,6 +24,7 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
     "alone": storage.one_caller,
     "redis": redis.busy,
     "list": listing.pages,
+    "depth": listing.deep_pages,
     "touches": listing.under_touches,
     "workers": workers.two_workers,
     "idle": idle.idle_nodes,

@@ -1,4 +1,4 @@
-"""List: pages of a quiet node, and a page while touches wait; and how touches are written."""
+"""List: pages of a quiet node, at any depth, and while touches wait; and how touches are written."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from collections.abc import Iterator
 import asyncpg
 import grpc
 from load import open_loop
-from mnemosynerpc.session_pb2 import ListRequest
+from mnemosynerpc.session_pb2 import ListRequest, Session
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from results import Result
 
-from rows.setting import Bench, at_random, cpu_ns, gets, start
+from mnemosyned.sessions.model import Criteria
+from mnemosyned.sessions.page_token import PageToken
+from rows.setting import Bench, at_random, cpu_ns, gets, session, start
 
 COUNTERS = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'session'"
 GET_RATE = 10_000.0
+# Sessions in the sequence of their keys: that of number 1,000,000 is at this depth.
+FILL = (
+    "INSERT INTO mnemosyne.session (access_token, subject_id, subject_client, bag, expire_at, due_at) "
+    "SELECT convert_to(to_char(n, 'FM0000000') || repeat('x', 121), 'UTF8'), 'user:' || n, 'web', $2, at, at "
+    "FROM (SELECT n, now() + interval '1 day' + n * interval '1 ms' AS at "
+    "FROM generate_series(0, $1) n) AS made"
+)
 
 
 def pages(bench: Bench) -> Iterator[Result]:
@@ -34,6 +43,44 @@ def pages(bench: Bench) -> Iterator[Result]:
                     assert len(stub.List(ListRequest(limit=limit), timeout=10).sessions) == limit
                 costs.append((cpu_ns(daemon.process.pid) - before) / 20 / 1e6)
             yield Result(name=f"List of {limit:,}, CPU", unit="ms", values=costs, goal=goal)
+
+
+def deep_pages(bench: Bench) -> Iterator[Result]:
+    """A page of 10 at depth 1,000,000 by its token, beside the first page of the walk."""
+    dsn, depth = bench.postgres(), bench.scaled(1_000_000)
+    daemon = bench.daemon(f"-postgres.address={dsn}")
+    bag = bytes(Session(bag=session(0).bag).SerializeToString())
+    asyncio.run(_fill(dsn, depth + 20_000, bag))
+    with daemon.stub() as stub:
+        first = ListRequest(limit=10, page_token="")
+        # As a walk that came so far has it: a page token names a place, and no state of a node.
+        place = f"{depth:07}".encode()
+        deep = ListRequest(limit=10, page_token=PageToken(start=place).encode(Criteria()))
+        assert stub.List(deep, timeout=10).sessions[0].access_token.startswith(place.decode())
+        took_ms: list[list[float]] = [[], []]
+        for _ in range(bench.rounds):
+            for request, medians in zip((deep, first), took_ms, strict=True):
+                medians.append(statistics.median(_took_ms(stub, request) for _ in range(50)))
+    yield Result(
+        name=f"List at depth {depth:,}, by page token",
+        unit="ms",
+        values=took_ms[0],
+        goal=20.0,
+        note=f"the first page: {statistics.median(took_ms[1]):.2f} ms",
+    )
+
+
+async def _fill(dsn: str, count: int, bag: bytes) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(FILL, count, bag, timeout=600)
+    await connection.execute("VACUUM ANALYZE mnemosyne.session", timeout=600)
+    await connection.close()
+
+
+def _took_ms(stub: SessionManagerStub, request: ListRequest) -> float:
+    begun_s = time.perf_counter()
+    assert len(stub.List(request, timeout=10).sessions) == 10
+    return (time.perf_counter() - begun_s) * 1000
 
 
 def under_touches(bench: Bench) -> Iterator[Result]:

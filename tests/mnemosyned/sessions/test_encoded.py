@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 from mnemosynerpc.session_pb2 import GetResponse, ListResponse
@@ -71,15 +72,36 @@ def test_the_last_expiry_is_encoded_once() -> None:
     assert field.encode(6_000) == ExpiryField().encode(6_000)
 
 
+@given(st.integers(0, YEAR_9999_US), st.integers(0, 2_000_000))
+def test_an_expiry_is_encoded_as_protobuf_does(first_us: int, more_us: int) -> None:
+    field = ExpiryField()
+    for expires_at_us in (first_us, min(first_us + more_us, YEAR_9999_US)):
+        timestamp = Timestamp()
+        timestamp.FromMicroseconds(expires_at_us)
+        wanted = Wire(expire_at=timestamp).SerializeToString()
+        if expires_at_us >= 1_000_000:
+            assert field.encode(expires_at_us) == wanted
+        else:
+            # The seconds are there even if they are 0.
+            assert Wire.FromString(field.encode(expires_at_us)) == Wire.FromString(wanted)
+
+
 def test_a_list_is_one_session_after_the_other() -> None:
     sessions = [stored(1_000_000, {"a": "1"}), stored(2_500_000, {})]
     found = [sessions[0], CorruptSession("mnemosyned: storage: damaged"), sessions[1]]
-    response = ListResponse.FromString(finished(list_response(found, max_bytes=1000, is_cut=False)))
-    cut = ListResponse.FromString(finished(list_response(found, max_bytes=1, is_cut=False)))
+
+    def listed(max_bytes: int) -> ListResponse:
+        steps = list_response(
+            found, max_bytes=max_bytes, is_cut=False, next_token=lambda count: f"after {count}"
+        )
+        return ListResponse.FromString(finished(steps))
+
+    response, cut = listed(1000), listed(1)
 
     assert [one.expire_at.ToMicroseconds() for one in response.sessions] == [1_000_000, 2_500_000]
     assert (response.left_out, response.truncated) == (1, False)
     assert (len(cut.sessions), cut.left_out, cut.truncated) == (1, 1, True)
+    assert (response.next_page_token, cut.next_page_token) == ("after 3", "after 2")
 
 
 def test_an_entry_costs_at_least_its_bytes() -> None:

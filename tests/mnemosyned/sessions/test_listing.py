@@ -11,10 +11,16 @@ from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.listing import Listing
 from mnemosyned.sessions.model import MAX_PAGE_BYTES, Criteria, NewSession, Session, Touch
+from mnemosyned.sessions.page_token import PageToken, Shown
+from mnemosyned.sessions.store import KeyedPage
 from mnemosyned.sessions.touches import TouchWriter
 from mnemosyned.storage.memory import MemoryStore
 
 EVERYTHING = Criteria()
+
+
+async def _nothing() -> None:
+    """What a walk waits for, unless a test has it wait for more."""
 
 
 class Store(MemoryStore):
@@ -26,6 +32,14 @@ class Store(MemoryStore):
         self.is_read_only = False
         self.may_touch = asyncio.Event()
         self.may_touch.set()
+        self.on_walk = _nothing
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        page = await super().walk(criteria, start=start, limit=limit, max_bytes=max_bytes)
+        await self.on_walk()
+        return page
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         if self.is_read_only:
@@ -42,7 +56,7 @@ class Setup:
         self.store = Store()
         lost = Counter("lost", "Lost.", registry=CollectorRegistry())
         self.touches = TouchWriter(self.store, max_waiting=1000, lost=lost, on_gone=lambda _: None)
-        self.listing = Listing(self.store, self.touches)
+        self.listing = Listing(self.store, self.touches, touch_interval_us=1_000_000)
         self.encoded: dict[str, EncodedSession] = {}
 
     async def start(self) -> None:
@@ -67,6 +81,13 @@ class Setup:
         page = await self.listing.page(criteria, offset=offset, limit=limit, max_bytes=MAX_PAGE_BYTES)
         assert not page.is_cut
         return [one.access_token for one in page.sessions]
+
+    async def walked(self, criteria: Criteria = EVERYTHING, *, shown: Sequence[str] = ()) -> list[str]:
+        token = PageToken(shown=Shown.of(shown))
+        page = await self.listing.walk(criteria, token=token, limit=100, max_bytes=MAX_PAGE_BYTES)
+        tokens = [one.access_token for one in page.sessions]
+        assert [key.decode() for key in page.keys] == tokens
+        return tokens
 
 
 @pytest.fixture
@@ -138,3 +159,58 @@ async def test_a_storage_that_takes_no_write_is_listed_with_the_expiries_from_me
 
     assert await setup.listed() == ["t002", "t003", "t004"]
     assert len(setup.touches) == 2
+
+
+async def test_a_walk_has_the_latest_expiries_in_the_sequence_of_keys_and_writes_nothing(
+    setup: Setup,
+) -> None:
+    setup.use(*range(50))
+    page = await setup.listing.walk(EVERYTHING, token=PageToken(), limit=100, max_bytes=MAX_PAGE_BYTES)
+
+    assert [one.expires_at_us for one in page.sessions if isinstance(one, Session)] == [
+        setup.expires_us(number) for number in range(100)
+    ]
+    assert setup.store.touched == []
+
+
+async def test_ranges_of_a_walk_go_by_the_latest_expiry(setup: Setup) -> None:
+    start_us, end_us = setup.expires_us(0), setup.expires_us(99)
+    setup.encoded["t097"].expires_at_us += 2_500_000
+    setup.touches.mark("t097", setup.encoded["t097"])
+    setup.use(1)
+
+    # The storage has t097 two seconds before the range.
+    assert await setup.walked(Criteria(expires_after_us=end_us)) == ["t097"]
+    assert await setup.walked(Criteria(expires_before_us=start_us + 2_500_000)) == ["t000", "t002"]
+    assert await setup.walked(Criteria(expires_after_us=end_us - 1_500_000, expires_before_us=end_us)) == [
+        "t098"
+    ]
+
+
+async def test_a_walk_leaves_out_what_was_shown_before_it(setup: Setup) -> None:
+    setup.use(4)
+
+    assert await setup.walked(shown=[f"t{number:03}" for number in range(2, 100)]) == ["t000", "t001"]
+
+
+async def test_only_a_page_that_nothing_follows_is_the_last(setup: Setup) -> None:
+    async def is_last(limit: int, criteria: Criteria = EVERYTHING) -> bool:
+        page = await setup.listing.page(criteria, offset=0, limit=limit, max_bytes=MAX_PAGE_BYTES)
+        return page.is_last
+
+    assert [await is_last(limit) for limit in (3, 99, 101)] == [False, False, True]
+    # More than the rounds of a page write wait, and are beyond the range now.
+    end_us = setup.expires_us(99)
+    setup.use(*range(95))
+    page = await setup.listing.page(
+        Criteria(expires_before_us=end_us), offset=0, limit=3, max_bytes=MAX_PAGE_BYTES
+    )
+    assert (len(page.sessions), page.is_last) == (0, False)
+
+
+async def test_a_walk_keeps_to_its_range_when_what_waited_was_written_meanwhile(setup: Setup) -> None:
+    end_us = setup.expires_us(99)
+    setup.use(1)
+    setup.store.on_walk = setup.touches.flush
+
+    assert await setup.walked(Criteria(expires_after_us=end_us)) == []
