@@ -36,7 +36,8 @@ from mnemosyned.sessions.model import (
     Touch,
     ValueChange,
 )
-from mnemosyned.sessions.store import Deletion, Page, Renaming, StorageRefused, StoredSession
+from mnemosyned.sessions.page_token import between
+from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StorageRefused, StoredSession
 from mnemosyned.storage.redis import pool as pools
 from mnemosyned.storage.redis import scripts, server_check, trial
 from mnemosyned.storage.redis.node_rows import NodeRows
@@ -58,6 +59,8 @@ log = logging.getLogger(__name__)
 
 # Sessions that one script ends: two or three milliseconds in which the server does nothing else.
 _STEP: Final = 250
+# Sessions that one page of a walk looks at, also if it wants none of them.
+_MOST_LOOKED: Final = 2500
 # The largest whole number that a script can compare with others; the year 2255.
 _MAX_EXPIRY_US: Final = 2**53 - 1
 
@@ -170,6 +173,48 @@ class RedisStore:
         )
         found = [session_of(escaped(name), record) for name, record in pairs_of(replies)]
         return _cut(found, max_bytes, is_cut=bool(is_cut))
+
+    async def walk(
+        self, criteria: Criteria, *, start: bytes, limit: int, max_bytes: int = MAX_PAGE_BYTES
+    ) -> KeyedPage:
+        """See SessionStore. The names of a subject or refresh token are sorted here, if they are few.
+
+        Lua would compare them as the locale of the server does.
+        """
+        names = await self._few(criteria)
+        if names is not None:
+            names = sorted(name for name in names if name >= start)
+        is_cut, following, before, *replies = await self._pool.run(
+            scripts.LIST,
+            *_texts(criteria),
+            limit,
+            max(max_bytes, MAX_BAG_BYTES),
+            MAX_BAG_BYTES,
+            _MOST_LOOKED,
+            b"[" + start if names is None else b"",
+            *(names or ()),
+        )
+        keys = [name for name, _ in pairs_of(replies)]
+        found = [session_of(escaped(name), record) for name, record in pairs_of(replies)]
+        page = _cut(found, max_bytes, is_cut=bool(is_cut))
+        count = len(page.sessions)
+        if count < len(keys):
+            before, following = keys[count - 1 : count + 1]
+        return KeyedPage(
+            sessions=page.sessions,
+            keys=keys[:count],
+            next_key=between(before, following) if following else None,
+            is_cut=page.is_cut,
+        )
+
+    async def _few(self, criteria: Criteria) -> list[bytes] | None:
+        """Return the only names that can meet the criteria, if they are few; None: they may be many."""
+        if criteria.access_token is not None:
+            return [_bytes(criteria.access_token)]
+        if criteria.subject_id is None and criteria.refresh_token is None:
+            return None
+        names: list[bytes] | None = await self._pool.run(scripts.NAMES, *_texts(criteria), _MOST_LOOKED)
+        return names
 
     async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore, in steps of which each is atomic."""
