@@ -23,6 +23,7 @@ from aio.expiry import Expiry
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Raised = TypeVar("Raised", bound=BaseException)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,10 +236,11 @@ def _abandon(batch: list[_Waiting[Item, Result]]) -> None:
 def _fail(batch: list[_Waiting[Item, Result]], exc: Exception) -> None:
     for waiting in batch:
         if not waiting.answer.done():
-            waiting.answer.set_exception(_own_copy(exc))
+            waiting.answer.set_exception(own_copy(exc))
 
 
-def _own_copy(exc: Exception) -> Exception:
+def own_copy(exc: Raised) -> Raised:
+    """Return a copy of an exception, for one of several callers that it is raised to."""
     # One instance raised in many tasks would collect the tracebacks of them all.
     try:
         copied = copy.copy(exc)

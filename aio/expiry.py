@@ -10,7 +10,19 @@ from __future__ import annotations
 import asyncio
 import heapq
 from itertools import count
-from typing import Any
+from typing import Protocol
+
+
+class Waiting(Protocol):
+    """A future, or a Later (later.py)."""
+
+    def done(self) -> bool:
+        """Tell whether it is over."""
+        ...
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Take note that there is no result."""
+        ...
 
 
 class Expiry:
@@ -19,13 +31,13 @@ class Expiry:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         # The number decides between equal instants: futures cannot be compared.
-        self._heap: list[tuple[float, int, asyncio.Future[Any]]] = []
+        self._heap: list[tuple[float, int, Waiting]] = []
         self._numbers = count()
         self._timer: asyncio.Handle | None = None
         # Of the timer. Not from the timer itself: if the instant is over, uvloop's has none.
         self._due_s = 0.0
 
-    def add(self, future: asyncio.Future[Any], seconds: float) -> None:
+    def add(self, future: Waiting, seconds: float) -> None:
         """Have a future fail with TimeoutError in so many seconds, unless it is done by then."""
         at_s = self._loop.time() + seconds
         heapq.heappush(self._heap, (at_s, next(self._numbers), future))

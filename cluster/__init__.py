@@ -25,7 +25,7 @@ Then the shell:
 9. `channel`: gRPC calls to one address, on http2/. `peers`: connections, calls and streams to other nodes.
    `discovery`: from seeds to addresses.
 10. `gossip`: the clock and the network of `swim`, and the current view. `event_log`: its lines in the log.
-11. `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
+11. `call_queue`, `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
 
 Which file answers which question:
 
@@ -36,7 +36,7 @@ Which file answers which question:
 - What does a node do when it starts, joins, leaves or is killed? `gossip.Gossip`.
 - Which of two processes with one name keeps the name? `swim`, `_meet_rival`.
 - Where is a call forwarded? `forward.Forwarder.ask`. Where is it received? `mnemosyned/api/peer.py`.
-- Where is a deadline carried over a hop? `forward`, `_forward` writes it into the item;
+- Where is a deadline carried over a hop? `forward`, `ask` writes it into the item;
   `mnemosyned/api/peer.py` reads it.
 - When is a peer not asked? `owner.Owner.may_be_asked`, for the reasons in `breaker` and
   `pending_invalidations`.

@@ -50,7 +50,7 @@ class Breaker:
     @property
     def is_closed(self) -> bool:
         """Whether calls go through."""
-        return self.state == BreakerState.CLOSED
+        return self.state is BreakerState.CLOSED
 
     def broke(self, *, now: float) -> None:
         """Take note of a connection that could not be made or ended."""

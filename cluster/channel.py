@@ -40,6 +40,7 @@ from typing import Any, Final, cast
 from urllib.parse import unquote_to_bytes
 
 from aio.expiry import Expiry
+from aio.later import Later, Outcome, failed
 from aio.tasks import Tasks
 from http2.client import ClientConnection, ClientStream, Work
 from http2.messages import HEADER_BYTES, announced_bytes, framed, only_message
@@ -316,7 +317,7 @@ class ChannelStream:
         self._open_with = open_with
         self._wire: Wire | None = None
         self._stream: ClientStream | None = None
-        self._waiter: asyncio.Future[bytes] | None = None
+        self._waiter: Later[bytes] | None = None
         self._received = bytearray()
         self._is_over = False
 
@@ -337,45 +338,56 @@ class ChannelStream:
         metadata = self._open_with(wire.introduction)
         self._stream = self._channel.open_on(wire, self._path, metadata, self)
 
-    async def ask(self, message: bytes, *, timeout_s: float) -> bytes:
+    @property
+    def is_begun(self) -> bool:
+        """Whether it was opened."""
+        return self._stream is not None
+
+    def ask(self, message: bytes, *, timeout_s: float) -> Later[bytes]:
         """Send a message on an open stream, and return the next one that comes; a failure closes the stream.
 
-        Raises:
+        The Later fails with:
             CallFailed: the server has ended the stream with a status.
             ConnectionLost: no connection, or it broke, or the server has ended the stream.
             TimeoutError: no answer in time.
         """
         wire, stream = self._wire, self._stream
         if self._is_over or wire is None or stream is None:
-            raise ConnectionLost("the stream is closed")
+            return failed(ConnectionLost("the stream is closed"))
+        waiter: Later[bytes] = Later()
+        answer = waiter.through(self._answered)
+        self._waiter = waiter
+        self._channel.expiry.add(waiter, timeout_s)
         try:
-            waiter: asyncio.Future[bytes] = wire.loop.create_future()
-            self._waiter = waiter
-            self._channel.expiry.add(waiter, timeout_s)
             wire.send(stream, framed(message), is_last=False)
-            return await waiter
-        except BaseException:
+        except Exception as exc:  # noqa: BLE001  # as if it had come later
+            waiter.set_exception(exc)
+        return answer
+
+    def _answered(self, outcome: Outcome[bytes]) -> Outcome[bytes]:
+        self._waiter = None
+        if not isinstance(outcome, bytes):
             self.cancel()
-            raise
-        finally:
-            self._waiter = None
+        return outcome
 
     def take_news(self, stream: ClientStream) -> None:
         """See Work."""
         self._received += stream.take_body()
+        has_ended = stream.is_complete or stream.reset_code is not None
+        # Before the answer is given: it may bring the next message.
+        self._is_over |= has_ended
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            try:
-                message = _first_message(self._received)
-            except CallFailed as exc:
-                waiter.set_exception(exc)
-                return
-            if message is not None:
-                waiter.set_result(message)
-        if stream.is_complete or stream.reset_code is not None:
-            self._is_over = True
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(_failure(stream) or ConnectionLost("the server has ended the stream"))
+        if waiter is None or waiter.done():
+            return
+        try:
+            message = _first_message(self._received)
+        except CallFailed as exc:
+            waiter.set_exception(exc)
+            return
+        if message is not None:
+            waiter.set_result(message)
+        elif has_ended:
+            waiter.set_exception(_failure(stream) or ConnectionLost("the server has ended the stream"))
 
     def finish(self) -> None:
         """Tell the server that no further message comes; what it says to that is not awaited."""

@@ -54,13 +54,14 @@ from functools import partial
 from typing import Final, Protocol
 
 from aio.deadline import Deadline
+from aio.later import Later, Outcome, failed
 from aio.periodic import run_periodically
 from aio.tasks import Tasks
 from cluster.breaker import BreakerState
 from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.owner import Owner
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, Peers
+from cluster.peers import ChannelKind, ForwardStream, Peers
 from cluster.timing import ANSWER_S, HALF_OPEN_S, LEAST_TRY_S, TELL_S, TRIAL_PERIOD_S, TRY_S
 from cluster.view import View
 from cluster.wire import parse_answers, parsed
@@ -92,6 +93,24 @@ class ForwardCounters:
     items: int = 0
     # Batches of at most that many items, and one count more for the larger.
     batch_sizes: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BUCKETS) + 1))
+
+
+class _Line:
+    """The way to one peer, for what an Owner keeps of it. A Line of call_queue.py."""
+
+    def __init__(self, forwarder: Forwarder, name: str) -> None:
+        self._forwarder = forwarder
+        self._name = name
+        self.owner: Owner  # which has this line
+
+    def send(self, items: list[pb.Item], timeout_s: float) -> Later[Sequence[pb.Answer]]:
+        return self._forwarder.send_items(self._name, self.owner, items, timeout_s)
+
+    def answered(self, count: int) -> None:
+        self._forwarder.answered(self._name, self.owner, count)
+
+    def failed(self, failure: ClusterError, try_s: float) -> None:
+        self._forwarder.failed(self._name, self.owner, failure, try_s)
 
 
 class Forwarder:
@@ -143,9 +162,9 @@ class Forwarder:
         owner = self._owners.get(name)
         return owner is None or owner.breaker.is_closed
 
-    async def ask(
+    def ask(
         self, name: str, item: pb.Item, *, is_write: bool, deadline: Deadline, try_s: float | None = None
-    ) -> pb.Answer:
+    ) -> Later[pb.Answer]:
         """Return the owner's own answer, whatever its status.
 
         It gets `try_s`; by default at most half of what the caller has left, so that the storage still
@@ -154,35 +173,23 @@ class Forwarder:
 
         Raises:
             PeerSkipped: it is known not to answer, or too many calls wait for it; nothing was sent.
+
+        The Later fails with:
             PeerUnreachable: there is no connection, or it broke.
             PeerTimeout: no answer within the time it gets.
         """
         owner = self._owner(name)
-        try:
-            try_s = deadline.share_s(TRY_S) if try_s is None else try_s
-            result = await self._forward(owner, item, is_write=is_write, try_s=try_s)
-        except PeerSkipped:
-            self.counters.by_outcome[name, "skipped"] += 1
-            raise
-        if isinstance(result, ClusterError):
-            self._failed(name, owner, result, try_s)
-            raise result
-        owner.breaker.answered()
-        self.counters.by_outcome[name, "ok"] += 1
-        return result
-
-    async def _forward(
-        self, owner: Owner, item: pb.Item, *, is_write: bool, try_s: float
-    ) -> pb.Answer | ClusterError:
-        """Give the item its deadlines over the hop, and put it into a batch."""
-        if not owner.breaker.is_closed:
-            raise PeerSkipped("it does not answer")
+        try_s = deadline.share_s(TRY_S) if try_s is None else try_s
         answered_s = try_s - ANSWER_S if try_s > TRY_S else try_s
         item.timeout_ms = max(1, int(answered_s * _MS_PER_S))
         # On a clock that the owner shares. If the item waits here or at the owner, the owner sees how late it
         # is.
         item.deadline_us = self._storage_now_us() + int(try_s * _US_PER_S)
-        return await owner.forward(item, is_write=is_write, try_s=try_s)
+        try:
+            return owner.forward(item, is_write=is_write, try_s=try_s)
+        except PeerSkipped:
+            self.counters.by_outcome[name, "skipped"] += 1
+            raise
 
     async def wait_until_expired(self, item: pb.Item) -> None:
         """Return when no node does any more what `ask` was asked to.
@@ -260,7 +267,8 @@ class Forwarder:
     def _owner(self, name: str) -> Owner:
         owner = self._owners.get(name)
         if owner is None:
-            owner = Owner(partial(self._send_items, name), partial(self._send_notices, name))
+            line = _Line(self, name)
+            owner = line.owner = Owner(line, partial(self._send_notices, name))
             self._owners[name] = owner
             self._has_peers.set()
         return owner
@@ -272,28 +280,33 @@ class Forwarder:
     def _is_on_ring(self, name: str) -> bool:
         return self._view is not None and name in self._view.ring.nodes
 
-    async def _send_items(self, name: str, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
-        """Send a batch of calls; a failure here fails each of them, and `ask` takes note."""
+    def send_items(
+        self, name: str, owner: Owner, items: list[pb.Item], timeout_s: float
+    ) -> Later[Sequence[pb.Answer]]:
+        """Send a batch of calls; a failure here fails each of them."""
+        try:
+            address = self._address(name)
+        except PeerUnreachable as exc:
+            return failed(exc)
         batch = pb.Batch(origin=self._origin_for(name), items=items).SerializeToString()
-        # The last deadline of the batch. A caller with less time left stops waiting by itself.
-        left_us = max(item.deadline_us for item in items) - self._storage_now_us()
-        # The storage's clock may have been set back: then it is not waited for.
-        most_s = max(item.timeout_ms for item in items) / _MS_PER_S + ANSWER_S
-        body = await self._exchange(name, batch, min(max(0.0, left_us / _US_PER_S), most_s))
-        answers = parse_answers(body, len(items))
-        self.counters.batch_sizes[bisect_left(BATCH_BUCKETS, len(items))] += 1
-        self.counters.items += len(items)
-        return answers
-
-    async def _exchange(self, name: str, batch: bytes, timeout_s: float) -> bytes:
-        owner, address = self._owner(name), self._address(name)
         # A stream may break between the look and the batch. That is a failed batch: the callers turn to the
         # storage, and a second try would take the time that they need for it.
         stream = owner.take_stream(address) or self._peers.open_stream(address, name)
-        answer = await stream.ask(batch, timeout_s=timeout_s)
+        answers = stream.ask(batch, timeout_s=timeout_s)
+        return answers.through(partial(self._answered, owner, stream, len(items)))
+
+    def _answered(
+        self, owner: Owner, stream: ForwardStream, count: int, answers: Outcome[bytes]
+    ) -> Outcome[Sequence[pb.Answer]]:
+        if not isinstance(answers, bytes):
+            assert isinstance(answers, BaseException)
+            return answers
         # Only after an answer: a stream with a late answer in it must not be used again.
         owner.give_back(stream)
-        return answer
+        each = parse_answers(answers, count)
+        self.counters.batch_sizes[bisect_left(BATCH_BUCKETS, count)] += 1
+        self.counters.items += count
+        return each
 
     def _address(self, name: str) -> str:
         address = self._view.address_by_name.get(name) if self._view is not None else None
@@ -301,7 +314,12 @@ class Forwarder:
             raise PeerUnreachable("it is no member any more")
         return address
 
-    def _failed(self, name: str, owner: Owner, failure: ClusterError, try_s: float) -> None:
+    def answered(self, name: str, owner: Owner, count: int) -> None:
+        """Count calls that a peer has answered, whatever it said."""
+        owner.breaker.answered()
+        self.counters.by_outcome[name, "ok"] += count
+
+    def failed(self, name: str, owner: Owner, failure: ClusterError, try_s: float) -> None:
         """Count a failure against the peer, and have membership find out whether the peer is alive.
 
         - A broken connection opens the breaker at once: the next call would fail as well.
@@ -343,12 +361,12 @@ class Forwarder:
             if isinstance(confirmed, ClusterError):
                 raise confirmed
         except TimeoutError:
-            self._failed(name, owner, PeerTimeout("no answer in time"), timeout_s)
+            self.failed(name, owner, PeerTimeout("no answer in time"), timeout_s)
         except PeerSkipped:
             # The peer has not seen it, so this is no evidence against the peer.
             pass
         except ClusterError as exc:
-            self._failed(name, owner, exc, timeout_s)
+            self.failed(name, owner, exc, timeout_s)
         else:
             if not owner.breaker.is_closed:
                 log.info("breaker_closed", extra={"peer_node": name})

@@ -1,11 +1,11 @@
 """One peer as the owner of tokens: what waits for it, and whether it answers.
 
-    calls ------> reads  -+                       Batcher: what arrives while a batch is under way forms
+    calls ------> reads  -+                       CallQueue: what arrives while batches are under way forms
                   writes -+--> idle streams       the next batch
                   alone  -+                       each a batch of its own
-    invalidations -> notices ----> peer
+    invalidations -> notices ----> peer           Batcher: the same, for what its caller awaits
 
-- Reads and writes have separate batchers. A batch is answered as a whole, and a read must not wait for the
+- Reads and writes have separate queues. A batch is answered as a whole, and a read must not wait for the
   row lock of a write.
 - A call that may take longer than TRY_S is alone: others would wait for it.
 - The breaker knows whether the peer answers.
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from aio.batcher import Batcher, BatchLimits
+from aio.later import Later
 from cluster.breaker import Breaker
+from cluster.call_queue import CallQueue, Line
 from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.peerpb import peer_pb2 as pb
 from cluster.peers import ForwardStream
@@ -32,47 +34,57 @@ _BATCHES: Final = BatchLimits(
 )
 _ALONE: Final = BatchLimits(max_items=1, max_waiting=10_000, concurrency=64)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class Owner:
     """The state that this node keeps of one peer; it sends nothing itself."""
 
     def __init__(
         self,
-        forward: Callable[[Sequence[pb.Item]], Awaitable[Sequence[pb.Answer]]],
+        line: Line,
         notify: Callable[[Sequence[str]], Awaitable[Sequence[int]]],
     ) -> None:
-        """`forward` sends a batch of calls, `notify` sends tokens whose copies must be dropped."""
+        """`line` sends batches of calls, `notify` sends tokens whose copies must be dropped."""
         self.breaker = Breaker()
-        self._reads = Batcher(forward, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full)
-        self._writes = Batcher(forward, limits=_BATCHES, size_bytes=_item_bytes, full=_queue_full)
-        self._alone = Batcher(forward, limits=_ALONE, size_bytes=_item_bytes, full=_queue_full)
+        # Longer than the stream, which runs until the item's own deadline: see STREAM_GRACE_S.
+        self._reads = CallQueue(line, _BATCHES, grace_s=STREAM_GRACE_S)
+        self._writes = CallQueue(line, _BATCHES, grace_s=STREAM_GRACE_S)
+        self._alone = CallQueue(line, _ALONE, grace_s=STREAM_GRACE_S)
         self._notices = Batcher(notify, limits=_BATCHES, size_bytes=len, full=_queue_full)
         # (since when, stream), the last one used at the end; at most one for each batch that may be under
         # way.
         self._idle: list[tuple[float, ForwardStream]] = []
 
-    def forward(
-        self, item: pb.Item, *, is_write: bool, try_s: float
-    ) -> Coroutine[Any, Any, pb.Answer | ClusterError]:
+    def forward(self, item: pb.Item, *, is_write: bool, try_s: float) -> Later[pb.Answer]:
         """Return the peer's answer to one call, or the failure of the batch that the call was in.
 
         Raises:
-            PeerSkipped: too many calls wait for the peer.
+            PeerSkipped: it is known not to answer, or too many calls wait for it.
         """
-        batches = self._writes if is_write else self._reads
-        # Longer than the stream, which runs until the item's own deadline: see STREAM_GRACE_S.
-        return _submitted(batches if try_s <= TRY_S else self._alone, item, try_s + STREAM_GRACE_S)
+        if not self.breaker.is_closed:
+            raise PeerSkipped("it does not answer")
+        calls = self._writes if is_write else self._reads
+        return (calls if try_s <= TRY_S else self._alone).add(item, try_s=try_s)
 
-    def notify(self, token: str, *, tell_s: float) -> Coroutine[Any, Any, int | ClusterError]:
+    async def notify(self, token: str, *, tell_s: float) -> int | ClusterError:
         """Have the peer drop its copy; return which process has, or the failure if none is known to have.
 
         Raises:
             PeerSkipped: too many tokens wait for the peer.
         """
-        return _submitted(self._notices, token, tell_s)
+        try:
+            return await self._notices.submit(token, timeout_s=tell_s)
+        except TimeoutError:
+            return PeerTimeout("no answer in time")
+        except PeerSkipped:
+            # The peer has not seen the token, so this is no evidence against the peer.
+            raise
+        except ClusterError as exc:
+            return exc
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # this is a coroutine
+                raise
+            # Not the caller was cancelled but the batch, by `close`: the peer has left the cluster.
+            return PeerUnreachable("it is no member any more")
 
     def take_stream(self, address: str) -> ForwardStream | None:
         """Return an idle stream to this address, the last one used; None if there is none.
@@ -98,32 +110,11 @@ class Owner:
 
     async def close(self) -> None:
         """Cancel what waits and what is under way; `forward` and `notify` then return PeerUnreachable."""
-        for batches in (self._reads, self._writes, self._alone, self._notices):
-            await batches.close()
+        for calls in (self._reads, self._writes, self._alone):
+            calls.close()
+        await self._notices.close()
         self.end_idle(0.0)
-
-
-def _item_bytes(item: pb.Item) -> int:
-    return len(item.message)
 
 
 def _queue_full() -> ClusterError:
     return PeerSkipped("too many calls wait for it")
-
-
-async def _submitted(batcher: Batcher[Item, Result], item: Item, try_s: float) -> Result | ClusterError:
-    """Return the item's result, or its failure as a value: a failed batch fails each of its items."""
-    try:
-        return await batcher.submit(item, timeout_s=try_s)
-    except TimeoutError:
-        return PeerTimeout("no answer in time")
-    except PeerSkipped:
-        # The peer has not seen the item, so this is no evidence against the peer.
-        raise
-    except ClusterError as exc:
-        return exc
-    except asyncio.CancelledError:
-        if asyncio.current_task().cancelling():  # type: ignore[union-attr]  # this is a coroutine
-            raise
-        # Not the caller was cancelled but the batch, by `close`: the peer has left the cluster.
-        return PeerUnreachable("it is no member any more")

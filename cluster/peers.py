@@ -26,12 +26,13 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Final, Protocol
 
+from aio.later import Later, Outcome, begun
 from aio.tasks import Tasks
 from cluster.channel import CallFailed, Channel, ChannelStream, ConnectionLost, IntroductionFailed, Wire
 from cluster.errors import (
@@ -120,6 +121,7 @@ class Peers:
         self._connections: dict[tuple[str, ChannelKind], _Connection] = {}
         self._is_closed = False
         self._closing = Tasks("peer_connection_close")
+        self._opening = Tasks("peer_stream_open")
 
     def identify(self, context: ssl.SSLContext) -> None:
         """Open connections over TLS from now on, with this identity; it verifies the peer's name.
@@ -173,7 +175,8 @@ class Peers:
             address,
             connection.channel,
             is_current=lambda: self._connections.get((address, ChannelKind.CALLS)) is connection,
-            counted=lambda: self._counted(address, ChannelKind.CALLS, "Forward"),
+            count=lambda: self._begun(address, ChannelKind.CALLS, "Forward"),
+            tasks=self._opening,
         )
 
     async def keep_connected(self, address: str, lost: Callable[[], None]) -> None:
@@ -193,7 +196,8 @@ class Peers:
         self._is_closed = True
         connections, self._connections = list(self._connections.values()), {}
         closing = self._closing.running()
-        await asyncio.gather(*(connection.channel.close() for connection in connections), *closing)
+        closing_channels = [connection.channel.close() for connection in connections]
+        await asyncio.gather(*closing_channels, *closing, self._opening.close())
 
     def _connection(self, address: str, channel_kind: ChannelKind, callee: str = "") -> _Connection:
         """Return the connection to an address; another node there than before gets another one."""
@@ -256,25 +260,38 @@ class Peers:
     @contextmanager
     def _counted(self, address: str, channel_kind: ChannelKind, method: str) -> Iterator[None]:
         """Count what is awaited inside, and raise its failure as one of this package's errors."""
-        stats = self._stats_by_method[method]
-        stats.begin()
-        started_s, code = time.perf_counter(), StatusCode.CANCELLED
+        count = self._begun(address, channel_kind, method)
         try:
             yield
-            code = StatusCode.OK
-            connection = self._connections.get((address, channel_kind))
-            if connection is not None:
-                connection.answered_s = time.monotonic()
-        except _FAILURES as exc:
-            code, error = _failure(exc)
-            if code is StatusCode.DEADLINE_EXCEEDED:
-                self._doubt(address, channel_kind)
-            if isinstance(exc, ClusterError):
-                # Something else speaks on this connection than what was introduced.
-                self._hang_up(address, channel_kind)
+        except BaseException as exc:
+            error = count.failed(exc)
+            if error is exc:
+                raise
             raise error from None
-        finally:
-            stats.end(code.name, time.perf_counter() - started_s)
+        count.answered()
+
+    def _begun(self, address: str, channel_kind: ChannelKind, method: str) -> _Count:
+        return _Count(self, self._stats_by_method[method], address, channel_kind)
+
+    def answered(self, address: str, channel_kind: ChannelKind) -> None:
+        """Take note of an answer."""
+        connection = self._connections.get((address, channel_kind))
+        if connection is not None:
+            connection.answered_s = time.monotonic()
+
+    def error_of(
+        self, failure: BaseException, address: str, channel_kind: ChannelKind
+    ) -> tuple[StatusCode, BaseException]:
+        """Take note of a failure; return its status, and what it is for the callers of this module."""
+        if not isinstance(failure, _FAILURES):
+            return StatusCode.CANCELLED, failure
+        code, error = _failure(failure)
+        if code is StatusCode.DEADLINE_EXCEEDED:
+            self._doubt(address, channel_kind)
+        if isinstance(failure, ClusterError):
+            # Something else speaks on this connection than what was introduced.
+            self._hang_up(address, channel_kind)
+        return code, error
 
     def _doubt(self, address: str, channel_kind: ChannelKind) -> None:
         """Replace a connection on which nothing came for a while.
@@ -285,6 +302,38 @@ class Peers:
         connection = self._connections.get((address, channel_kind))
         if connection is not None and time.monotonic() - connection.answered_s > SILENCE_S:
             self._hang_up(address, channel_kind)
+
+
+class _Count:
+    """One call that was counted in; it is counted out once, by one of the methods."""
+
+    __slots__ = ("_address", "_channel_kind", "_peers", "_started_s", "_stats")
+
+    def __init__(self, peers: Peers, stats: CallStats, address: str, channel_kind: ChannelKind) -> None:
+        stats.begin()
+        self._peers = peers
+        self._stats = stats
+        self._address = address
+        self._channel_kind = channel_kind
+        self._started_s = time.perf_counter()
+
+    def answered(self) -> None:
+        """Count it out as answered."""
+        self._peers.answered(self._address, self._channel_kind)
+        self._stats.end(StatusCode.OK.name, time.perf_counter() - self._started_s)
+
+    def failed(self, failure: BaseException) -> BaseException:
+        """Count it out; return its failure as one of this package's errors."""
+        code, error = self._peers.error_of(failure, self._address, self._channel_kind)
+        self._stats.end(code.name, time.perf_counter() - self._started_s)
+        return error
+
+    def end(self, outcome: Outcome[bytes]) -> Outcome[bytes]:
+        """Count it out, as a step of a Later."""
+        if isinstance(outcome, BaseException):
+            return self.failed(outcome)
+        self.answered()
+        return outcome
 
 
 class ForwardStream:
@@ -301,44 +350,60 @@ class ForwardStream:
         channel: Channel,
         *,
         is_current: Callable[[], bool],
-        counted: Callable[[], AbstractContextManager[None]],
+        count: Callable[[], _Count],
+        tasks: Tasks,
     ) -> None:
         """`is_current` tells whether the stream's connection is still in use, and not about to be closed.
 
-        `counted` counts what is awaited inside, and raises its failure as one of this package's errors.
+        `count` counts a batch in, and `tasks` open the stream.
         """
         self.address = address
         self._stream: ChannelStream = channel.open_stream(_path("Forward"), self._open)
         self._batches, self._answers = StreamMac(None), StreamMac(None)
         self._is_current = is_current
-        self._counted = counted
+        self._count = count
+        self._tasks = tasks
 
     @property
     def is_open(self) -> bool:
         """Whether the peer, as far as is known, waits for a batch."""
         return self._stream.is_open and self._is_current()
 
-    async def ask(self, batch: bytes, *, timeout_s: float) -> bytes:
+    def ask(self, batch: bytes, *, timeout_s: float) -> Later[bytes]:
         """Return the peer's answers to a serialized Batch; after a failure the stream is closed.
 
-        Raises:
+        The Later fails with:
             PeerUnreachable: no connection, or it broke, or the peer ended the stream.
             PeerTimeout: no answer in time.
             PeerRefused: the peer does not take this node for one of its cluster.
             PeerUnproven: what answers there is not proved to be a node of this cluster.
         """
-        with self._counted():
-            until_s = time.monotonic() + timeout_s
-            await self._stream.open(timeout_s=timeout_s)
-            request = pb.ForwardRequest(batch=batch, seal=self._batches.seal(batch)).SerializeToString()
-            response = await self._stream.ask(request, timeout_s=until_s - time.monotonic())
-            try:
-                sealed = parsed(pb.ForwardResponse, response)
-                self._answers.check(sealed.seal, sealed.answers)
-            except ClusterError:
-                self._stream.cancel()
-                raise
-            return sealed.answers
+        count = self._count()
+        if self._stream.is_begun:
+            answer = self._ask(batch, timeout_s)
+        else:
+            answer = begun(self._open_and_ask(batch, timeout_s), self._tasks)
+        return answer.through(count.end)
+
+    def _ask(self, batch: bytes, timeout_s: float) -> Later[bytes]:
+        request = pb.ForwardRequest(batch=batch, seal=self._batches.seal(batch)).SerializeToString()
+        return self._stream.ask(request, timeout_s=timeout_s).through(self._checked)
+
+    async def _open_and_ask(self, batch: bytes, timeout_s: float) -> bytes:
+        until_s = time.monotonic() + timeout_s
+        await self._stream.open(timeout_s=timeout_s)
+        return await self._ask(batch, until_s - time.monotonic())
+
+    def _checked(self, response: Outcome[bytes]) -> Outcome[bytes]:
+        if not isinstance(response, bytes):
+            return response
+        try:
+            sealed = parsed(pb.ForwardResponse, response)
+            self._answers.check(sealed.seal, sealed.answers)
+        except ClusterError:
+            self._stream.cancel()
+            raise
+        return sealed.answers
 
     def _open(self, key: PeerKey) -> Headers:
         # An empty body, since no batch is there yet.

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
+from aio.later import Later
 from mnemosyned.api.session_manager import SERVICE_NAME
 from mnemosyned.errors import PermissionDenied, Unauthenticated
 from mnemosyned.security.api_keys import Callers, Role
@@ -65,7 +66,7 @@ def _guarded(
 ) -> UnaryHandler:
     least = LEAST_ROLE.get(name, Role.ADMIN)
 
-    def guarded(message: bytes, call: Call) -> Encoded | Coroutine[Any, Any, Encoded]:
+    def guarded(message: bytes, call: Call) -> Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]:
         key = call.metadata(KEY_METADATA)
         role = callers().role_of(key, call.certificate_names)
         if role is None:

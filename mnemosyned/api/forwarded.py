@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 from aio.deadline import Deadline
@@ -25,22 +26,26 @@ class ForwardedCall:
     - `grant` is what it gets.
     """
 
-    __slots__ = ("_item", "certificate_names", "deadline", "grant", "is_retry", "mirror_for", "owner", "peer")
+    __slots__ = ("_begun_s", "_item", "grant", "is_retry", "mirror_for", "peer")
 
-    certificate_names: tuple[str, ...]
-    owner: str | None
+    certificate_names: tuple[str, ...] = ()
+    owner: str | None = None  # the entry node says it
 
     def __init__(self, item: pb.Item, peer: str) -> None:
         self._item = item
         self.peer = peer
-        self.deadline = Deadline.in_s(
-            item.timeout_ms / _MS_PER_S, not_after_us=item.deadline_us - CLOCK_ERROR_US
-        )
-        self.certificate_names = ()
-        self.owner = None  # the entry node says it
+        self._begun_s = time.monotonic()
         self.is_retry = bool(item.retried_method)
         self.mirror_for = item.mirror_for
         self.grant: Grant | None = None
+
+    @property
+    def deadline(self) -> Deadline:
+        """See Call. A call that the cache answers never asks."""
+        return Deadline(
+            self._begun_s + self._item.timeout_ms / _MS_PER_S,
+            not_after_us=self._item.deadline_us - CLOCK_ERROR_US,
+        )
 
     def metadata(self, key: str) -> str | None:
         """See Call."""

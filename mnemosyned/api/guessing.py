@@ -57,6 +57,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from mnemosynerpc.session_pb2 import DeleteRequest, ListRequest
 
 from aio.around import Around
+from aio.later import Later, Outcome
 from aio.rate_limit import LogRateLimiter
 from http2.status import StatusCode
 from mnemosyned.api.auth import KEY_METADATA
@@ -145,7 +146,7 @@ class GuessWatch:
         # A large SetValue must not be in memory twice while it waits.
         keeps_message = asks_for_token is not _never
 
-        def watched(message: bytes, call: Call) -> Encoded | Coroutine[Any, Any, Encoded]:
+        def watched(message: bytes, call: Call) -> Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]:
             try:
                 response = handle(message, call)
             except _TELLING as exc:
@@ -160,6 +161,8 @@ class GuessWatch:
                 return self.counted(call, response) or response
             # No inner function: the variables that it shares would cost each call, also a cached Get.
             kept = message if keeps_message else b""
+            if isinstance(response, Later):
+                return response.through(partial(self._ended, asks_for_token, kept, call))
             return Around(response, partial(self._finish, asks_for_token, kept, call))
 
         return watched
@@ -228,6 +231,22 @@ class GuessWatch:
                 StatusCode.RESOURCE_EXHAUSTED.value,
                 "mnemosyned: too many unknown tokens or API keys from this caller; try again later",
             ) from None
+
+    def _ended(
+        self,
+        asks_for_token: Callable[[bytes], bool],
+        message: bytes,
+        call: Call,
+        outcome: Outcome[Encoded],
+    ) -> Outcome[Encoded]:
+        """Return the outcome of a call that another node has answered, or what gives it late."""
+        if isinstance(outcome, Coroutine):
+            return Around(outcome, partial(self._finish, asks_for_token, message, call))
+        if isinstance(outcome, BaseException):
+            return (self.counted(call, outcome) or outcome) if isinstance(outcome, _TELLING) else outcome
+        if outcome or not asks_for_token(message):
+            return outcome
+        return self.counted(call, outcome) or outcome
 
     async def _finish(
         self,

@@ -70,6 +70,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from aio.around import Around
+from aio.later import Later
 from aio.rate_limit import LogRateLimiter, fields_of
 from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
@@ -272,32 +273,37 @@ class PeerService:
     def _handle_batch(self, batch: pb.Batch, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         """Return the answers at once if the cache has all of them: that saves a task switch."""
         self._check_origin(batch.origin)
-        begun = [self._begin(item, call) for item in batch.items]
-        ready = [answer for answer in begun if isinstance(answer, pb.Answer)]
-        if len(ready) < len(begun):
-            return _gathered(begun)
-        return _response(ready)
+        answers = pb.Answers()
+        add = answers.answers.add
+        works = [self._begin(item, add(), call) for item in batch.items]
+        waiting = [work for work in works if work is not None]
+        return _gathered(waiting, answers) if waiting else _response(answers)
 
-    def _begin(self, item: pb.Item, call: Call) -> pb.Answer | Coroutine[Any, Any, pb.Answer]:
-        """Return an item's answer if the cache has it, otherwise a coroutine that returns the answer."""
+    def _begin(self, item: pb.Item, answer: pb.Answer, call: Call) -> Coroutine[Any, Any, None] | None:
+        """Fill an item's answer in if the cache has it, otherwise return what does so."""
         name = item.retried_method or item.method
         method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{name}")
         if method is None:
-            return _failed(item, Unimplemented(f"mnemosyned: unknown method {name[:100]}"))
+            _fail(answer, item, Unimplemented(f"mnemosyned: unknown method {name[:100]}"))
+            return None
         if self._storage_now_us() > item.deadline_us + CLOCK_ERROR_US:
             # Begun now, a write could follow the one that the entry node has done itself.
-            return _failed(item, DeadlineExceeded())
+            _fail(answer, item, DeadlineExceeded())
+            return None
         forwarded = ForwardedCall(item, call.peer)
         try:
             response = method.handle(item.message, forwarded)
         except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
-            return _failed(item, exc)
-        if isinstance(response, Coroutine):
-            return Around(response, partial(_finish, item, forwarded))
-        answer = pb.Answer(message=joined(response))
+            _fail(answer, item, exc)
+            return None
+        # As in transport/call.py, faster than asking for a Coroutine.
+        if not (isinstance(response, bytes) or isinstance(response, tuple)):  # noqa: SIM101
+            assert not isinstance(response, Later)  # nothing is forwarded twice
+            return Around(response, partial(_finish, item, answer, forwarded))
+        answer.message = joined(response)
         if (grant := forwarded.grant) is not None:
             answer.keep_us, answer.instance, answer.expires_at_us = grant
-        return answer
+        return None
 
     def _invalidate(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
         # Nothing is awaited between the parsing and the answer. When the answer is on the wire the copies are
@@ -349,25 +355,23 @@ def _as_status(exc: UnauthenticatedPeer) -> Unauthenticated:
     return Unauthenticated(f"mnemosyned: {exc}")
 
 
-async def _gathered(begun: list[pb.Answer | Coroutine[Any, Any, pb.Answer]]) -> bytes:
+async def _gathered(waiting: list[Coroutine[Any, Any, None]], answers: pb.Answers) -> bytes:
     # Together, so that the items share one batch of the storage. None of them raises (`_finish`), so that
     # `gather` never leaves one behind. If the stream is cancelled, `gather` cancels all of them.
-    waiting = [answer for answer in begun if isinstance(answer, Coroutine)]
-    finished = iter(await asyncio.gather(*waiting))
-    answers = [next(finished) if isinstance(answer, Coroutine) else answer for answer in begun]
+    await asyncio.gather(*waiting)
     return _response(answers)
 
 
-def _response(answers: list[pb.Answer]) -> bytes:
+def _response(answers: pb.Answers) -> bytes:
     """Return the answers in the sequence of their items, which is how the entry node tells them apart."""
     size_bytes = 0
-    for answer in answers:
+    for answer in answers.answers:
         size_bytes += len(answer.message)
         if size_bytes > _MAX_RESPONSE_BYTES:
             # UNAVAILABLE sends the entry node to the storage (router.py). If the item was a write that is
             # done, the entry node's retry accepts that, as after a lost connection.
             answer.CopyFrom(_TOO_LARGE)
-    return pb.Answers(answers=answers).SerializeToString()
+    return answers.SerializeToString()
 
 
 _TOO_LARGE: Final = pb.Answer(
@@ -375,14 +379,16 @@ _TOO_LARGE: Final = pb.Answer(
 )
 
 
-async def _finish(item: pb.Item, call: ForwardedCall, response: Coroutine[Any, Any, Encoded]) -> pb.Answer:
+async def _finish(
+    item: pb.Item, answer: pb.Answer, call: ForwardedCall, response: Coroutine[Any, Any, Encoded]
+) -> None:
     try:
-        return pb.Answer(message=joined(await await_in_time(response, call)))
+        answer.message = joined(await await_in_time(response, call))
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
-        return _failed(item, exc)
+        _fail(answer, item, exc)
 
 
-def _failed(item: pb.Item, exc: Exception) -> pb.Answer:
+def _fail(answer: pb.Answer, item: pb.Item, exc: Exception) -> None:
     # Only a bug is logged above DEBUG. What the client gets in the end is logged at the entry node, with the
     # client's address.
     failure = failure_of(exc)
@@ -394,4 +400,4 @@ def _failed(item: pb.Item, exc: Exception) -> pb.Answer:
             log.error("forwarded_call_failed", extra=fields | fields_of(left_out), exc_info=exc)
     else:
         log.debug("forwarded_call_failed", extra=fields | {"error": failure.text})
-    return pb.Answer(code=failure.code.value, text=failure.text)
+    answer.code, answer.text = failure.code.value, failure.text

@@ -23,16 +23,17 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.message import Message
 
 from aio.around import Around
 from aio.deadline import Deadline
+from aio.later import Outcome
 from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
-from cluster.routing import UNCACHED, Forward, Local, route
+from cluster.routing import CACHED, UNCACHED, Forward, route
 from cluster.timing import MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
@@ -44,11 +45,11 @@ from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.status import error_of
 
 if TYPE_CHECKING:
+    from cache.read_through import Fill
+    from mnemosyned.sessions.encoded import EncodedSession
     from mnemosyned.sessions.mirrors import Mirrors
     from mnemosyned.sessions.service import SessionService
 
-# Gets the owner's response and its grant.
-Keep: TypeAlias = Callable[[bytes, Grant], None]
 # The storage does a write of this node only in this part of its caller's time, and so long at most: another
 # member may do it in the rest.
 _OWN_TRY_PART: Final = 0.6
@@ -57,6 +58,7 @@ _OWN_TRY_S: Final = 2.0
 _REFUSAL_S: Final = 0.03
 # Members that a call is sent to, one after the other.
 _MOST_ASKED: Final = 2
+_AT_ONCE: Final = (bytes, tuple)
 # Statuses by which a node says that it could not do the work. Another one perhaps can.
 _UNABLE: Final = frozenset(code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED))
 
@@ -126,9 +128,7 @@ class ClusterRouter:
                 return rpc.mirrored(self._service, token, mirror)
         if self._is_away():
             return self._elsewhere(rpc, request, call, first=owner)
-        if now_us and rpc.returns_session:
-            return self._forward_read(view, owner, rpc, request, call)
-        return self._forward(owner, rpc, request, call)
+        return self._forward(view, owner, rpc, request, call, token=token, asked_us=now_us)
 
     async def _here_or_elsewhere(
         self, rpc: Rpc, request: Message, call: Call, own: Call, response: Coroutine[Any, Any, Encoded]
@@ -223,28 +223,50 @@ class ClusterRouter:
         # No member can. This node's storage may answer again.
         return await self._here(rpc, request, call, is_retry=is_retry)
 
-    async def _forward_read(self, view: View, owner: str, rpc: Rpc, request: Message, call: Call) -> Encoded:
-        """Do what `_forward` does; keep the session in the answer if the owner grants a mirror."""
-        token = "" if rpc.token is None else rpc.token(request)
-        # Asked once more: this may begin some time after the call arrived.
-        asked_us = self._mirrors.open_at(view, token, owner) if view is self._view() else 0
-        if not asked_us:
-            return await self._forward(owner, rpc, request, call)
-        with self._mirrors.cache.begin_fill(token) as fill:
-            keep = partial(self._mirrors.keep, fill, owner, asked_us=asked_us)
-            return await self._forward(owner, rpc, request, call, keep=keep)
-
-    async def _forward(
-        self, owner: str, rpc: Rpc, request: Message, call: Call, *, keep: Keep | None = None
-    ) -> Encoded:
-        """Return the owner's response, or handle the call here; see `_ask` for `keep`."""
+    def _forward(
+        self, view: View, owner: str, rpc: Rpc, request: Message, call: Call, *, token: str, asked_us: int
+    ) -> Response:
+        """Return the owner's response, or handle the call here; with `asked_us`, a mirror may be kept."""
+        left_s = call.deadline.left_s()
+        if left_s is not None and left_s <= 0:
+            raise DeadlineExceeded
         item = self._item(rpc, request, call)
-        if keep is not None:
-            item.mirror_for = self._view().me
-        answer = await self._ask(owner, rpc, item, _deadline(rpc, call), keep=keep)
-        if not isinstance(answer, _Unanswered):
+        try:
+            answer = self._forwarder.ask(owner, item, is_write=rpc.is_write, deadline=_deadline(rpc, call))
+        except PeerSkipped:
+            return self._here(rpc, request, call, is_retry=False)
+        # It is sent after this step.
+        if asked_us and rpc.returns_session:
+            item.mirror_for = view.me
+            fill = self._mirrors.cache.begin_fill(token)
+            answer = answer.through(partial(self._keep, fill, owner, asked_us))
+        return answer.through(partial(self._forwarded, rpc, request, call, item))
+
+    def _keep(
+        self, fill: Fill[EncodedSession], owner: str, asked_us: int, outcome: Outcome[pb.Answer]
+    ) -> Outcome[pb.Answer]:
+        """Keep what the owner has answered, if it grants a mirror."""
+        with fill:
+            if isinstance(outcome, pb.Answer) and outcome.keep_us and not outcome.code:
+                grant = Grant(outcome.keep_us, outcome.instance, outcome.expires_at_us)
+                self._mirrors.keep(fill, owner, outcome.message, grant, asked_us=asked_us)
+        return outcome
+
+    def _forwarded(
+        self, rpc: Rpc, request: Message, call: Call, item: pb.Item, outcome: Outcome[pb.Answer]
+    ) -> Outcome[Encoded]:
+        """Return the owner's response, or a coroutine that handles the call here."""
+        answer = _taken(item, outcome)
+        if isinstance(answer, bytes):
             return answer
-        return await self._here(rpc, request, call, is_retry=answer is not _Unanswered.UNSEEN)
+        return self._instead(rpc, request, call, item, answer)
+
+    async def _instead(
+        self, rpc: Rpc, request: Message, call: Call, item: pb.Item, known: _Unanswered
+    ) -> Encoded:
+        """Handle a call here that its owner has not answered."""
+        await self._until_over(rpc, item, known)
+        return await self._here(rpc, request, call, is_retry=known is not _Unanswered.UNSEEN)
 
     async def _here(self, rpc: Rpc, request: Message, call: Call, *, is_retry: bool) -> Encoded:
         """Handle the call past the cache; a retry accepts that the work may be done already."""
@@ -259,47 +281,26 @@ class ClusterRouter:
         )
 
     async def _ask(
-        self,
-        name: str,
-        rpc: Rpc,
-        item: pb.Item,
-        deadline: Deadline,
-        *,
-        try_s: float | None = None,
-        keep: Keep | None = None,
+        self, name: str, rpc: Rpc, item: pb.Item, deadline: Deadline, *, try_s: float
     ) -> bytes | _Unanswered:
-        """Return the answer of a node, or what is known if it gives none.
-
-            PeerSkipped            the node has not seen the call     UNSEEN, at once
-            UNAVAILABLE and such   the node could not do the work     UNKNOWN
-            another ClusterError   the outcome is not known           UNKNOWN
-            another status         the node's answer is final         raised as that status
-
-        UNKNOWN is returned when nothing follows any more: at once for a read. `keep` gets what the node has
-        answered and granted as a mirror.
-        """
+        """Return the answer of a node, or what is known if it gives none and nothing follows any more."""
+        outcome: pb.Answer | ClusterError
         try:
-            answer = await self._forwarder.ask(
+            outcome = await self._forwarder.ask(
                 name, item, is_write=rpc.is_write, deadline=deadline, try_s=try_s
             )
-        except PeerSkipped:
-            # Nothing was sent, so nothing can follow: a write need not wait.
-            return _Unanswered.UNSEEN
-        except ClusterError:
-            pass
-        else:
-            if not answer.code:
-                _take_grant(answer, keep)
-                return answer.message
-            if item.retried_method and answer.code == StatusCode.UNIMPLEMENTED.value:
-                # A node of the former release knows no retries.
-                return _Unanswered.UNSEEN
-            if answer.code not in _UNABLE:
-                raise error_of(answer.code, answer.text)
-        if rpc.is_write:
+        except ClusterError as exc:
+            outcome = exc
+        answer = _taken(item, outcome)
+        if isinstance(answer, _Unanswered):
+            await self._until_over(rpc, item, answer)
+        return answer
+
+    async def _until_over(self, rpc: Rpc, item: pb.Item, known: _Unanswered) -> None:
+        """Return when the node that was asked does the work no more: at once for a read."""
+        if rpc.is_write and known is _Unanswered.UNKNOWN:
             # Otherwise the node's delayed write could be done after the retry, and so after the answer.
             await self._forwarder.wait_until_expired(item)
-        return _Unanswered.UNKNOWN
 
 
 class _Left(StorageUnavailable):
@@ -367,24 +368,44 @@ class OwnerRouter:
     def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
         """See Router."""
         token = rpc.token(request) if rpc.token is not None else ""
-        place = route(self._view(), token, hops_left=0)
-        assert isinstance(place, Local)
-        if token and not place.fill_cache:
+        fills_cache = route(self._view(), token, hops_left=0) is CACHED
+        if token and not fills_cache:
             self._gate.refuse_ring()
-        if isinstance(call, ForwardedCall) and call.is_retry:
+        assert isinstance(call, ForwardedCall)
+        if call.is_retry:
             return rpc.retry(self._service, request, call)
-        if not (place.fill_cache and self._gate.is_open()):
+        if not (fills_cache and self._gate.is_open()):
             return rpc.handle_uncached(self._service, request, call)
         response = rpc.handle(self._service, request, call)
-        if rpc.returns_session and isinstance(call, ForwardedCall) and isinstance(response, bytes | tuple):
+        if call.mirror_for and rpc.returns_session and isinstance(response, _AT_ONCE):
             # At once is from the copy, which nothing has dropped since it was read (rule 17).
             call.grant = self._mirrors.grant(token, call.mirror_for)
         return response
 
 
-def _take_grant(answer: pb.Answer, keep: Keep | None) -> None:
-    if keep is not None and answer.keep_us:
-        keep(answer.message, Grant(answer.keep_us, answer.instance, answer.expires_at_us))
+def _taken(item: pb.Item, outcome: Outcome[pb.Answer]) -> bytes | _Unanswered:
+    """Return the answer of a node, or what is known if it gives none.
+
+    PeerSkipped            the node has not seen the call     UNSEEN
+    UNAVAILABLE and such   the node could not do the work     UNKNOWN
+    another ClusterError   the outcome is not known           UNKNOWN
+    another status         the node's answer is final         raised as that status
+    """
+    if isinstance(outcome, pb.Answer):
+        if not outcome.code:
+            return outcome.message
+        if item.retried_method and outcome.code == StatusCode.UNIMPLEMENTED.value:
+            # A node of the former release knows no retries.
+            return _Unanswered.UNSEEN
+        if outcome.code not in _UNABLE:
+            raise error_of(outcome.code, outcome.text)
+    elif isinstance(outcome, PeerSkipped):
+        # Nothing was sent, so nothing can follow: a write need not wait.
+        return _Unanswered.UNSEEN
+    elif not isinstance(outcome, ClusterError):
+        assert isinstance(outcome, BaseException)
+        raise outcome
+    return _Unanswered.UNKNOWN
 
 
 def _deadline(rpc: Rpc, call: Call) -> Deadline:
@@ -392,4 +413,4 @@ def _deadline(rpc: Rpc, call: Call) -> Deadline:
 
 
 async def _awaited(response: Response) -> Encoded:
-    return await response if isinstance(response, Coroutine) else response
+    return response if isinstance(response, bytes | tuple) else await response

@@ -59,6 +59,7 @@ from mnemosynerpc.session_pb2 import (
 )
 
 from aio.deadline import Deadline
+from aio.later import Later
 from aio.slices import SlicesFull, in_slices
 from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
 from aio.units import NS_PER_US, US_PER_S
@@ -80,10 +81,11 @@ _FALSE: Final = BoolValue(value=False).SerializeToString()
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 
-# A serialized response: at once where a cache has it, otherwise by a coroutine. At once saves that
-# coroutine and the time-out around it.
-Response: TypeAlias = Encoded | Coroutine[Any, Any, Encoded]
-Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
+# A serialized response: at once where a cache has it, by a Later where another node has it, otherwise by a
+# coroutine. The first two save that coroutine, its task and the time-out around it.
+Handled: TypeAlias = Encoded | Coroutine[Any, Any, Encoded]
+Response: TypeAlias = Handled | Later[Encoded]
+Handle: TypeAlias = Callable[[SessionService, Any, Call], Handled]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +182,7 @@ def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
         if prepare is not None:
             prepare(request)
         response = router.handle(rpc, request, call)
-        return await response if isinstance(response, Coroutine) else response
+        return response if isinstance(response, bytes | tuple) else await response
 
     return handle
 
@@ -209,11 +211,11 @@ def _context(router: Router) -> UnaryHandler:
     return context
 
 
-def _get(service: SessionService, request: GetRequest, _: Call) -> Response:
+def _get(service: SessionService, request: GetRequest, _: Call) -> Handled:
     return service.get(request.access_token)
 
 
-def _get_uncached(service: SessionService, request: GetRequest, _: Call) -> Response:
+def _get_uncached(service: SessionService, request: GetRequest, _: Call) -> Handled:
     return service.get_uncached(request.access_token)
 
 
@@ -221,7 +223,7 @@ def _is_there(_service: SessionService, _token: str, _: EncodedSession) -> Encod
     return _TRUE
 
 
-def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Response:
+def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Handled:
     # None is "no cache knows", which only the storage can answer.
     is_there = service.exists_cached(request.access_token)
     if is_there is None:

@@ -35,9 +35,12 @@ from collections import Counter as CountByLabel
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
+from aio import later
 from aio.deadline import Deadline
+from aio.later import Later
 from aio.rate_limit import LogRateLimiter, fields_of
 from http2.status import StatusCode
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
@@ -177,13 +180,17 @@ class Failure:
 # A serialized message. A long one may come in pieces, which are then shared with the cache and not copied.
 Encoded: TypeAlias = bytes | tuple[bytes, ...]
 Outcome: TypeAlias = Encoded | Failure
+_ENCODED: Final = (bytes, tuple)
 
 
-def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> Outcome | Coroutine[Any, Any, Outcome]:
-    """Return the response or why there is none, or a coroutine that does; only it raises, its cancellation.
+def invoke_unary(
+    method: UnaryMethod, message: bytes, call: Call
+) -> Outcome | Later[Outcome] | Coroutine[Any, Any, Outcome]:
+    """Return the response or why there is none, or what does later; only that raises, its cancellation.
 
     A response that the handler returns at once is sent even if the deadline has passed: it costs less than
-    asking what time it is. A coroutine must be awaited: the call counts as in flight until it ends.
+    asking what time it is. A coroutine must be awaited, and a Later taken or cancelled: the call counts as in
+    flight until it ends. A Later knows the deadline, and a coroutine that it ends in is kept to it.
     """
     method.stats.begin()
     started_s = time.perf_counter()
@@ -198,7 +205,27 @@ def invoke_unary(method: UnaryMethod, message: bytes, call: Call) -> Outcome | C
         if log.isEnabledFor(logging.DEBUG):
             _log_success(method, call, elapsed_s)
         return response
+    if isinstance(response, Later):
+        return response.through(partial(_ended, method, call, started_s))
     return _awaited(method, call, response, started_s)
+
+
+def _ended(
+    method: UnaryMethod, call: Call, started_s: float, outcome: later.Outcome[Encoded]
+) -> later.Outcome[Outcome]:
+    """Count a call out that was answered by a Later, unless it goes on."""
+    if isinstance(outcome, _ENCODED):
+        elapsed_s = time.perf_counter() - started_s
+        method.stats.end_ok(elapsed_s)
+        if log.isEnabledFor(logging.DEBUG):
+            _log_success(method, call, elapsed_s)
+        return outcome
+    if isinstance(outcome, Exception):
+        return fail(method, call, outcome, started_s)
+    if isinstance(outcome, BaseException):
+        _count_cancelled(method, call, started_s)
+        return outcome
+    return _awaited(method, call, outcome, started_s)
 
 
 async def _awaited(

@@ -37,6 +37,7 @@ from typing import Any, Final, NoReturn
 import grpc
 
 from aio.deadline import NO_DEADLINE, Deadline
+from aio.later import Later
 from aio.slices import SlicesFull, in_slices, in_turn
 from aio.stalls import StallWatch
 from aio.tasks import Tasks
@@ -291,7 +292,7 @@ def _unary(
             await _abort(context, fail(method, _GrpcioCall(context), exc, time.perf_counter()))
         call = _GrpcioCall(context, waited_s)
         outcome = invoke_unary(method, message, call)
-        if isinstance(outcome, Coroutine):
+        if isinstance(outcome, Coroutine | Later):
             outcome = await outcome
         if call.owner:
             context.set_trailing_metadata(((OWNER_KEY, call.owner),))

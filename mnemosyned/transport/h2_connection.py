@@ -6,6 +6,7 @@
          ┌── handler ─── invoke_unary (call.py) <── only_message (frame.py)
          |
          ├── at once ──────────> `answer` ──┐
+         ├── a Later ────────────> `answer` ──┤
          └── a coroutine: task ─> `answer` ─┴──> `_flush` ── bytes ──> transport
 
 This module does what `ServerConnection` decides, and turns a request of HTTP/2 into a call of gRPC and its
@@ -38,9 +39,11 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, cast
 
-from aio import slices
+from aio import later, slices
+from aio.later import Later
 from aio.slices import SlicesFull
 from aio.steps import Steps
 from http2.frames import CLIENT_PREFACE
@@ -84,6 +87,7 @@ log = logging.getLogger(__name__)
 _OK_HEAD: Final[Headers] = [CONTENT_TYPE]
 _OK_TRAILERS: Final[Headers] = [(b"grpc-status", b"0")]
 
+_ANSWERS: Final = (bytes, tuple, Failure)
 _LINGER_S: Final = 2.0
 _LONG_S: Final = 0.05  # a wait of input that is told to its calls
 _AGE_JITTER: Final = 0.1
@@ -362,11 +366,26 @@ class Connection(asyncio.Protocol):
         elif isinstance(outcome, Failure | tuple):
             self._answer(call, outcome)
         else:
+            self._answer_later(call, outcome)
+
+    def _answer_later(self, call: Call, outcome: Later[Outcome] | Coroutine[Any, Any, Outcome]) -> None:
+        if isinstance(outcome, Later):
+            call.work = outcome
+            outcome.then(partial(self._take_later, call))
+        else:
             call.work = UnaryWork(self._loop.create_task(self._finish(call, outcome)))
+
+    def _take_later(self, call: Call, outcome: later.Outcome[Outcome]) -> None:
+        """Answer a call, or go on with it, whose outcome was not known at once."""
+        if isinstance(outcome, _ANSWERS):
+            self._answer(call, outcome)
+            self._flush_soon()
+        elif not isinstance(outcome, BaseException):
+            self._answer_later(call, outcome)
 
     async def _read_on(self, method: UnaryMethod, call: Call, steps: Steps[bytes], size_bytes: int) -> None:
         """Read a message that takes more than a step, and answer its call."""
-        outcome: Outcome | Coroutine[Any, Any, Outcome]
+        outcome: Outcome | Later[Outcome] | Coroutine[Any, Any, Outcome]
         try:
             message = await slices.of_loop().run(steps, size_bytes=size_bytes)
         except SlicesFull:
@@ -375,7 +394,7 @@ class Connection(asyncio.Protocol):
             outcome = self._refused(method, call, exc)
         else:
             outcome = invoke_unary(method, message, call)
-        self._answer(call, await outcome if isinstance(outcome, Coroutine) else outcome)
+        self._answer(call, await outcome if isinstance(outcome, Coroutine | Later) else outcome)
         self._flush_soon()
 
     async def _finish(self, call: Call, working: Coroutine[Any, Any, Outcome]) -> None:

@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from aio.later import Later, Outcome
 from mnemosyned import __version__
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.transport.call import Call, Encoded
@@ -114,33 +117,51 @@ def _beginner(tracer: Tracer, name: str, attributes: dict[str, str]) -> Callable
 
 
 def _traced(handle: UnaryHandler, begin: Callable[[Call], Span]) -> UnaryHandler:
-    from opentelemetry.trace import use_span  # an extra
-
-    def traced(message: bytes, call: Call) -> Encoded | Coroutine[Any, Any, Encoded]:
+    def traced(message: bytes, call: Call) -> Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]:
         span = begin(call)
         try:
-            # Not the current span here: what is answered at once asks no other node.
-            result = handle(message, call)
+            with _current(span):
+                result = handle(message, call)
         except Exception as exc:  # the root of a call: becomes its status
             _end_failed(span, exc)
             raise
+        if isinstance(result, Later):
+            return result.through(partial(_ended, span))
         if isinstance(result, Coroutine):
-            return wait(result, span)
+            return _wait(result, span)
         span.end()
         return result
 
-    async def wait(result: Coroutine[Any, Any, Encoded], span: Span) -> Encoded:
-        try:
-            # Current, so that what this call asks of other nodes continues it.
-            with use_span(span, record_exception=False, set_status_on_exception=False):
-                response = await result
-        except (Exception, asyncio.CancelledError) as exc:
-            _end_failed(span, exc)
-            raise
-        span.end()
-        return response
-
     return traced
+
+
+def _current(span: Span) -> AbstractContextManager[object]:
+    """Make a span the current one, so that what its call asks of other nodes continues it."""
+    from opentelemetry.trace import use_span  # an extra
+
+    return use_span(span, record_exception=False, set_status_on_exception=False)
+
+
+def _ended(span: Span, outcome: Outcome[Encoded]) -> Outcome[Encoded]:
+    """End the span of a call that another node has answered, unless it goes on."""
+    if isinstance(outcome, Coroutine):
+        return _wait(outcome, span)
+    if isinstance(outcome, BaseException):
+        _end_failed(span, outcome)
+    else:
+        span.end()
+    return outcome
+
+
+async def _wait(result: Coroutine[Any, Any, Encoded], span: Span) -> Encoded:
+    try:
+        with _current(span):
+            response = await result
+    except (Exception, asyncio.CancelledError) as exc:
+        _end_failed(span, exc)
+        raise
+    span.end()
+    return response
 
 
 def _end_failed(span: Span, exc: BaseException) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from aio.deadline import NO_DEADLINE, Deadline
+from aio.later import Later, begun
+from aio.tasks import Tasks
 from cluster.breaker import BreakerState
 from cluster.errors import ClusterError, MalformedPacket, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.forward import Forwarder
@@ -42,6 +44,7 @@ class Peer:
     told: list[str] = field(default_factory=list)
     instance: int = INSTANCE
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: Tasks = field(default_factory=lambda: Tasks("answer"))
 
     async def respond(self, timeout_s: float) -> None:
         if self.fails_with is not None:
@@ -60,7 +63,10 @@ class FakeStream:
         self.is_open = True
         self._peer = peer
 
-    async def ask(self, batch: bytes, *, timeout_s: float) -> bytes:
+    def ask(self, batch: bytes, *, timeout_s: float) -> Later[bytes]:
+        return begun(self._answered(batch, timeout_s), self._peer.tasks)
+
+    async def _answered(self, batch: bytes, timeout_s: float) -> bytes:
         self._peer.asked += 1
         try:
             await self._peer.respond(timeout_s)

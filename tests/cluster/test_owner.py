@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from aio.later import Later, begun
+from aio.tasks import Tasks
 from cluster import owner as owners
-from cluster.errors import PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
 from cluster.owner import Owner
 from cluster.peerpb import peer_pb2 as pb
 from cluster.timing import TRY_S
@@ -36,9 +38,23 @@ class Sender:
         self.fails_with: Exception | None = None
         self.may_answer = asyncio.Event()
         self.may_answer.set()
+        self.tasks = Tasks("answer")
+        self.answered_calls = 0
+        self.failures: list[type[ClusterError]] = []
 
-    async def forward(self, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
+    def send(self, items: Sequence[pb.Item], timeout_s: float) -> Later[Sequence[pb.Answer]]:
+        assert timeout_s <= TRY_S
         self.batches.append([item.method for item in items])
+        return begun(self.answers(items), self.tasks)
+
+    def answered(self, count: int) -> None:
+        self.answered_calls += count
+
+    def failed(self, failure: ClusterError, try_s: float) -> None:
+        assert try_s > 0
+        self.failures.append(type(failure))
+
+    async def answers(self, items: Sequence[pb.Item]) -> Sequence[pb.Answer]:
         await self.may_answer.wait()
         if self.fails_with is not None:
             raise self.fails_with
@@ -57,11 +73,13 @@ def sender() -> Sender:
 
 
 @pytest.fixture
-def owner(sender: Sender) -> Owner:
-    return Owner(sender.forward, sender.notify)
+async def owner(sender: Sender) -> Owner:
+    return Owner(sender, sender.notify)
 
 
-async def ask(owner: Owner, method: str = "Get", *, is_write: bool = False, try_s: float = TRY_S) -> object:
+async def ask(
+    owner: Owner, method: str = "Get", *, is_write: bool = False, try_s: float = TRY_S
+) -> pb.Answer:
     return await owner.forward(pb.Item(method=method), is_write=is_write, try_s=try_s)
 
 
@@ -74,15 +92,17 @@ async def test_a_read_and_a_write_never_share_a_batch(owner: Owner, sender: Send
     sender.may_answer.set()
     answers = await asyncio.gather(*calls)
 
+    assert sender.answered_calls == 8
     assert all(len(set(batch)) == 1 for batch in sender.batches)
     assert len(sender.batches) < 8
-    assert [answer.text for answer in answers] == ["read", "write"] * 4  # type: ignore[attr-defined]
+    assert [answer.text for answer in answers] == ["read", "write"] * 4
 
 
 async def test_a_batch_that_fails_is_each_items_failure(owner: Owner, sender: Sender) -> None:
     sender.fails_with = PeerUnreachable("broke")
 
-    assert isinstance(await ask(owner), PeerUnreachable)
+    with pytest.raises(PeerUnreachable):
+        await ask(owner)
     assert isinstance(await owner.notify("t", tell_s=5.0), PeerUnreachable)
 
 
@@ -90,8 +110,10 @@ async def test_a_call_that_shares_a_batch_of_a_slow_peer_times_out(owner: Owner,
     sender.may_answer.clear()
     first, second = (asyncio.create_task(ask(owner, try_s=0.01)) for _ in range(2))
 
-    assert isinstance(await first, PeerTimeout)
-    assert isinstance(await second, PeerTimeout)
+    for call in (first, second):
+        with pytest.raises(PeerTimeout):
+            await call
+    assert sender.failures == [PeerTimeout] * 2
 
 
 async def test_a_bug_is_no_failure_of_the_peer(owner: Owner, sender: Sender) -> None:
@@ -106,7 +128,7 @@ async def test_a_call_that_finds_too_many_waiting_is_skipped(
 ) -> None:
     limits = owners.BatchLimits(max_waiting=1, concurrency=1, is_eager=True)
     monkeypatch.setattr(owners, "_BATCHES", limits)
-    owner = Owner(sender.forward, sender.notify)
+    owner = Owner(sender, sender.notify)
     sender.may_answer.clear()
     calls = []
     for _ in range(2):
@@ -121,18 +143,19 @@ async def test_a_call_that_finds_too_many_waiting_is_skipped(
     await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_calls_that_wait_for_a_peer_that_has_left_are_unreachable(owner: Owner, sender: Sender) -> None:
+async def test_calls_to_a_peer_that_has_left_are_unreachable(owner: Owner, sender: Sender) -> None:
     sender.may_answer.clear()
-    # One in each of the two batches that may be under way, run by its own caller, and one that waits.
-    first = [asyncio.create_task(ask(owner)) for _ in range(2)]
-    await asyncio.sleep(0.01)
-    waiting = [asyncio.create_task(ask(owner)) for _ in range(2)]
-    await asyncio.sleep(0.01)
+    # One in each of the two batches that may be under way, and two that wait.
+    calls = []
+    for _ in range(4):
+        calls.append(asyncio.create_task(ask(owner)))
+        await asyncio.sleep(0.01)
+    assert len(sender.batches) == 2
     await owner.close()
+    failures = await asyncio.gather(*calls, return_exceptions=True)
 
-    assert all(isinstance(failure, PeerUnreachable) for failure in await asyncio.gather(*waiting))
-    sender.may_answer.set()
-    await asyncio.gather(*first)
+    assert all(isinstance(failure, PeerUnreachable) for failure in failures)
+    assert not sender.tasks.running()
 
 
 async def test_a_caller_that_is_cancelled_is_cancelled(owner: Owner, sender: Sender) -> None:

@@ -15,6 +15,7 @@ from google.protobuf.wrappers_pb2 import Int64Value
 from mnemosynerpc.session_pb2 import DeleteRequest, ListRequest
 
 from aio.deadline import NO_DEADLINE, Deadline
+from aio.later import Later
 from mnemosyned.api.auth import KEY_METADATA
 from mnemosyned.api.guessing import DELAY_S, GuessWatch
 from mnemosyned.api.session_manager import RPCS, SERVICE_NAME
@@ -32,7 +33,7 @@ from mnemosyned.errors import (
 from mnemosyned.security.api_keys import Callers, Role
 from mnemosyned.security.config import GuessConfig
 from mnemosyned.transport.call import Encoded, await_in_time
-from mnemosyned.transport.methods import MethodTable
+from mnemosyned.transport.methods import MethodTable, UnaryHandler, UnaryMethod
 
 METHODS = [*RPCS, "Create", "SetData", "Context"]
 NONE, SOME = b"", b"\x08\x01"
@@ -57,6 +58,9 @@ class FakeCall:
         return self.key if key == KEY_METADATA else None
 
 
+HOWS = ("at once", "waits", "forwarded", "forwarded, then waits")
+
+
 @dataclass
 class Watched:
     """One method of the table, and a watch around it."""
@@ -78,11 +82,20 @@ class Watched:
         self.health = table.unary["/grpc.health.v1.Health/Check"].handle
         self.watch.watch(table)
         self.method = table.unary[f"/{SERVICE_NAME}/{self.name}"]
-        # The same, for an answer that waits.
-        later = MethodTable()
-        later.add_unary(SERVICE_NAME, self.name, self._later)
-        self.watch.watch(later)
-        self.later = later.unary[f"/{SERVICE_NAME}/{self.name}"]
+        # The same, for an answer that waits, and for those of another node.
+        self.later = self._watched(self._later)
+        self.methods = {
+            "at once": self.method,
+            "waits": self.later,
+            "forwarded": self._watched(self._forwarded),
+            "forwarded, then waits": self._watched(self._forwarded_in_vain),
+        }
+
+    def _watched(self, handle: UnaryHandler) -> UnaryMethod:
+        table = MethodTable()
+        table.add_unary(SERVICE_NAME, self.name, handle)
+        self.watch.watch(table)
+        return table.unary[f"/{SERVICE_NAME}/{self.name}"]
 
     def _at_once(self, _message: bytes, _call: Any) -> Encoded:  # noqa: ANN401  # of no interest
         if isinstance(self.answer, MnemosyneError):
@@ -93,12 +106,21 @@ class Watched:
         await asyncio.sleep(0)
         return self._at_once(message, call)
 
+    def _forwarded(self, message: bytes, call: Any) -> Later[Encoded]:  # noqa: ANN401  # of no interest
+        answer: Later[None] = Later()
+        asyncio.get_running_loop().call_soon(answer.set_result, None)
+        return answer.through(lambda _: self._at_once(message, call))
+
+    def _forwarded_in_vain(self, message: bytes, call: Any) -> Later[Encoded]:  # noqa: ANN401  # of no interest
+        answer: Later[None] = Later()
+        asyncio.get_running_loop().call_soon(answer.set_result, None)
+        return answer.through(lambda _: self._later(message, call))
+
     async def ask(
-        self, call: FakeCall | None = None, message: bytes = b"", *, later: bool = False
+        self, call: FakeCall | None = None, message: bytes = b"", *, how: str = "at once"
     ) -> Encoded:
-        method = self.later if later else self.method
-        found = method.handle(message, call or FakeCall())
-        return await found if isinstance(found, Coroutine) else found
+        found = self.methods[how].handle(message, call or FakeCall())
+        return found if isinstance(found, bytes | tuple) else await found
 
     async def guess(self, times: int, call: FakeCall | None = None) -> None:
         for _ in range(times):
@@ -115,7 +137,7 @@ def warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
 
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize(
     ("name", "request_", "answer", "counts"),
     [
@@ -146,15 +168,15 @@ def warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 async def test_an_answer_counts_if_it_tells_about_a_token(
-    name: str, request_: bytes, answer: Encoded | MnemosyneError, *, later: bool, counts: bool
+    name: str, request_: bytes, answer: Encoded | MnemosyneError, *, how: str, counts: bool
 ) -> None:
     watched = Watched(name=name, answer=answer)
     if isinstance(answer, MnemosyneError):
         with pytest.raises(type(answer)) as caught:
-            await watched.ask(message=request_, later=later)
+            await watched.ask(message=request_, how=how)
         assert caught.value is answer
     else:
-        assert await watched.ask(message=request_, later=later) == answer
+        assert await watched.ask(message=request_, how=how) == answer
 
     assert (watched.watch.counts.tokens, watched.watch.counts.keys) == (int(counts), 0)
     assert watched.watch.callers() == int(counts)
@@ -293,13 +315,13 @@ async def test_over_the_limit_the_answer_comes_late_and_is_the_same(monkeypatch:
     assert (watched.watch.counts.late, watched.watch.counts.refused) == (2, 0)
 
 
-@pytest.mark.parametrize("later", [False, True])
-async def test_a_no_of_exists_comes_late_too(*, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", HOWS)
+async def test_a_no_of_exists_comes_late_too(*, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(limit=1, name="Exists", answer=NONE)
     await watched.ask()
     monkeypatch.setattr("mnemosyned.api.guessing.DELAY_S", 0.001)
 
-    assert await watched.ask(later=later) == NONE
+    assert await watched.ask(how=how) == NONE
     assert watched.watch.counts.late == 1
 
 
@@ -315,11 +337,11 @@ async def test_a_limit_below_the_threshold_is_logged_when_it_is_passed(
     assert [line["unknown"] for line in lines(caplog)] == [3]
 
 
-@pytest.mark.parametrize("later", [False, True])
-async def test_few_answers_of_a_caller_wait_and_the_others_are_refused_at_once(*, later: bool) -> None:
+@pytest.mark.parametrize("how", HOWS)
+async def test_few_answers_of_a_caller_wait_and_the_others_are_refused_at_once(*, how: str) -> None:
     watched = Watched(limit=1)
     await watched.guess(1)
-    tasks = [asyncio.create_task(watched.ask(later=later)) for _ in range(40)]
+    tasks = [asyncio.create_task(watched.ask(how=how)) for _ in range(40)]
     done, waiting = await asyncio.wait(tasks, timeout=0.1)
 
     assert (len(done), len(waiting)) == (32, 8)

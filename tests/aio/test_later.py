@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from aio.later import Later, Outcome, begun, failed
+from aio.tasks import Tasks
+
+
+def plus_one(outcome: Outcome[int]) -> Outcome[int]:
+    return outcome + 1 if isinstance(outcome, int) else outcome
+
+
+async def test_who_waits_gets_the_result_in_the_step_in_which_it_is_known() -> None:
+    later: Later[int] = Later()
+    taken: list[Outcome[int]] = []
+    later.through(plus_one).through(plus_one).then(taken.append)
+    later.set_result(1)
+
+    assert taken == [3]
+    assert later.done()
+
+
+async def test_steps_and_takers_that_come_after_the_result_have_it_too() -> None:
+    later: Later[int] = Later()
+    later.set_result(1)
+    taken: list[Outcome[int]] = []
+    later.through(plus_one).then(taken.append)
+
+    assert taken == [2]
+
+
+async def test_what_a_step_raises_is_its_outcome() -> None:
+    def refuse(_: Outcome[int]) -> Outcome[int]:
+        raise ValueError
+
+    early, late = Later[int](), Later[int]()
+    early.through(refuse).through(plus_one)
+    early.set_result(1)
+    late.set_result(1)
+    late.through(refuse).through(plus_one)
+
+    for later in (early, late):
+        with pytest.raises(ValueError):  # noqa: PT011  # it has no text
+            await later
+
+
+async def test_only_the_first_outcome_counts() -> None:
+    later: Later[int] = Later()
+    later.set_result(1)
+    later.set_exception(ValueError())
+    later.set_result(2)
+    later.cancel()
+
+    assert await later == 1
+
+
+async def test_who_awaits_is_woken() -> None:
+    later: Later[int] = Later()
+    asyncio.get_running_loop().call_soon(later.set_result, 1)
+
+    assert await later.through(plus_one) == 2
+
+
+async def test_who_awaits_gets_the_failure() -> None:
+    later: Later[int] = Later()
+    asyncio.get_running_loop().call_soon(later.set_exception, ValueError("no"))
+
+    with pytest.raises(ValueError, match="no"):
+        await later
+    with pytest.raises(ValueError, match="never"):
+        await failed(ValueError("never"))
+
+
+async def test_an_outcome_may_go_on_as_a_coroutine() -> None:
+    async def go_on() -> int:
+        return 5
+
+    def instead(_: Outcome[int]) -> Outcome[int]:
+        return go_on()
+
+    later: Later[int] = Later()
+    asyncio.get_running_loop().call_soon(later.set_result, 1)
+
+    assert await later.through(instead) == 5
+
+
+async def test_the_source_hears_of_who_waits_no_more_and_the_steps_see_it() -> None:
+    later: Later[int] = Later()
+    left: list[bool] = []
+    seen: list[Outcome[int]] = []
+
+    def see(outcome: Outcome[int]) -> Outcome[int]:
+        seen.append(outcome)
+        return outcome
+
+    later.on_cancel = lambda: left.append(True)
+    waiting = asyncio.ensure_future(awaiting(later.through(see)))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    later.cancel()
+
+    assert left == [True]
+    assert isinstance(seen[0], asyncio.CancelledError)
+
+
+async def test_a_caller_that_is_cancelled_as_the_outcome_comes_leaves_no_coroutine_behind() -> None:
+    begun_work: list[Coroutine[Any, Any, int]] = []
+
+    async def go_on() -> int:
+        return 5
+
+    def instead(_: Outcome[int]) -> Outcome[int]:
+        begun_work.append(go_on())
+        return begun_work[0]
+
+    later: Later[int] = Later()
+    waiting = asyncio.ensure_future(awaiting(later.through(instead)))
+    await asyncio.sleep(0)
+    later.set_result(1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+    with pytest.raises(RuntimeError, match="cannot reuse"):
+        await begun_work[0]
+
+
+async def test_a_bug_of_who_waits_is_reported_and_none_of_the_source() -> None:
+    def take(_: Outcome[int]) -> None:
+        raise ZeroDivisionError
+
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    later: Later[int] = Later()
+    later.then(take)
+    later.set_result(1)
+
+    assert isinstance(reported[0], ZeroDivisionError)
+
+
+async def test_work_runs_as_a_task_and_is_cancelled_with_its_later() -> None:
+    tasks, ended = Tasks("work"), asyncio.Event()
+
+    async def work() -> int:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        return 1
+
+    async def short() -> int:
+        return 1
+
+    assert await begun(short(), tasks) == 1
+    later = begun(work(), tasks)
+    await asyncio.sleep(0)
+    later.cancel()
+    async with asyncio.timeout(5):
+        await ended.wait()
+
+
+async def test_work_whose_tasks_are_closed_is_cancelled() -> None:
+    async def work() -> int:
+        return 1
+
+    tasks = Tasks("work")
+    early = begun(work(), tasks)
+    await tasks.close()
+
+    for later in (early, begun(work(), tasks)):
+        with pytest.raises(asyncio.CancelledError):
+            await later
+
+
+async def awaiting(later: Later[int]) -> int:
+    return await later
