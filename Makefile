@@ -22,7 +22,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to try
-	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: $(ARGS)
+	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
 	@$(BIN)/python deploy/local_cluster.py
@@ -137,7 +137,7 @@ wheel: $(VENV)/dev.stamp ## build the wheels of the daemon and of the client int
 
 lock: ## write requirements.lock from the newest versions that setup.cfg allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[embedded,otel,dev]'
+	build/lock/bin/python -m pip install --quiet '.[embedded,redis,otel,dev]'
 	echo "# The versions that everybody installs: \`make lock\` writes this; setup.cfg says which would do." \
 		> requirements.lock
 	build/lock/bin/python -m pip freeze --exclude mnemosyned >> requirements.lock
@@ -147,11 +147,11 @@ clean: ## remove what the other targets made, but no data
 
 # The lock gives everybody the same versions; setup.cfg says which would do.
 $(VENV)/run.stamp: setup.cfg requirements.lock
-	$(call install,embedded,40 MB and takes about one minute)
+	$(call install,embedded$(,)redis,40 MB and takes about one minute)
 	@touch $@
 
 $(VENV)/dev.stamp: setup.cfg requirements.lock
-	$(call install,embedded$(,)otel$(,)dev,130 MB and takes about two minutes)
+	$(call install,embedded$(,)redis$(,)otel$(,)dev,130 MB and takes about two minutes)
 	@touch $(VENV)/run.stamp $@
 
 # $(1) are the extras, $(2) is what to expect.

@@ -434,10 +434,10 @@ async def keep_running(server: PrivateServer, restarter: Executor) -> None:
     # It takes seconds, up to a minute. Meanwhile copies are served, and probes answered.
     async def look() -> None:
         if server.exited():
-            log.error("embedded_postgres_died")
+            log.error("private_server_died")
             try:
                 await asyncio.get_running_loop().run_in_executor(restarter, server.restart)
             except StorageRefused as exc:
-                log.error("embedded_postgres_restart_failed", extra={"error": str(exc)})
+                log.error("private_server_restart_failed", extra={"error": str(exc)})
 
-    await run_periodically("embedded_postgres_restart", look, period_s=lambda: _SERVER_CHECK_S)
+    await run_periodically("private_server_restart", look, period_s=lambda: _SERVER_CHECK_S)

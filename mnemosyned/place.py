@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mnemosyned.node_config import ClusterConfig, joined_address, split_address
 from mnemosyned.sessions.config import CacheConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.storage.redis.config import RedisConfig
 from mnemosyned.transport.config import GrpcConfig
 from mnemosyned.transport.engine import UNIX_PREFIX
 
@@ -48,8 +49,9 @@ _DIVIDED: Final = (
     (CacheConfig, "negative_bytes", 0),
     (CacheConfig, "mirror_bytes", 0),
     (PostgresConfig, "pool_size", 2),
+    (RedisConfig, "pool_size", 2),
 )
-_SHARING: Final = (GrpcConfig, CacheConfig, PostgresConfig)
+_SHARING: Final = (GrpcConfig, CacheConfig, PostgresConfig, RedisConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.security.config import AuthConfig
 from mnemosyned.settings import SECTIONS
 from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.storage.redis.config import RedisConfig
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -138,6 +139,8 @@ class Reload:
         followed = {"cluster.secret", "log.level"}
         if self._config[PostgresConfig].address_file:
             followed.add("postgres.address")
+        if self._config[RedisConfig].address_file:
+            followed.add("redis.address")
         if self._node is None:
             followed.discard("cluster.secret")
         return [name for name in dict.fromkeys(changed) if name not in followed]

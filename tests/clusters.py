@@ -40,6 +40,12 @@ MAX_STALE_S = 5.0
 _CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_subchannel_pool", 1))
 
 
+def _storage_flags(dsn: str) -> tuple[str, ...]:
+    if dsn.startswith("redis"):
+        return ("-storage=redis", f"-redis.address={dsn}")
+    return (f"-postgres.address={dsn}", "-postgres.pool.size=4")
+
+
 class Cluster:
     """Daemons that are one another's seeds."""
 
@@ -81,8 +87,7 @@ class Cluster:
         daemon = Daemon(
             f"-host={host if network is None else network.addresses[host]}",
             f"-port={port}",
-            f"-postgres.address={self.dsns.get(name, self.dsn)}",
-            "-postgres.pool.size=4",
+            *_storage_flags(self.dsns.get(name, self.dsn)),
             f"-cluster.listen={name}",
             f"-cluster.seeds={','.join(self.seeds if seeds is None else seeds)}",
             *([f"-cluster.secret={secret}"] if secret else []),

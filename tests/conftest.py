@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
+from redis_servers import PACKAGES, RedisServer, programs
+from redis_servers import redis_server as run_redis_server
 from secrecy import CANARY, searched_logs, take_leaks
 
 from mnemosyned.embedded.server import EmbeddedPostgres
@@ -71,6 +73,26 @@ def postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
     _execute(postgres_server.dsn, f"CREATE DATABASE {name}")
     yield f"postgres://tests:{PASSWORD}@127.0.0.1:{postgres_server.port}/{name}"
     _execute(postgres_server.dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis, or else a Valkey, for this process; each test has a prefix of its own there."""
+    kind = next(iter(programs()), "redis")
+    yield from _server_of(kind, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Valkey for this process."""
+    yield from _server_of("valkey", tmp_path_factory)
+
+
+def _server_of(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if kind not in programs():
+        pytest.skip(f"needs {PACKAGES[kind]}")
+    with run_redis_server(tmp_path_factory.mktemp(kind), kind) as server:
+        yield server
 
 
 def _execute(dsn: str, statement: str) -> None:

@@ -49,6 +49,7 @@ async def exported_families() -> list[Metric]:
     """Collect from a real node of a cluster, and from all that a daemon may add to it."""
     registry = new_registry()
     QueryMetrics(registry)
+    QueryMetrics(registry, "redis")
     UpkeepMetrics(registry)
     AuthMetrics(registry)
     show_certificates_end(registry, lambda: 0.0)

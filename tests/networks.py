@@ -182,6 +182,9 @@ class Relay:
             contextlib.suppress(OSError),
             socket.create_connection(("127.0.0.1", self._target_port)) as server,
         ):
+            for one in (client, server):
+                # Else a reply in two parts, as of a script and the wait behind it, is held up for 40 ms.
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._open |= {client, server}
             back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
             back.start()

@@ -14,6 +14,7 @@ from typing import Final
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
+from redis_servers import RedisServer
 from secrecy import CANARY
 
 from mnemosyned.observe.metrics import QueryMetrics
@@ -25,6 +26,8 @@ from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
+from mnemosyned.storage.redis.pool import RedisOptions, RedisPool
+from mnemosyned.storage.redis.store import RedisStore
 
 TTL_US = 60_000_000
 TOUCH_INTERVAL_US = 6_000_000
@@ -87,11 +90,52 @@ async def _postgres(request: pytest.FixtureRequest) -> Engine:
     return await postgres_engine(request.getfixturevalue("postgres_dsn"))
 
 
+def new_redis_store(url: str, prefix: str = "test:", *, wait: int | None = None) -> RedisStore:
+    options = RedisOptions(
+        address=url, prefix=prefix, pool_size=8, connect_timeout_s=5, timeout_s=5, wait=wait
+    )
+    return RedisStore(RedisPool(options, QueryMetrics(CollectorRegistry(), "redis")), timeout_s=5)
+
+
+async def redis_engine(server: RedisServer) -> Engine:
+    prefix = f"test {secrets.token_hex(4)}:"
+    store = new_redis_store(server.url, prefix)
+
+    async def shift(token: str, seconds: float) -> None:
+        """Move the expiry in the record and in the indexes."""
+        link = await store._pool._connector.connect()  # type: ignore[union-attr]  # it is open
+        key = f"{prefix}s:{token}"
+        (record,) = await link.call([("GET", key)])
+        at_us = int(record[:16]) + int(seconds * 1e6)
+        subject = record[40 : 40 + int.from_bytes(record[24:28], "big")]
+        await link.call(
+            [
+                ("SETRANGE", key, 0, f"{at_us:016}"),
+                ("ZADD", f"{prefix}x", at_us, token),
+                ("ZADD", f"{prefix}u:".encode() + subject, at_us, token),
+            ]
+        )
+        await link.close()
+
+    return Engine(store, shift)
+
+
+async def _redis(request: pytest.FixtureRequest) -> Engine:
+    return await redis_engine(request.getfixturevalue("redis_server"))
+
+
+async def _valkey(request: pytest.FixtureRequest) -> Engine:
+    return await redis_engine(request.getfixturevalue("valkey_server"))
+
+
 # How each engine of the registry is made for one test: not yet opened, without any session.
 ENGINES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {
     "memory": memory_engine,
     "postgres": _postgres,
+    "redis": _redis,
 }
+# The same engine on another server.
+FLAVOURS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {"valkey": _valkey}
 # Those of them whose tokens can be hashed.
 RENAMABLE: Final = [name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename]
 # Those that `mnemosyned check` can walk through.
@@ -101,7 +145,7 @@ CHECKABLE: Final = [name for name in RENAMABLE if engines.ENGINES[name].capabili
 @asynccontextmanager
 async def opened(name: str, request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     """Lend the engine of this name, open and without any session."""
-    engine = await ENGINES[name](request)
+    engine = await (ENGINES | FLAVOURS)[name](request)
     await engine.store.open()
     yield engine
     await engine.store.close()

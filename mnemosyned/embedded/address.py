@@ -8,10 +8,10 @@ from pathlib import Path
 from mnemosyned.embedded.programs import EmbeddedError
 
 
-def data_directory(address: str, environ: Mapping[str, str]) -> Path:
+def data_directory(address: str, environ: Mapping[str, str], name: str = "postgres") -> Path:
     """Return the directory that an `embedded:` address names.
 
-    `embedded:` alone is `mnemosyned/postgres` under `$XDG_DATA_HOME` or `~/.local/share`;
+    `embedded:` alone is `mnemosyned/NAME` under `$XDG_DATA_HOME` or `~/.local/share`;
     `embedded:///abs/dir` and `embedded:rel/dir` are what they say.
 
     Raises:
@@ -26,4 +26,4 @@ def data_directory(address: str, environ: Mapping[str, str]) -> Path:
             base = Path.home() / ".local" / "share"
         except RuntimeError:
             raise EmbeddedError("no home directory: set XDG_DATA_HOME or use embedded:///dir") from None
-    return base / "mnemosyned" / "postgres"
+    return base / "mnemosyned" / name

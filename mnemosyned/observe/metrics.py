@@ -315,10 +315,10 @@ class GuessCollector(Collector):
 
 
 class QueryMetrics:
-    """The statements sent to PostgreSQL, by the names of storage/postgres/queries.py."""
+    """The statements sent to a database, by the names of storage/postgres/queries.py or redis/scripts.py."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        prefix = "mnemosyned_storage_postgres"
+    def __init__(self, registry: CollectorRegistry, engine: str = "postgres") -> None:
+        prefix = f"mnemosyned_storage_{engine}"
         labels = ("query",)
         self._queries = Counter(f"{prefix}_queries", "Statements sent.", labels, registry=registry)
         self._errors = Counter(f"{prefix}_errors", "Statements that failed.", labels, registry=registry)

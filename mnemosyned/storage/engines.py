@@ -20,6 +20,7 @@ from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import one_of
 from mnemosyned.security.config import AuthConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.storage.redis.config import RedisConfig
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -144,6 +145,45 @@ def _start_private_postgres(config: Config) -> PrivateServer | None:
     return start(config[PostgresConfig])
 
 
+def _build_redis(config: Config, surroundings: Surroundings) -> EngineStore:
+    from mnemosyned.storage.redis.build import build
+
+    section, server = config[RedisConfig], surroundings.server
+    return build(
+        section,
+        dsn=section.address if server is None else server.dsn,
+        registry=surroundings.registry,
+        address=surroundings.address,
+    )
+
+
+def _start_private_redis(config: Config) -> PrivateServer | None:
+    from mnemosyned.storage.redis.private_server import start
+
+    return start(config[RedisConfig])
+
+
+def _follow_address_of_redis(config: Config) -> FileReloader[str] | None:
+    from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
+    from mnemosyned.storage.redis.config import is_private
+
+    section = config[RedisConfig]
+    if not section.address_file or is_private(section.address):
+        return None
+
+    def read() -> str:
+        try:
+            found = section.address_in_file()
+        except ConfigError as exc:
+            raise FilesUnusable(str(exc)) from None
+        if is_private(found):
+            raise FilesUnusable(f"{section.address_file}: a private server needs a restart")
+        return found
+
+    path = section.address_file
+    return FileReloader("redis_address", [path], read, secret_paths=[path])
+
+
 def _build_memory(_: Config, __: Surroundings) -> EngineStore:
     from mnemosyned.storage.memory import MemoryStore
 
@@ -161,6 +201,15 @@ ENGINES: Final = {
             section=PostgresConfig,
             start_server=_start_private_postgres,
             follow_address=_follow_address_of_postgres,
+        ),
+        Engine(
+            name="redis",
+            meaning="Redis or Valkey",
+            capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True, can_check=True),
+            build=_build_redis,
+            section=RedisConfig,
+            start_server=_start_private_redis,
+            follow_address=_follow_address_of_redis,
         ),
         Engine(
             name="memory",

@@ -81,7 +81,7 @@ def test_an_embedded_server_that_dies_is_started_again(tmp_path: Path) -> None:
         token = stub.Start(NEW).session.access_token
         for pid in processes_on(tmp_path):
             os.kill(pid, signal.SIGKILL)
-        daemon.wait_for("embedded_postgres_died")
+        daemon.wait_for("private_server_died")
         deadline_s = time.monotonic() + 20
         while time.monotonic() < deadline_s:
             try:

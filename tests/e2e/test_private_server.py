@@ -29,7 +29,7 @@ def restarting(directory: Path) -> Iterator[tuple[Daemon, list[int]]]:
             os.kill(pid, signal.SIGSTOP)
         try:
             os.kill(server, signal.SIGKILL)
-            daemon.wait_for("embedded_postgres_died")
+            daemon.wait_for("private_server_died")
             yield daemon, backends
         finally:
             for pid in backends:

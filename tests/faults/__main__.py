@@ -12,6 +12,7 @@ from pathlib import Path
 from faults.laboratory import CLOCKS, FAKETIME, Variant
 from faults.runner import Plan, run
 from faults.schedules import FaultKind
+from faults.storages import STORAGES
 from networks import IS_POSSIBLE
 
 
@@ -57,6 +58,7 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, choices=(3, 5), default=3)
     parser.add_argument("--engine", choices=("h2", "grpcio"), default="h2")
     parser.add_argument("--tls", action="store_true", help="between nodes, and for clients")
+    parser.add_argument("--storage", choices=tuple(STORAGES), default="postgres")
     parser.add_argument("--hmac", action="store_true", help="hash the tokens at rest")
     parser.add_argument("--flag", action="append", default=[], help="another flag of the daemons")
     parser.add_argument("--rate", type=float, default=250.0, help="calls a second, without those that follow")
@@ -73,6 +75,7 @@ def plans(arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
         engine=arguments.engine,
         has_tls=arguments.tls,
         has_hmac=arguments.hmac,
+        storage=arguments.storage,
         flags=tuple(arguments.flag),
     )
     possible = [kind for kind in FaultKind if kind not in CLOCKS or FAKETIME]

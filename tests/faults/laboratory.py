@@ -19,12 +19,9 @@ import grpc
 from certificates import Authority
 from clusters import Cluster, until
 from faults.schedules import Fault, FaultKind
+from faults.storages import STORAGES, Storage
 from networks import STORAGE, Network, Relay
-from replicas import execute, kill, promote, standby_of, until_true
 from secrecy import CANARY
-
-from mnemosyned.embedded.probes import servers_on
-from mnemosyned.embedded.server import EmbeddedPostgres
 
 # Of Debian's package `faketime`.
 FAKETIME: Final = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
@@ -49,6 +46,7 @@ class Variant:
     engine: str = "h2"
     has_tls: bool = False
     has_hmac: bool = False
+    storage: str = "postgres"
     flags: tuple[str, ...] = ()
 
 
@@ -77,7 +75,6 @@ class Laboratory:
         self._stack = ExitStack()
         # Two faults of one node, or of the storage, would undo one another's end.
         self._locks: dict[str, asyncio.Lock] = {}
-        self._standbys = 0
 
     def __enter__(self) -> Self:
         try:
@@ -94,8 +91,8 @@ class Laboratory:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._network = self._stack.enter_context(Network([*self.names, _SPARE]))
         with self._fake_clock(STORAGE):
-            self._storage = EmbeddedPostgres.start(self._directory / "storage")
-        self._stack.callback(self._stop_storage)
+            self._storage: Storage = STORAGES[self.variant.storage](self._directory)
+        self._stack.callback(self._storage.stop)
         # Each node has a relay of its own, so that its link alone can be slow.
         self._relays = {
             name: self._stack.enter_context(Relay(self._network.storage_address, self._storage.port))
@@ -110,10 +107,6 @@ class Laboratory:
         self._stack.enter_context(self.cluster)
         self.cluster.start()
 
-    def _stop_storage(self) -> None:
-        # The one of now: a failover replaces it.
-        self._storage.stop()
-
     def _peer(self, name: str) -> str:
         return f"{name}:{_PORT}"
 
@@ -123,7 +116,7 @@ class Laboratory:
         return f"{before}@{address}/{urlsplit(self._storage.dsn).path.lstrip('/')}" if after else ""
 
     def _flags(self) -> list[str]:
-        flags = [_TTL, f"-grpc.engine={self.variant.engine}", *self.variant.flags]
+        flags = [_TTL, *self._storage.flags, f"-grpc.engine={self.variant.engine}", *self.variant.flags]
         if self.variant.has_hmac:
             file = self._directory / "token.key"
             file.write_text(f"{CANARY}-the-key-of-the-tokens-of-the-laboratory\n")
@@ -257,12 +250,8 @@ class Laboratory:
 
     async def _storage_restart(self, fault: Fault) -> None:
         async with self._disturbing(STORAGE):
-            if int(fault.lasts_s * 100) % 2:
-                kill(self._storage)
-            else:
-                assert self._storage.pid is not None
-                os.kill(self._storage.pid, signal.SIGINT)
-            await until(self._storage.exited)
+            self._storage.end(is_killed=bool(int(fault.lasts_s * 100) % 2))
+            await until(self._storage.has_ended)
             await asyncio.sleep(fault.lasts_s)
             await asyncio.to_thread(self._restart_storage)
 
@@ -272,36 +261,25 @@ class Laboratory:
 
     async def _storage_freeze(self, fault: Fault) -> None:
         async with self._disturbing(STORAGE):
-            stopped = servers_on(self._storage.directory / "data")
-            _signal_all(stopped, signal.SIGSTOP)
+            self._storage.signal(signal.SIGSTOP)
             try:
                 await asyncio.sleep(fault.lasts_s)
             finally:
-                _signal_all(stopped, signal.SIGCONT)
+                self._storage.signal(signal.SIGCONT)
 
     async def _failover(self, fault: Fault) -> None:
         async with self._disturbing(STORAGE):
-            standby = await asyncio.to_thread(self._synchronous_standby)
-            old, self._storage = self._storage, standby
-            kill(old)
-            await until(old.exited)
+            await asyncio.to_thread(self._make_copy)
+            self._storage.end(is_killed=True)
+            await until(self._storage.has_ended)
             await asyncio.sleep(fault.lasts_s)
-            await asyncio.to_thread(promote, standby)
+            await asyncio.to_thread(self._storage.promote_copy)
             for relay in self._relays.values():
-                relay.point_to(standby.port)
-            await asyncio.to_thread(old.stop)
+                relay.point_to(self._storage.port)
 
-    def _synchronous_standby(self) -> EmbeddedPostgres:
-        """Copy the storage, and have it wait for the copy: what is acknowledged must survive."""
-        self._standbys += 1
-        primary = self._storage
+    def _make_copy(self) -> None:
         with self._fake_clock(STORAGE):
-            standby = standby_of(primary, self._directory / f"standby-{self._standbys}")
-        until_true(primary.dsn, "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
-        # After the copy was made: the copy itself waits for nobody.
-        execute(primary.dsn, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
-        until_true(primary.dsn, "SELECT count(*) = 1 FROM pg_stat_replication WHERE sync_state = 'sync'")
-        return standby
+            self._storage.make_copy()
 
     async def _rolling(self, fault: Fault) -> None:
         for name in self.names:
@@ -389,9 +367,3 @@ class Laboratory:
 
 def _turned(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(target, source) for source, target in pairs]
-
-
-def _signal_all(pids: Sequence[int], number: int) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)

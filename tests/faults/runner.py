@@ -50,6 +50,7 @@ class Plan:
         words.append(f"--rate={self.rate:g}")
         words += ["--mixed"] * self.is_mixed + ["--patient"] * self.is_patient
         words += ["--tls"] * self.variant.has_tls
+        words += [f"--storage={self.variant.storage}"] * (self.variant.storage != "postgres")
         words += ["--hmac"] * self.variant.has_hmac + [f"--engine={self.variant.engine}"]
         words += [f"--flag={flag}" for flag in self.variant.flags]
         return words

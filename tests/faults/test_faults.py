@@ -13,6 +13,7 @@ from faults.laboratory import Variant
 from faults.runner import Plan, Result, run
 from faults.schedules import FaultKind
 from networks import IS_POSSIBLE
+from redis_servers import needs_redis
 
 pytestmark = [
     pytest.mark.timeout(150),
@@ -32,6 +33,13 @@ VARIANTS: Final = {
     "five nodes with hashed tokens": Variant(nodes=5, has_hmac=True),
     "grpcio with TLS": Variant(engine="grpcio", has_tls=True),
 }
+REDIS_KINDS: Final = (
+    FaultKind.KILL,
+    FaultKind.PART,
+    FaultKind.STORAGE_CUT,
+    FaultKind.STORAGE_RESTART,
+    FaultKind.FAILOVER,
+)
 
 
 @pytest.mark.parametrize("kind", CI_KINDS, ids=[kind.value for kind in CI_KINDS])
@@ -47,6 +55,11 @@ def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_was_acknowledged_stays_so_in_every_variant(variant: Variant, tmp_path: Path) -> None:
     judge(Plan(seed=2, kinds=CI_KINDS, variant=variant, rate=150.0, is_patient=True), tmp_path)
+
+
+@needs_redis
+def test_what_was_acknowledged_stays_so_on_redis_whose_replica_confirms_it(tmp_path: Path) -> None:
+    judge(Plan(seed=1, kinds=REDIS_KINDS, variant=Variant(storage="redis"), is_patient=True), tmp_path)
 
 
 def judge(plan: Plan, directory: Path) -> Result:

@@ -48,7 +48,12 @@ def test_mixed_faults_overlap() -> None:
             kinds=(FaultKind.LOSSY,),
             rate=99,
             variant=Variant(
-                nodes=5, engine="grpcio", has_tls=True, has_hmac=True, flags=("-cache.ttl=1h", "-grpc.debug")
+                nodes=5,
+                engine="grpcio",
+                has_tls=True,
+                has_hmac=True,
+                storage="redis",
+                flags=("-cache.ttl=1h", "-grpc.debug"),
             ),
         ),
     ],

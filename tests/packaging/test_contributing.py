@@ -153,7 +153,7 @@ def test_its_flags_are_in_help_and_in_the_readme(sources: Path) -> None:
     [
         (["-toy.timeout=soon"], "flag -toy.timeout: "),
         (["-toy.file=postgres://host/"], "flag -toy.file: "),
-        (["-storage=redis"], f"flag -storage: 'redis' is not one of {', '.join(ENGINES)}, toy"),
+        (["-storage=etcd"], f"flag -storage: 'etcd' is not one of {', '.join(ENGINES)}, toy"),
         (["-cluster.seeds=10.0.0.1:8080"], "flag -storage: toy is for a single node"),
         (["-token.key.file=toy.key"], "flag -token.key.file: -storage=toy cannot hash tokens at rest"),
     ],

@@ -32,6 +32,8 @@ from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.settings import FLAGS, parse
 from mnemosyned.storage.engines import StorageConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
+from mnemosyned.storage.redis.address import parse as parse_redis
+from mnemosyned.storage.redis.config import RedisConfig
 from mnemosyned.transport.config import GrpcConfig
 
 ROOT = Path(__file__).parents[2]
@@ -327,6 +329,20 @@ def test_the_composed_nodes_are_one_cluster() -> None:
     published = {port.rpartition(":")[2] for n in (1, 2, 3) for port in services[f"node-{n}"]["ports"]}
     assert {config[ClusterConfig].bind.rpartition(":")[2] for config in configs}.isdisjoint(published)
     assert len(targets["targets"]) == 3
+
+
+def test_the_composed_nodes_on_redis_store_where_the_server_is() -> None:
+    composed = yaml.safe_load((COMPOSE / "redis.yaml").read_text())["services"]
+    server = composed.pop("redis")
+    configs = [parse([], service["environment"]) for service in composed.values()]
+
+    for config in configs:
+        address = parse_redis(config[RedisConfig].address)
+        assert config[StorageConfig].name == "redis"
+        assert address.hosts == (("redis", 6379),)
+        assert address.login.password == server["command"][server["command"].index("--requirepass") + 1]
+    assert set(composed) == {"node-1", "node-2", "node-3"}
+    assert re.search(r":v?\d", server["image"])
 
 
 def mounts(service: str) -> dict[Path, Path]:

@@ -44,6 +44,14 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert sources <= set(wheel.namelist())
 
 
+def test_the_scripts_of_redis_are_shipped(wheel: zipfile.ZipFile) -> None:
+    directory = ROOT / "mnemosyned" / "storage" / "redis" / "scripts"
+    scripts = {path.relative_to(ROOT).as_posix() for path in directory.glob("*.lua")}
+
+    assert scripts
+    assert scripts <= set(wheel.namelist())
+
+
 def test_types_are_shipped(wheel: zipfile.ZipFile) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(wheel.namelist())
     assert "mnemosynerpc/session_pb2.pyi" in wheel.namelist()

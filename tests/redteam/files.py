@@ -17,6 +17,7 @@ _KIND: Final = "file"
 _SECRET: Final = f"{CANARY}-secret-of-a-file-that-is-long-enough"
 _MEMORY: Final = ("-storage=memory", "-port=0")
 _POSTGRES: Final = "postgres://u@127.0.0.1:1/d"
+_REDIS: Final = f"redis://:{CANARY}-the-password@127.0.0.1:1/0"
 # Nonsense must not be repeated: it may be a secret in the wrong file.
 _NONSENSE: Final = {
     "words": f"{CANARY} nonsense\n".encode(),
@@ -41,6 +42,7 @@ def _valid(lab: Lab) -> dict[str, tuple[Path, list[str]]]:
         "cluster.secret.file": _write(lab.scratch / "secret", _SECRET),
         "token.key.file": _write(lab.scratch / "token", _SECRET),
         "postgres.address.file": _write(lab.scratch / "address", _POSTGRES),
+        "redis.address.file": _write(lab.scratch / "redis", _REDIS),
         "tls.key": lab.scratch / "ca" / "node" / "key.pem",
         "config": _write(lab.scratch / "config.toml", 'log.level = "info"\n'),
     }
@@ -52,6 +54,7 @@ def _valid(lab: Lab) -> dict[str, tuple[Path, list[str]]]:
         "token.key.file": [f"-postgres.address={_POSTGRES}"],
         "tls.key": [*_MEMORY, *(flag for flag in tls if not flag.startswith("-tls.key"))],
         "postgres.address.file": [],
+        "redis.address.file": ["-storage=redis"],
     }
     return {name: (path, [*others.get(name, _MEMORY), f"-{name}={path}"]) for name, path in files.items()}
 

@@ -1,4 +1,4 @@
-"""What a fault of PostgreSQL is called, what to look at, and how often the log says so.
+"""What a fault of PostgreSQL is called, and what to look at.
 
 Errors fall into four classes:
 
@@ -15,30 +15,21 @@ Naming them:
 Never the server's own text: it may quote a row, and so a token. The SQLSTATE and its name say enough,
 together with which server, which database and user, and what was being done.
 
-A fault is logged when it begins. While it lasts it is logged once a minute, with how often it has happened
-since when: an outage at ten thousand calls a second is two lines a minute. A fault that has not happened for
-a minute begins again. `storage/health.py` logs the end of an outage.
+How often the log says so: `storage/fault_log.py`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import socket
 import ssl
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, TypeGuard
 
 import asyncpg
 
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.fault_log import system_reason
 from mnemosyned.storage.postgres.address import AddressError
-
-log = logging.getLogger(__name__)
 
 # Not the fault of one item; a retry may succeed.
 TRANSIENT: Final = (
@@ -90,9 +81,6 @@ REFUSALS: Final = (
     asyncpg.InsufficientPrivilegeError,
 )
 
-_PERIOD_S: Final = 60.0
-# SQLSTATEs are few, but a server may invent some.
-_MAX_FAULTS: Final = 200
 _HINTS: Final = {
     "08P01": "a pooler or proxy may refuse the start-up: see its log, and `options` in the address",
     "22P05": "the database's encoding cannot hold the text: use a database in UTF8",
@@ -165,18 +153,8 @@ def error_of(exc: BaseException) -> str:
 
 def condition_of(exc: BaseException) -> str:
     """Return PostgreSQL's name of the condition, such as invalid_password; or the reason in words."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"TLS: the server's certificate: {exc.verify_message}"
-    if isinstance(exc, ssl.SSLError):
-        # A constant of OpenSSL; the whole text names its source files.
-        reason = getattr(exc, "reason", None) or "the handshake failed"
-        return f"TLS: {reason.lower().replace('_', ' ')}"
-    if isinstance(exc, socket.gaierror):
-        return "the name of the host cannot be resolved"
-    if isinstance(exc, TimeoutError):
-        return "no answer in time"
     if isinstance(exc, OSError):
-        return _system_reason(exc)
+        return system_reason(exc)
     if isinstance(exc, asyncpg.TargetServerAttributeNotMatched):
         return "no server that can be written to"
     if isinstance(exc, asyncpg.PostgresError):
@@ -210,68 +188,3 @@ def hint_of(exc: BaseException) -> str:
     if type(exc) is ConnectionError:
         return "the server has no TLS: see sslmode in the address, and ssl in the server's configuration"
     return ""
-
-
-def _system_reason(exc: OSError) -> str:
-    if exc.errno:
-        # Not `strerror`: asyncio puts the address into it.
-        return os.strerror(exc.errno).lower()
-    if "rejected SSL upgrade" in str(exc):
-        return "TLS: the server has none"
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(exc).__name__.removesuffix("Error")).lower()
-    return words or "the system refuses"
-
-
-@dataclass(slots=True)
-class _Lasting:
-    """One fault: since when, how often, and when it was logged last."""
-
-    since: str
-    last_s: float
-    logged_s: float
-    count: int = 0
-
-
-class FaultLog:
-    """Logs each fault when it begins, and once a minute while it lasts."""
-
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._now_s = now_s
-        self._lasting: dict[tuple[str, str], _Lasting] = {}
-        self.where: dict[str, str] = {}  # fields of each line
-
-    def described(self, doing: str, exc: BaseException) -> str:
-        """Return a fault in one line: what was being done, what happened, and where."""
-        where = ", ".join(f"{name} {value}" for name, value in self.where.items())
-        return f"{doing}: {name_of(exc)} ({where})"
-
-    def failed(self, doing: str, exc: BaseException) -> None:
-        """Log a fault of what was being done, unless the log has it."""
-        now_s, error = self._now_s(), error_of(exc)
-        # One key for all statements: an outage concerns them all.
-        key = (error, condition_of(exc))
-        lasting = self._lasting.get(key)
-        if lasting is None or now_s - lasting.last_s > _PERIOD_S:
-            if len(self._lasting) >= _MAX_FAULTS:
-                self._lasting.clear()
-            since = datetime.now(tz=UTC).isoformat(timespec="seconds")
-            lasting = self._lasting[key] = _Lasting(since=since, last_s=now_s, logged_s=-_PERIOD_S + now_s)
-        lasting.last_s = now_s
-        lasting.count += 1
-        if now_s - lasting.logged_s < _PERIOD_S:
-            return
-        lasting.logged_s = now_s
-        lasts = {"times": lasting.count, "since": lasting.since} if lasting.count > 1 else {}
-        tried = "; ".join(getattr(exc, "__notes__", ()))
-        log.warning(
-            "storage_failed",
-            extra={
-                "query": doing,
-                "error": error,
-                "condition": condition_of(exc),
-                **self.where,
-                **({"tried": tried} if tried else {}),
-                **({"hint": hint} if (hint := hint_of(exc)) else {}),
-                **lasts,
-            },
-        )

@@ -45,7 +45,8 @@ from aio.tasks import Tasks
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.postgres import address, session_settings
+from mnemosyned.storage.fault_log import FaultLog
+from mnemosyned.storage.postgres import address, faults, session_settings
 from mnemosyned.storage.postgres.acquisition import Acquisition
 from mnemosyned.storage.postgres.address import AddressError
 from mnemosyned.storage.postgres.connector import Connector
@@ -53,7 +54,6 @@ from mnemosyned.storage.postgres.faults import (
     CONFIGURED_WRONG,
     REFUSALS,
     TRANSIENT,
-    FaultLog,
     Faults,
     hint_of,
     is_of_the_table,
@@ -103,7 +103,7 @@ class PostgresPool:
     def __init__(self, options: PostgresOptions, metrics: QueryMetrics) -> None:
         self._options = options
         self._metrics = metrics
-        self._faults = FaultLog()
+        self._faults = FaultLog(faults)
         self._dsn = options.dsn
         self._connector: Connector | None = None
         self._is_pooled = False

@@ -15,17 +15,16 @@ read and made in the next round. So is a change that fails on a remembered bag.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aio.slices import in_slices
-from aio.units import NEVER_US
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
 from mnemosyned.sessions.model import ValueChange
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS
 from mnemosyned.storage.postgres.queries import Queries, Query
-from mnemosyned.storage.postgres.value_changes import Changed, Outcome, changing
+from mnemosyned.storage.value_changes import Changed, Outcome, changing
 
 if TYPE_CHECKING:
     from asyncpg import Record
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 _QUICK_ROUNDS: Final = 4
 # If this process is stalled between the two, PostgreSQL ends the transaction after this time.
 _LOCKED_MS: Final = 500
-# Of the bags that one statement writes; a larger one goes alone. Two milliseconds of copying.
-_PORTION_BYTES: Final = 1024**2
 # A remembered bag is sent with the one that replaces it.
 _MAX_KNOWN_BYTES: Final = 1024
 _MAX_MEMORY_BYTES: Final = 8 * 1024**2
@@ -150,14 +147,9 @@ class ValueWriter:
         fetch: Callable[..., Awaitable[list[Record]]],
     ) -> set[bytes]:
         """Write the bags whose rows are as `before` says; return the tokens of those that were written."""
-        # The least of the limits in time of a token's changes: they share one UPDATE, and the earliest limit
-        # is safe for all of them.
-        limits_us = dict.fromkeys(changed.bags, NEVER_US)
-        for outcome in changed.outcomes:
-            if outcome.token in limits_us and not outcome.is_failure:
-                limits_us[outcome.token] = min(limits_us[outcome.token], outcome.not_after_us)
+        limits_us = changed.limits_us()
         written: set[bytes] = set()
-        for tokens in _portions(changed.bags):
+        for tokens in changed.portions():
             bags = [changed.bags[token] for token in tokens]
             limits = [limits_us[token] for token in tokens]
             rows = await fetch(writing, tokens, [before[token] for token in tokens], bags, limits)
@@ -173,17 +165,3 @@ def _token(change: ValueChange) -> bytes:
 
 def _lost(token: bytes) -> Outcome:
     return Outcome(token, {})
-
-
-def _portions(bags: Mapping[bytes, bytes]) -> Iterator[list[bytes]]:
-    """Return the tokens of bags that share a statement: asyncpg takes its parameters in one piece."""
-    portion: list[bytes] = []
-    size_bytes = 0
-    for token, stored in bags.items():
-        size_bytes += len(stored)
-        if portion and size_bytes > _PORTION_BYTES:
-            yield portion
-            portion, size_bytes = [], len(stored)
-        portion.append(token)
-    if portion:
-        yield portion

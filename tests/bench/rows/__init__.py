@@ -7,7 +7,7 @@ from typing import Final
 
 from results import Curve, Result
 
-from rows import cached, idle, latency, listing, nodes, storage, workers
+from rows import cached, idle, latency, listing, nodes, redis, storage, workers
 from rows.setting import Bench
 
 __all__ = ["ROWS", "Bench"]
@@ -22,6 +22,7 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
     "nodes": nodes.three_nodes,
     "writes": storage.busy,
     "alone": storage.one_caller,
+    "redis": redis.busy,
     "list": listing.pages,
     "depth": listing.deep_pages,
     "touches": listing.under_touches,

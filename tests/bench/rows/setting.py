@@ -18,6 +18,7 @@ from common import SERVER_CORE, free_port, pin
 from load import Outcome, Request, closed, request
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from processes import Daemon
+from redis_servers import redis_server
 
 from mnemosyned.embedded.server import EmbeddedPostgres
 
@@ -59,6 +60,12 @@ class Bench:
         """Start a PostgreSQL, with fsync, on the load's core; return its address."""
         server = self._stack.enter_context(EmbeddedPostgres.start(self.directory / "postgres"))
         return server.dsn
+
+    def redis(self) -> str:
+        """Start a Redis as docs/redis.md advises, on the load's core; return its address."""
+        return self._stack.enter_context(
+            redis_server(self.directory / "redis", **{"zset-max-listpack-value": "160"})
+        ).url
 
     def daemon(self, *flags: str) -> Daemon:
         """Start a daemon on the server's core, with its lease."""

@@ -57,16 +57,8 @@ def measured(bench: Bench, *, in_flight: int, count: int) -> tuple[dict[str, lis
     daemon = bench.daemon(f"-postgres.address={dsn}")
     start([daemon.address], range(1000))
     for turn in range(bench.rounds):
-        base = 1_000_000 * (turn + 1)
-        loads = {
-            "first Get": (uncached, iter(gets(range(1000)) * (count // 1000 + 1))),
-            "Start": (
-                daemon,
-                (request("Start", StartRequest(session=session(number))) for number in counting(base)),
-            ),
-            "SetValue": (daemon, set_values(turn)),
-        }
-        for name, (one, calls) in loads.items():
+        for name, calls in calls_of(turn, count).items():
+            one = uncached if name == "first Get" else daemon
             found[name].append(
                 checked(
                     [one],
@@ -76,6 +68,18 @@ def measured(bench: Bench, *, in_flight: int, count: int) -> tuple[dict[str, lis
             )
         raw.append(asyncio.run(raw_ms(dsn, in_flight)))
     return found, raw
+
+
+def calls_of(turn: int, count: int) -> dict[str, Iterator[Request]]:
+    """Return the calls of one round by the names of METHODS; the first 1,000 sessions are there."""
+    new = (
+        request("Start", StartRequest(session=session(number))) for number in counting(1_000_000 * (turn + 1))
+    )
+    return {
+        "first Get": iter(gets(range(1000)) * (count // 1000 + 1)),
+        "Start": new,
+        "SetValue": set_values(turn),
+    }
 
 
 def set_values(turn: int) -> Iterator[Request]:

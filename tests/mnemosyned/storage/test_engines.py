@@ -14,9 +14,12 @@ from mnemosyned.storage.engines import ENGINES, StorageConfig, Surroundings, new
 from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres.store import PostgresStore
+from mnemosyned.storage.redis.store import RedisStore
 
 
-@pytest.mark.parametrize(("name", "store"), [("memory", MemoryStore), ("postgres", PostgresStore)])
+@pytest.mark.parametrize(
+    ("name", "store"), [("memory", MemoryStore), ("postgres", PostgresStore), ("redis", RedisStore)]
+)
 def test_each_name_builds_its_own_engine(name: str, store: type) -> None:
     config = configured(f"-storage={name}")
 
@@ -25,8 +28,8 @@ def test_each_name_builds_its_own_engine(name: str, store: type) -> None:
 
 
 def test_a_name_that_is_not_registered_reaches_no_engine() -> None:
-    with pytest.raises(ConfigError, match="flag -storage: 'redis' is not one of postgres, memory"):
-        configured("-storage=redis")
+    with pytest.raises(ConfigError, match="flag -storage: 'etcd' is not one of postgres, redis, memory"):
+        configured("-storage=etcd")
 
 
 def test_the_sections_of_all_engines_are_among_the_settings() -> None:

@@ -11,8 +11,10 @@ import asyncpg
 import pytest
 
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.fault_log import FaultLog
+from mnemosyned.storage.postgres import faults as postgres_faults
 from mnemosyned.storage.postgres import session_settings
-from mnemosyned.storage.postgres.faults import FaultLog, hint_of, name_of
+from mnemosyned.storage.postgres.faults import hint_of, name_of
 
 
 def postgres_error(sqlstate: str) -> asyncpg.PostgresError:
@@ -53,7 +55,7 @@ def test_a_fault_is_logged_at_its_beginning_and_once_a_minute_with_how_often(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now_s = [0.0]
-    faults = FaultLog(lambda: now_s[0])
+    faults = FaultLog(postgres_faults, lambda: now_s[0])
     faults.where = {"server": "h:5432", "database": "d", "user": "u"}
     # An outage of two minutes at 100 calls a second.
     for tick in range(12_000):
@@ -73,7 +75,7 @@ def test_another_fault_and_a_fault_that_comes_back_are_logged_at_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now_s = [0.0]
-    faults = FaultLog(lambda: now_s[0])
+    faults = FaultLog(postgres_faults, lambda: now_s[0])
     for at_s, exc in (
         (0, TimeoutError()),
         (1, postgres_error("53300")),

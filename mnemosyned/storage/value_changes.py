@@ -1,10 +1,10 @@
 """SetValue between reading and writing: changes applied to the bags as they were. Pure.
 
-`store.py` reads rows, runs `changing`, and writes each row that is unchanged since. A change is applied
-here and not in SQL, because PostgreSQL can neither parse a bag nor tell whether it would be too large.
+An engine reads rows, runs `changing`, and writes each row that is unchanged since. A change is applied here
+and not in the database, which can neither parse a bag nor tell whether it would be too large.
 
 Several changes of one batch may be for one token. They form a chain: each is applied to the bag that the one
-before it left, its result shows the bag after itself, and one UPDATE writes the bag after the last. The bag
+before it left, its result shows the bag after itself, and one write stores the bag after the last. The bag
 is read and encoded once for all of them. All of it is in steps, since a bag may be large (aio/steps.py). A
 change that fails (too large, late) leaves no mark on the chain. If the row was changed by another writer
 meanwhile, the whole chain is applied again to the new bag in the next round.
@@ -12,9 +12,9 @@ meanwhile, the whole chain is applied again to the new bag in the next round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from aio.steps import Steps
 from aio.units import NEVER_US
@@ -27,6 +27,9 @@ from mnemosyned.errors import (
 )
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import ValueChange
+
+# Of the bags that one statement writes; a larger one goes alone. Two milliseconds of copying.
+_PORTION_BYTES: Final = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,27 @@ class Changed:
 
     outcomes: list[Outcome]
     bags: dict[bytes, bytes]
+
+    def limits_us(self) -> dict[bytes, int]:
+        """Return until when each bag may be written: its changes share one write, and the least limit."""
+        limits_us = dict.fromkeys(self.bags, NEVER_US)
+        for outcome in self.outcomes:
+            if outcome.token in limits_us and not outcome.is_failure:
+                limits_us[outcome.token] = min(limits_us[outcome.token], outcome.not_after_us)
+        return limits_us
+
+    def portions(self) -> Iterator[list[bytes]]:
+        """Return the tokens of bags that share a statement: clients take its parameters in one piece."""
+        portion: list[bytes] = []
+        size_bytes = 0
+        for token, stored in self.bags.items():
+            size_bytes += len(stored)
+            if portion and size_bytes > _PORTION_BYTES:
+                yield portion
+                portion, size_bytes = [], len(stored)
+            portion.append(token)
+        if portion:
+            yield portion
 
 
 def changing(changes: Sequence[ValueChange], before: Mapping[bytes, Any]) -> Steps[Changed]:

@@ -1,0 +1,165 @@
+"""The settings of the Redis engine.
+
+The address is a secret, since it may hold a password: no error, log line or process title shows it.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final, Self
+
+from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.parsers import duration, integer, secret_file, words_in
+from mnemosyned.storage.redis.address import Address, AddressError, parse
+
+if TYPE_CHECKING:
+    from mnemosyned.config.config import Config
+
+_MAX_PREFIX_BYTES: Final = 100
+_MAX_REPLICAS: Final = 100
+
+
+def address(text: str) -> str:
+    """Read a URL of Redis; raises ValueError, whose text quotes no secret."""
+    text = text.strip()
+    if not is_private(text):
+        parse(text)
+    return text
+
+
+def shown(text: str) -> str:
+    """Return what the log may show of an address."""
+    return text if is_private(text) else str(parse(text))
+
+
+address.shown = shown  # type: ignore[attr-defined]  # read by `setting`
+
+
+def is_private(text: str) -> bool:
+    """Tell whether an address asks for a private server."""
+    return text.startswith("embedded:")
+
+
+def prefix(text: str) -> str:
+    """Read what the names of all keys begin with."""
+    if (
+        not text
+        or len(text.encode()) > _MAX_PREFIX_BYTES
+        or not text.isprintable()
+        or set(text) & set("{}*?[]\\ ")
+    ):
+        raise ValueError(
+            f"{text!r} is not a text of 1 to {_MAX_PREFIX_BYTES} bytes without spaces and any of {{}}*?[]\\"
+        )
+    return text
+
+
+def replicas(text: str) -> int | None:
+    """Read a number of replicas, or `auto`: None."""
+    if text == "auto":
+        return None
+    try:
+        return integer(0, _MAX_REPLICAS)(text)
+    except ValueError as exc:
+        raise ValueError(f"{exc}, nor auto") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisConfig(Section):
+    """How Redis is reached, and what an acknowledged write means. Durations are seconds."""
+
+    TITLE = "Storage: Redis (-storage=redis)"
+    EXAMPLE = "mnemosyned -storage=redis -redis.address='redis+sentinel://one,two,three/sessions'"
+
+    address: str = setting(
+        "redis.address",
+        "redis://127.0.0.1:6379/0",
+        address,
+        "redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix:// URL; "
+        "embedded: for a private server",
+        is_secret=True,
+    )
+    address_file: str = setting(
+        "redis.address.file", "", secret_file, "file with the URL instead, such as a mounted secret"
+    )
+    prefix: str = setting("redis.prefix", "mnemosyne:", prefix, "what the names of all keys begin with")
+    pool_size: int = setting("redis.pool.size", "8", integer(2, 1000), "most connections")
+    connect_timeout_s: float = setting(
+        "redis.connect.timeout", "2s", duration(0.001), "how long opening a connection may take"
+    )
+    timeout_s: float = setting(
+        "redis.timeout",
+        "3s",
+        duration(0.01),
+        "how long an answer may take, and the wait for a connection",
+    )
+    wait: int | None = setting(
+        "redis.wait",
+        "auto",
+        replicas,
+        "replicas that have a write before it is acknowledged; auto: 1 with Sentinels, else 0",
+    )
+
+    def resolved(self, sources: Mapping[str, str]) -> Self:
+        """See Section: read the address from its file, if one is named. Raises ConfigError."""
+        if not self.address_file:
+            return self
+        if "redis.address" in sources:
+            raise ConfigError(f"{sources['redis.address.file']}: -redis.address is given as well")
+        return replace(self, address=self.address_in_file())
+
+    def address_in_file(self) -> str:
+        """Return the address that the file has now. Raises ConfigError."""
+        words = words_in("redis.address.file", self.address_file)
+        try:
+            return address(" ".join(words))
+        except ValueError as exc:
+            raise ConfigError(f"flag -redis.address.file: {self.address_file}: {exc}") from None
+
+    def check(self, config: Config) -> None:
+        """See Section: whether the client is installed, and the files that the address names."""
+        # Not above: the registry imports this module.
+        from mnemosyned.storage.engines import StorageConfig  # noqa: PLC0415  # see above
+
+        if config[StorageConfig].engine.section is not RedisConfig:
+            return
+        if find_spec("redis") is None or find_spec("hiredis") is None:
+            raise ConfigError(
+                "flag -storage: redis needs the packages redis and hiredis: pip install 'mnemosyned[redis]'"
+            )
+        if is_private(self.address):
+            return
+        try:
+            check_files(parse(self.address))
+        except AddressError as exc:
+            raise ConfigError(f"flag -{self._flag}: {exc}") from None
+
+    def secret_files(self) -> dict[str, str]:
+        """See Section."""
+        key = "" if is_private(self.address) else parse(self.address).files.key
+        # Not `super()`: before Python 3.14 it means the class as it was before it got its slots.
+        return Section.secret_files(self) | ({"redis.address (key)": key} if key else {})
+
+    @property
+    def _flag(self) -> str:
+        return "redis.address.file" if self.address_file else "redis.address"
+
+
+def check_files(found: Address) -> None:
+    """Read the files of TLS that an address names. Raises AddressError."""
+    files, context = found.files, ssl.create_default_context()
+    try:
+        if files.cacert:
+            context.load_verify_locations(files.cacert)
+    except (OSError, ssl.SSLError) as exc:
+        raise AddressError(f"cacert: {files.cacert}: {exc.strerror or 'it holds no certificate'}") from None
+    try:
+        if files.cert:
+            context.load_cert_chain(files.cert, files.key)
+    except (OSError, ssl.SSLError) as exc:
+        raise AddressError(
+            f"cert, key: {files.cert}, {files.key}: {exc.strerror or 'they do not fit'}"
+        ) from None

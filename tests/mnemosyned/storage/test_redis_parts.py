@@ -1,0 +1,188 @@
+"""The parts of the Redis engine that need no server: records, judgements, and the names of faults."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.asyncio.connection import BaseParser
+from redis.exceptions import ConnectionError as LostConnection
+
+from mnemosyned.sessions.model import MAX_BAG_BYTES, DamagedSession, NewSession, Session
+from mnemosyned.storage.redis import records
+from mnemosyned.storage.redis.faults import NoPrimary, NotReplicated, hint_of, is_refusal, name_of
+from mnemosyned.storage.redis.server_check import Verdict, fields_of, judge
+
+AT_US = 1_790_000_000_000_000
+NEW = NewSession(
+    access_token="t", subject_id="sż", subject_client="c", refresh_token="r", bag=b"bag", ttl_us=1
+)
+
+
+def record_of(new: NewSession) -> bytes:
+    return f"{AT_US:016}".encode() + records.new_body(new, b"version1")
+
+
+@given(st.text(), st.text(), st.text(), st.binary())
+def test_a_record_is_read_as_it_was_written(subject: str, refresh: str, client: str, bag: bytes) -> None:
+    new = NewSession(
+        access_token="t", subject_id=subject, refresh_token=refresh, subject_client=client, bag=bag, ttl_us=1
+    )
+    session = records.session_of("t", record_of(new))
+
+    assert isinstance(session, Session)
+    assert session.is_from(new)
+    assert session.expires_at_us == AT_US
+
+
+def test_another_bag_has_another_version_and_leaves_the_rest() -> None:
+    record = record_of(NEW)
+    changed = record[:16] + records.body_with_bag(record, b"version2", b"another bag")
+    session = records.session_of("t", changed)
+
+    assert isinstance(session, Session)
+    assert (session.subject_id, session.refresh_token, session.bag) == ("sż", "r", b"another bag")
+    assert (records.version_of(record), records.version_of(changed)) == (b"version1", b"version2")
+    assert records.state_of(record) != records.state_of(changed)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (1, "its key in Redis is not a string"),
+        (b"", "its record has no valid head"),
+        (b"x" * 39, "its record has no valid head"),
+        (b"x" * 16 + record_of(NEW)[16:], "its record has no valid head"),
+        (record_of(NEW)[:-1], "another length than its head says"),
+        (record_of(NEW) + b"x", "another length than its head says"),
+        (record_of(NEW).replace("ż".encode(), b"\xff\xfe"), "a field is not UTF-8"),
+        (
+            record_of(NewSession(access_token="t", subject_id="s", bag=bytes(MAX_BAG_BYTES + 1), ttl_us=1))[
+                :40
+            ],
+            "a bag is longer than 4000000 bytes",
+        ),
+    ],
+)
+def test_a_damaged_record_is_called_so(record: object, reason: str) -> None:
+    found = records.session_of("t", record)
+
+    assert isinstance(found, DamagedSession)
+    assert reason in found.reason
+    assert records.bag_of(record) is None
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_session_or_damaged(record: bytes) -> None:
+    assert isinstance(records.session_of("t", record), Session | DamagedSession)
+
+
+GOOD = {"redis_version": "7.0.15", "role": "master", "aof_enabled": "1", "maxmemory_policy": "noeviction"}
+
+
+@pytest.mark.parametrize(
+    ("info", "settings", "verdict"),
+    [
+        ({}, {}, Verdict()),
+        ({}, {"appendfsync": "everysec"}, Verdict()),
+        ({"redis_version": "6.2.6"}, {}, "Redis 7.0 or later, or Valkey, is needed"),
+        ({"cluster_enabled": "1"}, {}, "Redis Cluster"),
+        (
+            {"maxmemory_policy": "volatile-lru", "maxmemory": "5"},
+            {},
+            "CONFIG SET maxmemory-policy noeviction",
+        ),
+        ({"role": "slave", "master_host": "h", "master_port": "1"}, {}, "the server is a replica of h:1"),
+        ({"maxmemory_policy": "volatile-lru", "maxmemory": "0"}, {}, "if maxmemory were set"),
+        ({"aof_enabled": "0"}, {"save": ""}, "loses all sessions"),
+        ({"aof_enabled": "0"}, {}, "since its last snapshot"),
+        ({}, {"appendfsync": "no"}, "often 30 s"),
+    ],
+)
+def test_a_server_is_judged_by_what_it_says(
+    info: dict[str, str], settings: dict[str, str], verdict: Verdict | str
+) -> None:
+    found = judge(GOOD | info, settings)
+
+    if isinstance(verdict, Verdict):
+        assert found == verdict
+    else:
+        assert verdict in found.refusal + found.unavailable + "".join(found.warnings)
+
+
+def test_the_answer_to_info_is_read_by_name() -> None:
+    assert fields_of(b"# Server\r\nredis_version:7.0.15\r\nos:a:b\r\n\r\n") == {
+        "redis_version": "7.0.15",
+        "os": "a:b",
+    }
+
+
+def lost(cause: OSError) -> LostConnection:
+    """The library's error for an error of the system."""
+    try:
+        try:
+            raise cause
+        except OSError:
+            raise LostConnection("10.0.0.1:6379 hunter2") from None
+    except LostConnection as exc:
+        return exc
+
+
+@pytest.mark.parametrize(
+    ("exc", "name", "hint"),
+    [
+        (
+            BaseParser.parse_error("LOADING x hunter2"),
+            "LOADING: the server loads its data",
+            "when that is done",
+        ),
+        (BaseParser.parse_error("READONLY x"), "READONLY: the server is a replica", "Sentinels"),
+        (BaseParser.parse_error("OOM x"), "OOM: maxmemory is reached", "raise maxmemory"),
+        (BaseParser.parse_error("NOAUTH x"), "NOAUTH: the server wants a password", "-redis.address"),
+        (BaseParser.parse_error("WRONGPASS x"), "WRONGPASS: wrong user or password", "-redis.address"),
+        (BaseParser.parse_error("MISCONF x"), "MISCONF: the server cannot write to its disk", "see its log"),
+        (BaseParser.parse_error("NOREPLICAS x"), "NOREPLICAS: too few replicas follow", "min-replicas"),
+        (BaseParser.parse_error("BUSY x"), "BUSY: another script", "SCRIPT KILL"),
+        (BaseParser.parse_error("CLUSTERDOWN x"), "CLUSTERDOWN: the server is a node", "Sentinels"),
+        (BaseParser.parse_error("MASTERDOWN x"), "MASTERDOWN: the server is a replica", "primary"),
+        (
+            BaseParser.parse_error("NOPERM run the 'get' command"),
+            "NOPERM: the user lacks a right: +get",
+            "ACL",
+        ),
+        (BaseParser.parse_error("ERR unknown command 'hunter2'"), "ERR: the server lacks a command", "7.0"),
+        (BaseParser.parse_error("ERR hunter2"), "ERR: the server refuses a command", ""),
+        (
+            BaseParser.parse_error("ERR max number of clients reached"),
+            "the server has no connection left",
+            "max",
+        ),
+        (
+            lost(ConnectionRefusedError(111, "hunter2")),
+            "ConnectionRefusedError: connection refused",
+            "host and port",
+        ),
+        (lost(socket.gaierror(-2, "hunter2")), "the name of the host cannot be resolved", ""),
+        (lost(ssl.SSLError(1, "hunter2")), "TLS: the handshake failed", "cacert"),
+        (LostConnection("hunter2"), "ConnectionError: the connection is closed", ""),
+        (TimeoutError(), "TimeoutError: no answer in time", "firewall"),
+        (NotReplicated(), "NotReplicated: too few replicas have confirmed", "-redis.wait"),
+        (NoPrimary("no Sentinel names the primary"), "NoPrimary: no Sentinel names the primary", ""),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_a_fault_has_a_name_and_what_to_look_at(exc: Exception, name: str, hint: str) -> None:
+    assert name in name_of(exc)
+    assert hint in hint_of(exc)
+    assert "hunter2" not in name_of(exc) + hint_of(exc)
+
+
+def test_only_what_a_retry_cannot_mend_is_a_refusal() -> None:
+    refused = ("NOAUTH x", "WRONGPASS x", "NOPERM x", "ERR DB index is out of range")
+    passing = ("LOADING x", "OOM x", "READONLY x", "ERR x", "MISCONF x")
+
+    assert all(is_refusal(BaseParser.parse_error(text)) for text in refused)
+    assert not any(is_refusal(BaseParser.parse_error(text)) for text in passing)
