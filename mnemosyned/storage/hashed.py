@@ -173,7 +173,10 @@ class HashedStore:
             missing = await look_again(missing)
         # Now one by one: the store waits for a session that is renamed alone.
         for at in missing:
-            if await look_again([at]):
+            for _ in range(_RENAMINGS):
+                if not await look_again([at]):
+                    break
+            else:
                 # The answer "not found" would log a user out.
                 results[at] = _in_between()
         return results

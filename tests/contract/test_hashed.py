@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from random import Random
 
@@ -288,6 +288,35 @@ class Slow:
             return answer
 
         return slowly
+
+
+class Rival:
+    """A store whose sessions another node renames back, so many times."""
+
+    def __init__(self, store: SessionStore, times: int) -> None:
+        self._store = store
+        self._times = times
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    async def rename(self, renamings: Sequence[Renaming]) -> object:
+        answer = await self._store.rename(renamings)  # type: ignore[attr-defined]  # it is renamable
+        if self._times:
+            self._times -= 1
+            back = [Renaming(old=one.new, new=one.old) for one in renamings]
+            await self._store.rename(back)  # type: ignore[attr-defined]
+        return answer
+
+
+async def test_a_session_that_is_renamed_back_four_times_is_found(engine: Engine) -> None:
+    await stored(engine, "t")
+    # From the token and from the former key, each time.
+    store = HashedStore(Rival(engine.store, 2 * 4), KNOWN)  # type: ignore[arg-type]  # it passes all on
+
+    (found,) = await store.load(lookups("t"))
+
+    assert isinstance(found, Session)
 
 
 async def test_a_session_that_two_nodes_rename_against_each_other_is_never_missing(engine: Engine) -> None:
