@@ -12,7 +12,7 @@ PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 # Most of a test is waiting, for daemons and for time-outs: with four workers on two cores the suite takes 10
 # minutes, and with two 19. A worker that has no tests left takes some of another's.
 WORKERS := -n 4 --dist worksteal
-# Whole clusters under load, with deadlines of a second: they need the processors for themselves.
+# Whole clusters under load, with deadlines of a second: one at a time, they have the processors for themselves.
 LABORATORY := tests/faults/test_faults.py
 
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 else
 	$(BIN)/python -m pytest $(WORKERS) --ignore=$(LABORATORY)
-	$(BIN)/python -m pytest -n 2 $(LABORATORY)
+	$(BIN)/python -m pytest $(LABORATORY)
 endif
 
 coverage: $(VENV)/dev.stamp ## the tests again, with the lines and branches they leave out
