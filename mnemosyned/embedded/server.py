@@ -36,7 +36,6 @@ a restart that is under way give up.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -52,6 +51,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
+from mnemosyned.embedded.directory import prepare, take_lock
 from mnemosyned.embedded.probes import (
     PID_FILE_PORT,
     accepts_connections,
@@ -68,6 +68,7 @@ from mnemosyned.embedded.programs import (
     find_run_as,
 )
 
+_LOCK: Final = "lock"
 _USER: Final = "mnemosyne"
 _DATABASE: Final = "postgres"
 # For initdb, for the server's recovery, and for a guest's wait for both.
@@ -117,7 +118,8 @@ class EmbeddedPostgres:
         server = cls(directory.absolute(), binaries)
         try:
             with _translated(directory):
-                server._prepare_directory()  # a private method of this very class
+                # As root, everything in it is given to another user (`programs.find_run_as`).
+                prepare(server.directory, _LOCK, is_known=server._major() is not None)
                 server._attach_or_own()
         except BaseException:
             server.stop()
@@ -199,16 +201,6 @@ class EmbeddedPostgres:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _prepare_directory(self) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        names = {path.name for path in self.directory.iterdir()} - {"lost+found"}
-        # As root, everything in it is given to another user (`programs.find_run_as`). A directory of another
-        # application must not be: it is accepted only if it is empty, or has the lock or data of this one.
-        if names and "lock" not in names and self._major() is None:
-            raise EmbeddedError(f"{self.directory} holds other files: name an empty or new directory")
-        if self.directory.stat().st_uid == os.geteuid():
-            self.directory.chmod(0o700)
-
     def _attach_or_own(self) -> None:
         # The lock again in each round: the former owner may end while this process waits for its server.
         def is_settled() -> bool:
@@ -240,16 +232,10 @@ class EmbeddedPostgres:
         return int(match[0])
 
     def _take_lock(self) -> bool:
-        # O_CLOEXEC: a child that inherited the descriptor would hold the lock after the owner's death.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(self.directory / "lock", flags, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return False
-        self._lock = lock
-        return True
+        lock = take_lock(self.directory / _LOCK)
+        if lock is not None:
+            self._lock = lock
+        return lock is not None
 
     def _attach(self) -> bool:
         lines = pid_file(self._data)

