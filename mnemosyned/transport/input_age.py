@@ -53,7 +53,9 @@ class InputAge:
         return True
 
     def echoed(self) -> None:
-        """Take note that the PING was answered before what is taken in next."""
+        """Take note that the PING was answered before what is taken in next; without a PING, do nothing."""
+        if self._asked_s == math.inf:
+            return
         self.since_s, self._later_s = self._later_s, math.inf
         self._asked_s = math.inf
 

@@ -58,3 +58,12 @@ def test_a_client_that_does_not_answer_is_late(age: InputAge) -> None:
 
     assert not age.is_late(34.0)
     assert age.is_late(36.0)
+
+
+def test_an_echo_that_nobody_asked_for_makes_no_input_new(age: InputAge) -> None:
+    age.echoed()
+    age.delayed_since(10.0)
+    age.echoed()
+
+    assert age.since_s == 10.0
+    assert age.ask(15.0)
