@@ -118,11 +118,11 @@ def _build_postgres(config: Config, surroundings: Surroundings) -> EngineStore:
     )
 
 
-def _follow_address_of_postgres(config: Config) -> FileReloader[str] | None:
+def _follow_address(
+    section: PostgresConfig | RedisConfig, name: str, is_private: Callable[[str], bool]
+) -> FileReloader[str] | None:
     from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
-    from mnemosyned.storage.postgres.config import is_private
 
-    section = config[PostgresConfig]
     if not section.address_file or is_private(section.address):
         return None
 
@@ -136,7 +136,13 @@ def _follow_address_of_postgres(config: Config) -> FileReloader[str] | None:
         return found
 
     path = section.address_file
-    return FileReloader("postgres_address", [path], read, secret_paths=[path])
+    return FileReloader(name, [path], read, secret_paths=[path])
+
+
+def _follow_address_of_postgres(config: Config) -> FileReloader[str] | None:
+    from mnemosyned.storage.postgres.config import is_private
+
+    return _follow_address(config[PostgresConfig], "postgres_address", is_private)
 
 
 def _start_private_postgres(config: Config) -> PrivateServer | None:
@@ -164,24 +170,9 @@ def _start_private_redis(config: Config) -> PrivateServer | None:
 
 
 def _follow_address_of_redis(config: Config) -> FileReloader[str] | None:
-    from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
     from mnemosyned.storage.redis.config import is_private
 
-    section = config[RedisConfig]
-    if not section.address_file or is_private(section.address):
-        return None
-
-    def read() -> str:
-        try:
-            found = section.address_in_file()
-        except ConfigError as exc:
-            raise FilesUnusable(str(exc)) from None
-        if is_private(found):
-            raise FilesUnusable(f"{section.address_file}: a private server needs a restart")
-        return found
-
-    path = section.address_file
-    return FileReloader("redis_address", [path], read, secret_paths=[path])
+    return _follow_address(config[RedisConfig], "redis_address", is_private)
 
 
 def _build_memory(_: Config, __: Surroundings) -> EngineStore:
