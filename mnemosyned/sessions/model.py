@@ -41,6 +41,17 @@ class NewSession:
         """Bound the memory that the session takes in a batch; strings count as ASCII."""
         return len(self.access_token) + len(self.subject_id) + len(self.subject_client) + len(self.bag)
 
+    def stored(self, expires_at_us: int) -> Session:
+        """Return the session that it has become."""
+        return Session(
+            access_token=self.access_token,
+            subject_id=self.subject_id,
+            subject_client=self.subject_client,
+            refresh_token=self.refresh_token,
+            bag=self.bag,
+            expires_at_us=expires_at_us,
+        )
+
 
 # Not frozen: one is made for each row, and a frozen one takes three times as long. Nothing changes one.
 @dataclass(slots=True, kw_only=True)

@@ -231,14 +231,7 @@ class MemoryStore:
             return DeadlineExceeded()
         if self._live(new.access_token) is not None:
             return SessionAlreadyExists()
-        session = Session(
-            access_token=new.access_token,
-            subject_id=new.subject_id,
-            subject_client=new.subject_client,
-            refresh_token=new.refresh_token,
-            bag=new.bag,
-            expires_at_us=self._wall_us() + new.ttl_us,
-        )
+        session = new.stored(self._wall_us() + new.ttl_us)
         self._session_by_token[new.access_token] = session
         return session
 

@@ -98,14 +98,7 @@ def started(new: NewSession, row: Record) -> Session | MnemosyneError:
         # A duplicate may be called late, which is safe: its caller does not know the outcome. A late start
         # is never called a duplicate, as its caller would take the token for used.
         return DeadlineExceeded() if row["is_late"] else SessionAlreadyExists()
-    return Session(
-        access_token=new.access_token,
-        subject_id=new.subject_id,
-        subject_client=new.subject_client,
-        refresh_token=new.refresh_token,
-        bag=new.bag,
-        expires_at_us=row["expire_at"],
-    )
+    return new.stored(row["expire_at"])
 
 
 def abandoned(row: Record | None) -> bool | MnemosyneError:

@@ -323,14 +323,7 @@ def _texts(criteria: Criteria) -> list[str | bytes | int]:
 def _started(new: NewSession, expiry_us: int) -> Session | MnemosyneError:
     if expiry_us < 0:
         return DeadlineExceeded() if expiry_us == -1 else SessionAlreadyExists()
-    return Session(
-        access_token=new.access_token,
-        subject_id=new.subject_id,
-        subject_client=new.subject_client,
-        refresh_token=new.refresh_token,
-        bag=new.bag,
-        expires_at_us=expiry_us,
-    )
+    return new.stored(expiry_us)
 
 
 def _loaded(token: str, record: Any) -> Session | MnemosyneError:  # noqa: ANN401  # as the reply has it
