@@ -138,7 +138,7 @@ class FileReloader(Generic[Content]):
         await asyncio.to_thread(log_exposures, dict.fromkeys(self._secret_paths, self._name))
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
-        return [_stamp(path) for path in self._paths]
+        return [stamp_of(path) for path in self._paths]
 
 
 def log_exposures(names_by_path: Mapping[str, str]) -> None:
@@ -149,7 +149,8 @@ def log_exposures(names_by_path: Mapping[str, str]) -> None:
             log.warning(exposure.event, extra={"file": path, "used_for": name, "advice": exposure.advice})
 
 
-def _stamp(path: str) -> tuple[int, ...] | None:
+def stamp_of(path: str) -> tuple[int, ...] | None:
+    """Return what changes when a file does; None: it cannot be looked at."""
     try:
         found = os.stat(path)  # noqa: PTH116  # follows links, which a Kubernetes secret is made of
     except OSError:

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mnemosyned.config.files import FileRefused, read_bytes, text_of
+from mnemosyned.security.file_reloader import stamp_of
 from mnemosyned.storage.postgres.address import Address, AddressError, Host
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class AddressFiles:
         return list(named.values())
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
-        return [_stamp(path) for path in self._paths()]
+        return [stamp_of(path) for path in self._paths()]
 
     def _new_context(self, host: Host) -> _HostContext:
         tls = self._address.tls
@@ -220,11 +221,3 @@ def _reason(exc: Exception) -> str:
             "bad decrypt": "sslpassword is not its password",
         }.get(reason, reason or _NO_PEM)
     return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
-
-
-def _stamp(path: str) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)  # noqa: PTH116  # follows links, which a Kubernetes secret is made of
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
