@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from mnemosyned import __version__, settings
+from mnemosyned import __version__, lean_imports, settings
 from mnemosyned.config.flags import ConfigError
 from mnemosyned.config.help import actions_in
 from mnemosyned.observe import stdio
@@ -93,6 +93,7 @@ def _check(config: Config) -> int:
 
 
 def _run(config: Config, parse: Callable[[], Config], arguments: list[str]) -> int:
+    lean_imports.load()
     from mnemosyned import running
 
     def body() -> None:
