@@ -95,6 +95,35 @@ def _parser() -> argparse.ArgumentParser:
     # `kubectl exec POD mnemosyned cluster check` needs no flags. argparse's own -h would not know -help.
     help_flag = CommandParser(add_help=False)
     help_flag.add_argument("-h", "-help", "--help", action="help", help="show this text")
+    common = _common_flags(help_flag)
+    parser = CommandParser(
+        "mnemosyned cluster",
+        description="Look at a cluster, or leave it.",
+        parents=[help_flag],
+        add_help=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], Outcome], text: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=text, description=text, add_help=False)
+        added.set_defaults(run=run)
+        return added
+
+    command("members", _members, "list the members as the node knows them")
+    command("ring", _ring, "show which part of all tokens each node owns")
+    whois = command("whois", _whois, "tell which node owns a token")
+    whois.add_argument("token", help="the token; - reads it from the standard input")
+    command("check", _check, "ask every member for its view; exit code 1 if one is unhealthy or disagrees")
+    leave = command("leave", _leave, "have the node leave the ring, drain and end")
+    leave.add_argument("-cluster.secret", "--cluster.secret", dest="secret", metavar="SECRET")
+    leave.add_argument("-cluster.secret.file", "--cluster.secret.file", dest="secret_file", metavar="FILE")
+    return parser
+
+
+def _common_flags(help_flag: CommandParser) -> CommandParser:
+    """Return the flags that each command has: the node, and how to reach it."""
     common = CommandParser(parents=[help_flag], add_help=False)
     common.add_argument(
         "-node",
@@ -124,30 +153,7 @@ def _parser() -> argparse.ArgumentParser:
             f"-{name}", f"--{name}", dest=name, default=_environ(name), metavar="FILE", help=text
         )
     tls.add_argument("-tls", "--tls", action="store_true", help="use TLS")
-    parser = CommandParser(
-        "mnemosyned cluster",
-        description="Look at a cluster, or leave it.",
-        parents=[help_flag],
-        add_help=False,
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], Outcome], text: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, parents=[common], help=text, description=text, add_help=False)
-        added.set_defaults(run=run)
-        return added
-
-    command("members", _members, "list the members as the node knows them")
-    command("ring", _ring, "show which part of all tokens each node owns")
-    whois = command("whois", _whois, "tell which node owns a token")
-    whois.add_argument("token", help="the token; - reads it from the standard input")
-    command("check", _check, "ask every member for its view; exit code 1 if one is unhealthy or disagrees")
-    leave = command("leave", _leave, "have the node leave the ring, drain and end")
-    leave.add_argument("-cluster.secret", "--cluster.secret", dest="secret", metavar="SECRET")
-    leave.add_argument("-cluster.secret.file", "--cluster.secret.file", dest="secret_file", metavar="FILE")
-    return parser
+    return common
 
 
 def _environ(name: str) -> str:
