@@ -7,7 +7,7 @@ from typing import Final
 
 from results import Curve, Result
 
-from rows import cached, idle, latency, listing, nodes, redis, storage, workers
+from rows import cached, idle, large, latency, listing, nodes, redis, storage, workers
 from rows.setting import Bench
 
 __all__ = ["ROWS", "Bench"]
@@ -20,8 +20,10 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
     "load": latency.under_load,
     "hop": nodes.forwarded,
     "nodes": nodes.three_nodes,
+    "nodes-storage": nodes.storage_calls,
     "writes": storage.busy,
     "alone": storage.one_caller,
+    "large": large.large_table,
     "redis": redis.busy,
     "list": listing.pages,
     "depth": listing.deep_pages,

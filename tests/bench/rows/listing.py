@@ -11,23 +11,17 @@ from collections.abc import Iterator
 import asyncpg
 import grpc
 from load import open_loop
-from mnemosynerpc.session_pb2 import ListRequest, Session
+from mnemosynerpc.session_pb2 import ListRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from results import Result
 
 from mnemosyned.sessions.model import Criteria
 from mnemosyned.sessions.page_token import PageToken
-from rows.setting import Bench, at_random, cpu_ns, gets, session, start
+from rows.filling import fill_in_sequence
+from rows.setting import Bench, at_random, cpu_ns, gets, start
 
 COUNTERS = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'session'"
 GET_RATE = 10_000.0
-# Sessions in the sequence of their keys: that of number 1,000,000 is at this depth.
-FILL = (
-    "INSERT INTO mnemosyne.session (access_token, subject_id, subject_client, bag, expire_at, due_at) "
-    "SELECT convert_to(to_char(n, 'FM0000000') || repeat('x', 121), 'UTF8'), 'user:' || n, 'web', $2, at, at "
-    "FROM (SELECT n, now() + interval '1 day' + n * interval '1 ms' AS at "
-    "FROM generate_series(0, $1) n) AS made"
-)
 
 
 def pages(bench: Bench) -> Iterator[Result]:
@@ -49,8 +43,7 @@ def deep_pages(bench: Bench) -> Iterator[Result]:
     """A page of 10 at depth 1,000,000 by its token, beside the first page of the walk."""
     dsn, depth = bench.postgres(), bench.scaled(1_000_000)
     daemon = bench.daemon(f"-postgres.address={dsn}")
-    bag = bytes(Session(bag=session(0).bag).SerializeToString())
-    asyncio.run(_fill(dsn, depth + 20_000, bag))
+    asyncio.run(fill_in_sequence(dsn, depth + 20_000))
     with daemon.stub() as stub:
         first = ListRequest(limit=10, page_token="")
         # As a walk that came so far has it: a page token names a place, and no state of a node.
@@ -68,13 +61,6 @@ def deep_pages(bench: Bench) -> Iterator[Result]:
         goal=20.0,
         note=f"the first page: {statistics.median(took_ms[1]):.2f} ms",
     )
-
-
-async def _fill(dsn: str, count: int, bag: bytes) -> None:
-    connection = await asyncpg.connect(dsn)
-    await connection.execute(FILL, count, bag, timeout=600)
-    await connection.execute("VACUUM ANALYZE mnemosyne.session", timeout=600)
-    await connection.close()
 
 
 def _took_ms(stub: SessionManagerStub, request: ListRequest) -> float:

@@ -9,10 +9,11 @@ from itertools import cycle
 from clusters import Cluster
 from load import Request, closed, request
 from mnemosynerpc.session_pb2 import ExistsRequest, SetValueRequest, StartRequest
+from processes import Daemon
 from results import Curve, Result
 
 from cluster.ring import Ring
-from rows.setting import Bench, Server, at_random, checked, gets, server, session, start
+from rows.setting import Bench, Server, at_random, checked, gets, server, session, start, starts
 
 
 def forwarded(bench: Bench) -> Iterator[Result]:
@@ -91,6 +92,37 @@ def three_nodes(bench: Bench) -> Iterator[Result | Curve]:
     yield Curve(
         name="throughput by nodes", x="nodes on one core", y="cached Gets a second", points={"Get": points}
     )
+
+
+def storage_calls(bench: Bench) -> Iterator[Result]:
+    """Start and first Get at three nodes from every entry, against one node with the same storage."""
+    dsn, count = bench.postgres(), bench.scaled(20_000, 4000)
+    # Without copies every Get is a first one.
+    flags = ("-cache.ttl=0", "-mirror.bytes=0")
+    one = bench.daemon(f"-postgres.address={dsn}", *flags)
+    cluster = bench.cluster(dsn, 3, *flags)
+    start([one.address], range(1000))
+    for method in ("Start", "Get"):
+        found: dict[int, list[float]] = {1: [], 3: []}
+        for turn in range(bench.rounds):
+            for daemons in ([one], list(cluster.daemons.values())):
+                first = 10_000_000 * (turn + 1) + 1_000_000 * len(daemons)
+                calls = starts(first) if method == "Start" else at_random(gets(range(1000)))
+                found[len(daemons)].append(rate_of(daemons, method, calls, count))
+        yield Result(
+            name=f"3 nodes, {'first ' if method == 'Get' else ''}{method}, any entry",
+            unit="a second",
+            values=found[3],
+            limit="one node",
+            limits=found[1],
+            is_more_better=True,
+        )
+
+
+def rate_of(daemons: Sequence[Daemon], method: str, calls: Iterator[Request], count: int) -> float:
+    """Return how many calls a second these daemons answer, with OK, from 64 callers at all of them."""
+    addresses = [daemon.address for daemon in daemons]
+    return checked(daemons, method, lambda: closed(addresses, calls, count)).rate
 
 
 def from_every_entry(

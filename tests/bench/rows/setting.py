@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count as counting
 from itertools import cycle
 from pathlib import Path
 
@@ -132,6 +133,11 @@ def start(addresses: Sequence[str], numbers: range) -> Outcome:
     """Start these sessions."""
     calls = (request("Start", StartRequest(session=session(number))) for number in numbers)
     return closed(addresses, calls, len(numbers))
+
+
+def starts(first: int) -> Iterator[Request]:
+    """Yield the starts of ever new sessions, from this number on."""
+    return (request("Start", StartRequest(session=session(number))) for number in counting(first))
 
 
 def gets(numbers: range) -> list[Request]:

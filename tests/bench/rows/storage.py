@@ -10,10 +10,10 @@ from itertools import count as counting
 
 import asyncpg
 from load import Outcome, Request, closed, request
-from mnemosynerpc.session_pb2 import SetValueRequest, StartRequest
+from mnemosynerpc.session_pb2 import SetValueRequest
 from results import Result
 
-from rows.setting import Bench, checked, gets, session, start
+from rows.setting import Bench, checked, gets, session, start, starts
 
 GOALS = {"first Get": 20_000.0, "Start": 15_000.0, "SetValue": 15_000.0}
 METHODS = {"first Get": "Get", "Start": "Start", "SetValue": "SetValue"}
@@ -72,12 +72,9 @@ def measured(bench: Bench, *, in_flight: int, count: int) -> tuple[dict[str, lis
 
 def calls_of(turn: int, count: int) -> dict[str, Iterator[Request]]:
     """Return the calls of one round by the names of METHODS; the first 1,000 sessions are there."""
-    new = (
-        request("Start", StartRequest(session=session(number))) for number in counting(1_000_000 * (turn + 1))
-    )
     return {
         "first Get": iter(gets(range(1000)) * (count // 1000 + 1)),
-        "Start": new,
+        "Start": starts(1_000_000 * (turn + 1)),
         "SetValue": set_values(turn),
     }
 
