@@ -46,4 +46,4 @@ def _follow(pool: RedisPool, address: FileReloader[str]) -> None:
             raise FilesUnusable(str(exc)) from exc
 
     address.followers.append(use)
-    pool.on_auth_failure = address.ask
+    pool.follow(address.ask)

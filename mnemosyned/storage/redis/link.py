@@ -9,8 +9,8 @@ from hiredis import pack_command
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as LostConnection
-from redis.exceptions import ResponseError
 
 from mnemosyned.storage.redis.address import Address, Login
 
@@ -50,7 +50,7 @@ class Link:
         for _ in commands:
             try:
                 replies.append(await connection.read_response())
-            except ResponseError as exc:
+            except (ResponseError, BusyLoadingError) as exc:
                 replies.append(exc)
         return replies
 

@@ -32,6 +32,11 @@ def escaped(stored: bytes) -> str:
     return stored.decode(errors="surrogateescape")
 
 
+def stored_name(key: str) -> bytes:
+    """Return the bytes of a key that `escaped` may have made."""
+    return key.encode(errors="surrogateescape")
+
+
 def new_body(new: NewSession, version: bytes) -> bytes:
     """Return the record of a new session, without its expiry, which the server decides."""
     fields = (new.subject_id.encode(), new.refresh_token.encode(), new.subject_client.encode(), new.bag)

@@ -32,6 +32,9 @@ class _OwnKeys:
     async def run(self, script: Script, *arguments: str | bytes | int, **options: Any) -> Any:  # noqa: ANN401  # as it comes
         return await self._pool.run(script, *arguments, part=self._part, **options)
 
+    async def each(self, script: Script, head: Any, items: Any, **options: Any) -> list[Any]:  # noqa: ANN401  # likewise
+        return await self._pool.each(script, head, items, part=self._part, **options)
+
 
 async def run(pool: RedisPool, store_on: Callable[[RedisPool], FullStore]) -> None:
     """Start, read, change, name and end sessions.
