@@ -60,6 +60,7 @@ _ELSEWHERE: Final = (MovedError, AskError, TryAgainError)
 _REFUSALS: Final = (*_ELSEWHERE, ClusterDownError, ReadOnlyError, BusyLoadingError, NotPrimary)
 _OTHER_SERVER: Final = (ReadOnlyError, MasterDownError, ConnectionError, OSError, NotReplicated, NotPrimary)
 _NO_DATABASE: Final = "DB index is out of range"
+_NO_CLUSTER: Final = "cluster support disabled"
 
 # By the server's code: what it means, and what to look at.
 _MEANINGS: Final = {
@@ -92,6 +93,7 @@ _ERR: Final = {
         "there is no such database",
         "see the database in the address, and `databases`",
     ),
+    _NO_CLUSTER: ("it is no node of a Redis Cluster", "write redis:// in the address"),
     "unknown command": ("the server lacks a command", "Redis 7.0 or later, or Valkey, is needed"),
     "without any password configured": ("the server has no password", "leave it out of the address"),
 }
@@ -105,7 +107,7 @@ def is_refusal(exc: BaseException) -> bool:
     """Tell whether a retry ends the same way, until the configuration or the rights of the user change."""
     if isinstance(exc, AuthenticationError | UnknownService) or _lacks_right(exc):
         return True
-    return isinstance(exc, ResponseError) and _NO_DATABASE in str(exc)
+    return isinstance(exc, ResponseError) and any(words in str(exc) for words in (_NO_DATABASE, _NO_CLUSTER))
 
 
 def is_login_refused(exc: BaseException) -> bool:

@@ -24,12 +24,13 @@ _CLIENT_NAME: Final = "mnemosyned"
 class Link:
     """A connection that is open; after a failure it is not used again."""
 
-    __slots__ = ("_connection", "epoch", "target")
+    __slots__ = ("_connection", "epoch", "identity", "target")
 
     def __init__(self, connection: Connection | UnixDomainSocketConnection, target: str) -> None:
         self._connection = connection
         self.target = target  # which server it is, for comparison
         self.epoch = 0
+        self.identity = ""  # of the server and its data; known on a cluster
 
     async def is_usable(self) -> bool:
         """Tell whether it is open, and nothing has come that was not asked for."""

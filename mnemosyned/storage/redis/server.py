@@ -70,9 +70,15 @@ class Server:
         size: int,
         failures: Failures,
         metrics: QueryMetrics,
+        admit: Callable[[Link], Awaitable[None]] | None = None,
     ) -> None:
-        """`connect` opens a connection, within a time of its own."""
+        """Begin without a connection.
+
+        `connect` opens one, within a time of its own. `admit` returns when scripts that are not urgent may be
+        sent on it.
+        """
         self._connect = connect
+        self._admit = admit
         self._failures = failures
         self._metrics = metrics
         self.idle: list[Link] = []
@@ -99,7 +105,7 @@ class Server:
         try:
             replies: list[Any] = await self.use(
                 script.name,
-                lambda link: self._run(link, commands, marks, wait=wait, wait_s=how.timeout_s * _WAIT_SHARE),
+                lambda link: self._run(link, commands, marks, how, wait),
                 timeout_s=how.timeout_s,
                 is_urgent=how.is_urgent,
             )
@@ -110,11 +116,13 @@ class Server:
         return replies
 
     async def _run(
-        self, link: Link, commands: Sequence[Command], marks: Sequence[Command], *, wait: int, wait_s: float
+        self, link: Link, commands: Sequence[Command], marks: Sequence[Command], how: Sending, wait: int
     ) -> list[Any]:
+        if self._admit is not None and not how.is_urgent:
+            await self._admit(link)
         if not wait:
             return await _sent(link, commands)
-        waiting: Command = ("WAIT", wait, int(wait_s * 1000))
+        waiting: Command = ("WAIT", wait, int(how.timeout_s * _WAIT_SHARE * 1000))
         sent_s = time.monotonic()
         *replies, marked, confirmed = await _sent(link, [*commands, marks[0], waiting])
         if isinstance(marked, Exception) and is_not_done(marked):

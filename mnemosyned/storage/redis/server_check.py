@@ -46,7 +46,7 @@ def judge(info: Mapping[str, str], settings: Mapping[str, str], *, is_cluster: b
             refusal=f"its maxmemory-policy is {policy}: it logs users out when its memory is full. "
             "This mends it: CONFIG SET maxmemory-policy noeviction"
         )
-    if info.get("role") == "slave":
+    if info.get("role") == "slave" and not is_cluster:
         primary = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
         return Verdict(unavailable=f"the server is a replica of {primary}: name the primary, or Sentinels")
     warnings = [_durability(info, settings)]

@@ -28,6 +28,7 @@ from mnemosyned.sessions.page_token import between
 from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
 from mnemosyned.storage.redis import scripts, trial
 from mnemosyned.storage.redis import server as servers
+from mnemosyned.storage.redis.criteria import texts_of
 from mnemosyned.storage.redis.items import Items
 from mnemosyned.storage.redis.node_rows import NodeRows
 from mnemosyned.storage.redis.records import (
@@ -221,16 +222,6 @@ class RedisStore:
         """Judge the server, and load the scripts. Raises StorageRefused, StorageUnavailable."""
         await self._watch.admit(link)
         await servers.load(link)
-
-
-def texts_of(criteria: Criteria) -> list[str | bytes | int]:
-    """Return the criteria as `scripts/criteria.lua` takes them."""
-    texts: list[str | bytes | int] = []
-    for value in (criteria.access_token, criteria.subject_id, criteria.refresh_token):
-        texts += ("", "") if value is None else ("1", stored_name(value))
-    for instant_us in (criteria.expires_after_us, criteria.expires_before_us):
-        texts.append("" if instant_us is None else instant_us)
-    return texts
 
 
 def _cut(found: list[Session | DamagedSession], max_bytes: int, *, is_cut: bool) -> Page:
