@@ -80,16 +80,21 @@ class RedisCluster:
 
     def until_whole(self, replicas: int = 1) -> None:
         """Wait until all living nodes agree on the slots, and each primary has its replicas."""
-        until(lambda: self._is_whole(replicas))
+
+        def is_whole() -> bool:
+            with suppress(OSError):
+                return self._is_whole(replicas)
+            return False
+
+        until(is_whole)
 
     def _is_whole(self, replicas: int) -> bool:
         views = set()
         for node in self.living():
-            with suppress(OSError):
-                info, slots = call(node, ("CLUSTER", "INFO"), ("CLUSTER", "SLOTS"))
-                if b"cluster_state:ok" not in info:
-                    return False
-                views.add(str(sorted((one[0], one[1], one[2][1]) for one in slots)))
+            info, slots = call(node, ("CLUSTER", "INFO"), ("CLUSTER", "SLOTS"))
+            if b"cluster_state:ok" not in info:
+                return False
+            views.add(str(sorted((one[0], one[1], one[2][1]) for one in slots)))
         followed = [
             call(primary, ("INFO", "replication"))[0].count(b"state=online") for primary in self.primaries()
         ]

@@ -71,14 +71,19 @@ class Server:
         failures: Failures,
         metrics: QueryMetrics,
         admit: Callable[[Link], Awaitable[None]] | None = None,
+        short_wait_s: float | None = None,
     ) -> None:
         """Begin without a connection.
 
-        `connect` opens one, within a time of its own. `admit` returns when scripts that are not urgent may be
-        sent on it.
+        - `connect` opens one, within a time of its own.
+        - `admit` returns when scripts that are not urgent may be sent on it.
+        - `short_wait_s` is the time for replicas while they do not confirm, so that calls to other servers,
+          which are in the same batch, do not wait for them again and again.
         """
         self._connect = connect
         self._admit = admit
+        self._short_wait_s = short_wait_s
+        self._lacks_replicas = False
         self._failures = failures
         self._metrics = metrics
         self.idle: list[Link] = []
@@ -122,7 +127,10 @@ class Server:
             await self._admit(link)
         if not wait:
             return await _sent(link, commands)
-        waiting: Command = ("WAIT", wait, int(how.timeout_s * _WAIT_SHARE * 1000))
+        wait_s = how.timeout_s * _WAIT_SHARE
+        if self._lacks_replicas and self._short_wait_s is not None:
+            wait_s = min(wait_s, self._short_wait_s)
+        waiting: Command = ("WAIT", wait, int(wait_s * 1000))
         sent_s = time.monotonic()
         *replies, marked, confirmed = await _sent(link, [*commands, marks[0], waiting])
         if isinstance(marked, Exception) and is_not_done(marked):
@@ -136,6 +144,7 @@ class Server:
                 if not isinstance(marked, Exception):
                     break
         failure = _unconfirmed(marked, confirmed, wait)
+        self._lacks_replicas = isinstance(failure, NotReplicated)
         if failure is None:
             self._proven_s = max(self._proven_s, sent_s)
             return replies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aio.units import NS_PER_US
 from mnemosyned.errors import StorageUnavailable
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mnemosyned.storage.redis.failures import Failures
     from mnemosyned.storage.redis.link import Link
     from mnemosyned.storage.redis.scripts import Script
+
+# Replicas on one network confirm within a millisecond.
+_SHORT_WAIT_S: Final = 0.1
 
 Call = tuple["Space", Sequence[str | bytes | int]]
 
@@ -52,7 +55,12 @@ class Primary:
         self._around = around
         self._timeout_s = timeout_s
         self.server = Server(
-            self._connect, size=size, failures=around.failures, metrics=around.metrics, admit=self._admit
+            self._connect,
+            size=size,
+            failures=around.failures,
+            metrics=around.metrics,
+            admit=self._admit,
+            short_wait_s=_SHORT_WAIT_S,
         )
 
     async def run(self, script: Script, calls: Sequence[Call], how: Sending) -> list[Any]:
