@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
+from redis_clusters import RedisCluster
+from redis_clusters import redis_cluster as run_redis_cluster
 from redis_servers import PACKAGES, RedisServer, programs
 from redis_servers import redis_server as run_redis_server
 from secrecy import CANARY, searched_logs, take_leaks
@@ -86,6 +88,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Valkey for this process."""
     yield from _server_of("valkey", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A cluster for this process, which no test may break."""
+    if not programs():
+        pytest.skip(f"needs {PACKAGES['redis']}, or {PACKAGES['valkey']}")
+    with run_redis_cluster(tmp_path_factory.mktemp("redis_cluster")) as cluster:
+        yield cluster
 
 
 def _server_of(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:

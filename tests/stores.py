@@ -14,6 +14,7 @@ from typing import Final
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
+from redis_clusters import RedisCluster, call
 from redis_servers import RedisServer
 from secrecy import CANARY
 
@@ -26,7 +27,10 @@ from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
+from mnemosyned.storage.redis.cluster.pool import ClusterPool
+from mnemosyned.storage.redis.cluster.store import ClusterStore
 from mnemosyned.storage.redis.pool import RedisOptions, RedisPool
+from mnemosyned.storage.redis.server_watch import ServerWatch
 from mnemosyned.storage.redis.store import RedisStore
 
 TTL_US = 60_000_000
@@ -120,6 +124,42 @@ async def redis_engine(server: RedisServer) -> Engine:
     return Engine(store, shift)
 
 
+def new_cluster_store(
+    url: str, prefix: str = "test:", *, wait: int | None = None, buckets: int = 128, timeout_s: float = 5
+) -> ClusterStore:
+    options = RedisOptions(
+        address=url, prefix=prefix, pool_size=8, connect_timeout_s=5, timeout_s=timeout_s, wait=wait
+    )
+    metrics = QueryMetrics(CollectorRegistry(), "redis")
+    pool = ClusterPool(options, metrics, ServerWatch(is_cluster=True))
+    return ClusterStore(pool, timeout_s=timeout_s, buckets=buckets)
+
+
+async def redis_cluster_engine(cluster: RedisCluster) -> Engine:
+    prefix = f"test {secrets.token_hex(4)}:"
+    store = new_cluster_store(cluster.url, prefix, buckets=16)
+
+    async def shift(token: str, seconds: float) -> None:
+        """Move the expiry in the record and in the indexes."""
+        space = store._pool.buckets[store._pool.bucket_of(token)]
+        node = cluster.primary_of(space.slot)
+        (record,) = call(node, ("GET", f"{space.prefix}s:{token}"))
+        at_us = int(record[:16]) + int(seconds * 1e6)
+        subject = record[40 : 40 + int.from_bytes(record[24:28], "big")]
+        call(
+            node,
+            ("SETRANGE", f"{space.prefix}s:{token}", 0, f"{at_us:016}"),
+            ("ZADD", f"{space.prefix}x", at_us, token),
+            ("ZADD", f"{space.prefix}u:".encode() + subject, at_us, token),
+        )
+
+    return Engine(store, shift)
+
+
+async def _redis_cluster(request: pytest.FixtureRequest) -> Engine:
+    return await redis_cluster_engine(request.getfixturevalue("redis_cluster"))
+
+
 async def _redis(request: pytest.FixtureRequest) -> Engine:
     return await redis_engine(request.getfixturevalue("redis_server"))
 
@@ -134,18 +174,24 @@ ENGINES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] 
     "postgres": _postgres,
     "redis": _redis,
 }
+# An engine that keeps its sessions in another way there: all suites run on it as well.
+LAYOUTS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {
+    "redis cluster": _redis_cluster
+}
 # The same engine on another server.
 FLAVOURS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {"valkey": _valkey}
 # Those of them whose tokens can be hashed.
-RENAMABLE: Final = [name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename]
+RENAMABLE: Final = [*(name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename), *LAYOUTS]
 # Those that `mnemosyned check` can walk through.
-CHECKABLE: Final = [name for name in RENAMABLE if engines.ENGINES[name].capabilities.can_check]
+CHECKABLE: Final = [
+    name for name in RENAMABLE if name in LAYOUTS or engines.ENGINES[name].capabilities.can_check
+]
 
 
 @asynccontextmanager
 async def opened(name: str, request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     """Lend the engine of this name, open and without any session."""
-    engine = await (ENGINES | FLAVOURS)[name](request)
+    engine = await (ENGINES | LAYOUTS | FLAVOURS)[name](request)
     await engine.store.open()
     yield engine
     await engine.store.close()

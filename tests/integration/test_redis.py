@@ -339,6 +339,31 @@ async def test_what_a_server_may_lose_is_said_at_the_start(
     assert all(warning in record.reason for record in found)  # type: ignore[attr-defined]
 
 
+async def test_a_setting_that_is_changed_while_the_daemon_runs_is_told_once(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[str]:
+        found = [record for record in caplog.records if record.message == "redis_may_lose_sessions"]
+        return [f"{record.levelname}: {record.reason}" for record in found]  # type: ignore[attr-defined]
+
+    async with opened(server.url) as store:
+        server.command("CONFIG", "SET", "maxmemory", "1gb")
+        server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        await store.check()
+        await store.check()
+        assert [line.partition(": it logs")[0] for line in told()] == [
+            "ERROR: its maxmemory-policy is allkeys-lru"
+        ]
+
+        server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        await store.check()
+        server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        # Noticed by a new connection as well.
+        await store._pool._server.renew()
+        await store.exist(["a"])
+        assert len(told()) == 2
+
+
 async def test_a_stalled_server_is_unavailable_within_the_time_out_and_then_used_again(
     server: RedisServer,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -10,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from redis_callers import assert_nothing_is_lost, calling, until_it_takes_writes
 from redis_servers import Watched, free_port, needs_redis, watched
 from stores import lookups, new, new_redis_store
 
 from cluster.lease import Renewal
 from mnemosyned.errors import StorageUnavailable
-from mnemosyned.sessions.model import Abandonment, Session, ValueChange
+from mnemosyned.sessions.model import Abandonment, Session
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.redis.store import RedisStore
 
@@ -36,78 +36,6 @@ async def opened(url: str, *, wait: int | None = None) -> AsyncIterator[RedisSto
         yield store
     finally:
         await store.close()
-
-
-class Caller:
-    """Starts sessions, changes them, ends every third one, and remembers what was acknowledged."""
-
-    def __init__(self, store: RedisStore, number: int) -> None:
-        self.store = store
-        self.number = number
-        self.kept: set[str] = set()
-        self.ended: set[str] = set()
-        self.failures: list[float] = []
-        self.is_over = False
-
-    async def run(self) -> None:
-        count = 0
-        while not self.is_over:
-            count += 1
-            token = f"{self.number}/{count}"
-            try:
-                (session,) = await self.store.start([new(token, bag=b"")])
-                assert isinstance(session, Session)
-                (values,) = await self.store.set_values([ValueChange(access_token=token, key="k", value="v")])
-                assert values == {"k": "v"}
-                self.kept.add(token)
-                if count % 3 == 0:
-                    self.kept.discard(token)
-                    (is_ended,) = await self.store.abandon([Abandonment(access_token=token)])
-                    assert is_ended is True
-                    self.ended.add(token)
-            except StorageUnavailable:
-                self.failures.append(time.monotonic())
-                await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def calling(store: RedisStore) -> AsyncIterator[list[Caller]]:
-    """Have sixteen callers write until the end of the block."""
-    callers = [Caller(store, number) for number in range(16)]
-    tasks = [asyncio.create_task(caller.run()) for caller in callers]
-    try:
-        await asyncio.sleep(0.3)
-        yield callers
-        # Some more after what has happened.
-        await asyncio.sleep(0.3)
-    finally:
-        for caller in callers:
-            caller.is_over = True
-        await asyncio.gather(*tasks)
-
-
-async def assert_nothing_is_lost(store: RedisStore, callers: list[Caller]) -> None:
-    kept = [token for caller in callers for token in caller.kept]
-    ended = [token for caller in callers for token in caller.ended]
-    loaded = await store.load(lookups(*kept))
-
-    assert min(len(kept), len(ended)) > 100
-    assert [token for token, one in zip(kept, loaded, strict=True) if not isinstance(one, Session)] == []
-    assert await store.exist(ended) == [False] * len(ended)
-
-
-async def until_it_takes_writes(store: RedisStore) -> None:
-    async with asyncio.timeout(20):
-        while isinstance(await _error_of_a_write(store), StorageUnavailable):
-            await asyncio.sleep(0.02)
-
-
-async def _error_of_a_write(store: RedisStore) -> StorageUnavailable | None:
-    try:
-        await store.start([new()])
-    except StorageUnavailable as exc:
-        return exc
-    return None
 
 
 async def test_nothing_acknowledged_is_lost_when_the_primary_is_killed_under_load(servers: Watched) -> None:

@@ -2,6 +2,7 @@
 
     redis://user:password@host:6379/0                                 one server; rediss:// with TLS
     redis+sentinel://user:password@one:26379,two:26379/service?db=0   the primary that Sentinels name
+    redis+cluster://user:password@one:6379,two:6379                   some nodes of a cluster
     unix:///run/redis/redis.sock?db=0                                 a socket of this machine
 
 No error quotes a part that may be a secret.
@@ -15,7 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 from urllib.parse import unquote
 
-_PORTS: Final = {"redis": 6379, "rediss": 6379, "redis+sentinel": 26379, "rediss+sentinel": 26379}
+_PORTS: Final = {
+    "redis": 6379,
+    "rediss": 6379,
+    "redis+sentinel": 26379,
+    "rediss+sentinel": 26379,
+    "redis+cluster": 6379,
+    "rediss+cluster": 6379,
+}
 _SCHEMES: Final = (*_PORTS, "unix")
 _PARAMETERS: Final = ("db", "cacert", "cert", "key", "sentinel_username", "sentinel_password")
 _MAX_PORT: Final = 65535
@@ -47,13 +55,14 @@ class Files:
 class Address:
     """Where the server is, and how it is entered."""
 
-    hosts: tuple[tuple[str, int], ...]  # of the server, or of the Sentinels
+    hosts: tuple[tuple[str, int], ...]  # of the server, of the Sentinels, or of some nodes of a cluster
     path: str = ""  # of a socket; then there are no hosts
     service: str = ""  # the name that Sentinels know the primary by; empty: there are none
     database: int = 0
     login: Login = Login()
     sentinel_login: Login = Login()
     is_tls: bool = False
+    is_cluster: bool = False
     files: Files = Files()
 
     @property
@@ -62,7 +71,9 @@ class Address:
         shown = {"server": ", ".join(_joined(*host) for host in self.hosts) or self.path}
         if self.service:
             shown["service"] = self.service
-        return shown | {"database": str(self.database), "user": self.login.user or "default"}
+        if not self.is_cluster:
+            shown["database"] = str(self.database)
+        return shown | {"user": self.login.user or "default"}
 
     def __str__(self) -> str:
         """Return it without any secret."""
@@ -74,8 +85,6 @@ def parse(text: str) -> Address:
     scheme, separator, rest = text.partition("://")
     if not separator:
         raise AddressError("it is not a URL such as redis://host:6379/0")
-    if scheme in {"redis+cluster", "rediss+cluster"}:
-        raise AddressError("a Redis Cluster is not supported: name a single server, or Sentinels")
     if scheme not in _SCHEMES:
         raise AddressError(f"its scheme is not one of {', '.join(_SCHEMES)}")
     before, _, query = rest.partition("?")
@@ -96,6 +105,8 @@ def parse(text: str) -> Address:
     )
     if scheme.endswith("+sentinel"):
         return _with_sentinels(address, path, parameters)
+    if scheme.endswith("+cluster"):
+        return _cluster(address, path, parameters)
     return _single(address, path, parameters)
 
 
@@ -105,14 +116,25 @@ def _with_sentinels(address: Address, path: str, parameters: Mapping[str, str]) 
     return replace(address, service=unquote(path), database=_database(parameters.get("db", "")))
 
 
+def _cluster(address: Address, path: str, parameters: Mapping[str, str]) -> Address:
+    _refuse_sentinel_login(address)
+    if path.strip("0") or parameters.get("db", "").strip("0"):
+        raise AddressError("it names a database: a Redis Cluster has none but 0")
+    return replace(address, is_cluster=True)
+
+
 def _single(address: Address, path: str, parameters: Mapping[str, str]) -> Address:
     if len(address.hosts) > 1:
-        raise AddressError("it has several hosts: only redis+sentinel:// takes them")
+        raise AddressError("it has several hosts: only redis+sentinel:// and redis+cluster:// take them")
     if path and "db" in parameters:
         raise AddressError("it names its database twice")
+    _refuse_sentinel_login(address)
+    return replace(address, database=_database(path or parameters.get("db", "")))
+
+
+def _refuse_sentinel_login(address: Address) -> None:
     if address.sentinel_login != Login():
         raise AddressError("sentinel_username and sentinel_password need redis+sentinel://")
-    return replace(address, database=_database(path or parameters.get("db", "")))
 
 
 def _files(scheme: str, parameters: Mapping[str, str]) -> Files:
@@ -120,7 +142,7 @@ def _files(scheme: str, parameters: Mapping[str, str]) -> Files:
     if bool(files.cert) != bool(files.key):
         raise AddressError("cert and key belong together")
     if files != Files() and not scheme.startswith("rediss"):
-        raise AddressError("cacert, cert and key need rediss:// or rediss+sentinel://")
+        raise AddressError("cacert, cert and key need rediss://, rediss+sentinel:// or rediss+cluster://")
     return files
 
 

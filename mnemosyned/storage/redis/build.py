@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.redis.address import parse
+from mnemosyned.storage.redis.cluster.pool import ClusterPool
+from mnemosyned.storage.redis.cluster.store import ClusterStore
 from mnemosyned.storage.redis.pool import RedisOptions, RedisPool
+from mnemosyned.storage.redis.server_watch import ServerWatch
 from mnemosyned.storage.redis.store import RedisStore
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ def build(
     dsn: str,
     registry: CollectorRegistry,
     address: FileReloader[str] | None = None,
-) -> RedisStore:
+) -> RedisStore | ClusterStore:
     """Return the store that the configuration describes, not yet opened; `address` is its file, or None."""
     options = RedisOptions(
         address=dsn if address is None else address.content,
@@ -32,13 +36,19 @@ def build(
         timeout_s=config.timeout_s,
         wait=config.wait,
     )
-    pool = RedisPool(options, QueryMetrics(registry, "redis"))
+    metrics = QueryMetrics(registry, "redis")
+    if parse(options.address).is_cluster:
+        cluster = ClusterPool(options, metrics, ServerWatch(is_cluster=True))
+        if address is not None:
+            _follow(cluster, address)
+        return ClusterStore(cluster, timeout_s=config.timeout_s, buckets=config.buckets)
+    pool = RedisPool(options, metrics)
     if address is not None:
         _follow(pool, address)
     return RedisStore(pool, timeout_s=config.timeout_s)
 
 
-def _follow(pool: RedisPool, address: FileReloader[str]) -> None:
+def _follow(pool: RedisPool | ClusterPool, address: FileReloader[str]) -> None:
     async def use(text: str) -> None:
         try:
             await pool.use(text)
@@ -46,4 +56,4 @@ def _follow(pool: RedisPool, address: FileReloader[str]) -> None:
             raise FilesUnusable(str(exc)) from exc
 
     address.followers.append(use)
-    pool.on_auth_failure = address.ask
+    pool.follow(address.ask)

@@ -78,7 +78,7 @@ class RedisConfig(Section):
         "redis.address",
         "redis://127.0.0.1:6379/0",
         address,
-        "redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix:// URL; "
+        "redis://, redis+sentinel:// or redis+cluster:// URL, rediss… with TLS, or unix://; "
         "embedded: for a private server",
         is_secret=True,
     )
@@ -100,7 +100,13 @@ class RedisConfig(Section):
         "redis.wait",
         "auto",
         replicas,
-        "replicas that have a write before it is acknowledged; auto: 1 with Sentinels, else 0",
+        "replicas that have a write before it is acknowledged; auto: 1 with Sentinels or a cluster, else 0",
+    )
+    buckets: int = setting(
+        "redis.cluster.buckets",
+        "128",
+        integer(1, 16384),
+        "parts of a cluster that can be on different primaries; the first start decides it",
     )
 
     def resolved(self, sources: Mapping[str, str]) -> Self:

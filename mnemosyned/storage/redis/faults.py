@@ -13,12 +13,20 @@ import ssl
 from typing import Final
 
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
     ConnectionError,  # noqa: A004  # its own; those of Python are OSError
+    MasterDownError,
+    MovedError,
     NoPermissionError,
+    NoScriptError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004  # likewise
+    TryAgainError,
 )
 
 from mnemosyned.storage.fault_log import system_reason
@@ -37,9 +45,22 @@ class UnknownService(Exception):
     """A Sentinel does not know the service of the address; the text names it."""
 
 
+class NotPrimary(Exception):
+    """A node of a cluster is no primary any more; the text says whose replica it is."""
+
+
+class Uncovered(Exception):
+    """No primary of a cluster serves a slot; the text says which."""
+
+
 # What ends here as StorageUnavailable. Anything else, such as a TypeError, is a bug.
-FAULTS: Final = (RedisError, OSError, NotReplicated, NoPrimary, UnknownService)
+FAULTS: Final = (RedisError, OSError, NotReplicated, NoPrimary, UnknownService, NotPrimary, Uncovered)
+# The slot is, or will be, at another node.
+_ELSEWHERE: Final = (MovedError, AskError, TryAgainError)
+_REFUSALS: Final = (*_ELSEWHERE, ClusterDownError, ReadOnlyError, BusyLoadingError, NotPrimary)
+_OTHER_SERVER: Final = (ReadOnlyError, MasterDownError, ConnectionError, OSError, NotReplicated, NotPrimary)
 _NO_DATABASE: Final = "DB index is out of range"
+_NO_CLUSTER: Final = "cluster support disabled"
 
 # By the server's code: what it means, and what to look at.
 _MEANINGS: Final = {
@@ -56,8 +77,13 @@ _MEANINGS: Final = {
     ),
     "NOREPLICAS": ("too few replicas follow the server", "see min-replicas-to-write"),
     "BUSY": ("another script blocks the server", "see SLOWLOG and SCRIPT KILL"),
-    "CLUSTERDOWN": ("the server is a node of a Redis Cluster", "name a single server, or Sentinels"),
-    "MOVED": ("the server is a node of a Redis Cluster", "name a single server, or Sentinels"),
+    "CLUSTERDOWN": (
+        "the cluster is down, or a slot is not served",
+        "see CLUSTER INFO, and cluster-require-full-coverage",
+    ),
+    "MOVED": ("another node of the cluster has the slot", "name the cluster: redis+cluster://"),
+    "ASK": ("a slot is being moved", "calls to its sessions wait until it has been moved"),
+    "TRYAGAIN": ("a slot is being moved", "calls to its sessions wait until it has been moved"),
     "WRONGTYPE": ("a key has another type", "another program writes keys under -redis.prefix"),
     "UNKILLABLE": ("another script blocks the server", "see its log"),
 }
@@ -67,6 +93,7 @@ _ERR: Final = {
         "there is no such database",
         "see the database in the address, and `databases`",
     ),
+    _NO_CLUSTER: ("it is no node of a Redis Cluster", "write redis:// in the address"),
     "unknown command": ("the server lacks a command", "Redis 7.0 or later, or Valkey, is needed"),
     "without any password configured": ("the server has no password", "leave it out of the address"),
 }
@@ -80,7 +107,37 @@ def is_refusal(exc: BaseException) -> bool:
     """Tell whether a retry ends the same way, until the configuration or the rights of the user change."""
     if isinstance(exc, AuthenticationError | UnknownService) or _lacks_right(exc):
         return True
-    return isinstance(exc, ResponseError) and _NO_DATABASE in str(exc)
+    return isinstance(exc, ResponseError) and any(words in str(exc) for words in (_NO_DATABASE, _NO_CLUSTER))
+
+
+def is_login_refused(exc: BaseException) -> bool:
+    """Tell whether the server refuses user and password."""
+    return isinstance(exc, AuthenticationError)
+
+
+def is_missing_script(reply: object) -> bool:
+    """Tell whether the server does not know the script; nothing was done."""
+    return isinstance(reply, NoScriptError)
+
+
+def is_not_done(exc: BaseException) -> bool:
+    """Tell whether a node has refused a script before it ran, and it or another node will take it."""
+    return isinstance(exc, _REFUSALS)
+
+
+def is_elsewhere(exc: BaseException) -> bool:
+    """Tell whether the slot of a script has moved to another node, or is being moved."""
+    return isinstance(exc, _ELSEWHERE)
+
+
+def moved_to(exc: BaseException) -> tuple[str, int] | None:
+    """Return the node that has the slot by now; the host is empty if it is that of the node that says so."""
+    return (exc.host, exc.port) if isinstance(exc, MovedError) else None
+
+
+def is_other_server(exc: BaseException) -> bool:
+    """Tell whether a fault shows that the server is another one by now, or gone."""
+    return isinstance(exc, _OTHER_SERVER)
 
 
 def error_of(exc: BaseException) -> str:
@@ -106,7 +163,7 @@ def condition_of(exc: BaseException) -> str:
         return "no answer in time"
     if isinstance(cause, OSError):
         return system_reason(cause)
-    if isinstance(exc, NoPrimary | UnknownService | AddressError):
+    if isinstance(exc, NoPrimary | UnknownService | NotPrimary | Uncovered | AddressError):
         return str(exc)
     if isinstance(exc, ConnectionError):
         return "the connection is closed"

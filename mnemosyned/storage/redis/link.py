@@ -9,8 +9,8 @@ from hiredis import pack_command
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as LostConnection
-from redis.exceptions import ResponseError
 
 from mnemosyned.storage.redis.address import Address, Login
 
@@ -24,12 +24,13 @@ _CLIENT_NAME: Final = "mnemosyned"
 class Link:
     """A connection that is open; after a failure it is not used again."""
 
-    __slots__ = ("_connection", "epoch", "target")
+    __slots__ = ("_connection", "epoch", "identity", "target")
 
     def __init__(self, connection: Connection | UnixDomainSocketConnection, target: str) -> None:
         self._connection = connection
         self.target = target  # which server it is, for comparison
         self.epoch = 0
+        self.identity = ""  # of the server and its data; known on a cluster
 
     async def is_usable(self) -> bool:
         """Tell whether it is open, and nothing has come that was not asked for."""
@@ -50,7 +51,7 @@ class Link:
         for _ in commands:
             try:
                 replies.append(await connection.read_response())
-            except ResponseError as exc:
+            except (ResponseError, BusyLoadingError) as exc:
                 replies.append(exc)
         return replies
 

@@ -14,6 +14,7 @@ from cluster.lease import Barred, NodeRow, Renewal, Renewed
 from mnemosyned.storage.redis import scripts
 
 if TYPE_CHECKING:
+    from mnemosyned.storage.redis.cluster.space_pool import SpacePool
     from mnemosyned.storage.redis.pool import RedisPool
 
 # A lease must not depend on an answer that does not come: a later one may.
@@ -23,7 +24,7 @@ _TIMEOUT_S: Final = 1.0
 class NodeRows:
     """The rows of nodes (LeaseStore)."""
 
-    def __init__(self, pool: RedisPool) -> None:
+    def __init__(self, pool: RedisPool | SpacePool) -> None:
         self._pool = pool
 
     async def renew(self, renewal: Renewal) -> Renewed:

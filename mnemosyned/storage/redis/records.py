@@ -10,6 +10,7 @@ The scripts read the first three parts, the subject and the refresh token.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, Final
@@ -30,6 +31,11 @@ def text(stored: bytes) -> str:
 def escaped(stored: bytes) -> str:
     """Return a key that is sent to Redis again, whatever its bytes are."""
     return stored.decode(errors="surrogateescape")
+
+
+def stored_name(key: str) -> bytes:
+    """Return the bytes of a key that `escaped` may have made."""
+    return key.encode(errors="surrogateescape")
 
 
 def new_body(new: NewSession, version: bytes) -> bytes:
@@ -54,6 +60,22 @@ def version_of(record: bytes) -> bytes:
 def state_of(record: Any) -> bytes:  # noqa: ANN401  # as the reply has it
     """Return what changes with anything in the session; empty for what is no record."""
     return record[: _EXPIRY_BYTES + _VERSION_BYTES] if isinstance(record, bytes) else b""
+
+
+def expiry_of(record: Any) -> float:  # noqa: ANN401  # as the reply has it
+    """Return the expiry of a record, or of its first bytes; what cannot be read never ends by itself."""
+    try:
+        return int(record[:_EXPIRY_BYTES])
+    except (TypeError, ValueError):
+        return math.inf
+
+
+def bag_bytes_of(record: Any) -> int:  # noqa: ANN401  # as the reply has it
+    """Return the length of the bag of a record, or of its first bytes; 0 if it will not be read."""
+    if not isinstance(record, bytes) or len(record) < _HEAD.size:
+        return 0
+    bag: int = _HEAD.unpack_from(record)[-1]
+    return bag if bag <= MAX_BAG_BYTES else 0
 
 
 def session_of(key: str, record: Any) -> Session | DamagedSession:  # noqa: ANN401  # as the reply has it

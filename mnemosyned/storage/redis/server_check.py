@@ -29,22 +29,24 @@ def fields_of(info: bytes) -> dict[str, str]:
     return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
 
 
-def judge(info: Mapping[str, str], settings: Mapping[str, str]) -> Verdict:
+def judge(info: Mapping[str, str], settings: Mapping[str, str], *, is_cluster: bool = False) -> Verdict:
     """Judge a server by INFO and CONFIG GET; `settings` is empty if it does not tell."""
     version = tuple(int(part) for part in re.findall(r"\d+", info.get("redis_version", ""))[:2])
     if version and version < _LEAST_VERSION:
         return Verdict(
             refusal=f"its version is {info['redis_version']}: Redis 7.0 or later, or Valkey, is needed"
         )
-    if info.get("cluster_enabled") == "1":
-        return Verdict(refusal="it is a node of a Redis Cluster: name a single server, or Sentinels")
+    if info.get("cluster_enabled") == "1" and not is_cluster:
+        return Verdict(refusal="it is a node of a Redis Cluster: write redis+cluster:// in the address")
+    if is_cluster and info.get("cluster_enabled", "1") != "1":
+        return Verdict(refusal="it is no node of a Redis Cluster: write redis:// in the address")
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction" and info.get("maxmemory", "0") != "0":
         return Verdict(
             refusal=f"its maxmemory-policy is {policy}: it logs users out when its memory is full. "
             "This mends it: CONFIG SET maxmemory-policy noeviction"
         )
-    if info.get("role") == "slave":
+    if info.get("role") == "slave" and not is_cluster:
         primary = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
         return Verdict(unavailable=f"the server is a replica of {primary}: name the primary, or Sentinels")
     warnings = [_durability(info, settings)]

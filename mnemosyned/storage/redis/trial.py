@@ -15,6 +15,7 @@ from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession,
 from mnemosyned.sessions.store import FullStore, Renaming, StorageRefused
 
 if TYPE_CHECKING:
+    from mnemosyned.storage.redis.cluster.space_pool import SpacePool
     from mnemosyned.storage.redis.pool import RedisPool
     from mnemosyned.storage.redis.scripts import Script
 
@@ -22,25 +23,30 @@ _TTL_US: Final = 10_000_000
 _SUBJECT: Final = "trial"
 
 
-class _OwnKeys:
+class OwnKeys:
     """Stands in for the pool: its scripts see keys of their own."""
 
-    def __init__(self, pool: RedisPool) -> None:
+    def __init__(self, pool: RedisPool | SpacePool) -> None:
         self._pool = pool
         self._part = f"trial:{secrets.token_hex(8)}:"
 
     async def run(self, script: Script, *arguments: str | bytes | int, **options: Any) -> Any:  # noqa: ANN401  # as it comes
+        """See RedisPool."""
         return await self._pool.run(script, *arguments, part=self._part, **options)
 
+    async def each(self, script: Script, head: Any, items: Any, **options: Any) -> list[Any]:  # noqa: ANN401  # likewise
+        """See RedisPool."""
+        return await self._pool.each(script, head, items, part=self._part, **options)
 
-async def run(pool: RedisPool, store_on: Callable[[RedisPool], FullStore]) -> None:
+
+async def run(pool: RedisPool | SpacePool, store_on: Callable[[RedisPool], FullStore]) -> None:
     """Start, read, change, name and end sessions.
 
     Raises:
         StorageUnavailable: a script fails.
         StorageRefused: a script does something else.
     """
-    store = store_on(cast("RedisPool", _OwnKeys(pool)))
+    store = store_on(cast("RedisPool", OwnKeys(pool)))
     new = NewSession(access_token="one", subject_id=_SUBJECT, refresh_token=_SUBJECT, ttl_us=_TTL_US)  # noqa: S106  # no secret
     (started,) = await store.start([new])
     (loaded,) = await store.load([Lookup(access_token="one", ttl_us=2 * _TTL_US, touch_interval_us=0)])  # noqa: S106  # likewise
@@ -69,6 +75,11 @@ async def run(pool: RedisPool, store_on: Callable[[RedisPool], FullStore]) -> No
         and cleaned == []
     )
     if not is_as_it_should:
-        raise StorageRefused(
-            "Redis: its scripts do not do what they should: is it Redis 7.0 or later, or Valkey?"
-        )
+        raise unexpected()
+
+
+def unexpected() -> StorageRefused:
+    """Return that the server does something else than Redis does."""
+    return StorageRefused(
+        "Redis: its scripts do not do what they should: is it Redis 7.0 or later, or Valkey?"
+    )

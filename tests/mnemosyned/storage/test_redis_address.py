@@ -29,6 +29,16 @@ SECRET = "hunter2-of-this-test"
             Address(hosts=(("h", 6379),), is_tls=True, files=Files(cacert="/ca", cert="/c", key="/k")),
         ),
         (
+            f"redis+cluster://u:{SECRET}@a,b:7000/",
+            Address(
+                hosts=(("a", 6379), ("b", 7000)), login=Login(user="u", password=SECRET), is_cluster=True
+            ),
+        ),
+        (
+            "rediss+cluster://a/0?cacert=/ca",
+            Address(hosts=(("a", 6379),), is_tls=True, is_cluster=True, files=Files(cacert="/ca")),
+        ),
+        (
             f"redis+sentinel://u:{SECRET}@a,b:7000/service?db=2&sentinel_password=s",
             Address(
                 hosts=(("a", 26379), ("b", 7000)),
@@ -51,14 +61,18 @@ def test_an_address_says_where_the_server_is(text: str, address: Address) -> Non
     [
         (SECRET, "it is not a URL"),
         (f"http://{SECRET}", "its scheme is not one of redis, rediss, redis+sentinel"),
-        ("redis+cluster://a,b", "a Redis Cluster is not supported"),
+        ("redis+cluster://a,b/1", "a Redis Cluster has none but 0"),
+        ("redis+cluster://a?db=2", "a Redis Cluster has none but 0"),
+        ("redis+cluster://a?sentinel_password=x", "need redis+sentinel://"),
+        ("redis+cluster://", "a host is missing or wrong"),
+        ("redis+cluster://a?cacert=/ca", "need rediss://"),
         (f"redis://{SECRET}@h", "a user without a password"),
         (f"redis://u:{SECRET}", "a host is missing or wrong"),
         (f"redis://u:{SECRET}/x@h", "a host is missing or wrong"),
         (f"redis://u:{SECRET}?x@h", "it has a parameter that is not one of db"),
         ("redis://h:0", "a host is missing or wrong"),
         ("redis://h:99999", "a host is missing or wrong"),
-        ("redis://a,b", "only redis+sentinel:// takes them"),
+        ("redis://a,b", "only redis+sentinel:// and redis+cluster:// take them"),
         ("redis://h/x", "its database is not a number from 0 to 9999"),
         ("redis://h/1?db=1", "it names its database twice"),
         ("redis://h?db=1&db=2", "the parameter db twice"),

@@ -146,7 +146,10 @@ def lost(cause: OSError) -> LostConnection:
         (BaseParser.parse_error("MISCONF x"), "MISCONF: the server cannot write to its disk", "see its log"),
         (BaseParser.parse_error("NOREPLICAS x"), "NOREPLICAS: too few replicas follow", "min-replicas"),
         (BaseParser.parse_error("BUSY x"), "BUSY: another script", "SCRIPT KILL"),
-        (BaseParser.parse_error("CLUSTERDOWN x"), "CLUSTERDOWN: the server is a node", "Sentinels"),
+        (BaseParser.parse_error("CLUSTERDOWN x"), "CLUSTERDOWN: the cluster is down", "CLUSTER INFO"),
+        (BaseParser.parse_error("MOVED 1 h:1"), "MOVED: another node of the cluster", "redis+cluster://"),
+        (BaseParser.parse_error("ASK 1 h:1"), "ASK: a slot is being moved", "wait"),
+        (BaseParser.parse_error("TRYAGAIN x"), "TRYAGAIN: a slot is being moved", "wait"),
         (BaseParser.parse_error("MASTERDOWN x"), "MASTERDOWN: the server is a replica", "primary"),
         (
             BaseParser.parse_error("NOPERM run the 'get' command"),

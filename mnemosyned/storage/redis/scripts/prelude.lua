@@ -6,7 +6,8 @@
 --   r:REFRESH  zset    the names with a refresh token, by expiry
 -- A script is atomic, so the sessions and the indexes agree, unless the server has expired or somebody has
 -- deleted a key. Whatever script meets a name without its session removes it from the index.
--- The only key that is declared is x: the others are made from what is found.
+-- The only key that is declared is x: the others are made from what is found. On a cluster, all of them are in
+-- one slot, and a key that never exists is declared too (cluster/slots.py).
 local P = string.sub(KEYS[1], 1, -2)
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
@@ -54,12 +55,17 @@ local function lasts_ms(expiry)
     return string.format('%.0f', math.ceil(expiry / 1000) + DAY_MS)
 end
 
-local function put(key, name, expiry)
-    redis.call('ZADD', key, digits(expiry), name)
+-- Has a key end a day after a session, and no sooner than it did before.
+local function lasts(key, expiry)
     -- GT does not set the first expiry of a key.
     if redis.call('PEXPIREAT', key, lasts_ms(expiry), 'GT') == 0 then
         redis.call('PEXPIREAT', key, lasts_ms(expiry), 'NX')
     end
+end
+
+local function put(key, name, expiry)
+    redis.call('ZADD', key, digits(expiry), name)
+    lasts(key, expiry)
 end
 
 local function index(name, expiry, subject, refresh)

@@ -1,8 +1,8 @@
 -- Reads sessions for changes of their bags. ARGV: claim, how long it holds in ms, most bytes of a bag,
--- names. Returns the clock, and the records, nil where there is no live session.
+-- names. Returns of each the clock and the record, nil where there is no live session.
 -- With a claim (w:NAME), nobody else may write these bags for a moment.
 local claim, max_bag = ARGV[1], tonumber(ARGV[3])
-local out = { now }
+local out = {}
 for at = 4, #ARGV do
     local name = ARGV[at]
     local raw = read('GET', P .. 's:' .. name)
@@ -12,6 +12,6 @@ for at = 4, #ARGV do
     if raw and claim ~= '' then
         redis.call('SET', P .. 'w:' .. name, claim, 'NX', 'PX', ARGV[2])
     end
-    out[#out + 1] = shown(raw, max_bag)
+    out[#out + 1] = raw and { now, shown(raw, max_bag) }
 end
 return out
