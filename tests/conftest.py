@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
+from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
 from redis_servers import PACKAGES, RedisServer, programs
 from redis_servers import redis_server as run_redis_server
 from secrecy import CANARY, searched_logs, take_leaks
@@ -86,6 +87,18 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Valkey for this process."""
     yield from _server_of("valkey", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def mongodb_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server for this process, or of MONGODB_URL; each test has a collection of its own."""
+    if URL:
+        yield URL
+        return
+    if not PROGRAM.exists():
+        pytest.skip(MISSING)
+    with MongoServer(tmp_path_factory.mktemp("mongodb") / "server") as server:
+        yield server.url
 
 
 def _server_of(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
