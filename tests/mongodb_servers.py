@@ -8,6 +8,7 @@ runs. With MONGODB_URL, tests/integration/test_mongodb_server.py runs the same s
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -39,12 +40,14 @@ class MongoServer:
 
     directory: Path
     options: tuple[str, ...] = ()
+    tls: str = ""  # the options of an address for TLS
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"mongodb://127.0.0.1:{self.port}/test"
+        host, options = ("localhost", f"?{self.tls}") if self.tls else ("127.0.0.1", "")
+        return f"mongodb://{host}:{self.port}/test{options}"
 
     @property
     def log(self) -> str:
@@ -82,8 +85,19 @@ class MongoServer:
             yield client["test"]
 
     def signal(self, number: int) -> None:
+        """Send a signal; after SIGSTOP all its threads stand."""
         assert self.process is not None
         self.process.send_signal(number)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        while number == signal.SIGSTOP and stat.read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Have it write all it has, and end."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(20)
+        self.process = None
 
     def kill(self) -> None:
         if self.process is not None:

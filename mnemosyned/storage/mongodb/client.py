@@ -33,6 +33,8 @@ _CODEC: Final[CodecOptions[Document]] = CodecOptions(
     unicode_decode_error_handler="surrogateescape", datetime_conversion=DatetimeConversion.DATETIME_MS
 )
 _CLIENT_NAME: Final = "mnemosyned"
+# How often the driver asks each server what it is, if the server has not told it of a change meanwhile.
+_HEARTBEAT_MS: Final = 1000
 
 
 class _Connections(ConnectionPoolListener):
@@ -80,6 +82,7 @@ class Client:
             document_class=dict,
             maxPoolSize=connections,
             connectTimeoutMS=int(connect_timeout_s * 1000) or 1,
+            heartbeatFrequencyMS=_HEARTBEAT_MS,
             retryWrites=True,
             event_listeners=[self._connections],
             **{name: value for name, value in given.items() if value is not None},

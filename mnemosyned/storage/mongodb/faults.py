@@ -8,10 +8,12 @@ says so: `storage/fault_log.py`.
 
 from __future__ import annotations
 
+import errno
 import re
+import socket
 import ssl
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from bson.errors import BSONError
 from pymongo.errors import (
@@ -21,6 +23,7 @@ from pymongo.errors import (
     ExecutionTimeout,
     InvalidOperation,
     NetworkTimeout,
+    NotPrimaryError,
     OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
@@ -98,6 +101,17 @@ _KINDS: Final = (
     (InvalidOperation, "the client was closed"),
     (OperationFailure, "the server refuses a command"),
 )
+_NOT_TRUSTED: Final = ssl.SSLCertVerificationError(1, "")
+_NOT_TRUSTED.verify_message = "it is not trusted, or is for another name"
+_WORDS: Final[Mapping[str, OSError]] = {
+    "CERTIFICATE_VERIFY_FAILED": _NOT_TRUSTED,
+    "SSL": ssl.SSLError(1, ""),
+    "Connection refused": ConnectionRefusedError(errno.ECONNREFUSED, ""),
+    "No route to host": OSError(errno.EHOSTUNREACH, ""),
+    "timed out": TimeoutError(),
+    "not known": socket.gaierror(socket.EAI_NONAME, ""),
+    "name resolution": socket.gaierror(socket.EAI_AGAIN, ""),
+}
 
 
 def is_refusal(exc: BaseException) -> bool:
@@ -126,13 +140,10 @@ def is_late(exc: BaseException) -> bool:
 
 def error_of(exc: BaseException) -> str:
     """Return the server's name of an error, or the kind of one that has none."""
-    if isinstance(exc, OperationFailure):
-        details = exc.details if isinstance(exc.details, dict) else {}
-        name = str(details.get("codeName", ""))
-        if re.fullmatch(r"[A-Za-z]{2,60}", name):
-            return name
-        return f"code {_code(exc)}" if _code(exc) else type(exc).__name__
-    return type(_cause(exc)).__name__
+    name = str(_details(exc).get("codeName", ""))
+    if re.fullmatch(r"[A-Za-z]{2,60}", name):
+        return name
+    return f"code {_code(exc)}" if _code(exc) else type(_cause(exc)).__name__
 
 
 def condition_of(exc: BaseException) -> str:
@@ -189,20 +200,25 @@ def no_primary(
 def _meaning(exc: BaseException) -> tuple[str, str]:
     if isinstance(exc, ExecutionTimeout):
         return _TOO_LONG
-    if isinstance(exc, OperationFailure):
-        known = _MEANINGS.get(_code(exc))
-        if known is not None:
-            return known
+    known = _MEANINGS.get(_code(exc))
+    if known is not None:
+        return known
     return _NOT_REPLICATED if isinstance(exc, WriteConcernError) or _lacks_majority(exc) else ("", "")
 
 
-def _code(exc: OperationFailure) -> int:
-    """Return the code; of a bulk write, that of its first failure."""
-    if isinstance(exc, BulkWriteError):
-        details = exc.details
-        failures = [*details.get("writeErrors", ()), *details.get("writeConcernErrors", ())]
-        return int(failures[0].get("code", 0)) if failures else 0
-    return exc.code or 0
+def _details(exc: BaseException) -> Mapping[str, Any]:
+    """Return the server's answer, if there is one."""
+    found = exc.details if isinstance(exc, OperationFailure | NotPrimaryError) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _code(exc: BaseException) -> int:
+    """Return the server's code, or 0; of a bulk write, that of its first failure."""
+    details = _details(exc)
+    failures = [*details.get("writeErrors", ()), *details.get("writeConcernErrors", ()), details]
+    if isinstance(exc, OperationFailure) and exc.code:
+        failures.append({"code": exc.code})
+    return next((int(one["code"]) for one in failures if one.get("code")), 0)
 
 
 def _lacks_majority(exc: BaseException) -> bool:
@@ -211,8 +227,14 @@ def _lacks_majority(exc: BaseException) -> bool:
 
 def _cause(exc: BaseException) -> BaseException:
     """Return the error of the system that the library has wrapped, if it has."""
+    if not isinstance(exc, ConnectionFailure):
+        return exc
     cause = exc.__cause__ or exc.__context__
-    return cause if isinstance(exc, ConnectionFailure) and isinstance(cause, OSError) else exc
+    # One without a number is the library's own, of a connection that was closed.
+    if isinstance(cause, OSError) and (cause.errno is not None or type(cause) is not OSError):
+        return cause
+    # What it keeps of a server has lost its cause, and has its words.
+    return next((known for words, known in _WORDS.items() if words in str(exc)), exc)
 
 
 def is_no_primary(exc: BaseException) -> bool:

@@ -96,24 +96,15 @@ class NodeRows:
 
     async def begin_cleanup(self) -> int:
         """Take the turn to clean up; return the clock, or 0 if another node has the turn."""
-        is_over, is_mine = {"$lte": ["$until", NOW_US]}, {"$eq": ["$by", {"$literal": self._node}]}
-        taken = [{"$set": {"by": {"$literal": self._node}, "until": {"$add": [NOW_US, _CLEANUP_US]}}}]
-
-        async def take(database: Database) -> Document | None:
-            try:
-                found: Document | None = await database[self._names.nodes].find_one_and_update(
-                    {"_id": "cleanup", "$expr": {"$or": [is_over, is_mine]}},
-                    taken,
-                    upsert=True,
-                    return_document=ReturnDocument.AFTER,
-                )
-            except DuplicateKeyError:
-                # It is there, and not free.
-                return None
-            return found
-
-        found = await self._pool.run("clean_up", take)
-        return 0 if found is None else int(found["until"]) - _CLEANUP_US
+        is_over = {"$lte": [{"$ifNull": ["$until", Int64(0)]}, NOW_US]}
+        is_free = {"$or": [is_over, {"$eq": ["$by", {"$literal": self._node}]}]}
+        # The condition is in the update: the filter of an upsert may have no expression.
+        fields = {
+            "by": {"$cond": [is_free, {"$literal": self._node}, "$by"]},
+            "until": {"$cond": [is_free, {"$add": [NOW_US, _CLEANUP_US]}, "$until"]},
+        }
+        found = await self._upsert("clean_up", "cleanup", fields)
+        return int(found["until"]) - _CLEANUP_US if found["by"] == self._node else 0
 
     async def _changed(self, doing: str, rows: dict[str, Any], *, is_urgent: bool = False) -> Document:
         """Change the document of the rows; return it as it is then."""
@@ -125,9 +116,14 @@ class NodeRows:
             "rows": rows,
         }
 
+        return await self._upsert(doing, "nodes", fields, is_urgent=is_urgent)
+
+    async def _upsert(
+        self, doing: str, key: str, fields: dict[str, Any], *, is_urgent: bool = False
+    ) -> Document:
         async def change(database: Database) -> Document | None:
             found: Document | None = await database[self._names.nodes].find_one_and_update(
-                {"_id": "nodes"}, [{"$set": fields}], upsert=True, return_document=ReturnDocument.AFTER
+                {"_id": key}, [{"$set": fields}], upsert=True, return_document=ReturnDocument.AFTER
             )
             return found
 

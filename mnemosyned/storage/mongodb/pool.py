@@ -36,8 +36,9 @@ Result = TypeVar("Result")
 
 # Connections that leases may use besides, so that no other call delays a renewal.
 _URGENT: Final = 2
-# The driver ends a command in time; this is for what it does not time, such as a look-up in the DNS.
-_GRACE_S: Final = 0.25
+# The driver ends a command in time, or half a second later if it waits for a primary. This is for what it
+# does not time, such as a look-up in the DNS.
+_GRACE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +176,17 @@ class MongoPool:
     async def run_each(
         self, doing: str, works: Iterable[Callable[[Database], Awaitable[Result]]], *, is_begun: bool = False
     ) -> list[Result]:
-        """Run commands side by side; the first failure is raised when all have ended."""
-        runs = [self.run(doing, work, is_begun=is_begun) for work in works]
-        outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        """Run commands side by side; the first failure is raised when all have ended.
+
+        They leave half of the places to other calls, which would wait for the last of them otherwise.
+        """
+        places = asyncio.Semaphore(max(1, self._options.pool_size // 2))
+
+        async def run(work: Callable[[Database], Awaitable[Result]]) -> Result:
+            async with places:
+                return await self.run(doing, work, is_begun=is_begun)
+
+        outcomes = await asyncio.gather(*map(run, works), return_exceptions=True)
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failures:
             failure = failures[0]

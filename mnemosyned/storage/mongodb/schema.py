@@ -92,7 +92,7 @@ async def _found(database: Database, names: Names) -> dict[str, Any] | None:
             raise StorageRefused(f"MongoDB: {names.sessions} is not an ordinary collection")
         if options.get("collation", {}).get("locale", "simple") != "simple":
             raise StorageRefused(
-                f"MongoDB: {names.sessions} has a collation: keys must compare by their bytes"
+                f"MongoDB: {names.sessions} has a collation: its keys must compare by their bytes"
             )
         return dict(found)
     return None

@@ -256,6 +256,8 @@ class MongoStore:
             UpdateOne({"_id": token, **documents.live()}, {"$max": documents.expiry(expires_at_us)})
             for token, expires_at_us in moves
         ]
+        if not updates:
+            return 0
 
         async def move(database: Database) -> int:
             return (await self._names.written(database).bulk_write(updates, ordered=False)).matched_count

@@ -16,7 +16,8 @@ portions, and no more are asked for than it takes: the bags of one page are boun
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -171,7 +172,8 @@ class Walks:
     async def _page(self, doing: str, stages: list[Document], limit: int, max_bytes: int) -> _Portion:
         async def read(database: Database) -> _Portion:
             shown = self._read(database, [*stages, documents.SHOWN], min(limit + 1, _PORTION))
-            return await _taken(shown, limit, max_bytes)
+            async with aclosing(shown):
+                return await _taken(shown, limit, max_bytes)
 
         page = await self._pool.run(doing, read)
         self._seen_us = page.now_us or self._seen_us
@@ -185,7 +187,7 @@ class Walks:
 
     async def _read(
         self, database: Database, stages: list[Document], portion: int | None = None
-    ) -> AsyncIterator[Document]:
+    ) -> AsyncGenerator[Document, None]:
         options: dict[str, Any] = {} if portion is None else {"batchSize": portion}
         async with await self._names.read(database).aggregate(stages, **options) as cursor:
             async for found in cursor:

@@ -167,6 +167,11 @@ def lost(cause: OSError) -> AutoReconnect:
             "NotWritablePrimary: the server is not the primary",
             "elected",
         ),
+        (
+            NotPrimaryError("hunter2", {"code": 10107, "codeName": "NotWritablePrimary"}),
+            "NotWritablePrimary: the server is not the primary",
+            "elected",
+        ),
         (NotPrimaryError("hunter2"), "NotPrimaryError: the connection is closed", ""),
         (failure(91, "ShutdownInProgress"), "the server ends", "elected"),
         (failure(11600, "InterruptedAtShutdown"), "the server ends", "elected"),
@@ -185,6 +190,16 @@ def lost(cause: OSError) -> AutoReconnect:
         (lost(socket.gaierror(-2, "hunter2")), "the name of the host cannot be resolved", ""),
         (lost(ssl.SSLError(1, "hunter2")), "TLS: the handshake failed", "tlsCAFile"),
         (AutoReconnect("hunter2"), "AutoReconnect: the connection is closed", ""),
+        # As the driver keeps it of a server.
+        (
+            AutoReconnect("hunter2: [SSL: CERTIFICATE_VERIFY_FAILED] x"),
+            "server's certificate: it is not",
+            "CA",
+        ),
+        (AutoReconnect("hunter2: [SSL: WRONG_VERSION_NUMBER] x"), "TLS: the handshake failed", "tlsCAFile"),
+        (AutoReconnect("hunter2: [Errno 111] Connection refused"), "connection refused", "no server listens"),
+        (AutoReconnect("hunter2: [Errno -2] Name or service not known"), "host cannot be resolved", ""),
+        (AutoReconnect("hunter2: timed out"), "TimeoutError: no answer in time", "firewall"),
         (NetworkTimeout("hunter2"), "NetworkTimeout: no answer in time", "firewall"),
         (ConfigurationError("hunter2"), "the record of mongodb+srv cannot be looked up", ""),
         (TimeoutError(), "TimeoutError: no answer in time", "firewall"),
