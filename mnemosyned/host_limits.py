@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.storage.engines import StorageConfig
+from mnemosyned.storage.mongodb.config import MongoConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.storage.redis.config import RedisConfig
 from mnemosyned.transport.config import GrpcConfig
@@ -77,6 +78,8 @@ def connection_limits(config: Config, max_files: int) -> ConnectionLimits:
         reserve += config[PostgresConfig].pool_size
     if config[StorageConfig].name == "redis":
         reserve += config[RedisConfig].pool_size
+    if config[StorageConfig].name == "mongodb":
+        reserve += config[MongoConfig].pool_size
     if config[ClusterConfig].listen:
         reserve += _DIALS
     budget = max(max_files - reserve, max_files // _LEAST_SHARE, 1)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mnemosyned.node_config import ClusterConfig, joined_address, split_address
 from mnemosyned.sessions.config import CacheConfig
+from mnemosyned.storage.mongodb.config import MongoConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.storage.redis.config import RedisConfig
 from mnemosyned.transport.config import GrpcConfig
@@ -50,8 +51,9 @@ _DIVIDED: Final = (
     (CacheConfig, "mirror_bytes", 0),
     (PostgresConfig, "pool_size", 2),
     (RedisConfig, "pool_size", 2),
+    (MongoConfig, "pool_size", 2),
 )
-_SHARING: Final = (GrpcConfig, CacheConfig, PostgresConfig, RedisConfig)
+_SHARING: Final = (GrpcConfig, CacheConfig, PostgresConfig, RedisConfig, MongoConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

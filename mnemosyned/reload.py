@@ -27,6 +27,7 @@ from mnemosyned.observe import logs
 from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.security.config import AuthConfig
 from mnemosyned.settings import SECTIONS
+from mnemosyned.storage.mongodb.config import MongoConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.storage.redis.config import RedisConfig
 
@@ -141,6 +142,8 @@ class Reload:
             followed.add("postgres.address")
         if self._config[RedisConfig].address_file:
             followed.add("redis.address")
+        if self._config[MongoConfig].address_file:
+            followed.add("mongodb.address")
         if self._node is None:
             followed.discard("cluster.secret")
         return [name for name in dict.fromkeys(changed) if name not in followed]

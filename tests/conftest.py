@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from redis_clusters import RedisCluster
 from redis_clusters import redis_cluster as run_redis_cluster
+from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
 from redis_servers import PACKAGES, RedisServer, programs
 from redis_servers import redis_server as run_redis_server
 from secrecy import CANARY, searched_logs, take_leaks
@@ -97,6 +98,18 @@ def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisClu
         pytest.skip(f"needs {PACKAGES['redis']}, or {PACKAGES['valkey']}")
     with run_redis_cluster(tmp_path_factory.mktemp("redis_cluster")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def mongodb_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server for this process, or of MONGODB_URL; each test has a collection of its own."""
+    if URL:
+        yield URL
+        return
+    if not PROGRAM.exists():
+        pytest.skip(MISSING)
+    with MongoServer(tmp_path_factory.mktemp("mongodb") / "server") as server:
+        yield server.url
 
 
 def _server_of(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:

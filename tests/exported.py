@@ -50,6 +50,7 @@ async def exported_families() -> list[Metric]:
     registry = new_registry()
     QueryMetrics(registry)
     QueryMetrics(registry, "redis")
+    QueryMetrics(registry, "mongodb")
     UpkeepMetrics(registry)
     AuthMetrics(registry)
     show_certificates_end(registry, lambda: 0.0)

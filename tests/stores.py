@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import asyncpg
+import mongodb_servers
 import pytest
 from prometheus_client import CollectorRegistry
 from redis_clusters import RedisCluster, call
@@ -24,6 +25,9 @@ from mnemosyned.sessions.model import Lookup, NewSession, Session
 from mnemosyned.sessions.store import FullStore
 from mnemosyned.storage import engines
 from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.storage.mongodb.pool import MongoOptions, MongoPool
+from mnemosyned.storage.mongodb.schema import Names
+from mnemosyned.storage.mongodb.store import MongoStore
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
@@ -168,11 +172,37 @@ async def _valkey(request: pytest.FixtureRequest) -> Engine:
     return await redis_engine(request.getfixturevalue("valkey_server"))
 
 
+def new_mongodb_store(url: str, collection: str, *, timeout_s: float = 20) -> MongoStore:
+    options = MongoOptions(address=url, pool_size=8, connect_timeout_s=5, timeout_s=timeout_s)
+    pool = MongoPool(options, QueryMetrics(CollectorRegistry(), "mongodb"))
+    return MongoStore(pool, Names(collection), timeout_s=timeout_s)
+
+
+async def mongodb_engine(url: str) -> Engine:
+    names = Names(f"test-{secrets.token_hex(4)}")
+    store = new_mongodb_store(url, names.sessions)
+
+    async def shift(token: str, seconds: float) -> None:
+        await store._pool.run(
+            "shift",
+            lambda database: names.written(database).update_one(
+                {"_id": token}, {"$inc": {"e": int(seconds * 1e6)}}
+            ),
+        )
+
+    return Engine(store, shift)
+
+
+async def _mongodb(request: pytest.FixtureRequest) -> Engine:
+    return await mongodb_engine(request.getfixturevalue("mongodb_url"))
+
+
 # How each engine of the registry is made for one test: not yet opened, without any session.
 ENGINES: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {
     "memory": memory_engine,
     "postgres": _postgres,
     "redis": _redis,
+    "mongodb": _mongodb,
 }
 # An engine that keeps its sessions in another way there: all suites run on it as well.
 LAYOUTS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {
@@ -182,6 +212,8 @@ LAYOUTS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] 
 FLAVOURS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {"valkey": _valkey}
 # Those of them whose tokens can be hashed.
 RENAMABLE: Final = [*(name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename), *LAYOUTS]
+# Those whose server here takes long for what others do at once.
+SLOW: Final = () if mongodb_servers.URL else ("mongodb",)
 # Those that `mnemosyned check` can walk through.
 CHECKABLE: Final = [
     name for name in RENAMABLE if name in LAYOUTS or engines.ENGINES[name].capabilities.can_check

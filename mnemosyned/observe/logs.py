@@ -68,6 +68,8 @@ LEAST_LEVEL_BY_LOGGER: Final = {
     # Warns of each lost connection with a traceback; our own `storage_lost` says it in one line.
     "asyncpg": logging.ERROR,
     "grpc": logging.WARNING,
+    # Logs each command at debug, with its documents.
+    "pymongo": logging.WARNING,
 }
 
 

@@ -315,7 +315,7 @@ class GuessCollector(Collector):
 
 
 class QueryMetrics:
-    """The statements sent to a database, by the names of storage/postgres/queries.py or redis/scripts.py."""
+    """What is sent to a database, by names: those of postgres/queries.py or redis/scripts.py, or a call's."""
 
     def __init__(self, registry: CollectorRegistry, engine: str = "postgres") -> None:
         prefix = f"mnemosyned_storage_{engine}"

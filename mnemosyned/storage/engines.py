@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import one_of
 from mnemosyned.security.config import AuthConfig
+from mnemosyned.storage.mongodb.config import MongoConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.storage.redis.config import RedisConfig
 
@@ -119,7 +120,7 @@ def _build_postgres(config: Config, surroundings: Surroundings) -> EngineStore:
 
 
 def _follow_address(
-    section: PostgresConfig | RedisConfig, name: str, is_private: Callable[[str], bool]
+    section: PostgresConfig | RedisConfig | MongoConfig, name: str, is_private: Callable[[str], bool]
 ) -> FileReloader[str] | None:
     from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 
@@ -175,6 +176,18 @@ def _follow_address_of_redis(config: Config) -> FileReloader[str] | None:
     return _follow_address(config[RedisConfig], "redis_address", is_private)
 
 
+def _build_mongodb(config: Config, surroundings: Surroundings) -> EngineStore:
+    from mnemosyned.storage.mongodb.build import build
+
+    return build(config[MongoConfig], registry=surroundings.registry, address=surroundings.address)
+
+
+def _follow_address_of_mongodb(config: Config) -> FileReloader[str] | None:
+    from mnemosyned.storage.mongodb.config import is_private
+
+    return _follow_address(config[MongoConfig], "mongodb_address", is_private)
+
+
 def _build_memory(_: Config, __: Surroundings) -> EngineStore:
     from mnemosyned.storage.memory import MemoryStore
 
@@ -201,6 +214,14 @@ ENGINES: Final = {
             section=RedisConfig,
             start_server=_start_private_redis,
             follow_address=_follow_address_of_redis,
+        ),
+        Engine(
+            name="mongodb",
+            meaning="MongoDB",
+            capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True, can_check=True),
+            build=_build_mongodb,
+            section=MongoConfig,
+            follow_address=_follow_address_of_mongodb,
         ),
         Engine(
             name="memory",

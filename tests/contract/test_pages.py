@@ -25,7 +25,13 @@ from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage.hashed import HashedStore
 
 PLACES = [
-    *(f"{name} h2" for name in (*stores.ENGINES, *(f"hashed {one}" for one in stores.RENAMABLE))),
+    *(
+        f"{name} h2"
+        for name in (
+            *stores.ENGINES,
+            *(f"hashed {one}" for one in stores.RENAMABLE if one not in stores.SLOW),
+        )
+    ),
     *(f"memory {name}" for name in ENGINES if name != "h2"),
 ]
 

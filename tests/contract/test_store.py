@@ -22,15 +22,10 @@ from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage import engines
 from mnemosyned.storage.hashed import HashedStore
 
+HASHED = [f"hashed {name}" for name in stores.RENAMABLE if name not in stores.SLOW]
 
-@pytest.fixture(
-    params=[
-        *stores.ENGINES,
-        *stores.LAYOUTS,
-        *stores.FLAVOURS,
-        *(f"hashed {name}" for name in stores.RENAMABLE),
-    ]
-)
+
+@pytest.fixture(params=[*stores.ENGINES, *stores.LAYOUTS, *stores.FLAVOURS, *HASHED])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     async with stores.opened(request.param.removeprefix("hashed "), request) as plain:
         if request.param.startswith("hashed"):

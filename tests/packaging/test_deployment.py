@@ -31,6 +31,8 @@ from mnemosyned.security.api_keys import Role, line_of, new_key
 from mnemosyned.security.config import AuthConfig, TlsConfig
 from mnemosyned.settings import FLAGS, parse
 from mnemosyned.storage.engines import StorageConfig
+from mnemosyned.storage.mongodb.address import parse as parse_mongodb
+from mnemosyned.storage.mongodb.config import MongoConfig
 from mnemosyned.storage.postgres.config import PostgresConfig
 from mnemosyned.storage.redis.address import parse as parse_redis
 from mnemosyned.storage.redis.config import RedisConfig
@@ -345,6 +347,22 @@ def test_the_composed_nodes_on_redis_store_where_the_server_is() -> None:
     assert re.search(r":v?\d", server["image"])
 
 
+def test_the_composed_nodes_on_mongodb_store_where_the_server_is() -> None:
+    composed = yaml.safe_load((COMPOSE / "mongodb.yaml").read_text())["services"]
+    server = composed.pop("mongodb")
+    configs = [parse([], service["environment"]) for service in composed.values()]
+    (initiate,) = [word for word in server["healthcheck"]["test"] if "rs.initiate" in word]
+
+    for config in configs:
+        address = parse_mongodb(config[MongoConfig].address)
+        assert config[StorageConfig].name == "mongodb"
+        # The members are known by the name by which the nodes reach them.
+        assert f"host: '{address.hosts[0]}'" in initiate
+        assert address.options["replicaSet"] == server["command"][server["command"].index("--replSet") + 1]
+    assert set(composed) == {"node-1", "node-2", "node-3"}
+    assert re.search(r":v?\d", server["image"])
+
+
 def mounts(service: str) -> dict[Path, Path]:
     """What a composed service is lent, by where it sees it."""
     services = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]
@@ -442,12 +460,13 @@ def test_each_alert_says_how_bad_it_is_and_has_a_section_in_the_runbook() -> Non
 @needs_promtool
 def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     tests = []
-    on_redis = [
-        (name, [{key.replace("_postgres_", "_redis_"): at for key, at in series.items()} for series in cases])
+    on_others = [
+        (name, [{key.replace("_postgres_", engine): at for key, at in series.items()} for series in cases])
+        for engine in ("_redis_", "_mongodb_")
         for name, cases in ALERTS.items()
         if any("_storage_postgres_" in key for key in cases[0])
     ]
-    for name, cases in [*ALERTS.items(), *on_redis]:
+    for name, cases in [*ALERTS.items(), *on_others]:
         for series, fires in zip(cases, (True, False), strict=True):
             wanted = [{"labels": f'{{alertname="{name}"}}', "value": 1}] if fires else []
             query = 'count by (alertname) (ALERTS{alertstate="firing"})'
@@ -461,7 +480,7 @@ def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     path = tmp_path / "alerts.test.yaml"
     path.write_text(yaml.safe_dump({"rule_files": [str(COMPOSE / "alerts.yaml")], "tests": tests}))
 
-    assert len(on_redis) == 2
+    assert len(on_others) == 2 * 2
     assert ALERTS.keys() == {rule["alert"] for rule in RULES}
     promtool("test", "rules", path)
 

@@ -18,6 +18,7 @@ _SECRET: Final = f"{CANARY}-secret-of-a-file-that-is-long-enough"
 _MEMORY: Final = ("-storage=memory", "-port=0")
 _POSTGRES: Final = "postgres://u@127.0.0.1:1/d"
 _REDIS: Final = f"redis://:{CANARY}-the-password@127.0.0.1:1/0"
+_MONGODB: Final = f"mongodb://u:{CANARY}-the-password@127.0.0.1:1/d"
 # Nonsense must not be repeated: it may be a secret in the wrong file.
 _NONSENSE: Final = {
     "words": f"{CANARY} nonsense\n".encode(),
@@ -43,6 +44,7 @@ def _valid(lab: Lab) -> dict[str, tuple[Path, list[str]]]:
         "token.key.file": _write(lab.scratch / "token", _SECRET),
         "postgres.address.file": _write(lab.scratch / "address", _POSTGRES),
         "redis.address.file": _write(lab.scratch / "redis", _REDIS),
+        "mongodb.address.file": _write(lab.scratch / "mongodb", _MONGODB),
         "tls.key": lab.scratch / "ca" / "node" / "key.pem",
         "config": _write(lab.scratch / "config.toml", 'log.level = "info"\n'),
     }
@@ -55,6 +57,7 @@ def _valid(lab: Lab) -> dict[str, tuple[Path, list[str]]]:
         "tls.key": [*_MEMORY, *(flag for flag in tls if not flag.startswith("-tls.key"))],
         "postgres.address.file": [],
         "redis.address.file": ["-storage=redis"],
+        "mongodb.address.file": ["-storage=mongodb"],
     }
     return {name: (path, [*others.get(name, _MEMORY), f"-{name}={path}"]) for name, path in files.items()}
 

@@ -160,7 +160,7 @@ def test_the_touch_interval_follows_the_ttl() -> None:
         ("-cache.bytes=1", "flag -cache.bytes"),
         ("-cache.ttl=-1s", "flag -cache.ttl"),
         ("-touch.interval=10m", "flag -touch.interval: more than a quarter of -ttl"),
-        ("-storage=etcd", "flag -storage: 'etcd' is not one of postgres, redis, memory"),
+        ("-storage=etcd", "flag -storage: 'etcd' is not one of postgres, redis, mongodb, memory"),
         ("-postgres.table=", "flag -postgres.table"),
         ("-postgres.schema=" + "x" * 64, "flag -postgres.schema"),
         ("-postgres.pool.size=1", "flag -postgres.pool.size"),

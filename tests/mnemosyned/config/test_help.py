@@ -50,7 +50,7 @@ def test_bash_completes_flags_commands_and_the_words_of_a_flag(tmp_path: Path) -
     assert bash(path, "-stor") == ["-storage"]
     assert set(bash(path, "")) >= {f"-{name}" for name in FLAGS} | set(COMMANDS) | {"-help", "-config"}
     assert bash(path, "-ttl", "5m", "-clus") == [f"-{name}" for name in FLAGS if name.startswith("clus")]
-    assert bash(path, "-storage", "") == ["postgres", "redis", "memory"]
+    assert bash(path, "-storage", "") == ["postgres", "redis", "mongodb", "memory"]
     assert bash(path, "--grpc.engine", "h2") == ["h2"]
     assert bash(path, "-tls", "=", "f") == ["false"]
 
@@ -67,8 +67,8 @@ def test_zsh_completes_flags_commands_and_the_words_of_a_flag(tmp_path: Path) ->
 
     assert set(zsh(path, "")) >= {f"-{name}" for name in FLAGS} | set(COMMANDS) | {"-help", "-config"}
     assert not set(zsh(path, "-ttl", "5m", "-")) & set(COMMANDS)
-    assert zsh(path, "-storage", "") == ["postgres", "redis", "memory"]
-    assert zsh(path, "-storage=") == ["postgres", "redis", "memory"]
+    assert zsh(path, "-storage", "") == ["postgres", "redis", "mongodb", "memory"]
+    assert zsh(path, "-storage=") == ["postgres", "redis", "mongodb", "memory"]
     assert zsh(path, "--tls", "") == ["true", "false"]
     assert zsh(path, "-tls.crt", "") == ["FILES"]
 

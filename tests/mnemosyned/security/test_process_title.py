@@ -28,4 +28,4 @@ def test_what_is_shown_of_the_command_line(given: list[str], shown: list[str]) -
 
 
 def test_every_flag_that_takes_a_secret_is_known_as_one() -> None:
-    assert {"postgres.address", "redis.address", "cluster.secret"} == SECRET_FLAGS
+    assert {"postgres.address", "redis.address", "mongodb.address", "cluster.secret"} == SECRET_FLAGS

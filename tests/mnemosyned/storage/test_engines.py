@@ -13,12 +13,19 @@ from mnemosyned.storage import engines
 from mnemosyned.storage.engines import ENGINES, StorageConfig, Surroundings, new_store, token_hasher
 from mnemosyned.storage.hashed import HashedStore
 from mnemosyned.storage.memory import MemoryStore
+from mnemosyned.storage.mongodb.store import MongoStore
 from mnemosyned.storage.postgres.store import PostgresStore
 from mnemosyned.storage.redis.store import RedisStore
 
 
 @pytest.mark.parametrize(
-    ("name", "store"), [("memory", MemoryStore), ("postgres", PostgresStore), ("redis", RedisStore)]
+    ("name", "store"),
+    [
+        ("memory", MemoryStore),
+        ("postgres", PostgresStore),
+        ("redis", RedisStore),
+        ("mongodb", MongoStore),
+    ],
 )
 def test_each_name_builds_its_own_engine(name: str, store: type) -> None:
     config = configured(f"-storage={name}")
@@ -28,7 +35,9 @@ def test_each_name_builds_its_own_engine(name: str, store: type) -> None:
 
 
 def test_a_name_that_is_not_registered_reaches_no_engine() -> None:
-    with pytest.raises(ConfigError, match="flag -storage: 'etcd' is not one of postgres, redis, memory"):
+    with pytest.raises(
+        ConfigError, match="flag -storage: 'etcd' is not one of postgres, redis, mongodb, memory"
+    ):
         configured("-storage=etcd")
 
 

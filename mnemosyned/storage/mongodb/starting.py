@@ -1,0 +1,106 @@
+"""Start in MongoDB: an upsert for each session, all in one command, and a read of what became of them.
+
+An upsert stores a session where none is live, or leaves the live one. It does not say which. So each has a
+random mark, and the read shows whose mark a session has, and its expiry, which the server has decided.
+
+    the session has        result
+    the own mark           started; too late, if it never lived
+    another mark           the key is in use; too late, if the time is up by now
+    (there is none)        it was ended before the read, by another call; whether it was ours is not known
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from pymongo import UpdateOne
+from pymongo.errors import BulkWriteError
+
+from mnemosyned.errors import DeadlineExceeded, MnemosyneError, SessionAlreadyExists, StorageUnavailable
+from mnemosyned.sessions.model import NewSession, Session
+from mnemosyned.storage.mongodb import documents
+from mnemosyned.storage.mongodb.faults import DUPLICATE_KEY
+
+if TYPE_CHECKING:
+    from mnemosyned.storage.mongodb.client import Database, Document
+    from mnemosyned.storage.mongodb.pool import MongoPool
+    from mnemosyned.storage.mongodb.schema import Names
+    from mnemosyned.storage.mongodb.walks import Walks
+
+# Two upserts of one key at the same moment: one fails, and finds the other's document when it is repeated.
+_TRIES: Final = 4
+
+
+async def start(
+    pool: MongoPool, names: Names, walks: Walks, sessions: Sequence[NewSession]
+) -> list[Session | MnemosyneError]:
+    """Start sessions; see SessionStore."""
+    results: list[Session | MnemosyneError] = []
+    left = list(sessions)
+    while left:
+        # A key that comes once more is for the next command, which meets the session of this one.
+        by_key: dict[str, NewSession] = {}
+        while left and left[0].access_token not in by_key:
+            new = left.pop(0)
+            by_key[new.access_token] = new
+        results += await _started(pool, names, walks, list(by_key.values()), is_begun=bool(results))
+    return results
+
+
+async def _started(
+    pool: MongoPool, names: Names, walks: Walks, sessions: Sequence[NewSession], *, is_begun: bool
+) -> list[Session | MnemosyneError]:
+    """Start sessions of different keys."""
+    marks = {new.access_token: secrets.token_bytes(documents.MARK_BYTES) for new in sessions}
+    updates = [
+        UpdateOne({"_id": new.access_token}, documents.start(new, marks[new.access_token]), upsert=True)
+        for new in sessions
+    ]
+
+    async def write(database: Database) -> None:
+        left = updates
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                await names.written(database).bulk_write(left, ordered=False)
+            except BulkWriteError as exc:
+                repeated = _duplicates(exc)
+                if not repeated or not tries_left:
+                    raise
+                left = [left[at] for at in repeated]
+            else:
+                return
+
+    await pool.run("start", write, is_begun=is_begun)
+    shown = await walks.those_of(list(marks), "start", is_begun=True)
+    results = [_result(new, marks[new.access_token], shown.get(new.access_token)) for new in sessions]
+    late = [new.access_token for new, result in zip(sessions, results, strict=True) if _is_late(result)]
+    if late:
+        own = {"_id": {"$in": late}, "w": {"$in": [marks[key] for key in late]}}
+        await pool.run("start", lambda database: names.written(database).delete_many(own), is_begun=True)
+    return results
+
+
+def _duplicates(exc: BulkWriteError) -> list[int]:
+    """Return the places of updates that met another upsert; none if there is another failure."""
+    failures = exc.details.get("writeErrors", [])
+    if exc.details.get("writeConcernErrors") or any(one.get("code") != DUPLICATE_KEY for one in failures):
+        return []
+    return [one["index"] for one in failures]
+
+
+def _is_late(result: Session | MnemosyneError) -> bool:
+    return isinstance(result, DeadlineExceeded)
+
+
+def _result(new: NewSession, mark: bytes, shown: Document | None) -> Session | MnemosyneError:
+    if shown is None:
+        return StorageUnavailable("mnemosyned: storage: the session was ended while it was started")
+    stored = shown["d"] or {}
+    if stored.get("w") != mark:
+        is_late = documents.is_late(documents.now_us(shown), new.not_after_us)
+        return DeadlineExceeded() if is_late else SessionAlreadyExists()
+    if stored["e"] == documents.NEVER_LIVED_US:
+        return DeadlineExceeded()
+    return new.stored(int(stored["e"]))
