@@ -36,7 +36,7 @@ from mnemosyned.sessions import lease_keeper, token_hash
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
 from mnemosyned.sessions.export_file import BadExport
-from mnemosyned.sessions.importer import Counts, Existing, Importer, KeySet, batches
+from mnemosyned.sessions.importer import AT_ONCE, Counts, Existing, Importer, KeySet, batches
 from mnemosyned.sessions.running_nodes import RunningNodes, running_nodes
 from mnemosyned.storage.engines import token_hasher
 from mnemosyned.storage.hashed import HashedStore
@@ -201,7 +201,7 @@ class _Import:
         progress = Progress(f"of {self._sessions:,} sessions imported", self._people)
         keys = KeySet()
         try:
-            for batch in batches(self._source.sessions()):
+            for batch in batches(self._source.sessions(), times=AT_ONCE):
                 await self._before_step(nodes)
                 await importer.add(batch)
                 progress.at(importer.counts.done)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Final
 
@@ -23,6 +23,7 @@ from mnemosyned.sessions.export_file import MAX_LINE_BYTES, Header, Reader, Summ
 from mnemosyned.sessions.model import Session
 
 _BUFFER_BYTES: Final = 1024 * 1024
+_COPY: Final = "the copy of the input in the directory TMPDIR"
 
 
 class SourceFailed(Exception):
@@ -68,11 +69,11 @@ class Source:
         kept = self._kept
         for line in _lines(self._file):
             if kept is not None:
-                with _failing(f"a copy of the input in {tempfile.gettempdir()} (TMPDIR)"):
+                with _failing(_COPY):
                     kept.write(line)
             yield line
         if kept is not None:
-            with _failing(f"a copy of the input in {tempfile.gettempdir()} (TMPDIR)"):
+            with _failing(_COPY):
                 kept.flush()
 
 
@@ -81,13 +82,22 @@ def opened(path: str, limits: BagLimits) -> Iterator[Source]:
     """Open a file, or the standard input for the empty path and `-`. Raises SourceFailed."""
     is_given = path in {"", "-"}
     name = "standard input" if is_given else path
-    with _failing(name), ExitStack() as stack:
-        descriptor = os.dup(sys.stdin.fileno()) if is_given else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        file = stack.enter_context(os.fdopen(descriptor, "rb", buffering=_BUFFER_BYTES))
+    with ExitStack() as stack:
+        with _failing(name):
+            descriptor = os.dup(sys.stdin.fileno()) if is_given else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = stack.enter_context(os.fdopen(descriptor, "rb", buffering=_BUFFER_BYTES))
         kept = None
         if not file.seekable():
-            kept = stack.enter_context(tempfile.TemporaryFile(buffering=_BUFFER_BYTES))
+            with _failing(_COPY):
+                kept = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115  # closed below
+                stack.callback(_close, kept)
         yield Source(file, kept, limits)
+
+
+def _close(kept: IO[bytes]) -> None:
+    # What it could not write has been told, and would be tried once more.
+    with suppress(OSError):
+        kept.close()
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ What is there already is met by the start, since a live session keeps its token:
 
     start ──> new                                         ──> touch
       └─────> token in use ──> load ──> equal             ──> touch: an expiry never moves back
-                                 └────> another session   ──> left, or ended and started anew from the file
+                                 └────> another session   ──> left, or ended, and that of the file started
 
 A touch and a load find sessions under former stored keys too (`storage/hashed.py`), so tokens that are plain
 in the file get hashes where the target hashes. Hashes go to the engine itself, as they are.
@@ -23,6 +23,7 @@ in the file get hashes where the target hashes. Hashes go to the engine itself, 
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -41,10 +42,13 @@ from mnemosyned.errors import (
     StorageUnavailable,
 )
 from mnemosyned.sessions import token_hash
+from mnemosyned.sessions.exporter import PAGE
 from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, Session, Touch
 from mnemosyned.sessions.store import FullStore
 
-BATCH: Final = 1000
+BATCH: Final = 500
+# Batches that run at the same time: while the storage does one, this process makes and reads others.
+AT_ONCE: Final = 4
 # Of the bags of a batch: a statement takes them in one piece.
 _BATCH_BYTES: Final = 4 * 1024 * 1024
 # Longer than any statement may take, so that nearly no start is too late.
@@ -137,14 +141,19 @@ class Importer:
             count += sum(_is_other(one, session) for one, session in zip(found, sessions, strict=True))
         return count
 
-    async def add(self, batch: Sequence[Session]) -> None:
-        """See that the target has these sessions; no key comes twice.
+    async def add(self, sessions: Sequence[Session]) -> None:
+        """See that the target has these sessions; no key comes twice. Their batches run at the same time.
 
         Raises:
-            StorageUnavailable: part of the batch may be done. It may be added again.
+            StorageUnavailable: part of it may be done. It may be added again.
         """
-        for store, sessions in self._by_store(batch):
-            await self._add(store, sessions)
+        adding = [
+            self._add(store, part) for batch in batches(sessions) for store, part in self._by_store(batch)
+        ]
+        # All of them, so that nothing is under way when the caller learns that one has failed.
+        for outcome in await asyncio.gather(*adding, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     async def prune(self, keys: KeySet, before_page: Callable[[], Awaitable[object]]) -> None:
         """Remove from the target what is not among these stored keys, expired or not.
@@ -153,7 +162,7 @@ class Importer:
             StorageUnavailable: no answer. It may be done again.
         """
         least = ""
-        while page := await self._engine.stored_from(least, limit=BATCH):
+        while page := await self._engine.stored_from(least, limit=PAGE):
             others = [one for one in page if one.stored_key not in keys]
             if others:
                 await before_page()
@@ -185,10 +194,13 @@ class Importer:
         self.counts.expired += len(sessions) - len(live)
         starts = self._sorted(live, await store.start([_new(session, now_us) for session in live]))
         met = _Met.of(starts.in_use, await _loaded(store, starts.in_use))
-        extended = await self._extended(store, starts.started)
-        self.counts.replaced += (replaced := sum(one.access_token in ended for one in extended))
-        self.counts.imported += len(extended) - replaced
-        self.counts.there += len(await self._extended(store, met.equal))
+        started = await self._extended(store, starts.started)
+        equal = await self._extended(store, met.equal)
+        # Without a wait in between: other batches count too.
+        replaced = sum(one.access_token in ended for one in started)
+        self.counts.replaced += replaced
+        self.counts.imported += len(started) - replaced
+        self.counts.there += len(equal)
         retried = starts.late + met.gone
         if self._existing is Existing.REPLACE:
             await _end(store, met.other)
@@ -259,12 +271,12 @@ class _Met:
         return met
 
 
-def batches(sessions: Iterable[Session]) -> Iterator[list[Session]]:
-    """Cut sessions into batches of at most BATCH, whose bags are not too large for one statement."""
+def batches(sessions: Iterable[Session], *, times: int = 1) -> Iterator[list[Session]]:
+    """Cut sessions into batches whose bags are not too large for one statement, or into some batches each."""
     batch: list[Session] = []
     size_bytes = 0
     for session in sessions:
-        if batch and (len(batch) == BATCH or size_bytes + len(session.bag) > _BATCH_BYTES):
+        if batch and (len(batch) == times * BATCH or size_bytes + len(session.bag) > times * _BATCH_BYTES):
             yield batch
             batch, size_bytes = [], 0
         batch.append(session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import pytest
 import stores
@@ -104,6 +105,20 @@ async def test_a_storage_gets_its_own_sessions_back(engine: Engine) -> None:
     assert (await exported(engine.store))[0] == sessions
     found = await engine.store.load(lookups(*(one.access_token for one in sessions)))
     assert [one.bag for one in found if isinstance(one, Session)] == [one.bag for one in sessions]
+
+
+async def test_batches_that_run_at_the_same_time_are_counted_once_each(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnemosyned.sessions.importer.BATCH", 10)
+    sessions = await started(MemoryStore(), *(f"{number:03}" for number in range(100)))
+
+    assert await imported(sessions, engine.store) == Counts(imported=100)
+    assert await imported(sessions, engine.store) == Counts(there=100)
+    others = [replace(one, subject_id="x") for one in sessions]
+    assert await imported(others, engine.store, existing=Existing.SKIP) == Counts(different=100)
+    assert await imported(others, engine.store, existing=Existing.REPLACE) == Counts(replaced=100)
+    assert (await exported(engine.store))[0] == others
 
 
 async def test_expired_sessions_are_left_out(engine: Engine) -> None:

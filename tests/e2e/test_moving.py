@@ -291,6 +291,38 @@ def test_a_full_disk_is_told_in_one_line(redis_flags: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+def limited(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str]:
+    """Run a command that may write files of 512 bytes; return its exit code and complaints."""
+    command = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", *COMMAND, *arguments]
+    done = subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | environ,
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_file_that_grows_too_large_is_told_in_one_line_and_removed(
+    redis_flags: list[str], file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "f"
+    path.parent.mkdir()
+
+    code, err = limited("export", *redis_flags, f"-output={path}")
+
+    assert (code, err.splitlines()[-1]) == (1, f"mnemosyned: {path}: File too large")
+    assert "Traceback" not in err
+    assert list(path.parent.iterdir()) == []
+    assert limited("import", *redis_flags, stdin=file.read_text(), TMPDIR=str(path.parent)) == (
+        1,
+        "mnemosyned: the copy of the input in the directory TMPDIR: File too large\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [

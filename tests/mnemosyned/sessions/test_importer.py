@@ -205,6 +205,20 @@ async def test_a_storage_that_is_always_too_late_fails() -> None:
         await importer(store).add([session("a")])
 
 
+async def test_a_batch_that_fails_leaves_none_of_the_others_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mnemosyned.sessions.importer.BATCH", 1)
+    store = Store()
+    store.failing_touches = 1
+
+    with pytest.raises(StorageUnavailable):
+        await importer(store).add([session("a"), session("b"), session("c")])
+
+    done = [one for one in store.sessions().values() if one.expires_at_us == NOW_US + HOUR_US]
+    assert len(done) == 2
+
+
 async def test_pruning_removes_what_is_not_in_the_file() -> None:
     store = Store()
     await importer(store).add([session(token) for token in "abcd"])
