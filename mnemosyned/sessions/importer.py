@@ -11,11 +11,12 @@ the rest: a touch moves an expiry to any later instant, exactly.
 If the import is interrupted between the two, the session has less of its life, at most SLACK_US. The same
 import, run once more, gives it the rest.
 
-What is there already is met by the start, since a live session keeps its token:
+What is there already is met by the first start, since a live session keeps its token. From then on each batch
+is looked for first, so that a second import costs little more than reading:
 
-    start ──> new                                         ──> touch
-      └─────> token in use ──> load ──> equal             ──> touch: an expiry never moves back
-                                 └────> another session   ──> left, or ended, and that of the file started
+    load ──> nothing          ──> start ──> touch
+      ├────> equal            ──> touch, if it ends sooner: an expiry never moves back
+      └────> another session  ──> left; or ended, and that of the file started
 
 A touch and a load find sessions under former stored keys too (`storage/hashed.py`), so tokens that are plain
 in the file get hashes where the target hashes. Hashes go to the engine itself, as they are.
@@ -132,6 +133,7 @@ class Importer:
         self._by_token = by_token
         self._existing = existing
         self._complain = complain
+        self._is_any_there = False  # the target had a session of the file
 
     async def different(self, batch: Sequence[Session]) -> int:
         """Return how many of these sessions have a live counterpart that is another session."""
@@ -192,16 +194,16 @@ class Importer:
         now_us = await store.now_us()
         live = [session for session in sessions if session.expires_at_us - now_us > 1]
         self.counts.expired += len(sessions) - len(live)
-        starts = self._sorted(live, await store.start([_new(session, now_us) for session in live]))
-        met = _Met.of(starts.in_use, await _loaded(store, starts.in_use))
-        started = await self._extended(store, starts.started)
-        equal = await self._extended(store, met.equal)
+        # A target without sessions need not be asked for them.
+        met = _Met.of(live, await _loaded(store, live)) if self._is_any_there else _Met(missing=live)
+        started, retried = await self._started(store, met.missing, now_us)
+        started = await self._extended(store, started)
+        behind = await self._extended(store, met.behind)
         # Without a wait in between: other batches count too.
         replaced = sum(one.access_token in ended for one in started)
         self.counts.replaced += replaced
         self.counts.imported += len(started) - replaced
-        self.counts.there += len(equal)
-        retried = starts.late + met.gone
+        self.counts.there += len(met.equal) + len(behind)
         if self._existing is Existing.REPLACE:
             await _end(store, met.other)
             ended.update(one.access_token for one in met.other)
@@ -209,22 +211,27 @@ class Importer:
         self.counts.different += len(met.other)
         return retried
 
-    def _sorted(self, sessions: list[Session], results: Sequence[Session | MnemosyneError]) -> _Starts:
-        starts = _Starts()
+    async def _started(
+        self, store: FullStore, sessions: list[Session], now_us: int
+    ) -> tuple[list[Session], list[Session]]:
+        """Start sessions; return those that were started, and those that must be tried once more."""
+        started, retried = [], []
+        results = await store.start([_new(session, now_us) for session in sessions]) if sessions else []
         for session, result in zip(sessions, results, strict=True):
             match result:
                 case Session():
-                    starts.started.append(session)
-                case SessionAlreadyExists():
-                    starts.in_use.append(session)
+                    started.append(session)
                 case DeadlineExceeded():
-                    starts.late.append(session)
+                    retried.append(session)
+                case SessionAlreadyExists():
+                    self._is_any_there = True
+                    retried.append(session)
                 case InvalidArgument():
                     self.counts.refused += 1
                     self._complain(session, str(result).removeprefix("mnemosyned: "))
                 case error:
                     raise error
-        return starts
+        return started, retried
 
     async def _extended(self, store: FullStore, sessions: list[Session]) -> list[Session]:
         """Give sessions of the target the expiries of the file; return those that have not ended."""
@@ -242,32 +249,26 @@ class Importer:
 
 
 @dataclass(slots=True)
-class _Starts:
-    """What the starts of one round led to."""
-
-    started: list[Session] = field(default_factory=list)
-    in_use: list[Session] = field(default_factory=list)
-    late: list[Session] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _Met:
-    """Sessions of the file whose keys were in use, by what has them."""
+    """Sessions of the file, by what the target has under their keys."""
 
-    equal: list[Session] = field(default_factory=list)
+    missing: list[Session] = field(default_factory=list)
+    equal: list[Session] = field(default_factory=list)  # and it ends no sooner
+    behind: list[Session] = field(default_factory=list)  # equal, and it ends sooner
     other: list[Session] = field(default_factory=list)
-    gone: list[Session] = field(default_factory=list)  # it has ended since
 
     @classmethod
     def of(cls, sessions: list[Session], found: list[Session | MnemosyneError]) -> _Met:
         met = cls()
         for session, one in zip(sessions, found, strict=True):
             if isinstance(one, SessionNotFound):
-                met.gone.append(session)
+                met.missing.append(session)
             elif _is_other(one, session):
                 met.other.append(session)
-            else:
+            elif isinstance(one, Session) and one.expires_at_us >= session.expires_at_us:
                 met.equal.append(session)
+            else:
+                met.behind.append(session)
         return met
 
 

@@ -15,7 +15,7 @@ from mnemosyned.errors import (
     StorageUnavailable,
 )
 from mnemosyned.sessions.importer import BATCH, SLACK_US, Counts, Existing, Importer, KeySet, batches
-from mnemosyned.sessions.model import Lookup, NewSession, Session, Touch
+from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, Session, Touch
 from mnemosyned.storage.memory import MemoryStore
 
 NOW_US = 1_700_000_000_000_000
@@ -54,6 +54,10 @@ class Store(MemoryStore):
             CorruptSession("mnemosyned: storage: no") if lookup.access_token in self.damaged else one
             for lookup, one in zip(lookups, found, strict=True)
         ]
+
+    async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
+        self.damaged -= {ending.access_token for ending in endings}
+        return await super().abandon(endings)
 
     async def touch(self, touches: Sequence[Touch]) -> list[bool | MnemosyneError]:
         if self.failing_touches:
