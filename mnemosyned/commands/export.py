@@ -71,14 +71,16 @@ def main(argv: Sequence[str]) -> int:
         config = settings.parse(argv, os.environ, ExportConfig)
         on_storage.check_movable(config, "export")
     except ConfigError as exc:
-        return _complain(str(exc), 2)
+        return on_storage.complain(str(exc), 2)
     if config[settings.RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0
     output = config[ExportConfig].output
     if output in {"", "-"}:
         if not output and sys.stdout.isatty():
-            return _complain("the file has tokens: name it with -output=FILE, or -output=- to show them", 2)
+            return on_storage.complain(
+                "the file has tokens: name it with -output=FILE, or -output=- to show them", 2
+            )
         return _run(config, sys.stdout.write)
     return _to_file(output, config)
 
@@ -92,7 +94,7 @@ def _to_file(path: str, config: Config) -> int:
                 file.discard()
             return code
     except FileFailed as exc:
-        return _complain(str(exc), 1)
+        return on_storage.complain(str(exc), 1)
 
 
 def _run(config: Config, write: Callable[[str], object]) -> int:
@@ -121,8 +123,3 @@ async def _export(store: FullStore, *, config: Config, write: Callable[[str], ob
         "left out\n"
     )
     return 0
-
-
-def _complain(text: str, exit_code: int) -> int:
-    sys.stderr.write(f"mnemosyned: {text}\n")
-    return exit_code

@@ -104,13 +104,13 @@ def main(argv: Sequence[str]) -> int:
         config = settings.parse(argv, os.environ, ImportConfig)
         on_storage.check_movable(config, "import")
     except ConfigError as exc:
-        return _complain(str(exc), 2)
+        return on_storage.complain(str(exc), 2)
     if config[settings.RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0
     path = config[ImportConfig].input
     if not path and sys.stdin.isatty():
-        return _complain("name the file with -input=FILE, or pipe it in", 2)
+        return on_storage.complain("name the file with -input=FILE, or pipe it in", 2)
     try:
         with opened(path, bag_limits(config).of_stored()) as source:
             contents = source.verify()
@@ -118,10 +118,10 @@ def main(argv: Sequence[str]) -> int:
             _check_keys(contents, hasher)
             code = on_storage.run(config, _Import(config, source, contents, hasher).run)
             if code == _INTERRUPTED:
-                _complain("interrupted: the same command goes on with the rest", code)
+                on_storage.complain("interrupted: the same command goes on with the rest", code)
             return code
     except (BadExport, SourceFailed, _Refused) as exc:
-        return _complain(str(exc), 1)
+        return on_storage.complain(str(exc), 1)
 
 
 def _check_keys(contents: Contents, hasher: TokenHasher | None) -> None:
@@ -250,8 +250,3 @@ def _text(counts: Counts) -> str:
         "changed meanwhile and not pruned": counts.kept,
     }
     return ", ".join([*parts, *(f"{count} {what}" for what, count in others.items() if count)])
-
-
-def _complain(text: str, exit_code: int) -> int:
-    sys.stderr.write(f"mnemosyned: {text}\n")
-    return exit_code

@@ -45,6 +45,12 @@ def check_movable(config: Config, command: str) -> None:
         raise ConfigError(f"{command} cannot walk through the sessions of -storage={storage.name}")
 
 
+def complain(text: str, exit_code: int) -> int:
+    """Tell a person what is wrong, in one line; return the exit code."""
+    sys.stderr.write(f"mnemosyned: {text}\n")
+    return exit_code
+
+
 def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -> int:
     """Open the storage and do the work; return its exit code, or 1 if the storage fails."""
     observe = config[ObserveConfig]
@@ -52,8 +58,7 @@ def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -
     try:
         return _run_on_server(config, work)
     except (MnemosyneError, StorageRefused) as exc:
-        sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
-        return 1
+        return complain(str(exc).removeprefix("mnemosyned: "), 1)
 
 
 def _run_on_server(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -> int:

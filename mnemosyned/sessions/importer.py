@@ -67,11 +67,6 @@ class Existing(Enum):
     SKIP = "skip"  # it stays
     REPLACE = "replace"  # it is ended, and the one of the file started
 
-    @classmethod
-    def parse(cls, text: str) -> Existing:
-        """Return the policy of this name. Raises ValueError."""
-        return cls(text)
-
 
 @dataclass(slots=True)
 class Counts:
