@@ -88,8 +88,10 @@ FLAGS: Final = flags_by_name(SECTIONS)
 SECRET_FLAGS: Final = frozenset(flag.name for flag in FLAGS.values() if flag.is_secret)
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+def parse(argv: Sequence[str], environ: Mapping[str, str], *more: type[Section]) -> Config:
     """Return the daemon's configuration, from the command line, the environment and the file.
+
+    `more` are sections of a command, which the daemon does not have.
 
     Raises:
         ConfigError: a value is wrong, or two do not go together; the text is one line that names the flag.
@@ -97,4 +99,4 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     # Its libraries take longer to import than all sections, and not every command needs them.
     from mnemosyned.config import config
 
-    return config.parse(argv, environ, SECTIONS)
+    return config.parse(argv, environ, (*SECTIONS, *more))

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, settings
+from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
 from redis_clusters import RedisCluster
 from redis_clusters import redis_cluster as run_redis_cluster
-from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
 from redis_servers import PACKAGES, RedisServer, programs
 from redis_servers import redis_server as run_redis_server
 from secrecy import CANARY, searched_logs, take_leaks

@@ -5,8 +5,8 @@ code: 0 done, 1 failed, 2 wrong usage. It is imported when it is called, since `
 storage, and `mnemosyned migrate` no gRPC; `mnemosyned -version` needs neither. To add a command, write the
 module and add an entry to COMMANDS: help and completion follow from it.
 
-Two modules are no commands: `on_storage.py` is what two commands share, and `healthcheck.py` is a program for
-a container's HEALTHCHECK.
+Some modules are no commands: `on_storage.py`, `arguments.py`, `progress.py`, `new_file.py` and
+`import_source.py` are what commands use, and `healthcheck.py` is a program for a container's HEALTHCHECK.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ COMMANDS: Final = {
     "key": Command("key", "make an API key for the file of -auth.keys"),
     "migrate": Command("migrate", "hash the tokens of all stored sessions now"),
     "check": Command("check", "find damaged sessions in the storage; remove them with -fix"),
+    "export": Command("export", "write all sessions of the storage into a file"),
+    "import": Command("import_", "put the sessions of such a file into a storage"),
     "completion": Command("completion", "print the completion script of bash or zsh"),
 }
 

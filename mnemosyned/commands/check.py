@@ -24,17 +24,15 @@ from typing import TYPE_CHECKING, Final
 from mnemosyned import settings
 from mnemosyned.commands import on_storage
 from mnemosyned.config.flags import ConfigError
-from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import damage
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
-from mnemosyned.sessions.model import DamagedSession
 from mnemosyned.storage.engines import StorageConfig
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
     from mnemosyned.sessions.bag import BagLimits
-    from mnemosyned.sessions.store import CheckableStore, FullStore, StoredSession
+    from mnemosyned.sessions.store import CheckableStore, FullStore
 
 _PAGE: Final = 1000
 _FIX_FLAGS: Final = {"-fix": True, "-fix=true": True, "-fix=false": False}
@@ -70,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config, is_fixing = _parsed(argv)
     except ConfigError as exc:
-        sys.stderr.write(f"mnemosyned: {exc}\n")
-        return 2
+        return on_storage.complain(str(exc), 2)
     if config[settings.RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0
@@ -122,7 +119,9 @@ async def check_all(
     least = ""
     while page := await store.stored_from(least, limit=_PAGE):
         counts.checked += len(page)
-        reason_by_key = {one.stored_key: reason for one in page if (reason := _damage_of(one, limits))}
+        reason_by_key = {
+            one.stored_key: reason for one in page if (reason := damage.reason_against(one.found, limits))
+        }
         counts.damaged += len(reason_by_key)
         removed: set[str] = set()
         if is_fixing and reason_by_key:
@@ -135,14 +134,3 @@ async def check_all(
         # The least key that is greater.
         least = page[-1].stored_key + "\0"
     return counts
-
-
-def _damage_of(one: StoredSession, limits: BagLimits) -> str | None:
-    found = damage.nameable(one.found)
-    if isinstance(found, DamagedSession):
-        return found.reason
-    try:
-        damage.checked(found, limits)
-    except CorruptSession as exc:
-        return damage.reason_of(exc)
-    return None

@@ -62,8 +62,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = _parsed(argv)
     except ConfigError as exc:
-        sys.stderr.write(f"mnemosyned: {exc}\n")
-        return 2
+        return on_storage.complain(str(exc), 2)
     if config[settings.RunConfig].only_checks:
         sys.stdout.write("the configuration is valid\n")
         return 0

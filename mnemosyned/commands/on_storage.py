@@ -1,4 +1,9 @@
-"""Running a command's work on the configured storage, as `migrate` and `check` do. Not a command itself."""
+"""Running a command's work on the configured storage, as `migrate` and `check` do. Not a command itself.
+
+The work gets the engine's own store, which knows sessions by their stored keys: a command that has tokens
+puts a HashedStore in front of it. While it runs, `sys.stderr` is the log: what the work tells people goes to
+the standard output, or to the `sys.stderr` of before.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from mnemosyned.observe import logs
 from mnemosyned.observe.config import ObserveConfig
 from mnemosyned.observe.metrics import new_registry
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.engines import StorageConfig, Surroundings, new_store, token_hasher
+from mnemosyned.storage.engines import StorageConfig, Surroundings, new_store
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -31,6 +36,21 @@ def check_durable(config: Config, command: str) -> None:
         )
 
 
+def check_movable(config: Config, command: str) -> None:
+    """Raise ConfigError if the sessions of the storage cannot be moved: it has not every part of the port."""
+    check_durable(config, command)
+    storage = config[StorageConfig]
+    abilities = storage.engine.capabilities
+    if not (abilities.is_shared and abilities.can_rename and abilities.can_check):
+        raise ConfigError(f"{command} cannot walk through the sessions of -storage={storage.name}")
+
+
+def complain(text: str, exit_code: int) -> int:
+    """Tell a person what is wrong, in one line; return the exit code."""
+    sys.stderr.write(f"mnemosyned: {text}\n")
+    return exit_code
+
+
 def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -> int:
     """Open the storage and do the work; return its exit code, or 1 if the storage fails."""
     observe = config[ObserveConfig]
@@ -38,8 +58,7 @@ def run(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -
     try:
         return _run_on_server(config, work)
     except (MnemosyneError, StorageRefused) as exc:
-        sys.stderr.write(f"mnemosyned: {str(exc).removeprefix('mnemosyned: ')}\n")
-        return 1
+        return complain(str(exc).removeprefix("mnemosyned: "), 1)
 
 
 def _run_on_server(config: Config, work: Callable[[FullStore], Coroutine[Any, Any, int]]) -> int:
@@ -61,7 +80,7 @@ async def _run(
 ) -> int:
     surroundings = Surroundings(registry=new_registry(), server=server)
     # The command has checked that the engine has the parts of the port that it needs.
-    store = cast("FullStore", new_store(config, surroundings, token_hasher(config)))
+    store = cast("FullStore", new_store(config, surroundings, None))
     await store.open()
     try:
         return await work(store)

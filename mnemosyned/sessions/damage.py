@@ -108,6 +108,21 @@ def nameable(found: Session | DamagedSession) -> Session | DamagedSession:
     return found
 
 
+def reason_against(found: Session | DamagedSession, limits: BagLimits) -> str | None:
+    """Return what is wrong with what a walk over stored keys has found; None: nothing.
+
+    `limits` are those of stored bags (`BagLimits.of_stored`).
+    """
+    named = nameable(found)
+    if isinstance(named, DamagedSession):
+        return named.reason
+    try:
+        checked(named, limits)
+    except CorruptSession as exc:
+        return reason_of(exc)
+    return None
+
+
 def reason_of(error: CorruptSession) -> str:
     """Return what an error says of a session, for a log line or a report."""
     return str(error).removeprefix("mnemosyned: storage: ")

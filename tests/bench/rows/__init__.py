@@ -7,7 +7,7 @@ from typing import Final
 
 from results import Curve, Result
 
-from rows import cached, idle, large, latency, listing, nodes, redis, storage, workers
+from rows import cached, idle, large, latency, listing, moving, nodes, redis, storage, workers
 from rows.setting import Bench
 
 __all__ = ["ROWS", "Bench"]
@@ -28,6 +28,7 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
     "list": listing.pages,
     "depth": listing.deep_pages,
     "touches": listing.under_touches,
+    "moving": moving.there_and_back,
     "workers": workers.two_workers,
     "idle": idle.idle_nodes,
 }
