@@ -122,6 +122,7 @@ class NodeTable:
             async with asyncio.timeout(_TIMEOUT_S):
                 return await self._pool.fetch(query, *args, is_urgent=True)
         except TimeoutError:
+            self._pool.doubt()
             error = StorageUnavailable("mnemosyned: storage: no answer in time")
             error.detail = f"{query.name}: no answer in {_TIMEOUT_S:g} s"
             raise error from None

@@ -63,6 +63,7 @@ from mnemosyned.storage.postgres.faults import (
 from mnemosyned.storage.postgres.pooler import find_pooler
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.read_only import ReadOnlyServer
+from mnemosyned.storage.postgres.timeline import Timelines
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Pool, Record
@@ -121,6 +122,7 @@ class PostgresPool:
         self.on_auth_failure: Callable[[], None] = _do_nothing
         self.reload: Callable[[], Coroutine[Any, Any, None]] = _wait_for_nothing
         self._reloads = Tasks("postgres_reload")
+        self._doubts = Tasks("postgres_doubt", max_tasks=1)
         # What makes another server ready before it is used.
         self.prepare: Callable[[Connection[Record]], Awaitable[None]] = _wait_for_nothing
 
@@ -222,6 +224,23 @@ class PostgresPool:
         if pool is not None:
             pool.terminate()
         await self._reloads.close()
+        await self._doubts.close()
+
+    def doubt(self) -> None:
+        """Look in the background whether another server of the address has become the primary.
+
+        The server in use has answered no write. If it has lost its synchronous standby, it will never.
+        """
+        connector = self._connector
+        if connector is not None and len(connector.address.hosts) > 1 and not len(self._doubts):
+            self._doubts.spawn(self._look_for_later(connector))
+
+    async def _look_for_later(self, connector: Connector) -> None:
+        if await connector.has_later():
+            log.warning("later_primary_found", extra=self._faults.where)
+            connector.look_at_all()
+            self.renew()
+            self.read_only.drop_idle(self._lent)
 
     async def fetch(
         self, query: Query, *args: object, passing: Faults = (), is_urgent: bool = False
@@ -341,10 +360,14 @@ class PostgresPool:
         """Return what opens connections to an address, whose files have been read. Raises StorageRefused."""
         try:
             found = address.parse(dsn, self._options.environ)
+            former = self._connector
+            is_same = former is not None and former.address.hosts == found.hosts
             connector = Connector(
                 found,
                 timeout_s=self._options.connect_timeout_s,
                 command_timeout_s=self._options.statement_timeout_s + _GRACE_S,
+                # A person who names other servers knows which one is right.
+                timelines=former.timelines if former is not None and is_same else Timelines(),
                 environ=self._options.environ,
             )
             connector.check()
@@ -434,6 +457,7 @@ class PostgresPool:
         if isinstance(exc, TimeoutError) and doing not in {"acquire", "connect"}:
             # No answer at all, not even that of the server's own time-out.
             self.renew()
+            self.doubt()
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError) and self.read_only.met(time.monotonic()):
             self.renew()
             self.read_only.drop_idle(self._lent)
