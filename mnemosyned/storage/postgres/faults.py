@@ -95,6 +95,7 @@ _HINTS: Final = {
     "3D000": "create the database, or correct its name in the address",
     "3F000": "create the schema, or grant the right to create it: see docs/storage.md",
     "40001": "transactions of others run in a stricter isolation, or the server is a standby",
+    "40003": "the server does not know whether it has committed the statement",
     "40P01": "other statements on the table lock rows in another sequence",
     "42501": "grant the user the rights that docs/storage.md lists",
     "42703": "the table has other columns: storage_lost says which SQL mends it",

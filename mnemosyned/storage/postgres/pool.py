@@ -37,7 +37,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
 
@@ -63,6 +63,7 @@ from mnemosyned.storage.postgres.faults import (
 from mnemosyned.storage.postgres.pooler import find_pooler
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.read_only import ReadOnlyServer
+from mnemosyned.storage.postgres.repeats import ROLLED_BACK, Repeats
 from mnemosyned.storage.postgres.timeline import Timelines
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # How long the client waits beyond the server's own statement_timeout. Only a server that is stuck or gone
 # gets this far.
@@ -247,16 +250,27 @@ class PostgresPool:
     ) -> list[Record]:
         """Run one statement in a transaction of its own; an urgent one before all that wait for a connection.
 
+        It is run again if the server has rolled it back for the sake of another (`repeats.py`).
+
         Raises:
             StorageUnavailable: no connection, no answer in time, or any error that is not in `passing`.
             Errors in `passing`: as asyncpg raises them, uncounted and unlogged.
         """
         connection = await self._acquire(is_urgent=is_urgent)
         epoch, is_idle = self._epoch, False
+        expected: Faults = (*passing, *ROLLED_BACK)
+        repeats: Repeats | None = None
         try:
-            rows = await self.run(connection, query, *args, passing=passing)
-            is_idle = epoch == self._epoch
-            return rows
+            while True:
+                try:
+                    rows = await self.run(connection, query, *args, passing=expected)
+                except ROLLED_BACK as exc:
+                    repeats = repeats or Repeats(self._options.statement_timeout_s)
+                    if not await repeats.pause():
+                        raise self.failed(query.name, exc) from exc
+                else:
+                    is_idle = epoch == self._epoch
+                    return rows
         finally:
             await self._release(connection, is_idle=is_idle)
 
@@ -278,6 +292,28 @@ class PostgresPool:
             raise
         finally:
             self._metrics.count(query.name, time.perf_counter() - started_s)
+
+    async def in_transaction(
+        self,
+        work: Callable[[PoolConnectionProxy[Record]], Awaitable[T]],
+        *,
+        passing: Faults = (),
+    ) -> T:
+        """Run statements in one transaction, from their beginning again if the server has rolled it back.
+
+        `work` uses `run` with `passing` and ROLLED_BACK. Raises as `fetch` does.
+        """
+        repeats = Repeats(self._options.statement_timeout_s)
+        while True:
+            try:
+                async with (
+                    self.connection(passing=(*passing, *ROLLED_BACK)) as connection,
+                    connection.transaction(),
+                ):
+                    return await work(connection)
+            except ROLLED_BACK as exc:
+                if not await repeats.pause():
+                    raise self.failed("connection", exc) from exc
 
     @asynccontextmanager
     async def connection(self, *, passing: Faults = ()) -> AsyncIterator[PoolConnectionProxy[Record]]:
