@@ -196,10 +196,14 @@ class Forwarder:
 
         A write that began earlier here might be overtaken by the same write at the owner, which is late.
         """
-        # The storage's clock may have been set back: then it is not waited for.
-        left_s = min((item.deadline_us - self._storage_now_us()) / _US_PER_S, 2 * item.timeout_ms / _MS_PER_S)
+        left_s = self.expires_in_s(item)
         if left_s > 0:
             await asyncio.sleep(left_s)
+
+    def expires_in_s(self, item: pb.Item) -> float:
+        """Return after how many seconds no node does any more what `ask` was asked to; it may be over."""
+        # The storage's clock may have been set back: then it is not waited for.
+        return min((item.deadline_us - self._storage_now_us()) / _US_PER_S, 2 * item.timeout_ms / _MS_PER_S)
 
     def knows(self, name: str) -> bool:
         """See Teller."""

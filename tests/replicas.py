@@ -60,7 +60,14 @@ def until_true(dsn: str, sql: str) -> None:
 def replicas(directory: Path) -> Iterator[Replicas]:
     """Run a primary and its standby."""
     with EmbeddedPostgres.start(directory / "one") as primary:
-        execute(primary.dsn, "ALTER SYSTEM SET wal_keep_size = '64MB'", "SELECT pg_reload_conf()")
+        execute(
+            primary.dsn,
+            "ALTER SYSTEM SET wal_keep_size = '64MB'",
+            # For pg_rewind; it takes a restart.
+            "ALTER SYSTEM SET wal_log_hints = on",
+        )
+        kill(primary)
+        primary.restart()
         with standby_of(primary, directory / "two") as standby:
             until_true(primary.dsn, "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'")
             yield Replicas(primary, standby)
@@ -98,6 +105,33 @@ def kill(server: EmbeddedPostgres) -> None:
 def promote(server: EmbeddedPostgres) -> None:
     """Make a standby a primary; return once it is."""
     assert execute(server.dsn, "SELECT pg_promote()")[0][0]
+
+
+def comes_back(server: EmbeddedPostgres) -> None:
+    """Start a killed primary again as it was: it knows of no other primary, and waits for no standby."""
+    server.restart()
+    execute(server.dsn, "ALTER SYSTEM SET synchronous_standby_names = ''", "SELECT pg_reload_conf()")
+    until_true(server.dsn, "SELECT current_setting('synchronous_standby_names') = ''")
+
+
+def rewind(former: EmbeddedPostgres, primary: EmbeddedPostgres) -> None:
+    """Make a killed former primary a standby of the new one."""
+    assert former._programs is not None
+    # pg_rewind looks whether its process is there, and a zombie is.
+    assert former.exited()
+    # Before version 16, pg_rewind finds the new timeline only after a checkpoint.
+    execute(primary.dsn, "CHECKPOINT")
+    log = os.open(former.directory / "lock", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    done = former._run_as.popen(
+        [
+            str(former._programs.directory / "pg_rewind"), "--target-pgdata", str(former.directory / "data"),
+            "--source-server", primary.dsn, "--write-recovery-conf", "--no-sync",
+        ],
+        log=log,
+    ).wait(60)  # fmt: skip
+    os.close(log)
+    assert done == 0, (former.directory / "lock").read_text()
+    former.restart()
 
 
 def set_read_only(server: EmbeddedPostgres, value: str) -> None:

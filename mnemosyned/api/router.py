@@ -34,7 +34,7 @@ from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
 from cluster.routing import CACHED, UNCACHED, Forward, route
-from cluster.timing import MOST_TRY_S, TRY_S
+from cluster.timing import LEAST_TRY_S, MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
 from mnemosyned.api.forwarded import ForwardedCall
@@ -265,7 +265,7 @@ class ClusterRouter:
         self, rpc: Rpc, request: Message, call: Call, item: pb.Item, known: _Unanswered
     ) -> Encoded:
         """Handle a call here that its owner has not answered."""
-        await self._until_over(rpc, item, known)
+        await self._until_over(rpc, item, known, _deadline(rpc, call))
         return await self._here(rpc, request, call, is_retry=known is not _Unanswered.UNSEEN)
 
     async def _here(self, rpc: Rpc, request: Message, call: Call, *, is_retry: bool) -> Encoded:
@@ -293,12 +293,19 @@ class ClusterRouter:
             outcome = exc
         answer = _taken(item, outcome)
         if isinstance(answer, _Unanswered):
-            await self._until_over(rpc, item, answer)
+            await self._until_over(rpc, item, answer, deadline)
         return answer
 
-    async def _until_over(self, rpc: Rpc, item: pb.Item, known: _Unanswered) -> None:
-        """Return when the node that was asked does the work no more: at once for a read."""
+    async def _until_over(self, rpc: Rpc, item: pb.Item, known: _Unanswered, deadline: Deadline) -> None:
+        """Return when the node that was asked does the work no more: at once for a read.
+
+        Raises:
+            StorageUnavailable: that would take all the time that the caller has, and leave none for a retry.
+        """
         if rpc.is_write and known is _Unanswered.UNKNOWN:
+            left_s = deadline.left_s()
+            if left_s is not None and self._forwarder.expires_in_s(item) > left_s - LEAST_TRY_S:
+                raise StorageUnavailable("mnemosyned: storage: unavailable; the change may have been made")
             # Otherwise the node's delayed write could be done after the retry, and so after the answer.
             await self._forwarder.wait_until_expired(item)
 

@@ -35,6 +35,7 @@ class Line:
     store: MemoryStore
     is_cut: bool = False
     does_the_work: bool = True  # only the answers are lost
+    refuses: bool = False  # as a server that does not listen
     delay_s: float = 0.0
     ends: asyncio.Event = field(default_factory=asyncio.Event)
     limits_us: list[int] = field(default_factory=list)  # of the writes that had no answer
@@ -43,6 +44,10 @@ class Line:
         method = getattr(self.store, name)
 
         async def through(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # of any method
+            if self.refuses and name in METHODS:
+                error = StorageUnavailable("mnemosyned: storage: unavailable")
+                error.is_under_way = False
+                raise error
             if not self.is_cut:
                 await asyncio.sleep(self.delay_s if name == "find" else 0)
                 return await method(*args, **kwargs)
@@ -141,3 +146,15 @@ async def test_a_slow_list_of_a_node_without_storage_is_waited_for(pair: Pair) -
 
     assert [len(answer.sessions) for answer in answers] == [1] * 3
     assert len((await pair.one.stub.List(request, timeout=4)).sessions) == 1
+
+
+@pytest.mark.parametrize("method", sorted(WRITES))
+async def test_a_write_that_no_node_can_do_fails_at_once_instead_of_at_its_deadline(
+    pair: Pair, method: str
+) -> None:
+    pair.line.refuses = pair.other_line.refuses = True
+    begun_s = time.monotonic()
+
+    with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+        await call(pair.one.stub, method, pair.token())
+    assert time.monotonic() - begun_s < 1.5

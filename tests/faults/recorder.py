@@ -64,13 +64,20 @@ class Recorder:
     """Calls at a steady rate while it is entered; `operations` is the history."""
 
     def __init__(
-        self, *, seed: int, rate: float, tokens: int = 30, avoided: Collection[str] = frozenset()
+        self,
+        *,
+        seed: int,
+        rate: float,
+        tokens: int = 30,
+        avoided: Collection[str] = frozenset(),
+        timeouts_s: Sequence[float] = _TIMEOUTS_S,
     ) -> None:
-        """Call no node while it is in `avoided`, which may change."""
+        """Call no node while it is in `avoided`, which may change; each call has one of `timeouts_s`."""
         self.operations: list[Operation] = []
         self._rng = random.Random(seed)
         self._rate = rate
         self._avoided = avoided
+        self._timeouts_s = timeouts_s
         self._values = itertools.count(1)
         self._names = (f"{CANARY}-{seed}-{number}" for number in itertools.count())
         self._tokens = [_Token(next(self._names)) for _ in range(tokens)]
@@ -146,7 +153,7 @@ class Recorder:
             return
         token.writers += 1
         try:
-            one = await self._call(node, token, kind, self._written(kind), rng.choice(_TIMEOUTS_S))
+            one = await self._call(node, token, kind, self._written(kind), rng.choice(self._timeouts_s))
         finally:
             token.writers -= 1
         self._learn(token, one)
@@ -156,7 +163,7 @@ class Recorder:
     async def _read(self, node: str, token: _Token, kind: Kind) -> None:
         """Read a session once, or so often that the node gets a mirror of it."""
         for _ in range(self._rng.choice(_READS)):
-            await self._call(node, token, kind, {}, self._rng.choice(_TIMEOUTS_S))
+            await self._call(node, token, kind, {}, self._rng.choice(self._timeouts_s))
 
     def _nodes(self) -> list[str]:
         return [node for node in self._stubs if node not in self._avoided]
@@ -194,7 +201,7 @@ class Recorder:
         others = [other for other in self._nodes() if other != node]
         chosen = self._rng.sample(others, min(2, len(others)))
         await asyncio.gather(
-            *(self._call(other, token, Kind.GET, {}, self._rng.choice(_TIMEOUTS_S)) for other in chosen)
+            *(self._call(other, token, Kind.GET, {}, self._rng.choice(self._timeouts_s)) for other in chosen)
         )
 
     async def _call(

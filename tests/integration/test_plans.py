@@ -74,7 +74,7 @@ class Statements:
     def _add_walks(self, queries: Queries, now_us: int) -> None:
         walks, items = queries.walks, self.items
         # What goes through a range of an index, and stops at its limit.
-        self.ranges: dict[str, tuple[Query, list[object]]] = {"clean_up": (walks.clean_up, [items, 1, items])}
+        self.ranges: dict[str, tuple[Query, list[object]]] = {"clean_up": (walks.clean_up, [items, items])}
         for name, criteria in {
             "a subject": Criteria(subject_id="s3"),
             "a subject and a range": Criteria(

@@ -6,6 +6,8 @@
 
 - `-postgres.connect.timeout` is for all together. Each IP address has its share of what is left, so that one
   that does not answer leaves time for the others. asyncpg gives all of it to the first.
+- Of several servers that can be written to, the one on the latest timeline is used (`timeline.py`). The
+  server that was used last is taken without a look at the others.
 - Names are looked up for each connection, since an address may move.
 - Without target_session_attrs, a server that refuses writes is used only if no other answers: to read from.
 - A server that answers and refuses (wrong password) ends the search, as in libpq: others would refuse too.
@@ -22,15 +24,18 @@ import os
 import random
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from mnemosyned.storage.postgres.address import PREFER_WRITABLE, Address, Host
+from mnemosyned.storage.postgres.address import PREFER_WRITABLE, Address, AddressError, Host
 from mnemosyned.storage.postgres.address_files import AddressFiles
-from mnemosyned.storage.postgres.faults import name_of
+from mnemosyned.storage.postgres.faults import hint_of, name_of
 from mnemosyned.storage.postgres.read_only import refuses_writes
+from mnemosyned.storage.postgres.timeline import FormerPrimaryError, Timeline, Timelines, timeline_of
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Record
@@ -62,6 +67,48 @@ _OPTIONS: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A server that has answered, with a connection to it."""
+
+    name: str
+    host: Host
+    connection: Connection[Record]
+    is_writable: bool
+    timeline: Timeline | None
+    is_sure: bool  # no other server needs to be looked at
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """What makes one server better than another."""
+        return self.is_writable, self.timeline.number if self.timeline else 0
+
+
+@dataclass(slots=True)
+class _Search:
+    """The best server so far, with the only connection that is kept, and what the others said."""
+
+    best: Server | None = None
+    failure: Exception = field(default_factory=lambda: OSError("no host"))
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def has_writable(self) -> bool:
+        return self.best is not None and self.best.is_writable
+
+    def take(self, one: Server | tuple[str, Exception]) -> None:
+        if not isinstance(one, Server):
+            name, self.failure = one
+            self.failures.append(f"{name}: {name_of(self.failure)}")
+            return
+        worse: Server | None = one
+        if self.best is None or one.rank > self.best.rank:
+            self.best, worse = one, self.best
+        _end(worse)
+        if not one.is_writable:
+            self.failures.append(f"{one.name}: read-only")
+
+
 class Connector:
     """Opens connections to one address; nothing is set on them yet."""
 
@@ -71,13 +118,17 @@ class Connector:
         *,
         timeout_s: float,
         command_timeout_s: float,
+        timelines: Timelines,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
+        """`timelines` outlives this object: it is of the server, and not of its address."""
         self.address = address
+        self.timelines = timelines
         self._files = AddressFiles(address, environ)
         self._timeout_s = timeout_s
         self._command_timeout_s = command_timeout_s
         self._last: Host | None = None
+        self._told: set[tuple[Host, Timeline]] = set()  # former primaries
         self._without_tls: set[Host] = set()
         self._connection_class = _keeping_alive(_KEEPALIVES | dict(address.keepalives))
 
@@ -93,10 +144,43 @@ class Connector:
             AddressError: a file that the address names cannot be used.
             asyncpg's errors, OSError, TimeoutError: of the last server that was tried.
         """
+        search = _Search()
+        try:
+            async with aclosing(self._servers()) as servers:
+                async for one in servers:
+                    search.take(one)
+                    if search.best is not None and search.best.is_sure:
+                        break
+        except BaseException as exc:
+            # That another server refuses us does not matter where one can be used.
+            if not (search.has_writable and isinstance(exc, AddressError | asyncpg.PostgresError)):
+                _end(search.best)
+                raise
+        if search.best is None:
+            search.failure.add_note("; ".join(search.failures))
+            raise search.failure
+        if search.has_writable:
+            self._last = search.best.host
+            self.timelines.use(search.best.timeline)
+        return search.best.connection
+
+    async def has_later(self) -> bool:
+        """Tell whether a server of the address has a later timeline than the one in use."""
+        used = self.timelines.used
+        is_later = False
+        async for one in self._servers():
+            if isinstance(one, Server):
+                _end(one)
+                is_later |= used is not None and used.is_before(one.timeline)
+        return is_later
+
+    def look_at_all(self) -> None:
+        """Have the next connection look at all servers, and not take the one that answered last."""
+        self._last = None
+
+    async def _servers(self) -> AsyncGenerator[Server | tuple[str, Exception], None]:
+        """Connect to the servers in turn; in place of one that cannot be used, its name and why not."""
         until_s = asyncio.get_running_loop().time() + self._timeout_s
-        failures: list[str] = []
-        failure: Exception = OSError("no host")
-        to_read_from: Connection[Record] | None = None
         hosts = self._hosts()
         for host_number, host in enumerate(hosts):
             hosts_left = len(hosts) - host_number - 1
@@ -104,40 +188,57 @@ class Connector:
                 async with _share(until_s, 1 + hosts_left):
                     dials = await _look_up(host)
             except (OSError, TimeoutError) as exc:
-                failure = exc
-                failures.append(f"{host}: {name_of(exc)}")
+                yield str(host), exc
                 continue
+            is_alone = len(hosts) + len(dials) == 2  # noqa: PLR2004  # one of each
             for number, dial in enumerate(dials):
                 try:
                     async with _share(until_s, len(dials) - number + hosts_left):
-                        found = await self._connect(host, dial)
+                        server = await self._judged(host, dial, is_alone=is_alone)
                 except _NEXT as exc:
-                    failure = exc
-                    failures.append(f"{_shown(host, dial)}: {name_of(exc)}")
-                    continue
-                # A lone server is the one to use, whatever it is.
-                if len(hosts) + len(dials) == 2 or not await self._is_unwanted(found, until_s):  # noqa: PLR2004
-                    _end(to_read_from)
-                    self._last = host
-                    return found
-                failures.append(f"{_shown(host, dial)}: read-only")
-                _end(to_read_from)
-                to_read_from = found
-        if to_read_from is not None:
-            return to_read_from
-        failure.add_note("; ".join(failures))
-        raise failure
+                    yield _shown(host, dial), exc
+                else:
+                    yield server
 
-    async def _is_unwanted(self, connection: Connection[Record], until_s: float) -> bool:
-        """Tell whether another server is to be tried before this one, which refuses writes."""
-        if self.address.target != PREFER_WRITABLE:
-            return False
+    async def _judged(self, host: Host, dial: str, *, is_alone: bool) -> Server:
+        """Connect to a server, and find out whether it is the one to use."""
+        connection = await self._connect(host, dial)
         try:
-            async with asyncio.timeout_at(until_s):
-                return await refuses_writes(connection)
+            # A lone server is the one to use, whatever it is.
+            is_asked = self.address.target == PREFER_WRITABLE and not is_alone
+            is_writable = not (is_asked and await refuses_writes(connection))
+            timeline = await timeline_of(connection) if is_writable else None
+            self._refuse_former(host, timeline)
         except BaseException:
             connection.terminate()
             raise
+        is_known = host == self._last or (self.address.is_balanced and self.timelines.used is not None)
+        return Server(
+            name=_shown(host, dial),
+            host=host,
+            connection=connection,
+            is_writable=is_writable,
+            timeline=timeline,
+            is_sure=is_alone or (is_writable and (timeline is None or is_known)),
+        )
+
+    def _refuse_former(self, host: Host, timeline: Timeline | None) -> None:
+        used = self.timelines.used
+        if timeline is None or used is None or not timeline.is_before(used):
+            return
+        error = FormerPrimaryError()
+        if (host, timeline) not in self._told:
+            self._told.add((host, timeline))
+            log.warning(
+                "former_primary_not_used",
+                extra={
+                    "server": str(host),
+                    "timeline": timeline.number,
+                    "used": used.number,
+                    "hint": hint_of(error),
+                },
+            )
+        raise error
 
     def _hosts(self) -> Sequence[Host]:
         hosts = list(self.address.hosts)
@@ -186,9 +287,9 @@ class Connector:
         return connection
 
 
-def _end(connection: Connection[Record] | None) -> None:
-    if connection is not None:
-        connection.terminate()
+def _end(server: Server | None) -> None:
+    if server is not None:
+        server.connection.terminate()
 
 
 def _shown(host: Host, dial: str) -> str:

@@ -30,6 +30,7 @@ import asyncpg
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.fault_log import system_reason
 from mnemosyned.storage.postgres.address import AddressError
+from mnemosyned.storage.postgres.timeline import FormerPrimaryError
 
 # Not the fault of one item; a retry may succeed.
 TRANSIENT: Final = (
@@ -94,6 +95,7 @@ _HINTS: Final = {
     "3D000": "create the database, or correct its name in the address",
     "3F000": "create the schema, or grant the right to create it: see docs/storage.md",
     "40001": "transactions of others run in a stricter isolation, or the server is a standby",
+    "40003": "the server does not know whether it has committed the statement",
     "40P01": "other statements on the table lock rows in another sequence",
     "42501": "grant the user the rights that docs/storage.md lists",
     "42703": "the table has other columns: storage_lost says which SQL mends it",
@@ -114,6 +116,30 @@ _HINTS: Final = {
     "58030": "the server cannot use its disk: see its log",
 }
 
+# The first that fits.
+_HINT_BY_KIND: Final = (
+    (
+        ssl.SSLCertVerificationError,
+        "see sslrootcert and the name of the host in the address, and the server's certificate",
+    ),
+    (ssl.SSLError, "see sslmode in the address, and ssl in the server's configuration"),
+    (socket.gaierror, "see the host in the address, and this machine's DNS"),
+    (
+        FormerPrimaryError,
+        (
+            "it was the primary before a failover: make it a standby of the new one (pg_rewind), "
+            "or restart this daemon to use it all the same"
+        ),
+    ),
+    (
+        ConnectionRefusedError,
+        "no server listens there: see host and port in the address, and listen_addresses",
+    ),
+    (
+        TimeoutError,
+        "the server is overloaded, or a firewall drops packets: see host and port in the address",
+    ),
+)
 
 # Classes of SQLSTATE that the table itself causes. Others, such as a full disk, may pass.
 _OF_THE_TABLE: Final = (
@@ -175,16 +201,6 @@ def hint_of(exc: BaseException) -> str:
     sqlstate = getattr(exc, "sqlstate", None)
     if sqlstate:
         return _HINTS.get(sqlstate, "")
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return "see sslrootcert and the name of the host in the address, and the server's certificate"
-    if isinstance(exc, ssl.SSLError):
-        return "see sslmode in the address, and ssl in the server's configuration"
-    if isinstance(exc, socket.gaierror):
-        return "see the host in the address, and this machine's DNS"
-    if isinstance(exc, ConnectionRefusedError):
-        return "no server listens there: see host and port in the address, and listen_addresses"
-    if isinstance(exc, TimeoutError):
-        return "the server is overloaded, or a firewall drops packets: see host and port in the address"
     if type(exc) is ConnectionError:
         return "the server has no TLS: see sslmode in the address, and ssl in the server's configuration"
-    return ""
+    return next((hint for kind, hint in _HINT_BY_KIND if isinstance(exc, kind)), "")

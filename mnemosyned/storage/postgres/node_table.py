@@ -1,4 +1,4 @@
-"""The table of the nodes, beside that of the sessions: three statements for leases (`cluster/lease.py`).
+"""The table of the nodes, beside that of the sessions: the statements for leases (`cluster/lease.py`).
 
     name        text  primary key   of the node
     instance    bigint              of one process
@@ -7,7 +7,7 @@
     epoch       bigint              raised by each bar
     base        bigint              the epoch that the row was made with
     seen        bigint              the epoch for which the node has dropped its copies
-    renewed_at  timestamptz         for people, who may look here; no decision uses it
+    renewed_at  timestamptz         for people, and for the choice of who cleans up; no lease uses it
 
 Each statement is a transaction of its own, on one row, so PostgreSQL's lock of the row makes it linearizable,
 also behind a pooler. Commits wait for the disk as those of sessions do: after a crash no lease is older than
@@ -92,10 +92,21 @@ class NodeTable:
             "resign",
             f"DELETE FROM {node} WHERE name = $1 AND instance = $2 AND number = coalesce($3, number)",
         )
+        # Of the nodes that have renewed lately, by the clock of the server, each for five minutes: one that
+        # is alive and fails to clean up is not asked for long.
+        self._cleaner = Query(
+            "cleaner",
+            f"SELECT COALESCE((SELECT name FROM {node} "
+            "WHERE renewed_at > clock_timestamp() - interval '2 seconds' "
+            "ORDER BY md5(name || floor(extract(epoch FROM now()) / 300)::bigint::text), name LIMIT 1), "
+            "$1::text) = $1::text AS is_it",
+        )
+        self._name = ""  # of this node, once it has renewed
         self._missing_since_s: float | None = None
 
     async def renew(self, renewal: Renewal) -> Renewed:
         """See LeaseStore."""
+        self._name = renewal.name
         arguments = (*renewal[:5], *renewal.replaces)
         try:
             rows = await self._fetch(self._renew, *arguments)
@@ -117,11 +128,17 @@ class NodeTable:
         """See LeaseStore."""
         await self._fetch(self._resign, *row)
 
+    async def is_cleaner(self) -> bool:
+        """Tell whether this node is the one that cleans up now; so is any where no node has a lease."""
+        (row,) = await self._fetch(self._cleaner, self._name)
+        return bool(row["is_it"])
+
     async def _fetch(self, query: Query, *args: object) -> list[Record]:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 return await self._pool.fetch(query, *args, is_urgent=True)
         except TimeoutError:
+            self._pool.doubt()
             error = StorageUnavailable("mnemosyned: storage: no answer in time")
             error.detail = f"{query.name}: no answer in {_TIMEOUT_S:g} s"
             raise error from None

@@ -37,7 +37,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
 
@@ -63,12 +63,16 @@ from mnemosyned.storage.postgres.faults import (
 from mnemosyned.storage.postgres.pooler import find_pooler
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.read_only import ReadOnlyServer
+from mnemosyned.storage.postgres.repeats import ROLLED_BACK, Repeats
+from mnemosyned.storage.postgres.timeline import Timelines
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Pool, Record
     from asyncpg.pool import PoolConnectionProxy
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # How long the client waits beyond the server's own statement_timeout. Only a server that is stuck or gone
 # gets this far.
@@ -121,6 +125,7 @@ class PostgresPool:
         self.on_auth_failure: Callable[[], None] = _do_nothing
         self.reload: Callable[[], Coroutine[Any, Any, None]] = _wait_for_nothing
         self._reloads = Tasks("postgres_reload")
+        self._doubts = Tasks("postgres_doubt", max_tasks=1)
         # What makes another server ready before it is used.
         self.prepare: Callable[[Connection[Record]], Awaitable[None]] = _wait_for_nothing
 
@@ -222,11 +227,30 @@ class PostgresPool:
         if pool is not None:
             pool.terminate()
         await self._reloads.close()
+        await self._doubts.close()
+
+    def doubt(self) -> None:
+        """Look in the background whether another server of the address has become the primary.
+
+        The server in use has answered no write. If it has lost its synchronous standby, it will never.
+        """
+        connector = self._connector
+        if connector is not None and len(connector.address.hosts) > 1 and not len(self._doubts):
+            self._doubts.spawn(self._look_for_later(connector))
+
+    async def _look_for_later(self, connector: Connector) -> None:
+        if await connector.has_later():
+            log.warning("later_primary_found", extra=self._faults.where)
+            connector.look_at_all()
+            self.renew()
+            self.read_only.drop_idle(self._lent)
 
     async def fetch(
         self, query: Query, *args: object, passing: Faults = (), is_urgent: bool = False
     ) -> list[Record]:
         """Run one statement in a transaction of its own; an urgent one before all that wait for a connection.
+
+        It is run again if the server has rolled it back for the sake of another (`repeats.py`).
 
         Raises:
             StorageUnavailable: no connection, no answer in time, or any error that is not in `passing`.
@@ -234,10 +258,19 @@ class PostgresPool:
         """
         connection = await self._acquire(is_urgent=is_urgent)
         epoch, is_idle = self._epoch, False
+        expected: Faults = (*passing, *ROLLED_BACK)
+        repeats: Repeats | None = None
         try:
-            rows = await self.run(connection, query, *args, passing=passing)
-            is_idle = epoch == self._epoch
-            return rows
+            while True:
+                try:
+                    rows = await self.run(connection, query, *args, passing=expected)
+                except ROLLED_BACK as exc:
+                    repeats = repeats or Repeats(self._options.statement_timeout_s)
+                    if not await repeats.pause():
+                        raise self.failed(query.name, exc) from exc
+                else:
+                    is_idle = epoch == self._epoch
+                    return rows
         finally:
             await self._release(connection, is_idle=is_idle)
 
@@ -259,6 +292,28 @@ class PostgresPool:
             raise
         finally:
             self._metrics.count(query.name, time.perf_counter() - started_s)
+
+    async def in_transaction(
+        self,
+        work: Callable[[PoolConnectionProxy[Record]], Awaitable[T]],
+        *,
+        passing: Faults = (),
+    ) -> T:
+        """Run statements in one transaction, from their beginning again if the server has rolled it back.
+
+        `work` uses `run` with `passing` and ROLLED_BACK. Raises as `fetch` does.
+        """
+        repeats = Repeats(self._options.statement_timeout_s)
+        while True:
+            try:
+                async with (
+                    self.connection(passing=(*passing, *ROLLED_BACK)) as connection,
+                    connection.transaction(),
+                ):
+                    return await work(connection)
+            except ROLLED_BACK as exc:
+                if not await repeats.pause():
+                    raise self.failed("connection", exc) from exc
 
     @asynccontextmanager
     async def connection(self, *, passing: Faults = ()) -> AsyncIterator[PoolConnectionProxy[Record]]:
@@ -341,10 +396,14 @@ class PostgresPool:
         """Return what opens connections to an address, whose files have been read. Raises StorageRefused."""
         try:
             found = address.parse(dsn, self._options.environ)
+            former = self._connector
+            is_same = former is not None and former.address.hosts == found.hosts
             connector = Connector(
                 found,
                 timeout_s=self._options.connect_timeout_s,
                 command_timeout_s=self._options.statement_timeout_s + _GRACE_S,
+                # A person who names other servers knows which one is right.
+                timelines=former.timelines if former is not None and is_same else Timelines(),
                 environ=self._options.environ,
             )
             connector.check()
@@ -434,6 +493,7 @@ class PostgresPool:
         if isinstance(exc, TimeoutError) and doing not in {"acquire", "connect"}:
             # No answer at all, not even that of the server's own time-out.
             self.renew()
+            self.doubt()
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError) and self.read_only.met(time.monotonic()):
             self.renew()
             self.read_only.drop_idle(self._lent)

@@ -76,10 +76,10 @@ class Table:
 
     @property
     def advisory_key(self) -> int:
-        """The key of the advisory lock for set-up and cleanup.
+        """The key of the advisory lock for set-up, and for cleanup by daemons of former versions.
 
         A signed 64-bit hash of the table's name, since advisory locks have numbers. Other applications in
-        the database choose theirs freely; a collision would only make set-up or cleanup wait.
+        the database choose theirs freely; a collision would only make set-up wait.
         """
         digest = hashlib.blake2b(self.sql.encode(), digest_size=8, person=b"mnemosyned").digest()
         return int.from_bytes(digest, "big", signed=True)

@@ -91,9 +91,9 @@ class PostgresStore:
         self._queries = Queries(table.sql, is_due=is_due)
         self._values = ValueWriter(pool, self._queries)
         self._health: TableHealth | None = None
-        self._cleaner = Cleaner(pool, table.advisory_key)
         self._migration = Migration(pool, table, self._use_form)
         nodes = NodeTable(pool, table)
+        self._cleaner = Cleaner(pool, nodes)
         self.renew, self.bar, self.resign = nodes.renew, nodes.bar, nodes.resign
 
     async def open(self) -> None:
@@ -256,7 +256,7 @@ class PostgresStore:
         )
 
     async def clean_up(self, *, limit: int) -> list[str]:
-        """See SessionStore; one node at a time, by the advisory lock that set-up takes too."""
+        """See SessionStore; one node at a time, as far as possible."""
         return [text(token) for token in await self._cleaner.clean_up(self._queries.walks, limit)]
 
     async def rename(self, renamings: Sequence[Renaming]) -> list[bool | MnemosyneError]:

@@ -12,9 +12,8 @@ a dead row, and what a trigger does outside of its transaction.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import asyncpg
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from mnemosyned.storage.postgres.queries import Query
     from mnemosyned.storage.postgres.table_facts import AnyConnection
 
+T = TypeVar("T")
 _HOUR_US: Final = 3_600_000_000
 
 
@@ -54,9 +54,8 @@ class _OneConnection:
     async def run(self, _: object, query: Query, *args: object, **__: object) -> list[Record]:
         return await self.fetch(query, *args)
 
-    @asynccontextmanager
-    async def connection(self, **_: object) -> AsyncIterator[AnyConnection]:
-        yield self._connection
+    async def in_transaction(self, work: Callable[[AnyConnection], Awaitable[T]], **_: object) -> T:
+        return await work(self._connection)
 
 
 async def run(

@@ -24,10 +24,12 @@ from mnemosyned.errors import DeadlineExceeded, MnemosyneError
 from mnemosyned.sessions.model import ValueChange
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS
 from mnemosyned.storage.postgres.queries import Queries, Query
+from mnemosyned.storage.postgres.repeats import ROLLED_BACK
 from mnemosyned.storage.value_changes import Changed, Outcome, changing
 
 if TYPE_CHECKING:
     from asyncpg import Record
+    from asyncpg.pool import PoolConnectionProxy
 
     from mnemosyned.storage.postgres.pool import PostgresPool
 
@@ -116,11 +118,13 @@ class ValueWriter:
     # The transaction costs two more round trips, and the rows are locked during two of them.
     async def _try_locked(self, changes: Sequence[ValueChange]) -> Tried:
         """Read and write in one transaction that holds the rows, in turn with other writers."""
-        pool = self._pool
-        async with pool.connection(passing=ITEM_FAULTS) as connection, connection.transaction():
+
+        async def read_and_write(connection: PoolConnectionProxy[Record]) -> Tried:
             await connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = {_LOCKED_MS}")
-            run = partial(pool.run, connection, passing=ITEM_FAULTS)
+            run = partial(self._pool.run, connection, passing=(*ITEM_FAULTS, *ROLLED_BACK))
             return await self._read_and_write(changes, self._queries.lock_bags, run)
+
+        return await self._pool.in_transaction(read_and_write, passing=ITEM_FAULTS)
 
     async def _read_and_write(
         self,

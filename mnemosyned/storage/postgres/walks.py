@@ -49,7 +49,7 @@ Call = tuple[Query, list[object]]
 class Walks(Protocol):
     """The statements of one form of the table, with their arguments."""
 
-    # Parameters: how many rows, the advisory key, how many to delete at most. One row comes back: `picked`,
+    # Parameters: how many rows, how many to delete at most. One row comes back: `picked`,
     # how many rows were looked at, and `tokens`, the stored keys of the deleted ones.
     clean_up: Query
 
@@ -229,11 +229,9 @@ def _delete(table: str, where: str, sequence: str, limit_at: int) -> Query:
 
 
 def _clean_up(table: str, column: str) -> Query:
-    """SessionStore.clean_up: look at $1 rows that are due, the oldest first; delete at most $3 that are over.
+    """SessionStore.clean_up: look at $1 rows that are due, the oldest first; delete at most $2 that are over.
 
-    Locks: the rows, and the table's advisory lock $2 until the statement ends. One node at a time cleans up:
-    on the other nodes the attempt at the lock fails, and they delete nothing instead of reading the same
-    rows. Set-up takes the same lock.
+    Locks: the rows. One node at a time cleans up (`cleaning.py`), which saves work: two may do it at once.
 
     SKIP LOCKED: a row that is locked is being replaced by a start, extended or ended by a caller. If cleanup
     locks the row first, a start of the same token waits and then inserts.
@@ -248,12 +246,11 @@ def _clean_up(table: str, column: str) -> Query:
     return Query(
         "clean_up",
         f"WITH due AS MATERIALIZED (SELECT access_token, expire_at <= now() AS is_over FROM {table} "
-        # In a subquery that depends on no row, the attempt is made once per statement, not once per row.
-        f"WHERE {column} <= now() AND (SELECT pg_try_advisory_xact_lock($2)) "
+        f"WHERE {column} <= now() "
         f"ORDER BY {column} LIMIT $1 FOR UPDATE SKIP LOCKED), {moved}"
         # An array, which is complete before the look-ups: for IN, PostgreSQL may walk the whole primary key.
         f"gone AS (DELETE FROM {table} WHERE access_token = ANY(ARRAY(SELECT access_token FROM due "
-        "WHERE is_over LIMIT $3)) RETURNING access_token) "
+        "WHERE is_over LIMIT $2)) RETURNING access_token) "
         "SELECT (SELECT count(*) FROM due) AS picked, ARRAY(SELECT access_token FROM gone) AS tokens",
     )
 
@@ -261,16 +258,15 @@ def _clean_up(table: str, column: str) -> Query:
 def _sweep(table: str) -> Query:
     """Look for at most $3 rows in pages $1 to $2 that expire before they are due; delete what is over.
 
-    Index: none; it reads these pages alone (a TID range scan, from PostgreSQL 14 on). Locks as `_clean_up`;
-    $4 is the advisory key. One row comes back: `tokens`, the stored keys of the deleted rows, and `pages`,
-    the size of the table.
+    Index: none; it reads these pages alone (a TID range scan, from PostgreSQL 14 on). Locks as `_clean_up`.
+    One row comes back: `tokens`, the stored keys of the deleted rows, and `pages`, the size of the table.
     """
     name = table.replace("'", "''")
     return Query(
         "clean_up",
         f"WITH found AS MATERIALIZED (SELECT access_token, expire_at <= now() AS is_over FROM {table} "
         "WHERE ctid >= $1::tid AND ctid < $2::tid AND expire_at < COALESCE(due_at, 'infinity') "
-        "AND (SELECT pg_try_advisory_xact_lock($4)) LIMIT $3 FOR UPDATE SKIP LOCKED), "
+        "LIMIT $3 FOR UPDATE SKIP LOCKED), "
         f"moved AS (UPDATE {table} SET due_at = expire_at WHERE access_token = "
         "ANY(ARRAY(SELECT access_token FROM found WHERE NOT is_over))), "
         f"gone AS (DELETE FROM {table} WHERE access_token = ANY(ARRAY(SELECT access_token FROM found "
