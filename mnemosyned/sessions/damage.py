@@ -12,15 +12,21 @@ An engine answers the questions that only it can: what is missing, what is too l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, TypeGuard, cast
+from typing import Final
 
 from aio.steps import Steps, finished
 from mnemosyned.errors import CorruptSession, InvalidArgument
 from mnemosyned.sessions import bag, many_bags, token_hash
 from mnemosyned.sessions.bag import BagLimits
-from mnemosyned.sessions.model import MAX_INDEXED_BYTES, DamagedSession, Session, check_fields
+from mnemosyned.sessions.columns import SessionColumns
+from mnemosyned.sessions.model import (
+    MAX_INDEXED_BYTES,
+    SHORT_FIELD_BYTES,
+    DamagedSession,
+    Session,
+    check_fields,
+)
 from mnemosyned.sessions.token import check_token
 
 # The last microsecond of the year 9999, where a google.protobuf.Timestamp ends.
@@ -67,27 +73,18 @@ def is_ordinary(session: Session) -> bool:
     )
 
 
-def are_ordinary(found: Sequence[Session | DamagedSession]) -> TypeGuard[Sequence[Session]]:
+def are_ordinary(sessions: SessionColumns) -> bool:
     """Tell of what a walk has found whether all of it is ordinary, and nameable; a quick answer for many."""
-    if any(isinstance(one, DamagedSession) for one in found):
-        return False
-    return not found or _are_ordinary(cast("Sequence[Session]", found))
-
-
-def _are_ordinary(sessions: Sequence[Session]) -> bool:
-    tokens = [one.access_token for one in sessions]
-    texts = [text for one in sessions for text in (one.subject_id, one.subject_client)]
-    expiries = [one.expires_at_us for one in sessions]
+    if not sessions:
+        return True
+    texts = (sessions.tokens, sessions.subject_ids, sessions.subject_clients)
     return (
-        "" not in tokens
-        and max(map(len, tokens)) <= _SHORT_TEXT
-        and max(map(len, texts)) <= _SHORT_TEXT
-        and max(len(one.refresh_token) for one in sessions) <= _SHORT_TEXT
-        and "\0" not in "".join(tokens)
-        and "\0" not in "".join(texts)
-        and min(expiries) >= 0
-        and max(expiries) <= MAX_EXPIRY_US
-        and many_bags.are_ordinary([one.bag for one in sessions])
+        all(sessions.tokens)
+        and all(max(map(len, column)) <= SHORT_FIELD_BYTES for column in (*texts, sessions.refresh_tokens))
+        and not any(b"\0" in b"".join(column) for column in texts)
+        and min(sessions.expiries_us) >= 0
+        and max(sessions.expiries_us) <= MAX_EXPIRY_US
+        and many_bags.are_ordinary(sessions.bags)
     )
 
 

@@ -17,16 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final, TypeAlias
+from typing import Final
 
 from aio.slices import in_slices
 from mnemosyned.errors import MnemosyneError
+from mnemosyned.sessions.columns import Found, tokens_of
 from mnemosyned.sessions.model import Criteria, DamagedSession, Session
 from mnemosyned.sessions.page_token import PageToken
 from mnemosyned.sessions.store import KeyedPage, Page, SessionStore
 from mnemosyned.sessions.touches import TouchWriter
-
-_Found: TypeAlias = Session | DamagedSession
 
 # After them, a page shows what it has: each round has written what the one before it met.
 _ROUNDS: Final = 4
@@ -55,9 +54,10 @@ class Listing:
             number += 1
             spare = _SPARE + limit // 4 if self._touches.is_anything_waiting() else 0
             page = await self._store.find(criteria, offset=offset, limit=limit + spare, max_bytes=max_bytes)
-            asked, found = limit + spare, page.sessions
-            if not self._touches.is_anything_waiting():
-                return _first(found, limit, page, asked)
+            asked = limit + spare
+            if not self._is_waiting(page.sessions):
+                return _first(page.sessions, limit, page, asked)
+            found = list(page.sessions)
             latest = [self._latest_us(one) for one in found]
             if not any(latest):
                 return _first(found, limit, page, asked)
@@ -83,13 +83,14 @@ class Listing:
             # The storage may still have them before the range.
             asked = replace(criteria, expires_after_us=max(0, criteria.expires_after_us - self._lag_us))
         page = await self._store.walk(asked, start=token.start, limit=limit, max_bytes=max_bytes)
-        if asked is criteria and not (token.shown.digests or self._touches.is_anything_waiting()):
-            return page
         is_shown = token.shown.finder()
-        sessions: list[_Found] = []
+        are_shown = [is_shown(one) for one in tokens_of(page.sessions)]
+        if asked is criteria and not (any(are_shown) or self._is_waiting(page.sessions)):
+            return page
+        sessions: list[Found] = []
         keys: list[bytes] = []
-        for one, key in zip(page.sessions, page.keys, strict=True):
-            if is_shown(one.access_token):
+        for one, key, is_left_out in zip(page.sessions, page.keys, are_shown, strict=True):
+            if is_left_out:
                 continue
             found = one
             if isinstance(one, Session):
@@ -101,7 +102,14 @@ class Listing:
             keys.append(key)
         return replace(page, sessions=sessions, keys=keys)
 
-    def _latest_us(self, found: _Found) -> int:
+    def _is_waiting(self, found: Sequence[Found]) -> bool:
+        """Tell whether the storage may lack the expiry of one of these sessions."""
+        if not self._touches.is_anything_waiting():
+            return False
+        waiting_us = self._touches.waiting_us
+        return any(waiting_us(one.decode(errors="surrogateescape")) for one in tokens_of(found))
+
+    def _latest_us(self, found: Found) -> int:
         """Return the expiry that waits to be written; 0: the stored one is the latest."""
         if isinstance(found, DamagedSession):
             return 0
@@ -114,13 +122,13 @@ class Listing:
             await self._touches.write(tokens)
 
 
-def _first(found: Sequence[_Found], limit: int, page: Page, asked: int) -> Page:
+def _first(found: Sequence[Found], limit: int, page: Page, asked: int) -> Page:
     """Return the first of what was found in a page of the storage, of which so many were asked for."""
     is_last = len(page.sessions) < asked and not page.is_cut and len(found) <= limit
     return Page(sessions=found[:limit], is_cut=page.is_cut and len(found) < limit, is_last=is_last)
 
 
-def _expiries(found: Sequence[_Found]) -> Iterator[int]:
+def _expiries(found: Sequence[Found]) -> Iterator[int]:
     """Return the expiries in their sequence; a damaged session has that of the one before it."""
     expires_at_us = 0
     for one in found:
@@ -128,8 +136,8 @@ def _expiries(found: Sequence[_Found]) -> Iterator[int]:
         yield expires_at_us
 
 
-def _merged(found: Sequence[_Found], latest: Sequence[int], criteria: Criteria) -> list[tuple[int, _Found]]:
-    merged: list[tuple[int, _Found]] = []
+def _merged(found: Sequence[Found], latest: Sequence[int], criteria: Criteria) -> list[tuple[int, Found]]:
+    merged: list[tuple[int, Found]] = []
     for one, stored_us, latest_us in zip(found, _expiries(found), latest, strict=True):
         if not latest_us:
             merged.append((stored_us, one))

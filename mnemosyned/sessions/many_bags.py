@@ -15,16 +15,16 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from mnemosyned.sessions.bag import SHORT_BYTES
+from mnemosyned.sessions.encoded import Heads
 
-_BAG_TAG: Final = b"\x0a"  # field 1, length-delimited
-_VARINT_CONTINUES: Final = 0x80
+_HEADS: Final = Heads(b"\x0a")  # field 1, length-delimited
 
 
 def are_ordinary(bags: Sequence[bytes]) -> bool:
     """Tell whether each bag is one of which `bag.is_ordinary` is true."""
     if max(map(len, bags), default=0) > SHORT_BYTES:
         return False
-    joined = b"".join([part for one in bags for part in (_BAG_TAG, _length(one), one)])
+    joined = b"".join([part for one in bags for part in (_HEADS[len(one)], one)])
     try:
         parsed = _Bags.FromString(joined)
     except DecodeError:
@@ -32,12 +32,6 @@ def are_ordinary(bags: Sequence[bytes]) -> bool:
     # Each bag has its own bounds, so that none can hide in the next. What is no entry is unknown, and goes.
     parsed.DiscardUnknownFields()
     return bool(parsed.SerializeToString(deterministic=True) == joined)
-
-
-def _length(stored: bytes) -> bytes:
-    size = len(stored)
-    # Two bytes are enough for SHORT_BYTES.
-    return bytes((size,)) if size < _VARINT_CONTINUES else bytes((size & 0x7F | _VARINT_CONTINUES, size >> 7))
 
 
 def _bags_class() -> Any:  # noqa: ANN401  # made at run time

@@ -12,6 +12,8 @@ from mnemosyned.sessions.token import check_token
 # Every engine indexes these fields; PostgreSQL's index entries, the smallest, hold about 2,700 bytes.
 MAX_INDEXED_BYTES: Final = 2048
 MAX_CLIENT_BYTES: Final = 64 * 1024
+# Nearly all fields but the bag are as short: the quick ways of List are for pages of such sessions.
+SHORT_FIELD_BYTES: Final = 512
 # A session must fit into the 4 MiB that a gRPC client accepts unless it is told otherwise.
 MAX_BAG_BYTES: Final = 4_000_000
 MAX_LIST_LIMIT: Final = 1000

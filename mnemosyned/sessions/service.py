@@ -37,9 +37,10 @@ from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence
+from mnemosyned.sessions.columns import SessionColumns
 from mnemosyned.sessions.counts import SessionCounts
 from mnemosyned.sessions.damage_log import DamageLog
-from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField, list_response
+from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField
 from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.listing import Listing
 from mnemosyned.sessions.model import (
@@ -57,6 +58,7 @@ from mnemosyned.sessions.model import (
     check_criteria,
     check_new,
 )
+from mnemosyned.sessions.page_response import PageResponse
 from mnemosyned.sessions.store import KeyedPage, Page, SessionStore
 from mnemosyned.sessions.token import check_token
 from mnemosyned.sessions.token_hash import is_hashed
@@ -298,24 +300,18 @@ class SessionService:
     def _page_response(
         self, page: Page | KeyedPage, max_bytes: int, following: page_token.Following
     ) -> Steps[bytes]:
-        found: _Checked = []
+        response = PageResponse(max_bytes=max_bytes - following.most_bytes)
         for part in cut(page.sessions):
-            if found:
+            if response.count:
                 yield
-            if damage.are_ordinary(part):
-                found += part
-            else:
-                found += yield from self._all_checked(
-                    (one.access_token, damage.nameable(one)) for one in part
-                )
-        return (
-            yield from list_response(
-                found,
-                max_bytes=max_bytes - following.most_bytes,
-                is_cut=page.is_cut,
-                next_token=following.token,
-            )
-        )
+            columns = SessionColumns.of(part)
+            if columns is not None and damage.are_ordinary(columns) and response.add_ordinary(columns):
+                continue
+            checked = yield from self._all_checked((one.access_token, damage.nameable(one)) for one in part)
+            yield from response.add(checked)
+            if response.is_full:
+                break
+        return response.finished(is_cut=page.is_cut, next_token=following.token)
 
     async def delete(
         self,

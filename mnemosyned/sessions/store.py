@@ -20,6 +20,7 @@ from typing import Protocol
 from aio.units import NEVER_US
 from cluster.lease import Barred, Renewal, Renewed
 from mnemosyned.errors import MnemosyneError
+from mnemosyned.sessions.columns import Found
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
@@ -46,7 +47,7 @@ class Deletion:
 class Page:
     """What List has found."""
 
-    sessions: Sequence[Session | DamagedSession] = field(repr=False)
+    sessions: Sequence[Found] = field(repr=False)
     is_cut: bool  # for its size, before its limit
     is_last: bool = False  # no session follows; an engine leaves it to its caller
 
@@ -55,7 +56,7 @@ class Page:
 class KeyedPage:
     """What a walk by stored key has found."""
 
-    sessions: Sequence[Session | DamagedSession] = field(repr=False)
+    sessions: Sequence[Found] = field(repr=False)
     keys: Sequence[bytes] = field(repr=False)  # of the sessions; those of damaged ones may be cut
     next_key: bytes | None = field(repr=False)  # where the walk goes on; None: there is nothing left
     is_cut: bool  # for its size, before its limit

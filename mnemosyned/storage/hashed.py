@@ -22,11 +22,11 @@ from typing import Final, TypeVar
 from aio.units import NEVER_US
 from mnemosyned.errors import InvalidArgument, MnemosyneError, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions import token_hash
+from mnemosyned.sessions.columns import Found, SessionColumns
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
-    DamagedSession,
     Lookup,
     NewSession,
     Session,
@@ -210,7 +210,9 @@ class HashedStore:
         return replace(item, access_token=self._stored_key(item.access_token))
 
 
-def _all_shown(found: Sequence[Session | DamagedSession]) -> list[Session | DamagedSession]:
+def _all_shown(found: Sequence[Found]) -> Sequence[Found]:
+    if isinstance(found, SessionColumns):
+        return replace(found, tokens=[_shown(key.decode()).encode() for key in found.tokens])
     return [replace(one, access_token=_shown(one.access_token)) for one in found]
 
 

@@ -21,9 +21,8 @@ from mnemosyned.sessions.token import MAX_TOKEN_BYTES
 from mnemosyned.storage.postgres.columns import (
     COLUMNS,
     DAMAGE,
+    LISTED,
     LIVE,
-    READABLE,
-    SHORT_KEY,
     Query,
 )
 from mnemosyned.storage.postgres.conditions import condition, is_keyed
@@ -85,7 +84,7 @@ def _page(table: str, few: str, ahead: str, at: int) -> Query:
         f"ORDER BY access_token LIMIT {limit}))), "
         "summed AS (SELECT *, sum(CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY access_token ROWS UNBOUNDED PRECEDING) AS bytes FROM page) "
-        f"SELECT {SHORT_KEY}, {READABLE}, expire_at, damage, "
+        f"SELECT {LISTED}, "
         f"CASE WHEN damage IS NULL AND bytes <= {page_bytes} THEN bag END AS bag, "
         f"{short_before}, bytes IS NULL AS is_next "
         "FROM looked LEFT JOIN summed USING (access_token) ORDER BY access_token",

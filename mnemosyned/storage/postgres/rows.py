@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import struct
+from typing import TYPE_CHECKING, Final
 
 from aio.steps import Steps, cut
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError, SessionAlreadyExists
+from mnemosyned.sessions.columns import SessionColumns
 from mnemosyned.sessions.model import DamagedSession, NewSession, Session
 from mnemosyned.sessions.page_token import between
 from mnemosyned.sessions.store import KeyedPage, Page
+from mnemosyned.storage.postgres.columns import POSTGRES_EPOCH_US
 
 if TYPE_CHECKING:
     from asyncpg import Record
+
+# Both statements of List begin with so many columns: `columns.LISTED`, and the bag.
+_LISTED: Final = 7
 
 
 def text(stored: bytes) -> str:
@@ -40,14 +46,14 @@ def session_of(row: Record) -> Session | DamagedSession:
 
 
 def _session(  # noqa: PLR0917  # a row's columns, and keywords take longer
-    key: bytes, refresh: bytes | None, subject: str, client: str | None, bag: bytes, expires_at_us: int
+    key: bytes, refresh: bytes | None, subject: bytes, client: bytes | None, bag: bytes, expires_at_us: int
 ) -> Session | DamagedSession:
     try:
         # Rows of the Go daemon may have NULL for the client or the refresh token; it means the same as "".
         return Session(
             access_token=key.decode(),
-            subject_id=subject,
-            subject_client=client or "",
+            subject_id=subject.decode(),
+            subject_client=client.decode() if client else "",
             refresh_token=refresh.decode() if refresh else "",
             bag=bag,
             expires_at_us=expires_at_us,
@@ -58,23 +64,52 @@ def _session(  # noqa: PLR0917  # a row's columns, and keywords take longer
 
 def page_of(rows: list[Record], max_bytes: int) -> Steps[Page]:
     """Return the rows that fit into so many bytes, at least one. PostgreSQL withholds bags beyond them."""
+    columns = _columns_of(rows)
+    if columns is not None and sum(map(len, columns.bags)) <= max_bytes:
+        return Page(sessions=columns, is_cut=False)
     found: list[Session | DamagedSession] = []
     size_bytes = 0
     for part in cut(rows):
         if found:
             yield
         for row in part:
-            # By place, in half of the time: both statements of List begin with these columns.
-            key, refresh, subject, client, expires_at_us, damage, bag = row[:7]
+            key, refresh, subject, client, expiry, damage, bag = row[:_LISTED]
             size_bytes += len(bag or b"")
             is_withheld = bag is None and damage is None
             if (is_withheld or size_bytes > max_bytes) and found:
                 return Page(sessions=found, is_cut=True)
             if damage is None:
+                expires_at_us = int.from_bytes(expiry, signed=True) + POSTGRES_EPOCH_US
                 found.append(_session(key, refresh, subject, client, bag, expires_at_us))
             else:
                 found.append(DamagedSession(access_token=escaped(key), reason=damage))
     return Page(sessions=found, is_cut=False)
+
+
+def _columns_of(rows: list[Record]) -> SessionColumns | None:
+    """Return the sessions of rows of List; None: one is damaged, or its bag is withheld."""
+    if not rows:
+        return None
+    keys, refreshes, subjects, clients, expiries, damages, bags = list(zip(*rows, strict=True))[:_LISTED]
+    if any(damages) or None in bags:
+        return None
+    found = SessionColumns(
+        tokens=keys,
+        subject_ids=subjects,
+        subject_clients=[one or b"" for one in clients],
+        refresh_tokens=[one or b"" for one in refreshes] if any(refreshes) else [b""] * len(rows),
+        bags=bags,
+        expiries_us=[
+            us + POSTGRES_EPOCH_US for us in struct.unpack(f">{len(expiries)}q", b"".join(expiries))
+        ],
+    )
+    try:
+        for texts in (found.tokens, found.subject_ids, found.subject_clients, found.refresh_tokens):
+            # No text goes on behind a NUL.
+            b"\0".join(texts).decode()
+    except UnicodeDecodeError:
+        return None
+    return found
 
 
 def keyed_page_of(rows: list[Record], max_bytes: int) -> Steps[KeyedPage]:

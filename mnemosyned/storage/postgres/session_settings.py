@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.postgres.columns import POSTGRES_EPOCH_US
 from mnemosyned.storage.postgres.faults import CONFIGURED_WRONG, name_of
 
 if TYPE_CHECKING:
@@ -115,13 +116,9 @@ async def _use_microseconds(connection: Connection[Record]) -> None:
         "timestamptz",
         schema="pg_catalog",
         format="tuple",
-        encoder=lambda epoch_us: (epoch_us - _POSTGRES_EPOCH_US,),
-        decoder=lambda postgres: postgres[0] + _POSTGRES_EPOCH_US,
+        encoder=lambda epoch_us: (epoch_us - POSTGRES_EPOCH_US,),
+        decoder=lambda postgres: postgres[0] + POSTGRES_EPOCH_US,
     )
-
-
-# PostgreSQL counts microseconds from 2000-01-01 UTC.
-_POSTGRES_EPOCH_US: Final = 946_684_800_000_000
 
 
 async def warn_of_server(connection: Connection[Record] | PoolConnectionProxy[Record]) -> None:

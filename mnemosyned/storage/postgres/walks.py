@@ -31,9 +31,8 @@ from mnemosyned.storage.postgres import key_walk
 from mnemosyned.storage.postgres.columns import (
     COLUMNS,
     DAMAGE,
+    LISTED,
     LIVE,
-    READABLE,
-    SHORT_KEY,
     UNINDEXED,
     Query,
 )
@@ -201,7 +200,7 @@ class WalksByDueTime:
 def _page(page: str, *, bytes_at: int) -> Query:
     return Query(
         "list",
-        f"SELECT {SHORT_KEY}, {READABLE}, expire_at, damage, CASE WHEN damage IS NULL AND "
+        f"SELECT {LISTED}, CASE WHEN damage IS NULL AND "
         # ROWS, as the default (RANGE) would add up rows of equal order in one step.
         "sum(CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY expire_at, page.access_token ROWS UNBOUNDED PRECEDING) "

@@ -3,18 +3,15 @@ from __future__ import annotations
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
-from mnemosynerpc.session_pb2 import GetResponse, ListResponse
+from mnemosynerpc.session_pb2 import GetResponse
 from mnemosynerpc.session_pb2 import Session as Wire
 
-from aio.steps import finished
-from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.encoded import (
     SHARED_BYTES,
     EncodedSession,
     ExpiryField,
     joined,
-    list_response,
     varint,
 )
 from mnemosyned.sessions.model import Session
@@ -84,24 +81,6 @@ def test_an_expiry_is_encoded_as_protobuf_does(first_us: int, more_us: int) -> N
         else:
             # The seconds are there even if they are 0.
             assert Wire.FromString(field.encode(expires_at_us)) == Wire.FromString(wanted)
-
-
-def test_a_list_is_one_session_after_the_other() -> None:
-    sessions = [stored(1_000_000, {"a": "1"}), stored(2_500_000, {})]
-    found = [sessions[0], CorruptSession("mnemosyned: storage: damaged"), sessions[1]]
-
-    def listed(max_bytes: int) -> ListResponse:
-        steps = list_response(
-            found, max_bytes=max_bytes, is_cut=False, next_token=lambda count: f"after {count}"
-        )
-        return ListResponse.FromString(finished(steps))
-
-    response, cut = listed(1000), listed(1)
-
-    assert [one.expire_at.ToMicroseconds() for one in response.sessions] == [1_000_000, 2_500_000]
-    assert (response.left_out, response.truncated) == (1, False)
-    assert (len(cut.sessions), cut.left_out, cut.truncated) == (1, 1, True)
-    assert (response.next_page_token, cut.next_page_token) == ("after 3", "after 2")
 
 
 def test_an_entry_costs_at_least_its_bytes() -> None:
