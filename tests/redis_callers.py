@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from stores import lookups, new
 
@@ -15,6 +15,8 @@ from mnemosyned.sessions.model import Abandonment, Session, ValueChange
 from mnemosyned.sessions.store import SessionStore
 
 Result = TypeVar("Result")
+# Sessions that are ended before and after what happens.
+_MORE: Final = 60
 
 
 class Caller:
@@ -54,14 +56,24 @@ async def calling(store: SessionStore) -> AsyncIterator[list[Caller]]:
     callers = [Caller(store, number) for number in range(16)]
     tasks = [asyncio.create_task(caller.run()) for caller in callers]
     try:
-        await asyncio.sleep(0.3)
+        await _until_more_have_ended(callers)
         yield callers
         # Some more after what has happened.
-        await asyncio.sleep(0.3)
+        await _until_more_have_ended(callers)
     finally:
         for caller in callers:
             caller.is_over = True
         await asyncio.gather(*tasks)
+
+
+async def _until_more_have_ended(callers: list[Caller]) -> None:
+    def ended() -> int:
+        return sum(len(caller.ended) for caller in callers)
+
+    before = ended()
+    async with asyncio.timeout(30):
+        while ended() - before < _MORE:
+            await asyncio.sleep(0.01)
 
 
 async def assert_nothing_is_lost(store: SessionStore, callers: list[Caller]) -> None:
@@ -69,7 +81,7 @@ async def assert_nothing_is_lost(store: SessionStore, callers: list[Caller]) -> 
     ended = [token for caller in callers for token in caller.ended]
     loaded = await store.load(lookups(*kept))
 
-    assert min(len(kept), len(ended)) > 100
+    assert min(len(kept), len(ended)) >= 2 * _MORE
     assert [token for token, one in zip(kept, loaded, strict=True) if not isinstance(one, Session)] == []
     assert await store.exist(ended) == [False] * len(ended)
 
