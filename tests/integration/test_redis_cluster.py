@@ -48,7 +48,7 @@ def failures_of(callers: list[Caller]) -> list[float]:
 
 @pytest.mark.parametrize("is_home", [False, True], ids=["other", "home"])
 async def test_nothing_acknowledged_is_lost_when_a_primary_is_killed_under_load(
-    cluster: RedisCluster, is_home: bool
+    cluster: RedisCluster, *, is_home: bool
 ) -> None:
     async with opened(cluster) as store:
         home = home_of(store, cluster)
