@@ -1,10 +1,10 @@
-"""What only the store on a Redis Cluster does: buckets, renaming across slots, and what it asks of the nodes."""
+"""What only the store on a Redis Cluster does: buckets, renaming across slots, and what nodes must be."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, ValueChange
 from mnemosyned.sessions.store import Renaming, StorageRefused
 from mnemosyned.storage.redis import scripts
+from mnemosyned.storage.redis.cluster.pool import ClusterPool
 from mnemosyned.storage.redis.cluster.store import ClusterStore
 
 pytestmark = needs_redis
@@ -148,12 +149,14 @@ class Cut(Exception):
 class EndedAfter:
     """Stands for the pool of a node that ends after a script has been run."""
 
-    def __init__(self, pool: Any, last: scripts.Script) -> None:
+    def __init__(self, pool: ClusterPool, last: scripts.Script) -> None:
         self._pool = pool
         self._last = last
 
-    async def each(self, script: scripts.Script, *arguments: Any, **options: Any) -> list[Any]:
-        replies: list[Any] = await self._pool.each(script, *arguments, **options)
+    async def each(
+        self, script: scripts.Script, head: Sequence[Any], items: Sequence[Any], *, is_write: bool = False
+    ) -> list[Any]:
+        replies = await self._pool.each(script, head, items, is_write=is_write)
         if script is self._last:
             raise Cut
         return replies
@@ -295,9 +298,7 @@ async def test_a_setting_of_one_primary_ends_the_start_and_is_told_later(
             with pytest.raises(StorageRefused, match=rf":{node.port}: its maxmemory-policy is allkeys-lru"):
                 await new_cluster_store(redis_cluster.url, prefix).open()
         finally:
-            call(
-                node, ("CONFIG", "SET", "maxmemory-policy", "noeviction"), ("CONFIG", "SET", "maxmemory", "0")
-            )
+            call(node, ("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "0"))
     told = [record for record in caplog.records if record.message == "redis_may_lose_sessions"]
     assert [record.server for record in told] == [f"127.0.0.1:{node.port}"]  # type: ignore[attr-defined]
 
@@ -337,7 +338,7 @@ async def test_the_documented_user_can_do_all_and_without_a_right_the_start_says
             call(node, ("ACL", "DELUSER", "mnemosyned"))
 
 
-async def test_without_any_node_the_storage_is_unavailable(redis_cluster: RedisCluster) -> None:
+async def test_without_any_node_the_storage_is_unavailable() -> None:
     with pytest.raises(StorageUnavailable) as refused:
         await new_cluster_store("redis+cluster://127.0.0.1:1,127.0.0.1:2").open()
 
