@@ -68,9 +68,10 @@ class RedisCluster:
         return [self.node(port) for port in {ports[0]: None for _, _, ports in self.ranges()}]
 
     def replica_of(self, primary: RedisServer) -> RedisServer:
-        for _, _, ports in self.ranges():
-            if ports[0] == primary.port and len(ports) > 1:
-                return self.node(ports[1])
+        # Of themselves: others hear of it later.
+        for node in self.living():
+            if f"master_port:{primary.port}\r".encode() in call(node, ("INFO", "replication"))[0]:
+                return node
         raise AssertionError(primary.port)
 
     def id_of(self, node: RedisServer) -> bytes:
