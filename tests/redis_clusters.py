@@ -39,11 +39,11 @@ class RedisCluster:
     """Nodes that have found one another; the roles of a primary and its replica may change."""
 
     nodes: list[RedisServer]
-    kind: str
+    host: str = "127.0.0.1"  # where clients and nodes find them
 
     @property
     def url(self) -> str:
-        hosts = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        hosts = ",".join(f"{self.host}:{node.port}" for node in self.nodes)
         return f"redis+cluster://:{PASSWORD}@{hosts}"
 
     def living(self) -> list[RedisServer]:
@@ -68,9 +68,10 @@ class RedisCluster:
         return [self.node(port) for port in {ports[0]: None for _, _, ports in self.ranges()}]
 
     def replica_of(self, primary: RedisServer) -> RedisServer:
-        for _, _, ports in self.ranges():
-            if ports[0] == primary.port and len(ports) > 1:
-                return self.node(ports[1])
+        # Of themselves: others hear of it later.
+        for node in self.living():
+            if f"master_port:{primary.port}\r".encode() in call(node, ("INFO", "replication"))[0]:
+                return node
         raise AssertionError(primary.port)
 
     def id_of(self, node: RedisServer) -> bytes:
@@ -114,7 +115,7 @@ class RedisCluster:
                 break
             (moved,) = call(
                 source,
-                ("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys),
+                ("MIGRATE", self.host, target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys),
             )
             assert moved in {b"OK", b"NOKEY"}, moved
             if pause is not None:
@@ -126,13 +127,15 @@ class RedisCluster:
 
 @contextmanager
 def redis_cluster(
-    directory: Path, kind: str = "", replicas: int = 1, **settings: str
+    directory: Path, kind: str = "", replicas: int = 1, *, host: str = "127.0.0.1", **settings: str
 ) -> Iterator[RedisCluster]:
     """Run a cluster of three primaries."""
     found = programs()
     kind = kind or ("valkey" if "valkey" in found else next(iter(found)))
     directory.mkdir(exist_ok=True)
     common = {
+        "bind": f"127.0.0.1 {host}" if host != "127.0.0.1" else host,
+        "cluster-announce-ip": host,
         "cluster-enabled": "yes",
         "cluster-config-file": "nodes.conf",
         "cluster-node-timeout": str(_NODE_TIMEOUT_MS),
@@ -148,7 +151,7 @@ def redis_cluster(
             )
             for number in range(3 * (1 + replicas))
         ]
-        cluster = RedisCluster(nodes, kind)
+        cluster = RedisCluster(nodes, host)
         _form(cluster, replicas)
         yield cluster
 
@@ -163,7 +166,7 @@ def _form(cluster: RedisCluster, replicas: int) -> None:
         call(node, ("CLUSTER", "SET-CONFIG-EPOCH", number + 1))
     for node in nodes[1:]:
         bus = node.settings["cluster-port"]
-        assert call(nodes[0], ("CLUSTER", "MEET", "127.0.0.1", node.port, bus)) == [b"OK"]
+        assert call(nodes[0], ("CLUSTER", "MEET", cluster.host, node.port, bus)) == [b"OK"]
     known = f"cluster_known_nodes:{len(nodes)}".encode()
     until(lambda: all(known in call(node, ("CLUSTER", "INFO"))[0] for node in nodes))
     for number, node in enumerate(nodes[3:]):

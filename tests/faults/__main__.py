@@ -79,10 +79,15 @@ def plans(arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
         flags=tuple(arguments.flag),
     )
     possible = [kind for kind in FaultKind if kind not in CLOCKS or FAKETIME]
+    if STORAGES[arguments.storage].is_direct:
+        # Nothing between it and the nodes could be slow.
+        possible.remove(FaultKind.SLOW)
     is_all = arguments.kinds == "all"
     chosen = possible if is_all else [FaultKind(word) for word in arguments.kinds.split(",")]
     if not set(chosen) <= set(possible):
-        raise SystemExit("clocks that step need Debian's package faketime")
+        raise SystemExit(
+            "clocks that step need Debian's package faketime; a link to redis-cluster cannot be slow"
+        )
     groups = [] if arguments.mixed else [(kind,) for kind in chosen]
     mixes = [tuple(chosen)] if arguments.mixed or is_all else []
     for group in (*groups, *mixes):

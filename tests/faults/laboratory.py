@@ -91,7 +91,9 @@ class Laboratory:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._network = self._stack.enter_context(Network([*self.names, _SPARE]))
         with self._fake_clock(STORAGE):
-            self._storage: Storage = STORAGES[self.variant.storage](self._directory)
+            self._storage: Storage = STORAGES[self.variant.storage](
+                self._directory, self._network.storage_address
+            )
         self._stack.callback(self._storage.stop)
         # Each node has a relay of its own, so that its link alone can be slow.
         self._relays = {
@@ -111,6 +113,8 @@ class Laboratory:
         return f"{name}:{_PORT}"
 
     def _dsn(self, name: str) -> str:
+        if self._storage.is_direct:
+            return self._storage.dsn
         address = f"{self._network.storage_address}:{self._relays[name].port}"
         before, _, after = self._storage.dsn.rpartition("@")
         return f"{before}@{address}/{urlsplit(self._storage.dsn).path.lstrip('/')}" if after else ""

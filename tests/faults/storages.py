@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from redis_clusters import redis_cluster
 from redis_servers import RedisServer, programs, until
 from replicas import execute, kill, promote, standby_of, until_true
 
@@ -19,6 +20,7 @@ class Storage(Protocol):
     """A server, of which there may be a copy that is as recent as what was acknowledged."""
 
     flags: tuple[str, ...]  # of the daemons, besides the address
+    is_direct: bool  # nodes reach it at `dsn`; otherwise each has a relay to `port`
 
     @property
     def dsn(self) -> str:
@@ -63,8 +65,9 @@ class PostgresStorage:
     """PostgreSQL; a copy is made when it is needed, and synchronous from then on."""
 
     flags: tuple[str, ...] = ()
+    is_direct = False
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, _host: str) -> None:
         self._directory = directory
         self._server = EmbeddedPostgres.start(directory / "storage")
         self._copy: EmbeddedPostgres | None = None
@@ -119,8 +122,9 @@ class RedisStorage:
     """Redis with a replica, which confirms each write."""
 
     flags: tuple[str, ...] = ("-redis.wait=1",)
+    is_direct = False
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, _host: str) -> None:
         self._directory = directory
         self._program = next(iter(programs().values()))
         self._servers = 0
@@ -171,7 +175,62 @@ class RedisStorage:
         self._replica.kill()
 
 
-STORAGES: Final[dict[str, type[PostgresStorage | RedisStorage]]] = {
+class RedisClusterStorage:
+    """A Redis Cluster; a copy takes the place of one primary, and each time of another one."""
+
+    flags: tuple[str, ...] = ()
+    is_direct = True
+
+    def __init__(self, directory: Path, host: str) -> None:
+        self._stack = ExitStack()
+        settings = {"cluster-require-full-coverage": "no"}
+        self._cluster = self._stack.enter_context(redis_cluster(directory / "redis", host=host, **settings))
+        self._copies = 0
+        self._ending: list[RedisServer] = []
+
+    @property
+    def dsn(self) -> str:
+        return self._cluster.url
+
+    @property
+    def port(self) -> int:
+        return self._cluster.nodes[0].port
+
+    def end(self, *, is_killed: bool) -> None:
+        self._ending = self._ending or self._cluster.living()
+        for node in self._ending:
+            node.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
+
+    def has_ended(self) -> bool:
+        return not any(node in self._cluster.living() for node in self._ending)
+
+    def restart(self) -> None:
+        for node in self._ending:
+            node.start()
+        self._ending = []
+        self._cluster.until_whole()
+
+    def signal(self, number: int) -> None:
+        for node in self._cluster.living():
+            node.signal(number)
+
+    def make_copy(self) -> None:
+        self._cluster.until_whole()
+        primaries = sorted(self._cluster.primaries(), key=lambda node: node.port)
+        # The home is among them.
+        self._ending = [primaries[self._copies % len(primaries)]]
+        self._copies += 1
+
+    def promote_copy(self) -> None:
+        self._cluster.until_whole(0)
+        self.restart()
+
+    def stop(self) -> None:
+        self._stack.close()
+
+
+STORAGES: Final[dict[str, type[PostgresStorage | RedisStorage | RedisClusterStorage]]] = {
     "postgres": PostgresStorage,
     "redis": RedisStorage,
+    "redis-cluster": RedisClusterStorage,
 }

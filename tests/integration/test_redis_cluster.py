@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -10,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from redis_callers import Caller, assert_nothing_is_lost, calling, until_it_takes_writes
-from redis_clusters import RedisCluster, redis_cluster
-from redis_servers import PACKAGES, RedisServer, needs_redis, programs
-from stores import new_cluster_store
+from redis_clusters import RedisCluster, call, redis_cluster
+from redis_servers import PACKAGES, RedisServer, needs_redis, programs, until
+from stores import lookups, new, new_cluster_store
 
 from cluster.lease import Renewal
+from mnemosyned.errors import StorageUnavailable
+from mnemosyned.sessions.model import Criteria, Session
 from mnemosyned.storage.redis.cluster.store import ClusterStore
 
 pytestmark = needs_redis
@@ -28,14 +32,27 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisClu
         yield found
 
 
+@pytest.fixture
+def any_cluster(tmp_path: Path) -> Iterator[RedisCluster]:
+    with redis_cluster(tmp_path / "cluster", **{"cluster-require-full-coverage": "no"}) as found:
+        yield found
+
+
 @asynccontextmanager
-async def opened(cluster: RedisCluster, *, wait: int | None = None) -> AsyncIterator[ClusterStore]:
-    store = new_cluster_store(cluster.url, wait=wait)
+async def opened(
+    cluster: RedisCluster, *, wait: int | None = None, timeout_s: float = 5
+) -> AsyncIterator[ClusterStore]:
+    store = new_cluster_store(cluster.url, wait=wait, timeout_s=timeout_s)
     await store.open()
     try:
         yield store
     finally:
         await store.close()
+
+
+async def started(store: ClusterStore, *tokens: str, **fields: object) -> None:
+    sessions = await store.start([new(token, **fields) for token in tokens])
+    assert all(isinstance(session, Session) for session in sessions), sessions
 
 
 def home_of(store: ClusterStore, cluster: RedisCluster) -> RedisServer:
@@ -82,3 +99,141 @@ async def test_no_call_fails_while_slots_are_moved_under_load(cluster: RedisClus
                 await asyncio.to_thread(cluster.move_slot, space.slot, primaries[at % 3])
         assert failures_of(callers) == []
         await assert_nothing_is_lost(store, callers)
+
+
+async def test_no_call_fails_when_a_primary_is_replaced_in_order(any_cluster: RedisCluster) -> None:
+    async with opened(any_cluster) as store:
+        async with calling(store) as callers:
+            for primary in any_cluster.primaries():
+                replica = any_cluster.replica_of(primary)
+                assert call(replica, ("CLUSTER", "FAILOVER")) == [b"OK"]
+                await asyncio.to_thread(until, lambda one=replica: one in any_cluster.primaries())
+                await asyncio.to_thread(any_cluster.until_whole)
+
+        assert failures_of(callers) == []
+        await assert_nothing_is_lost(store, callers)
+
+
+async def test_calls_to_a_slot_wait_until_it_has_been_moved(
+    any_cluster: RedisCluster,
+) -> None:
+    async with opened(any_cluster, timeout_s=1) as store:
+        space = store._pool.buckets[5]
+        names = [name for number in range(4000) if store._pool.bucket_of(name := f"t{number}") == 5]
+        await started(store, *names[:-1])
+        source = any_cluster.primary_of(space.slot)
+        target = next(node for node in any_cluster.primaries() if node is not source)
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            has_begun.set()
+            may_end.wait(10)
+
+        moving = asyncio.create_task(asyncio.to_thread(any_cluster.move_slot, space.slot, target, pause=wait))
+        await asyncio.to_thread(has_begun.wait, 10)
+        # Some of its keys have moved, and others have not.
+        loading = asyncio.create_task(store.load(lookups(*names)))
+        starting = asyncio.create_task(store.start([new(names[-1])]))
+        await asyncio.sleep(0.2)
+        assert not loading.done()
+        assert not starting.done()
+        may_end.set()
+        await moving
+        loaded, begun = await loading, await starting
+        assert all(isinstance(one, Session) for one in loaded[:-1])
+        assert isinstance(begun[0], Session)
+
+
+async def test_a_slot_that_is_not_moved_to_its_end_fails_calls_at_the_time_out(
+    any_cluster: RedisCluster,
+) -> None:
+    async with opened(any_cluster, timeout_s=1) as store:
+        await started(store, "a")
+        slot = slot_of(store, "a")
+        source = any_cluster.primary_of(slot)
+        target = next(node for node in any_cluster.primaries() if node is not source)
+        call(target, ("CLUSTER", "SETSLOT", slot, "IMPORTING", any_cluster.id_of(source)))
+        call(source, ("CLUSTER", "SETSLOT", slot, "MIGRATING", any_cluster.id_of(target)))
+        begun_s = time.monotonic()
+        (refused,) = await store.load(lookups("a"))
+        took_s = time.monotonic() - begun_s
+        for node in (target, source):
+            call(node, ("CLUSTER", "SETSLOT", slot, "STABLE"))
+
+        assert isinstance(refused, StorageUnavailable)
+        assert "a slot is being moved" in refused.detail
+        assert not refused.is_under_way
+        assert 0.9 < took_s < 3
+        assert isinstance((await store.load(lookups("a")))[0], Session)
+
+
+async def test_a_primary_that_does_not_answer_delays_one_batch_and_fails_no_other_session(
+    any_cluster: RedisCluster,
+) -> None:
+    async with opened(any_cluster, wait=0, timeout_s=0.5) as store:
+        tokens = [f"t{number}" for number in range(90)]
+        await started(store, *tokens)
+        victim = next(node for node in any_cluster.primaries() if node is not home_of(store, any_cluster))
+        there = [any_cluster.primary_of(slot_of(store, token)) is victim for token in tokens]
+        # Its replica must not take its place meanwhile.
+        any_cluster.replica_of(victim).kill()
+        victim.signal(signal.SIGSTOP)
+        try:
+            await store.load(lookups(*tokens))
+            begun_s = time.monotonic()
+            for _ in range(20):
+                loaded = await store.load(lookups(*tokens))
+                assert [isinstance(one, StorageUnavailable) for one in loaded] == there
+            assert time.monotonic() - begun_s < 0.5
+            with pytest.raises(StorageUnavailable):
+                await store.find(Criteria(), offset=0, limit=5)
+            await store.check()
+        finally:
+            victim.signal(signal.SIGCONT)
+        async with asyncio.timeout(10):
+            while not all(isinstance(one, Session) for one in await store.load(lookups(*tokens))):
+                await asyncio.sleep(0.05)
+
+
+def slot_of(store: ClusterStore, token: str) -> int:
+    return store._pool.buckets[store._pool.bucket_of(token)].slot
+
+
+async def test_without_replicas_only_writes_to_their_primary_fail_and_soon(any_cluster: RedisCluster) -> None:
+    async with opened(any_cluster, timeout_s=2) as store:
+        tokens = [f"t{number}" for number in range(90)]
+        victim = next(node for node in any_cluster.primaries() if node is not home_of(store, any_cluster))
+        there = [any_cluster.primary_of(slot_of(store, token)) is victim for token in tokens]
+        any_cluster.replica_of(victim).kill()
+        first = await store.start([new(token) for token in tokens])
+        begun_s = time.monotonic()
+        second = await store.start([new(f"{token}") for token in tokens])
+
+        assert [isinstance(one, StorageUnavailable) for one in first] == there
+        assert [isinstance(one, StorageUnavailable) for one in second] == there
+        assert time.monotonic() - begun_s < 1
+
+
+async def test_slots_without_a_primary_are_told_and_others_are_used(
+    any_cluster: RedisCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(any_cluster) as store:
+        tokens = [f"t{number}" for number in range(60)]
+        await started(store, *tokens)
+        space = store._pool.buckets[9]
+        primary = any_cluster.primary_of(space.slot)
+        for node in any_cluster.nodes:
+            call(node, ("CLUSTER", "DELSLOTS", space.slot))
+        async with asyncio.timeout(10):
+            while "redis_cluster_incomplete" not in caplog.text:
+                await store.check()
+        loaded = await store.load(lookups(*tokens))
+
+        assert [isinstance(one, Session) for one in loaded] == [
+            store._pool.bucket_of(token) != 9 for token in tokens
+        ]
+        assert call(primary, ("CLUSTER", "ADDSLOTS", space.slot)) == [b"OK"]
+        async with asyncio.timeout(10):
+            while "redis_cluster_complete" not in caplog.text:
+                await store.check()
+        assert all(isinstance(one, Session) for one in await store.load(lookups(*tokens)))

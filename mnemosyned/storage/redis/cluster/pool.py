@@ -248,9 +248,9 @@ class ClusterPool:
         calls = [(self.home, (secrets.token_hex(8), *servers))]
         (reply,) = await self.run_all(scripts.MEET, calls, is_write=True, is_urgent=True)
         if isinstance(reply, StorageUnavailable):
-            error = StorageUnavailable(str(reply))
-            error.is_under_way, error.detail, error.hint = False, reply.detail, reply.hint
-            raise error
+            # Whatever waits for this has not been sent.
+            reply.is_under_way = False
+            raise reply
         since_us, nodes = reply
         return since_us, nodes
 

@@ -1,0 +1,125 @@
+"""Daemons on a Redis Cluster, as users start them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from clusters import SECRET, free_ports
+from mnemosynerpc.session_pb2 import (
+    AbandonRequest,
+    DeleteRequest,
+    ExistsRequest,
+    GetRequest,
+    ListRequest,
+    Query,
+    Session,
+    SetValueRequest,
+    StartRequest,
+)
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from processes import Daemon, mnemosyned
+from redis_clusters import RedisCluster, call, redis_cluster
+from redis_servers import PASSWORD, needs_redis
+from secrecy import CANARY
+
+pytestmark = needs_redis
+
+NEW = StartRequest(session=Session(subject_id="user:1", refresh_token="r", bag={"k": CANARY}))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    directory = tmp_path_factory.mktemp("cluster")
+    with redis_cluster(directory, **{"cluster-require-full-coverage": "no"}) as found:
+        yield found
+
+
+def test_nodes_see_each_others_writes_at_once_also_while_a_primary_is_replaced(cluster: RedisCluster) -> None:
+    names = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    common = (
+        "-storage=redis",
+        f"-redis.address={cluster.url}",
+        f"-cluster.seeds={','.join(names)}",
+        f"-cluster.secret={SECRET}",
+    )
+    nodes = [Daemon(*common, f"-cluster.listen={name}", f"-port={name.rpartition(':')[2]}") for name in names]
+    with nodes[0] as one, nodes[1] as other, one.leased().stub() as here, other.leased().stub() as there:
+        calls = count_of_coherent_calls(here, there, seconds=2)
+        victim = cluster.primaries()[0]
+        victim.kill()
+        count_of_coherent_calls(here, there, seconds=3)
+        cluster.until_whole(0)
+
+        victim.start()
+        cluster.until_whole()
+        later = count_of_coherent_calls(there, here, seconds=3)
+        assert min(calls, later) > 20
+        assert one.stop() == other.stop() == 0
+        assert "redis_cluster_incomplete" in one.log
+        assert PASSWORD not in one.log
+
+
+def count_of_coherent_calls(here: SessionManagerStub, there: SessionManagerStub, *, seconds: float) -> int:
+    """Change a session at one node and read it at another; return how often that worked."""
+    count, until_s = 0, time.monotonic() + seconds
+    while time.monotonic() < until_s:
+        try:
+            token = here.Start(NEW, timeout=1).session.access_token
+            assert there.Get(GetRequest(access_token=token), timeout=1).session.subject_id == "user:1"
+            change = SetValueRequest(access_token=token, key="n", value=str(count))
+            here.SetValue(change, timeout=1)
+            assert there.Get(GetRequest(access_token=token), timeout=1).session.bag["n"] == str(count)
+            assert there.Abandon(AbandonRequest(access_token=token), timeout=1).value
+            assert not here.Exists(ExistsRequest(access_token=token), timeout=1).value
+        except grpc.RpcError as exc:
+            if exc.code() not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
+                raise
+        else:
+            count += 1
+    return count
+
+
+def test_commands_work_on_a_cluster(cluster: RedisCluster, tmp_path: Path) -> None:
+    key = tmp_path / "token.key"
+    key.write_text(f"{CANARY}-the-key-of-the-tokens-on-a-cluster\n")
+    flags = ("-storage=redis", f"-redis.address={cluster.url}", "-redis.prefix=commands:")
+    hashing = (*flags, "-token.protection=hmac", f"-token.key.file={key}")
+    with Daemon(*flags) as daemon, daemon.serving().stub() as stub:
+        tokens = [stub.Start(NEW).session.access_token for _ in range(20)]
+        assert len(stub.List(ListRequest(query=Query(refresh_token="r"), limit=50)).sessions) == 20
+        assert daemon.stop() == 0
+
+    code, out, _ = mnemosyned("migrate", *hashing)
+    assert (code, "20" in out) == (0, True), out
+    code, out, _ = mnemosyned("check", *hashing)
+    assert (code, "20 sessions checked" in out) == (0, True), out
+    with Daemon(*hashing) as daemon, daemon.serving().stub() as stub:
+        for token in tokens:
+            assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+        assert stub.Delete(DeleteRequest(subject_id="user:1")).value == 20
+
+
+def test_a_new_password_in_the_file_is_taken_without_a_failed_call(
+    cluster: RedisCluster, tmp_path: Path
+) -> None:
+    file = tmp_path / "address"
+    file.write_text(cluster.url)
+    with Daemon("-storage=redis", f"-redis.address.file={file}", "-cache.ttl=0") as daemon:
+        with daemon.serving().stub() as stub:
+            token = stub.Start(NEW).session.access_token
+            password = f"{CANARY}-of-another-user"
+            for node in cluster.nodes:
+                call(node, ("ACL", "SETUSER", "other", "on", f">{password}", "~*", "+@all"))
+            file.write_text(cluster.url.replace(f":{PASSWORD}", f"other:{password}"))
+            daemon.wait_for("redis_address_reloaded")
+            for _ in range(20):
+                assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+            file.write_text(f"redis://:{PASSWORD}@127.0.0.1:1")
+            refused = daemon.wait_for("redis_address_reload_failed")
+            assert "a change to a single server needs a restart" in refused["error"]
+        clients = [call(node, ("CLIENT", "LIST"))[0] for node in cluster.primaries()]
+        assert any(b"user=other" in one for one in clients)
