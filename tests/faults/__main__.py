@@ -78,11 +78,14 @@ def plans(arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
         storage=arguments.storage,
         flags=tuple(arguments.flag),
     )
-    possible = [kind for kind in FaultKind if kind not in CLOCKS or FAKETIME]
+    without = () if STORAGES[arguments.storage].has_copy else (FaultKind.FAILOVER,)
+    possible = [kind for kind in FaultKind if (kind not in CLOCKS or FAKETIME) and kind not in without]
     is_all = arguments.kinds == "all"
     chosen = possible if is_all else [FaultKind(word) for word in arguments.kinds.split(",")]
     if not set(chosen) <= set(possible):
-        raise SystemExit("clocks that step need Debian's package faketime")
+        raise SystemExit(
+            "clocks that step need Debian's package faketime, and a failover a copy of the storage"
+        )
     groups = [] if arguments.mixed else [(kind,) for kind in chosen]
     mixes = [tuple(chosen)] if arguments.mixed or is_all else []
     for group in (*groups, *mixes):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from mongodb_servers import MongoServer
 from redis_servers import RedisServer, programs, until
 from replicas import execute, kill, promote, standby_of, until_true
 
@@ -19,6 +20,7 @@ class Storage(Protocol):
     """A server, of which there may be a copy that is as recent as what was acknowledged."""
 
     flags: tuple[str, ...]  # of the daemons, besides the address
+    has_copy: bool  # otherwise it is never asked to make or to promote one
 
     @property
     def dsn(self) -> str:
@@ -63,6 +65,7 @@ class PostgresStorage:
     """PostgreSQL; a copy is made when it is needed, and synchronous from then on."""
 
     flags: tuple[str, ...] = ()
+    has_copy = True
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -119,6 +122,7 @@ class RedisStorage:
     """Redis with a replica, which confirms each write."""
 
     flags: tuple[str, ...] = ("-redis.wait=1",)
+    has_copy = True
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -171,7 +175,48 @@ class RedisStorage:
         self._replica.kill()
 
 
-STORAGES: Final[dict[str, type[PostgresStorage | RedisStorage]]] = {
+class MongoStorage:
+    """SecantusDB, which speaks MongoDB's protocol and has no copies: this says nothing of a failover."""
+
+    flags: tuple[str, ...] = ("-mongodb.timeout=1s",)
+    has_copy = False
+
+    def __init__(self, directory: Path) -> None:
+        self._server = MongoServer(directory / "mongodb", ("--sync-on-commit",)).start()
+
+    @property
+    def dsn(self) -> str:
+        # Otherwise the server would tell the nodes the address that it has on loopback.
+        return f"{self._server.url}?directConnection=true"
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def end(self, *, is_killed: bool) -> None:
+        self._server.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
+
+    def has_ended(self) -> bool:
+        return self._server.process is None or self._server.process.poll() is not None
+
+    def restart(self) -> None:
+        self._server.start()
+
+    def signal(self, number: int) -> None:
+        self._server.signal(number)
+
+    def make_copy(self) -> None:
+        raise AssertionError("it has none")
+
+    def promote_copy(self) -> None:
+        raise AssertionError("it has none")
+
+    def stop(self) -> None:
+        self._server.kill()
+
+
+STORAGES: Final[dict[str, type[PostgresStorage | RedisStorage | MongoStorage]]] = {
     "postgres": PostgresStorage,
     "redis": RedisStorage,
+    "mongodb": MongoStorage,
 }
