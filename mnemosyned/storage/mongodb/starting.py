@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pymongo import UpdateOne
@@ -59,20 +60,13 @@ async def _started(
         for new in sessions
     ]
 
-    async def write(database: Database) -> None:
-        left = updates
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                await names.written(database).bulk_write(left, ordered=False)
-            except BulkWriteError as exc:
-                repeated = _duplicates(exc)
-                if not repeated or not tries_left:
-                    raise
-                left = [left[at] for at in repeated]
-            else:
-                return
-
-    await pool.run("start", write, is_begun=is_begun)
+    for tries in range(_TRIES):
+        updates = await pool.run(
+            "start", partial(_written, names, updates, is_last=tries + 1 == _TRIES), is_begun=is_begun
+        )
+        is_begun = True
+        if not updates:
+            break
     shown = await walks.those_of(list(marks), "start", is_begun=True)
     results = [_result(new, marks[new.access_token], shown.get(new.access_token)) for new in sessions]
     late = [new.access_token for new, result in zip(sessions, results, strict=True) if _is_late(result)]
@@ -80,6 +74,20 @@ async def _started(
         own = {"_id": {"$in": late}, "w": {"$in": [marks[key] for key in late]}}
         await pool.run("start", lambda database: names.written(database).delete_many(own), is_begun=True)
     return results
+
+
+async def _written(
+    names: Names, updates: list[UpdateOne], database: Database, *, is_last: bool
+) -> list[UpdateOne]:
+    """Write; return the updates that must be repeated, since they have met another upsert."""
+    try:
+        await names.written(database).bulk_write(updates, ordered=False)
+    except BulkWriteError as exc:
+        repeated = _duplicates(exc)
+        if not repeated or is_last:
+            raise
+        return [updates[at] for at in repeated]
+    return []
 
 
 def _duplicates(exc: BulkWriteError) -> list[int]:
