@@ -285,6 +285,18 @@ async def test_a_lost_row_of_nodes_is_another_store_of_the_same_name(store: Mong
     assert await store.identity() == identity
 
 
+async def test_a_damaged_row_of_a_node_is_unavailable_until_it_is_deleted(store: MongoStore) -> None:
+    nodes = database_of(store)[store._names.nodes]
+    await store.renew(Renewal("a", 1, 1, "", 0))
+    for rows in ([{"name": "b"}], "no list"):
+        await nodes.update_one({"_id": "nodes"}, {"$set": {"rows": rows}})
+        with pytest.raises(StorageUnavailable):
+            await store.renew(Renewal("a", 1, 2, "", 0))
+    await nodes.delete_one({"_id": "nodes"})
+
+    assert len((await store.renew(Renewal("a", 1, 3, "", 0))).rows) == 1
+
+
 async def test_the_command_that_makes_a_lost_index_is_in_the_log_once(
     store: MongoStore, caplog: pytest.LogCaptureFixture
 ) -> None:

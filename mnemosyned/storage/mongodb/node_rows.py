@@ -56,20 +56,14 @@ class NodeRows:
         """See LeaseStore."""
         found = await self._changed("renew", _renewed(renewal), is_urgent=True)
         now_ms = int(found["clock"])
-        rows = [
-            NodeRow(
-                row["name"],
-                int(row["instance"]),
-                int(row["number"]),
-                row["ring"],
-                int(row["epoch"]),
-                int(row["base"]),
-                int(row["seen"]),
-                age_us=(now_ms - int(row["at"])) * _US_PER_MS,
-            )
-            for row in found["rows"]
-        ]
-        return Renewed(tuple(rows), self._store_identity(found), now_ms * _US_PER_MS)
+        try:
+            rows = tuple(_row(row, now_ms) for row in found["rows"])
+        except (KeyError, TypeError, ValueError) as exc:
+            error = StorageUnavailable("mnemosyned: storage: the rows of the nodes are damaged")
+            error.detail = f"renew: the document nodes in {self._names.nodes} has a damaged row"
+            error.hint = "delete the document: the nodes make it again"
+            raise error from exc
+        return Renewed(rows, self._store_identity(found), now_ms * _US_PER_MS)
 
     async def bar(self, name: str) -> Barred | None:
         """See LeaseStore."""
@@ -118,7 +112,6 @@ class NodeRows:
             "mark": {"$literal": secrets.token_bytes(8)},
             "rows": rows,
         }
-
         return await self._upsert(doing, "nodes", fields, is_urgent=is_urgent)
 
     async def _upsert(
@@ -143,6 +136,19 @@ class NodeRows:
 
     def _store_identity(self, found: Document) -> str:
         return f"{found['epoch']}/{self._pool.election}"
+
+
+def _row(row: Document, now_ms: int) -> NodeRow:
+    return NodeRow(
+        str(row["name"]),
+        int(row["instance"]),
+        int(row["number"]),
+        str(row["ring"]),
+        int(row["epoch"]),
+        int(row["base"]),
+        int(row["seen"]),
+        age_us=(now_ms - int(row["at"])) * _US_PER_MS,
+    )
 
 
 def _is_named(name: str) -> dict[str, Any]:
