@@ -43,6 +43,8 @@ _CHANNEL_OPTIONS = (("grpc.max_reconnect_backoff_ms", 500), ("grpc.use_local_sub
 def _storage_flags(dsn: str) -> tuple[str, ...]:
     if dsn.startswith("redis"):
         return ("-storage=redis", f"-redis.address={dsn}")
+    if dsn.startswith("mongodb"):
+        return ("-storage=mongodb", f"-mongodb.address={dsn}")
     return (f"-postgres.address={dsn}", "-postgres.pool.size=4")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from faults.laboratory import CLOCKS, FAKETIME, Variant
 from faults.runner import Plan, run
 from faults.schedules import FaultKind
-from faults.storages import STORAGES
+from faults.storages import STORAGES, AnyStorage
 from networks import IS_POSSIBLE
 
 
@@ -78,15 +78,13 @@ def plans(arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
         storage=arguments.storage,
         flags=tuple(arguments.flag),
     )
-    possible = [kind for kind in FaultKind if kind not in CLOCKS or FAKETIME]
-    if STORAGES[arguments.storage].is_direct:
-        # Nothing between it and the nodes could be slow.
-        possible.remove(FaultKind.SLOW)
+    possible = [kind for kind in FaultKind if _is_possible(kind, STORAGES[arguments.storage])]
     is_all = arguments.kinds == "all"
     chosen = possible if is_all else [FaultKind(word) for word in arguments.kinds.split(",")]
     if not set(chosen) <= set(possible):
         raise SystemExit(
-            "clocks that step need Debian's package faketime; a link to redis-cluster cannot be slow"
+            "clocks that step need Debian's package faketime, a failover a copy of the storage, "
+            "and a slow link a storage that nodes reach through a relay"
         )
     groups = [] if arguments.mixed else [(kind,) for kind in chosen]
     mixes = [tuple(chosen)] if arguments.mixed or is_all else []
@@ -103,6 +101,15 @@ def plans(arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
                 is_patient=arguments.patient,
             )
             yield ("mixed" if is_mixed else group[0].value), plan
+
+
+def _is_possible(kind: FaultKind, storage: type[AnyStorage]) -> bool:
+    if kind in CLOCKS:
+        return bool(FAKETIME)
+    if kind is FaultKind.FAILOVER:
+        return storage.has_copy
+    # Where nodes have no relay to the storage, nothing between them could be slow.
+    return kind is not FaultKind.SLOW or not storage.is_direct
 
 
 if __name__ == "__main__":

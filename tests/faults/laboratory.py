@@ -116,8 +116,9 @@ class Laboratory:
         if self._storage.is_direct:
             return self._storage.dsn
         address = f"{self._network.storage_address}:{self._relays[name].port}"
-        before, _, after = self._storage.dsn.rpartition("@")
-        return f"{before}@{address}/{urlsplit(self._storage.dsn).path.lstrip('/')}" if after else ""
+        dsn = urlsplit(self._storage.dsn)
+        user, at, _ = dsn.netloc.rpartition("@")
+        return dsn._replace(netloc=f"{user}{at}{address}").geturl()
 
     def _flags(self) -> list[str]:
         flags = [_TTL, *self._storage.flags, f"-grpc.engine={self.variant.engine}", *self.variant.flags]

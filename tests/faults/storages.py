@@ -6,8 +6,9 @@ import os
 import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
+from mongodb_servers import MongoServer
 from redis_clusters import redis_cluster
 from redis_servers import RedisServer, programs, until
 from replicas import execute, kill, promote, standby_of, until_true
@@ -21,6 +22,7 @@ class Storage(Protocol):
 
     flags: tuple[str, ...]  # of the daemons, besides the address
     is_direct: bool  # nodes reach it at `dsn`; otherwise each has a relay to `port`
+    has_copy: bool  # otherwise it is never asked to make or to promote one
 
     @property
     def dsn(self) -> str:
@@ -66,6 +68,7 @@ class PostgresStorage:
 
     flags: tuple[str, ...] = ()
     is_direct = False
+    has_copy = True
 
     def __init__(self, directory: Path, _host: str) -> None:
         self._directory = directory
@@ -123,6 +126,7 @@ class RedisStorage:
 
     flags: tuple[str, ...] = ("-redis.wait=1",)
     is_direct = False
+    has_copy = True
 
     def __init__(self, directory: Path, _host: str) -> None:
         self._directory = directory
@@ -180,6 +184,7 @@ class RedisClusterStorage:
 
     flags: tuple[str, ...] = ()
     is_direct = True
+    has_copy = True
 
     def __init__(self, directory: Path, host: str) -> None:
         self._stack = ExitStack()
@@ -229,8 +234,51 @@ class RedisClusterStorage:
         self._stack.close()
 
 
-STORAGES: Final[dict[str, type[PostgresStorage | RedisStorage | RedisClusterStorage]]] = {
+class MongoStorage:
+    """SecantusDB, which speaks MongoDB's protocol and has no copies: this says nothing of a failover."""
+
+    flags: tuple[str, ...] = ("-mongodb.timeout=1s",)
+    is_direct = False
+    has_copy = False
+
+    def __init__(self, directory: Path, _host: str) -> None:
+        self._server = MongoServer(directory / "mongodb", ("--sync-on-commit",)).start()
+
+    @property
+    def dsn(self) -> str:
+        # Otherwise the server would tell the nodes the address that it has on loopback.
+        return f"{self._server.url}?directConnection=true"
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def end(self, *, is_killed: bool) -> None:
+        self._server.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
+
+    def has_ended(self) -> bool:
+        return self._server.process is None or self._server.process.poll() is not None
+
+    def restart(self) -> None:
+        self._server.start()
+
+    def signal(self, number: int) -> None:
+        self._server.signal(number)
+
+    def make_copy(self) -> None:
+        raise AssertionError("it has none")
+
+    def promote_copy(self) -> None:
+        raise AssertionError("it has none")
+
+    def stop(self) -> None:
+        self._server.kill()
+
+
+AnyStorage: TypeAlias = PostgresStorage | RedisStorage | RedisClusterStorage | MongoStorage
+STORAGES: Final[dict[str, type[AnyStorage]]] = {
     "postgres": PostgresStorage,
     "redis": RedisStorage,
     "redis-cluster": RedisClusterStorage,
+    "mongodb": MongoStorage,
 }

@@ -38,6 +38,15 @@ def test_mixed_faults_overlap() -> None:
     assert any(before.at_s + before.lasts_s > after.at_s for before, after in itertools.pairwise(faults))
 
 
+def test_a_storage_without_a_copy_is_never_replaced_by_one() -> None:
+    kinds = {kind for _, plan in plans(parsed(["--storage=mongodb"])) for kind in plan.kinds}
+
+    assert FaultKind.STORAGE_RESTART in kinds
+    assert FaultKind.FAILOVER not in kinds
+    with pytest.raises(SystemExit, match="a failover a copy of the storage"):
+        list(plans(parsed(["--storage=mongodb", "--kinds=failover"])))
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -285,6 +285,18 @@ async def test_a_lost_row_of_nodes_is_another_store_of_the_same_name(store: Mong
     assert await store.identity() == identity
 
 
+async def test_a_damaged_row_of_a_node_is_unavailable_until_it_is_deleted(store: MongoStore) -> None:
+    nodes = database_of(store)[store._names.nodes]
+    await store.renew(Renewal("a", 1, 1, "", 0))
+    for rows in ([{"name": "b"}], "no list"):
+        await nodes.update_one({"_id": "nodes"}, {"$set": {"rows": rows}})
+        with pytest.raises(StorageUnavailable):
+            await store.renew(Renewal("a", 1, 2, "", 0))
+    await nodes.delete_one({"_id": "nodes"})
+
+    assert len((await store.renew(Renewal("a", 1, 3, "", 0))).rows) == 1
+
+
 async def test_the_command_that_makes_a_lost_index_is_in_the_log_once(
     store: MongoStore, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -444,6 +456,30 @@ async def test_without_a_server_nothing_is_under_way_and_the_reason_is_told(tmp_
 
     assert "no server can be written to" in failed.value.detail
     assert not failed.value.is_under_way
+
+
+async def test_a_delete_that_loses_the_server_after_its_first_step_may_have_ended_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MongoServer(tmp_path / "server") as server:
+        async with opened(server.url, timeout_s=1) as store:
+            await started(store, *(f"t{number}" for number in range(110)))
+            run_each = store._pool.run_each
+
+            async def run_each_and_lose_the_server(*arguments: Any, **options: Any) -> list[Any]:  # noqa: ANN401  # as it comes
+                done = await run_each(*arguments, **options)
+                server.kill()
+                # The first call after that may still find a connection.
+                with pytest.raises(StorageUnavailable):
+                    await store.exist(["t0"])
+                return done
+
+            monkeypatch.setattr(store._pool, "run_each", run_each_and_lose_the_server)
+            with pytest.raises(StorageUnavailable) as failed:
+                await store.delete(Criteria(subject_id="s"), limit=1000)
+
+    assert "no server can be written to" in failed.value.detail
+    assert failed.value.is_under_way
 
 
 async def test_a_call_that_was_cancelled_disturbs_no_other(store: MongoStore) -> None:

@@ -85,7 +85,7 @@ class MongoConfig(Section):
         "collection of the sessions; the names of others begin with it",
     )
     pool_size: int = setting(
-        "mongodb.pool.size", "8", integer(2, 1000), "most connections for calls, to each server"
+        "mongodb.pool.size", "16", integer(2, 1000), "most connections for calls, to each server"
     )
     connect_timeout_s: float = setting(
         "mongodb.connect.timeout", "2s", duration(0.001), "how long opening a connection may take"

@@ -67,7 +67,7 @@ _LOGIN: Final = ("wrong user or password", "see the address of -mongodb.address 
 _MEANINGS: Final = {
     _UNAUTHORIZED: ("the user lacks a right", "docs/mongodb.md has the role that the daemon needs"),
     _AUTHENTICATION_FAILED: _LOGIN,
-    _ATLAS_ERROR: _LOGIN,
+    _ATLAS_ERROR: ("Atlas refuses the user", "see the user, its password and its rights in Atlas"),
     11: ("the server does not know the user", "see authSource in the address"),
     20: ("the server is no replica set", "start it with --replSet, and run rs.initiate()"),
     50: _TOO_LONG,
@@ -116,6 +116,8 @@ _WORDS: Final[Mapping[str, OSError]] = {
 
 def is_refusal(exc: BaseException) -> bool:
     """Tell whether a retry ends the same way, until the configuration or the rights of the user change."""
+    if _is_of_another_age(exc):
+        return True
     return isinstance(exc, OperationFailure) and exc.code in {
         _UNAUTHORIZED,
         _AUTHENTICATION_FAILED,
@@ -200,10 +202,16 @@ def no_primary(
 def _meaning(exc: BaseException) -> tuple[str, str]:
     if isinstance(exc, ExecutionTimeout):
         return _TOO_LONG
+    if _is_of_another_age(exc):
+        return "the server is too old or too new for the driver", "MongoDB 7.0 or later is needed"
     known = _MEANINGS.get(_code(exc))
     if known is not None:
         return known
     return _NOT_REPLICATED if isinstance(exc, WriteConcernError) or _lacks_majority(exc) else ("", "")
+
+
+def _is_of_another_age(exc: BaseException) -> bool:
+    return isinstance(exc, ConfigurationError) and "wire version" in str(exc)
 
 
 def _details(exc: BaseException) -> Mapping[str, Any]:

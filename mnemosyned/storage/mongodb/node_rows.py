@@ -18,6 +18,7 @@ majority has it.
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from bson import Int64
@@ -25,6 +26,7 @@ from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from cluster.lease import Barred, NodeRow, Renewal, Renewed
+from mnemosyned.errors import StorageUnavailable
 from mnemosyned.storage.mongodb.documents import NOW_US
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S: Final = 1.0
 # How long others leave the cleanup to a node that has begun one.
 _CLEANUP_US: Final = 5_000_000
+_TRIES: Final = 3
 _US_PER_MS: Final = 1000
 _ROWS: Final[dict[str, Any]] = {"$ifNull": ["$rows", []]}
 
@@ -53,20 +56,14 @@ class NodeRows:
         """See LeaseStore."""
         found = await self._changed("renew", _renewed(renewal), is_urgent=True)
         now_ms = int(found["clock"])
-        rows = [
-            NodeRow(
-                row["name"],
-                int(row["instance"]),
-                int(row["number"]),
-                row["ring"],
-                int(row["epoch"]),
-                int(row["base"]),
-                int(row["seen"]),
-                age_us=(now_ms - int(row["at"])) * _US_PER_MS,
-            )
-            for row in found["rows"]
-        ]
-        return Renewed(tuple(rows), self._store_identity(found), now_ms * _US_PER_MS)
+        try:
+            rows = tuple(_row(row, now_ms) for row in found["rows"])
+        except (KeyError, TypeError, ValueError) as exc:
+            error = StorageUnavailable("mnemosyned: storage: the rows of the nodes are damaged")
+            error.detail = f"renew: the document nodes in {self._names.nodes} has a damaged row"
+            error.hint = "delete the document: the nodes make it again"
+            raise error from exc
+        return Renewed(rows, self._store_identity(found), now_ms * _US_PER_MS)
 
     async def bar(self, name: str) -> Barred | None:
         """See LeaseStore."""
@@ -115,32 +112,43 @@ class NodeRows:
             "mark": {"$literal": secrets.token_bytes(8)},
             "rows": rows,
         }
-
         return await self._upsert(doing, "nodes", fields, is_urgent=is_urgent)
 
     async def _upsert(
         self, doing: str, key: str, fields: dict[str, Any], *, is_urgent: bool = False
     ) -> Document:
         async def change(database: Database) -> Document | None:
-            found: Document | None = await database[self._names.nodes].find_one_and_update(
-                {"_id": key}, [{"$set": fields}], upsert=True, return_document=ReturnDocument.AFTER
-            )
-            return found
-
-        async def change_or_meet(database: Database) -> Document | None:
-            try:
-                return await change(database)
-            except DuplicateKeyError:
-                # Another node has made it at the same moment.
-                return await change(database)
+            for _ in range(_TRIES):
+                # Another node may make it at the same moment.
+                with suppress(DuplicateKeyError):
+                    found: Document | None = await database[self._names.nodes].find_one_and_update(
+                        {"_id": key}, [{"$set": fields}], upsert=True, return_document=ReturnDocument.AFTER
+                    )
+                    if found is not None:
+                        return found
+            return None
 
         timeout_s = _TIMEOUT_S if is_urgent else None
-        found = await self._pool.run(doing, change_or_meet, is_urgent=is_urgent, timeout_s=timeout_s)
-        assert found is not None
+        found = await self._pool.run(doing, change, is_urgent=is_urgent, timeout_s=timeout_s)
+        if found is None:
+            raise StorageUnavailable("mnemosyned: storage: the document of the nodes cannot be made")
         return found
 
     def _store_identity(self, found: Document) -> str:
         return f"{found['epoch']}/{self._pool.election}"
+
+
+def _row(row: Document, now_ms: int) -> NodeRow:
+    return NodeRow(
+        str(row["name"]),
+        int(row["instance"]),
+        int(row["number"]),
+        str(row["ring"]),
+        int(row["epoch"]),
+        int(row["base"]),
+        int(row["seen"]),
+        age_us=(now_ms - int(row["at"])) * _US_PER_MS,
+    )
 
 
 def _is_named(name: str) -> dict[str, Any]:

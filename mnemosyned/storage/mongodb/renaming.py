@@ -52,6 +52,9 @@ def _renaming(names: Names, one: Renaming) -> Callable[[Database], Awaitable[Non
                         read_concern=ReadConcern("snapshot"),
                         write_concern=WriteConcern("majority", j=True),
                     )
+            except UnicodeEncodeError:
+                # A damaged session, which cannot be sent again, keeps its key.
+                return
             except DuplicateKeyError:
                 # A Start has stored the new key meanwhile.
                 if not tries_left:

@@ -7,12 +7,16 @@ random mark, and the read shows whose mark a session has, and its expiry, which 
     the own mark           started; too late, if it never lived
     another mark           the key is in use; too late, if the time is up by now
     (there is none)        it was ended before the read, by another call; whether it was ours is not known
+
+A majority has what this call has stored, so any read may show the own marks. The other results are what a
+former primary could be wrong about: they are those of a second read, which is linearizable (`store.py`).
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pymongo import UpdateOne
@@ -59,27 +63,43 @@ async def _started(
         for new in sessions
     ]
 
-    async def write(database: Database) -> None:
-        left = updates
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                await names.written(database).bulk_write(left, ordered=False)
-            except BulkWriteError as exc:
-                repeated = _duplicates(exc)
-                if not repeated or not tries_left:
-                    raise
-                left = [left[at] for at in repeated]
-            else:
-                return
-
-    await pool.run("start", write, is_begun=is_begun)
-    shown = await walks.those_of(list(marks), "start", is_begun=True)
-    results = [_result(new, marks[new.access_token], shown.get(new.access_token)) for new in sessions]
+    for tries in range(_TRIES):
+        updates = await pool.run(
+            "start", partial(_written, names, updates, is_last=tries + 1 == _TRIES), is_begun=is_begun
+        )
+        is_begun = True
+        if not updates:
+            break
+    expiries = await pool.run("start", partial(_expiries, names, marks), is_begun=True)
+    others = [key for key in marks if key not in expiries]
+    shown = await walks.those_of(others, "start", is_begun=True) if others else {}
+    results = [_result(new, marks[new.access_token], expiries, shown) for new in sessions]
     late = [new.access_token for new, result in zip(sessions, results, strict=True) if _is_late(result)]
     if late:
         own = {"_id": {"$in": late}, "w": {"$in": [marks[key] for key in late]}}
         await pool.run("start", lambda database: names.written(database).delete_many(own), is_begun=True)
     return results
+
+
+async def _expiries(names: Names, marks: Mapping[str, bytes], database: Database) -> dict[str, int]:
+    """Return the expiries of the sessions that have these marks, by key."""
+    wanted = {"_id": {"$in": list(marks)}, "w": {"$in": list(marks.values())}}
+    found = names.written(database).find(wanted, {"w": 1, "e": 1})
+    return {one["_id"]: int(one["e"]) async for one in found if one["w"] == marks[one["_id"]]}
+
+
+async def _written(
+    names: Names, updates: list[UpdateOne], database: Database, *, is_last: bool
+) -> list[UpdateOne]:
+    """Write; return the updates that must be repeated, since they have met another upsert."""
+    try:
+        await names.written(database).bulk_write(updates, ordered=False)
+    except BulkWriteError as exc:
+        repeated = _duplicates(exc)
+        if not repeated or is_last:
+            raise
+        return [updates[at] for at in repeated]
+    return []
 
 
 def _duplicates(exc: BulkWriteError) -> list[int]:
@@ -94,13 +114,15 @@ def _is_late(result: Session | MnemosyneError) -> bool:
     return isinstance(result, DeadlineExceeded)
 
 
-def _result(new: NewSession, mark: bytes, shown: Document | None) -> Session | MnemosyneError:
-    if shown is None:
+def _result(
+    new: NewSession, mark: bytes, expiries: Mapping[str, int], shown: Mapping[str, Document]
+) -> Session | MnemosyneError:
+    other = shown.get(new.access_token)
+    stored = {} if other is None else other["d"] or {}
+    expiry_us = stored.get("e") if stored.get("w") == mark else expiries.get(new.access_token)
+    if expiry_us is not None:
+        return DeadlineExceeded() if expiry_us == documents.NEVER_LIVED_US else new.stored(int(expiry_us))
+    if other is None:
         return StorageUnavailable("mnemosyned: storage: the session was ended while it was started")
-    stored = shown["d"] or {}
-    if stored.get("w") != mark:
-        is_late = documents.is_late(documents.now_us(shown), new.not_after_us)
-        return DeadlineExceeded() if is_late else SessionAlreadyExists()
-    if stored["e"] == documents.NEVER_LIVED_US:
-        return DeadlineExceeded()
-    return new.stored(int(stored["e"]))
+    is_late = documents.is_late(documents.now_us(other), new.not_after_us)
+    return DeadlineExceeded() if is_late else SessionAlreadyExists()

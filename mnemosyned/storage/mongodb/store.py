@@ -195,8 +195,10 @@ class MongoStore:
     async def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Deletion:
         """See SessionStore: looks for sessions, and ends each by a command of its own."""
         keys: list[str] = []
+        is_begun = False
         while len(keys) < limit:
-            found, now_us = await self._walks.candidates(criteria, min(limit - len(keys), _STEP))
+            wanted = min(limit - len(keys), _STEP)
+            found, now_us = await self._walks.candidates(criteria, wanted, is_begun=is_begun)
             if not found:
                 return Deletion(stored_keys=keys, is_all=True)
             if documents.is_late(now_us, not_after_us):
@@ -204,7 +206,8 @@ class MongoStore:
                     raise DeadlineExceeded
                 break
             ends = [self._deleting(criteria, key, not_after_us) for key in found]
-            flags = await self._pool.run_each("delete", ends, is_begun=True)
+            flags = await self._pool.run_each("delete", ends, is_begun=is_begun)
+            is_begun = True
             keys += [key for key, flag in zip(found, flags, strict=True) if flag]
         return Deletion(stored_keys=keys, is_all=False)
 

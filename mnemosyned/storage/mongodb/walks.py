@@ -97,14 +97,14 @@ class Walks:
         next_key = None if following is None else between(found[-1] if found else start, following.encode())
         return KeyedPage(sessions=page.sessions, keys=found, next_key=next_key, is_cut=page.is_cut)
 
-    async def candidates(self, criteria: Criteria, limit: int) -> tuple[list[str], int]:
+    async def candidates(self, criteria: Criteria, limit: int, *, is_begun: bool) -> tuple[list[str], int]:
         """Return the keys of some that meet the criteria, expired ones too; and the clock, if there are."""
         stages: list[Document] = [
             {"$match": matching(criteria)},
             {"$limit": limit},
             {"$project": {"_id": 1, "now": "$$NOW"}},
         ]
-        found = await self._all("delete", stages)
+        found = await self._all("delete", stages, is_begun=is_begun)
         keys = [one["_id"] for one in found if documents.is_text(one["_id"])]
         return keys, max((documents.now_us(one) for one in found), default=0)
 

@@ -159,7 +159,7 @@ def lost(cause: OSError) -> AutoReconnect:
     [
         (failure(13, "Unauthorized"), "Unauthorized: the user lacks a right", "docs/mongodb.md"),
         (failure(18, "AuthenticationFailed"), "wrong user or password", "authSource"),
-        (failure(8000, "AtlasError"), "AtlasError: wrong user or password", "authSource"),
+        (failure(8000, "AtlasError"), "AtlasError: Atlas refuses the user", "its rights"),
         (failure(20, "IllegalOperation"), "the server is no replica set", "--replSet"),
         (failure(64, "WriteConcernFailed"), "no majority of the members has confirmed", "rs.status()"),
         (
@@ -202,6 +202,11 @@ def lost(cause: OSError) -> AutoReconnect:
         (AutoReconnect("hunter2: timed out"), "TimeoutError: no answer in time", "firewall"),
         (NetworkTimeout("hunter2"), "NetworkTimeout: no answer in time", "firewall"),
         (ConfigurationError("hunter2"), "the record of mongodb+srv cannot be looked up", ""),
+        (
+            ConfigurationError("hunter2 reports wire version 6, but this version of PyMongo requires 9"),
+            "the server is too old or too new for the driver",
+            "MongoDB 7.0",
+        ),
         (TimeoutError(), "TimeoutError: no answer in time", "firewall"),
         (
             no_primary(ServerSelectionTimeoutError("hunter2"), [], ["RSSecondary", "Unknown"]),
@@ -229,7 +234,13 @@ def test_a_fault_has_a_name_and_what_to_look_at(exc: Exception, name: str, hint:
 def test_only_what_a_retry_cannot_mend_is_a_refusal() -> None:
     assert all(is_refusal(failure(code, "x")) for code in (11, 13, 18, 20, 59, 85, 86, 8000))
     assert not any(is_refusal(failure(code, "x")) for code in (50, 64, 91, 112, 189, 10107, 11600, 14031))
-    assert not any(map(is_refusal, (AutoReconnect("x"), NetworkTimeout("x"), TimeoutError())))
+    assert is_refusal(ConfigurationError("reports wire version 6"))
+    assert not any(
+        map(
+            is_refusal,
+            (ConfigurationError("no name"), AutoReconnect("x"), NetworkTimeout("x"), TimeoutError()),
+        )
+    )
 
 
 def test_what_has_run_out_of_time_is_told_from_what_has_failed() -> None:
