@@ -36,7 +36,7 @@ from mnemosyned.sessions import lease_keeper, token_hash
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
 from mnemosyned.sessions.export_file import BadExport
-from mnemosyned.sessions.importer import AT_ONCE, Counts, Existing, Importer, KeySet, batches
+from mnemosyned.sessions.importer import Counts, Existing, Importer, KeySet, batches
 from mnemosyned.sessions.running_nodes import RunningNodes, running_nodes
 from mnemosyned.storage.engines import token_hasher
 from mnemosyned.storage.hashed import HashedStore
@@ -200,14 +200,17 @@ class _Import:
     async def _move(self, importer: Importer, nodes: RunningNodes) -> None:
         progress = Progress(f"of {self._sessions:,} sessions imported", self._people)
         keys = KeySet()
+
+        def goes_on(batch: Sequence[Session]) -> bool:
+            progress.at(importer.counts.done)
+            if self._section.is_pruning:
+                for session in batch:
+                    keys.add(self._key_in_target(session))
+            return not self._is_interrupted and not self._unwanted(nodes)
+
         try:
-            for batch in batches(self._source.sessions(), times=AT_ONCE):
-                await self._before_step(nodes)
-                await importer.add(batch)
-                progress.at(importer.counts.done)
-                if self._section.is_pruning:
-                    for session in batch:
-                        keys.add(self._key_in_target(session))
+            await importer.add(self._source.sessions(), goes_on=goes_on)
+            await self._before_step(nodes)
             if self._section.is_pruning:
                 await importer.prune(keys, partial(self._before_step, nodes))
         finally:
@@ -215,8 +218,11 @@ class _Import:
 
     async def _before_step(self, nodes: RunningNodes) -> None:
         self._check_interrupted()
-        if self._section.is_destructive:
-            _refuse_running(nodes.names())
+        _refuse_running(self._unwanted(nodes))
+
+    def _unwanted(self, nodes: RunningNodes) -> list[str]:
+        """Return the nodes that must not run now."""
+        return nodes.names() if self._section.is_destructive else []
 
     def _check_interrupted(self) -> None:
         if self._is_interrupted:

@@ -159,7 +159,7 @@ class Reader:
             cut = "it is too long" if len(line) >= MAX_LINE_BYTES else "the file is cut off here"
             raise self._bad(cut)
         try:
-            ((kind, content),) = json.loads(line).items()
+            ((kind, content),) = json.loads(line.decode("ascii")).items()
         except (ValueError, AttributeError, RecursionError):
             raise self._bad(
                 "it is no file of mnemosyned export" if self._number == 1 else "it is not one JSON object"

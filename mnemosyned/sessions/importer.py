@@ -48,7 +48,7 @@ from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, Session, 
 from mnemosyned.sessions.store import FullStore
 
 BATCH: Final = 500
-# Batches that run at the same time: while the storage does one, this process makes and reads others.
+# Batches that are under way at the same time.
 AT_ONCE: Final = 4
 # Of the bags of a batch: a statement takes them in one piece.
 _BATCH_BYTES: Final = 4 * 1024 * 1024
@@ -138,19 +138,37 @@ class Importer:
             count += sum(_is_other(one, session) for one, session in zip(found, sessions, strict=True))
         return count
 
-    async def add(self, sessions: Sequence[Session]) -> None:
-        """See that the target has these sessions; no key comes twice. Their batches run at the same time.
+    async def add(
+        self,
+        sessions: Iterable[Session],
+        *,
+        goes_on: Callable[[Sequence[Session]], bool] = lambda _: True,
+    ) -> None:
+        """See that the target has these sessions; no key comes twice.
+
+        Some batches are under way while others are read. `goes_on` is asked before each of them. If it says
+        no, those under way are completed, and no other is begun.
 
         Raises:
             StorageUnavailable: part of it may be done. It may be added again.
         """
-        adding = [
-            self._add(store, part) for batch in batches(sessions) for store, part in self._by_store(batch)
-        ]
-        # All of them, so that nothing is under way when the caller learns that one has failed.
-        for outcome in await asyncio.gather(*adding, return_exceptions=True):
-            if outcome is not None:
-                raise outcome
+        slots = asyncio.Semaphore(AT_ONCE)
+        try:
+            async with asyncio.TaskGroup() as adding:
+                for batch in batches(sessions):
+                    await slots.acquire()
+                    if not goes_on(batch):
+                        break
+                    adding.create_task(self._add_batch(batch, slots))
+                    # Reading the next one takes a while, in which the storage can work on this one.
+                    await asyncio.sleep(0)
+        except* MnemosyneError as failed:
+            raise failed.exceptions[0] from None
+
+    async def _add_batch(self, batch: Sequence[Session], slots: asyncio.Semaphore) -> None:
+        for store, sessions in self._by_store(batch):
+            await self._add(store, sessions)
+        slots.release()
 
     async def prune(self, keys: KeySet, before_page: Callable[[], Awaitable[object]]) -> None:
         """Remove from the target what is not among these stored keys, expired or not.
@@ -267,12 +285,12 @@ class _Met:
         return met
 
 
-def batches(sessions: Iterable[Session], *, times: int = 1) -> Iterator[list[Session]]:
-    """Cut sessions into batches whose bags are not too large for one statement, or into some batches each."""
+def batches(sessions: Iterable[Session]) -> Iterator[list[Session]]:
+    """Cut sessions into batches of at most BATCH, whose bags are not too large for one statement."""
     batch: list[Session] = []
     size_bytes = 0
     for session in sessions:
-        if batch and (len(batch) == times * BATCH or size_bytes + len(session.bag) > times * _BATCH_BYTES):
+        if batch and (len(batch) == BATCH or size_bytes + len(session.bag) > _BATCH_BYTES):
             yield batch
             batch, size_bytes = [], 0
         batch.append(session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -219,8 +220,24 @@ async def test_a_batch_that_fails_leaves_none_of_the_others_under_way(
     with pytest.raises(StorageUnavailable):
         await importer(store).add([session("a"), session("b"), session("c")])
 
-    done = [one for one in store.sessions().values() if one.expires_at_us == NOW_US + HOUR_US]
-    assert len(done) == 2
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_an_import_that_is_ended_completes_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mnemosyned.sessions.importer.BATCH", 1)
+    store, asked = Store(), []
+    moving = importer(store)
+
+    def goes_on(batch: Sequence[Session]) -> bool:
+        asked.extend(batch)
+        return len(asked) < 3
+
+    sessions = [session(token) for token in "abcd"]
+    await moving.add(sessions, goes_on=goes_on)
+
+    assert asked == sessions[:3]
+    assert list(store.sessions().values()) == sessions[:2]
+    assert moving.counts == Counts(imported=2)
 
 
 async def test_pruning_removes_what_is_not_in_the_file() -> None:
