@@ -257,7 +257,7 @@ async def _new_session(service: SessionService, request: StartRequest, deadline:
     session = request.session
     if not session.subject_id:
         raise InvalidArgument("mnemosyned: missing subject accessToken")
-    stored = service.bag_limits.encoded_at_once(session.bag)
+    stored = service.bag_limits.encoded_at_once(session)
     if stored is None:
         stored = await in_slices(service.bag_limits.encoding(session.bag))
     return NewSession(

@@ -34,6 +34,7 @@ from mnemosyned.sessions.model import MAX_BAG_BYTES, NO_LIMIT
 _ENTRY_TAG: Final = 0x22  # field 4 of Session, length-delimited
 _KEY_TAG: Final = 0x0A  # field 1 of an entry, length-delimited
 _VALUE_TAG: Final = 0x12  # field 2 of an entry, length-delimited
+_OTHER_FIELDS: Final = tuple(field.name for field in Session.DESCRIPTOR.fields if field.name != "bag")
 _VARINT_CONTINUES: Final = 0x80
 # The parser of protobuf is quicker than ours, but it has no bound on the entries that it reads.
 SHORT_BYTES: Final = 4096
@@ -64,20 +65,21 @@ class BagLimits:
             value_bytes=max(self.value_bytes, DEFAULT_LIMITS.value_bytes),
         )
 
-    def encoded_at_once(self, values: Mapping[str, str]) -> bytes | None:
-        """Do what `encoding` does if the bag is small, as nearly all are; otherwise return None.
+    def encoded_at_once(self, session: Session) -> bytes | None:
+        """Do what `encoding` does for the bag of a message, if it is small, as nearly all are.
 
-        For a small bag a generator costs as much as the rest.
+        Otherwise return None. Read as a mapping, entry by entry, a small bag costs three times as much.
         """
-        if len(values) > min(STEP_ITEMS, self.entries):
+        if len(session.bag) > min(STEP_ITEMS, self.entries) or session.ByteSize() > STEP_BYTES:
             return None
-        size = 0
-        for key, value in values.items():
-            size += len(key) + len(value)
-            if size > STEP_BYTES:
-                return None
-            self.check(key, value)
-        return encode(values)
+        only = Session()
+        only.CopyFrom(session)
+        for name in _OTHER_FIELDS:
+            only.ClearField(name)
+        only.DiscardUnknownFields()
+        stored = only.SerializeToString(deterministic=True)
+        # No key and no value is longer than all of it.
+        return stored if len(stored) <= min(self.key_bytes, self.value_bytes) else None
 
     def encoding(self, values: Mapping[str, str]) -> Steps[bytes]:
         """Return the stored form of a new bag if it is within the limits.

@@ -26,10 +26,13 @@ _VARINT_CONTINUES: Final = 0x80
 _LONG_VARINT: Final = 1 << 28  # from here on, and below 1 << 35, a varint has five bytes
 _LONG_VARINT_BYTES: Final = 5
 # Lengths of nearly all sessions, and of their fields.
+_SHORT: Final = 1024
 _SHORT_VARINTS: Final = tuple(
     bytes([value]) if value < _VARINT_CONTINUES else bytes([value & 0x7F | _VARINT_CONTINUES, value >> 7])
-    for value in range(1024)
+    for value in range(_SHORT)
 )
+# What stands before the fields of nearly all sessions.
+_SHORT_HEADS: Final = tuple(SESSION_TAG + size for size in _SHORT_VARINTS)
 # Python objects around the bytes of an entry: its slot, its place in the dictionary, the token.
 _OVERHEAD_BYTES: Final = 700
 # From here on, a response in pieces costs less than a copy.
@@ -41,7 +44,7 @@ EncodedResponse: TypeAlias = bytes | tuple[bytes, ...]
 
 def varint(value: int) -> bytes:
     """Encode an unsigned protobuf varint."""
-    if value < len(_SHORT_VARINTS):
+    if value < _SHORT:
         return _SHORT_VARINTS[value]
     if _LONG_VARINT <= value < _LONG_VARINT << 7:
         # Seconds, and nanoseconds mostly.
@@ -122,16 +125,7 @@ class ExpiryField:
 class EncodedSession:
     """What the cache holds for a token: the session as a response, but for its expiry."""
 
-    __slots__ = (
-        "_expiry_size",
-        "_fields",
-        "_head",
-        "_is_shared",
-        "expires_at_us",
-        "is_dirty",
-        "reads_of_peers",
-        "size_bytes",
-    )
+    __slots__ = ("_fields", "expires_at_us", "is_dirty", "reads_of_peers", "size_bytes")
 
     def __init__(self, session: Session) -> None:
         self._begin(encoded_fields(session), session.expires_at_us)
@@ -153,24 +147,18 @@ class EncodedSession:
         self.is_dirty = False  # the storage does not know `expires_at_us` yet
         self.reads_of_peers = 0  # calls of other nodes that this copy has answered
         self._fields = fields
-        self._expiry_size = -1
-        self._head = b""
-        self._is_shared = len(self._fields) >= SHARED_BYTES
-        # An estimate of the memory that the cached entry takes: `_fields`, and `_head`, which has a copy of
-        # small ones.
-        self.size_bytes = (1 if self._is_shared else 2) * len(self._fields) + _OVERHEAD_BYTES
+        # An estimate of the memory that the cached entry takes.
+        self.size_bytes = len(fields) + _OVERHEAD_BYTES
 
     def response(self, expiry: bytes) -> EncodedResponse:
         """Return the response message with this `expire_at` field; a large one in pieces."""
-        # The length in front depends on the size of the expiry, which hardly ever changes.
-        if len(expiry) != self._expiry_size:
-            self._expiry_size = len(expiry)
-            self._head = SESSION_TAG + varint(len(self._fields) + len(expiry))
-            if not self._is_shared:
-                self._head += self._fields
-        if self._is_shared:
-            return self._head, self._fields, expiry
-        return self._head + expiry
+        fields = self._fields
+        size = len(fields) + len(expiry)
+        if size < _SHORT:
+            # Made each time: every fourth expiry has another size, and memory would hold the fields twice.
+            return _SHORT_HEADS[size] + fields + expiry
+        head = SESSION_TAG + varint(size)
+        return (head, fields, expiry) if size >= SHARED_BYTES else b"".join((head, fields, expiry))
 
 
 def encoded_fields(session: Session) -> bytes:

@@ -124,9 +124,29 @@ def test_a_bag_over_a_limit_is_refused(values: dict[str, str], complaint: str) -
     limits = bag.BagLimits(entries=2, key_bytes=5, value_bytes=9)
 
     within = {"żżx": "żżżżx", "": ""}
-    assert finished(limits.encoding(within)) == limits.encoded_at_once(within) == bag.encode(within)
+    assert finished(limits.encoding(within)) == bag.encode(within)
     with pytest.raises(InvalidArgument, match=complaint):
         finished(limits.encoding(values))
+    assert limits.encoded_at_once(Session(bag=values)) is None
+
+
+@given(st.dictionaries(st.text(), st.text(), max_size=5), st.integers(0, 40), st.integers(0, 40))
+def test_a_small_bag_of_a_message_is_encoded_at_once_within_every_limit(
+    values: dict[str, str], key_bytes: int, value_bytes: int
+) -> None:
+    message = Session(access_token="t", subject_id="s", refresh_token="r", bag=values)
+    message.expire_at.seconds = 1
+    # A field of a later version of the client.
+    message.MergeFromString(b"\x82\x7d\x01x")
+    limits = bag.BagLimits(key_bytes=key_bytes, value_bytes=value_bytes)
+    stored = bag.encode(values)
+
+    assert bag.DEFAULT_LIMITS.encoded_at_once(message) == stored
+    at_once = limits.encoded_at_once(message)
+    assert at_once == (stored if len(stored) <= min(key_bytes, value_bytes) else None)
+    if at_once is not None:
+        assert finished(limits.encoding(values)) == at_once
+    assert message.access_token == "t"
 
 
 @pytest.mark.parametrize("stored", damaged.BAGS.values(), ids=damaged.BAGS)
@@ -171,7 +191,7 @@ def test_lower_limits_make_no_stored_bag_unreadable_and_higher_ones_allow_more()
 
 
 def in_steps(limits: bag.BagLimits, values: dict[str, str]) -> bytes:
-    assert limits.encoded_at_once(values) is None
+    assert limits.encoded_at_once(Session(bag=values)) is None
     return finished(limits.encoding(values))
 
 
