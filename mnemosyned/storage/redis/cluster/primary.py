@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mnemosyned.storage.redis.cluster.topology import Host
     from mnemosyned.storage.redis.failures import Failures
     from mnemosyned.storage.redis.link import Link
-    from mnemosyned.storage.redis.scripts import Script
+    from mnemosyned.storage.redis.scripts import Existence, Script
 
 # Replicas on one network confirm within a millisecond.
 _SHORT_WAIT_S: Final = 0.1
@@ -63,7 +63,7 @@ class Primary:
             short_wait_s=_SHORT_WAIT_S,
         )
 
-    async def run(self, script: Script, calls: Sequence[Call], how: Sending) -> list[Any]:
+    async def run(self, script: Script | Existence, calls: Sequence[Call], how: Sending) -> list[Any]:
         """Run a script on several key spaces; return what each run returns, or why it has failed."""
         if self.is_suspect:
             error = StorageUnavailable("mnemosyned: storage: unavailable")
