@@ -350,7 +350,7 @@ class ClusterPool:
                 replies[at] = Uncovered(f"slot {space.slot} has no primary")
             else:
                 places.setdefault(primary, []).append(at)
-        if None in (self.primary_of(space) for space, _ in calls):
+        if len(calls) > sum(map(len, places.values())) and not self._looking.locked():
             self._tasks.spawn(self.look())
         sent = [primary.run(script, [calls[at] for at in its], how) for primary, its in places.items()]
         # One alone needs no task.
