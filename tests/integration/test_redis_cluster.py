@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import threading
 import time
@@ -36,17 +37,29 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisClu
         yield found
 
 
-@pytest.fixture
-def any_cluster(tmp_path: Path) -> Iterator[RedisCluster]:
-    with redis_cluster(tmp_path / "cluster", **{"cluster-require-full-coverage": "no"}) as found:
+@pytest.fixture(scope="module")
+def lasting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    directory = tmp_path_factory.mktemp("cluster")
+    with redis_cluster(directory, **{"cluster-require-full-coverage": "no"}) as found:
         yield found
+
+
+@pytest.fixture
+def any_cluster(lasting_cluster: RedisCluster) -> Iterator[RedisCluster]:
+    """A cluster that is whole, and that a test may break for its time."""
+    yield lasting_cluster
+    for node in lasting_cluster.nodes:
+        if node not in lasting_cluster.living():
+            node.start()
+    lasting_cluster.until_whole()
 
 
 @asynccontextmanager
 async def opened(
     cluster: RedisCluster, *, wait: int | None = None, timeout_s: float = 5
 ) -> AsyncIterator[ClusterStore]:
-    store = new_cluster_store(cluster.url, wait=wait, timeout_s=timeout_s)
+    prefix = f"own {secrets.token_hex(4)}:"
+    store = new_cluster_store(cluster.url, prefix, wait=wait, timeout_s=timeout_s)
     await store.open()
     try:
         yield store
