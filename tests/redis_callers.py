@@ -28,6 +28,7 @@ class Caller:
         self.kept: set[str] = set()
         self.ended: set[str] = set()
         self.failures: list[float] = []
+        self.errors: set[str] = set()
         self.is_over = False
 
     async def run(self) -> None:
@@ -45,8 +46,9 @@ class Caller:
                     self.kept.discard(token)
                     assert _only(await self.store.abandon([Abandonment(access_token=token)])) is True
                     self.ended.add(token)
-            except StorageUnavailable:
+            except StorageUnavailable as exc:
                 self.failures.append(time.monotonic())
+                self.errors.add(exc.detail)
                 await asyncio.sleep(0.01)
 
 

@@ -48,15 +48,15 @@ def test_nodes_see_each_others_writes_at_once_also_while_a_primary_is_replaced(c
     )
     nodes = [Daemon(*common, f"-cluster.listen={name}", f"-port={name.rpartition(':')[2]}") for name in names]
     with nodes[0] as one, nodes[1] as other, one.leased().stub() as here, other.leased().stub() as there:
-        calls = count_of_coherent_calls(here, there, seconds=2)
+        calls = count_of_coherent_calls(here, there, seconds=1)
         victim = cluster.primaries()[0]
         victim.kill()
-        count_of_coherent_calls(here, there, seconds=3)
+        count_of_coherent_calls(here, there, seconds=2)
         cluster.until_whole(0)
 
         victim.start()
         cluster.until_whole()
-        later = count_of_coherent_calls(there, here, seconds=3)
+        later = count_of_coherent_calls(there, here, seconds=2)
         assert min(calls, later) > 20
         assert one.stop() == other.stop() == 0
         assert "redis_cluster_incomplete" in one.log

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults.laboratory import FAKETIME
 from redis_callers import Caller, assert_nothing_is_lost, calling, until_it_takes_writes
 from redis_clusters import RedisCluster, call, redis_cluster
 from redis_servers import PACKAGES, RedisServer, needs_redis, programs, until
 from stores import lookups, new, new_cluster_store
 
 from cluster.lease import Renewal
-from mnemosyned.errors import StorageUnavailable
+from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.model import Criteria, Session
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.redis.cluster.slots import home
 from mnemosyned.storage.redis.cluster.store import ClusterStore
 
 pytestmark = needs_redis
 
 
-@pytest.fixture(params=["redis", "valkey"])
+@pytest.fixture
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisCluster]:
     if request.param not in programs():
         pytest.skip(f"needs {PACKAGES[request.param]}")
@@ -32,17 +37,29 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisClu
         yield found
 
 
-@pytest.fixture
-def any_cluster(tmp_path: Path) -> Iterator[RedisCluster]:
-    with redis_cluster(tmp_path / "cluster", **{"cluster-require-full-coverage": "no"}) as found:
+@pytest.fixture(scope="module")
+def lasting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    directory = tmp_path_factory.mktemp("cluster")
+    with redis_cluster(directory, **{"cluster-require-full-coverage": "no"}) as found:
         yield found
+
+
+@pytest.fixture
+def any_cluster(lasting_cluster: RedisCluster) -> Iterator[RedisCluster]:
+    """A cluster that is whole, and that a test may break for its time."""
+    yield lasting_cluster
+    for node in lasting_cluster.nodes:
+        if node not in lasting_cluster.living():
+            node.start()
+    lasting_cluster.until_whole()
 
 
 @asynccontextmanager
 async def opened(
     cluster: RedisCluster, *, wait: int | None = None, timeout_s: float = 5
 ) -> AsyncIterator[ClusterStore]:
-    store = new_cluster_store(cluster.url, wait=wait, timeout_s=timeout_s)
+    prefix = f"own {secrets.token_hex(4)}:"
+    store = new_cluster_store(cluster.url, prefix, wait=wait, timeout_s=timeout_s)
     await store.open()
     try:
         yield store
@@ -59,11 +76,17 @@ def home_of(store: ClusterStore, cluster: RedisCluster) -> RedisServer:
     return cluster.primary_of(store._pool.home.slot)
 
 
+def errors_of(callers: list[Caller]) -> set[str]:
+    return {error for caller in callers for error in caller.errors}
+
+
 def failures_of(callers: list[Caller]) -> list[float]:
     return [at_s for caller in callers for at_s in caller.failures]
 
 
-@pytest.mark.parametrize("is_home", [False, True], ids=["other", "home"])
+@pytest.mark.parametrize(
+    ("cluster", "is_home"), [("redis", False), ("valkey", True)], ids=["other", "home"], indirect=["cluster"]
+)
 async def test_nothing_acknowledged_is_lost_when_a_primary_is_killed_under_load(
     cluster: RedisCluster, *, is_home: bool
 ) -> None:
@@ -90,6 +113,7 @@ async def test_nothing_acknowledged_is_lost_when_a_primary_is_killed_under_load(
         assert [row.number for row in after.rows] == [2]
 
 
+@pytest.mark.parametrize("cluster", ["redis"], indirect=True)
 async def test_no_call_fails_while_slots_are_moved_under_load(cluster: RedisCluster) -> None:
     async with opened(cluster) as store:
         spaces = [store._pool.home, *store._pool.buckets]
@@ -97,7 +121,7 @@ async def test_no_call_fails_while_slots_are_moved_under_load(cluster: RedisClus
             primaries = cluster.primaries()
             for at, space in enumerate(spaces[:40]):
                 await asyncio.to_thread(cluster.move_slot, space.slot, primaries[at % 3])
-        assert failures_of(callers) == []
+        assert errors_of(callers) == set()
         await assert_nothing_is_lost(store, callers)
 
 
@@ -110,7 +134,7 @@ async def test_no_call_fails_when_a_primary_is_replaced_in_order(any_cluster: Re
                 await asyncio.to_thread(until, lambda one=replica: one in any_cluster.primaries())
                 await asyncio.to_thread(any_cluster.until_whole)
 
-        assert failures_of(callers) == []
+        assert errors_of(callers) == set()
         await assert_nothing_is_lost(store, callers)
 
 
@@ -237,3 +261,46 @@ async def test_slots_without_a_primary_are_told_and_others_are_used(
             while "redis_cluster_complete" not in caplog.text:
                 await store.check()
         assert all(isinstance(one, Session) for one in await store.load(lookups(*tokens)))
+
+
+needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="needs Debian's package faketime")
+
+
+@needs_faketime
+async def test_clocks_that_differ_are_refused_at_the_start_and_told_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0\n")
+    with redis_cluster(tmp_path / "cluster", replicas=0) as cluster:
+        late = next(
+            node for node in cluster.primaries() if node is not cluster.primary_of(home("test:").slot)
+        )
+        late.kill()
+        monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
+        monkeypatch.setenv("FAKETIME_TIMESTAMP_FILE", str(clock))
+        monkeypatch.setenv("FAKETIME_NO_CACHE", "1")
+        monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        late.start()
+        monkeypatch.undo()
+        await asyncio.to_thread(cluster.until_whole, 0)
+        async with opened(cluster, wait=0) as store:
+            token = next(
+                token
+                for number in range(99)
+                if cluster.primary_of(slot_of(store, token := f"t{number}")) is late
+            )
+            clock.write_text("-0.4\n")
+            await store.check()
+            assert "redis_clocks_differ" in caplog.text
+
+            # By the clock that is behind: no write is done later than by any other.
+            limit_us = await store.now_us()
+            (refused,) = await store.start([replace(new(token), not_after_us=limit_us)])
+            assert isinstance(refused, DeadlineExceeded)
+            with pytest.raises(StorageRefused, match=r"the clocks of its primaries differ by 0\.[34]"):
+                await new_cluster_store(cluster.url, wait=0).open()
+
+            clock.write_text("+0\n")
+            await store.check()
+            assert "redis_clocks_agree" in caplog.text

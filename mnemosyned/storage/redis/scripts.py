@@ -12,9 +12,18 @@ A server knows a script by its hash, once it was loaded, and forgets it when it 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+from mnemosyned.storage.redis.records import stored_name
+
+if TYPE_CHECKING:
+    from mnemosyned.storage.redis.link import Command
+
+# What stands before the arguments of a script: how many keys it declares, and the keys.
+Keys = tuple[Any, ...]
 
 _DIRECTORY: Final = files(__package__) / "scripts"
 
@@ -26,6 +35,22 @@ class Script:
     name: str
     source: str = field(repr=False)
     sha: str
+
+    def command(self, keys: Keys, arguments: Sequence[str | bytes | int]) -> Command:
+        """Return what runs it; `keys` has their number before them."""
+        return ("EVALSHA", self.sha, *keys, *arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Existence:
+    """A question for keys, cheaper than a script: how many of them there are."""
+
+    name: str
+
+    def command(self, keys: Keys, arguments: Sequence[str | bytes | int]) -> Command:
+        """Return what asks for keys that begin as the first one of `keys` does, without its last letter."""
+        prefix = keys[1].removesuffix("x").encode()
+        return ("EXISTS", *(prefix + stored_name(str(key)) for key in arguments))
 
 
 def _script(name: str, *parts: str, needs_memory: bool = False) -> Script:
@@ -67,5 +92,6 @@ WHEREABOUTS: Final = _script("whereabouts")
 MEET: Final = _script("meet")
 BUCKETS: Final = _script("buckets")
 CLEAR: Final = _script("clear")
+HAS_INDEX: Final = Existence("has_index")
 
 ALL: Final = tuple(found for found in list(globals().values()) if isinstance(found, Script))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mnemosyned.observe.metrics import QueryMetrics
     from mnemosyned.storage.redis.failures import Failures
     from mnemosyned.storage.redis.link import Command, Link
-    from mnemosyned.storage.redis.scripts import Script
+    from mnemosyned.storage.redis.scripts import Existence, Keys, Script
 
 # For so long after replicas have confirmed a write, this server counts as the primary for reads. Sentinels
 # and clusters need longer to replace it (down-after-milliseconds, cluster-node-timeout).
@@ -96,14 +96,14 @@ class Server:
         self._is_open = True
 
     async def run(
-        self, script: Script, spaces: Sequence[tuple[Command, Sequence[str | bytes | int]]], how: Sending
+        self,
+        script: Script | Existence,
+        spaces: Sequence[tuple[Keys, Sequence[str | bytes | int]]],
+        how: Sending,
     ) -> list[Any]:
-        """Run one script on several key spaces; return what each run returns, perhaps an error of the server.
-
-        A space is what stands before the arguments: the number of its keys, and the keys.
-        """
-        commands: list[Command] = [("EVALSHA", script.sha, *space, *arguments) for space, arguments in spaces]
-        marks: list[Command] = [("EVALSHA", scripts.MARK.sha, *space) for space, _ in spaces]
+        """Run one script on several key spaces; return what each returns, perhaps an error of the server."""
+        commands = [script.command(keys, arguments) for keys, arguments in spaces]
+        marks = [scripts.MARK.command(keys, ()) for keys, _ in spaces]
         started_s = time.perf_counter()
         is_proven = time.monotonic() - self._proven_s < _PROVEN_S
         wait = how.wait if how.is_write or not is_proven else 0

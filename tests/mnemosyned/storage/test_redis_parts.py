@@ -13,7 +13,18 @@ from redis.exceptions import ConnectionError as LostConnection
 
 from mnemosyned.sessions.model import MAX_BAG_BYTES, DamagedSession, NewSession, Session
 from mnemosyned.storage.redis import records
-from mnemosyned.storage.redis.faults import NoPrimary, NotReplicated, hint_of, is_refusal, name_of
+from mnemosyned.storage.redis.faults import (
+    NoPrimary,
+    NotPrimary,
+    NotReplicated,
+    Uncovered,
+    hint_of,
+    is_elsewhere,
+    is_not_done,
+    is_refusal,
+    moved_to,
+    name_of,
+)
 from mnemosyned.storage.redis.server_check import Verdict, fields_of, judge
 
 AT_US = 1_790_000_000_000_000
@@ -113,6 +124,15 @@ def test_a_server_is_judged_by_what_it_says(
         assert verdict in found.refusal + found.unavailable + "".join(found.warnings)
 
 
+def test_on_a_cluster_a_server_must_be_a_node_of_one_and_may_be_a_replica() -> None:
+    node = GOOD | {"cluster_enabled": "1"}
+
+    assert judge(node, {}, is_cluster=True) == Verdict()
+    assert judge(node | {"role": "slave"}, {}, is_cluster=True) == Verdict()
+    assert "redis+cluster://" in judge(node, {}).refusal
+    assert "no node of a Redis Cluster" in judge(GOOD | {"cluster_enabled": "0"}, {}, is_cluster=True).refusal
+
+
 def test_the_answer_to_info_is_read_by_name() -> None:
     assert fields_of(b"# Server\r\nredis_version:7.0.15\r\nos:a:b\r\n\r\n") == {
         "redis_version": "7.0.15",
@@ -174,6 +194,8 @@ def lost(cause: OSError) -> LostConnection:
         (TimeoutError(), "TimeoutError: no answer in time", "firewall"),
         (NotReplicated(), "NotReplicated: too few replicas have confirmed", "-redis.wait"),
         (NoPrimary("no Sentinel names the primary"), "NoPrimary: no Sentinel names the primary", ""),
+        (NotPrimary("it is a replica of h:1"), "NotPrimary: it is a replica of h:1", ""),
+        (Uncovered("slot 7 has no primary"), "Uncovered: slot 7 has no primary", ""),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
@@ -181,6 +203,43 @@ def test_a_fault_has_a_name_and_what_to_look_at(exc: Exception, name: str, hint:
     assert name in name_of(exc)
     assert hint in hint_of(exc)
     assert "hunter2" not in name_of(exc) + hint_of(exc)
+
+
+def test_what_a_node_has_refused_is_sent_again_and_nothing_else() -> None:
+    refused = (
+        "MOVED 1 h:1",
+        "ASK 1 h:1",
+        "TRYAGAIN x",
+        "CLUSTERDOWN x",
+        "MASTERDOWN x",
+        "READONLY x",
+        "LOADING x",
+    )
+    others = (
+        "OOM x",
+        "ERR x",
+        "NOSCRIPT x",
+        "MISCONF x",
+        "NOREPLICAS x",
+        "UNBLOCKED x",
+        "BUSY x",
+        "NOPERM x",
+    )
+
+    assert all(is_not_done(BaseParser.parse_error(text)) for text in refused)
+    assert is_not_done(NotPrimary())
+    assert not any(is_not_done(BaseParser.parse_error(text)) for text in others)
+    assert not any(
+        map(is_not_done, (NotReplicated(), LostConnection(), TimeoutError(), OSError(), Uncovered()))
+    )
+    assert [text for text in refused if is_elsewhere(BaseParser.parse_error(text))] == list(refused[:3])
+    assert [
+        moved_to(BaseParser.parse_error(text)) for text in ("MOVED 1 10.0.0.1:7", "MOVED 1 :7", "ASK 1 h:1")
+    ] == [
+        ("10.0.0.1", 7),
+        ("", 7),
+        None,
+    ]
 
 
 def test_only_what_a_retry_cannot_mend_is_a_refusal() -> None:

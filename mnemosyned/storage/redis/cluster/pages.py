@@ -65,7 +65,7 @@ class Pages:
 
     async def find(self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int) -> Page:
         """See SessionStore."""
-        spaces = self._spaces(criteria)
+        spaces = await self._pool.holding(criteria)
         after_us, before = await self._sought(criteria, spaces, offset)
         given = texts_of(criteria if after_us is None else replace(criteria, expires_after_us=after_us))
         left = offset - before
@@ -124,18 +124,13 @@ class Pages:
             (head.name, record) for head, record in zip(wanted, records, strict=True) if record is not None
         ]
 
-    def _spaces(self, criteria: Criteria) -> Sequence[Space]:
-        if criteria.access_token is None:
-            return self._pool.buckets
-        return [self._pool.buckets[self._pool.bucket_of(criteria.access_token)]]
-
     async def _walks(self, criteria: Criteria, start: bytes, limit: int) -> list[Call]:
         """Return how each bucket is asked. The names of a subject or refresh token are sorted here.
 
         Lua would compare them as the locale of the server does.
         """
         given = (*texts_of(criteria), limit, *_HEADS, _MOST_LOOKED)
-        spaces = self._spaces(criteria)
+        spaces = await self._pool.holding(criteria)
         if criteria.access_token is not None:
             name = stored_name(criteria.access_token)
             return [(spaces[0], (*given, b"", name))] if name >= start else []

@@ -55,9 +55,10 @@ from mnemosyned.storage.redis.server import Sending
 
 if TYPE_CHECKING:
     from mnemosyned.observe.metrics import QueryMetrics
+    from mnemosyned.sessions.model import Criteria
     from mnemosyned.storage.redis.cluster.slots import Space
     from mnemosyned.storage.redis.pool import RedisOptions
-    from mnemosyned.storage.redis.scripts import Script
+    from mnemosyned.storage.redis.scripts import Existence, Script
     from mnemosyned.storage.redis.server_watch import ServerWatch
 
 # How long calls wait for the end of a failover; the time for an answer is longer, and is for slots that move.
@@ -258,7 +259,7 @@ class ClusterPool:
 
     async def run_all(
         self,
-        script: Script,
+        script: Script | Existence,
         calls: Sequence[Call],
         *,
         is_write: bool = False,
@@ -290,6 +291,25 @@ class ClusterPool:
                 rounds += 1
         return results
 
+    async def holding(self, criteria: Criteria) -> Sequence[Space]:
+        """Return the buckets that may have sessions that meet the criteria, or some kept aside (moves.py).
+
+        Raises StorageUnavailable.
+        """
+        if criteria.access_token is not None:
+            return [self.buckets[self.bucket_of(criteria.access_token)]]
+        if criteria.subject_id is not None:
+            index = f"u:{criteria.subject_id}"
+        elif criteria.refresh_token:
+            index = f"r:{criteria.refresh_token}"
+        else:
+            return self.buckets
+        replies = await self.run_all(scripts.HAS_INDEX, [(space, (index, "l")) for space in self.buckets])
+        for reply in replies:
+            if isinstance(reply, StorageUnavailable):
+                raise reply
+        return [space for space, count in zip(self.buckets, replies, strict=True) if count]
+
     async def each(
         self,
         script: Script,
@@ -320,7 +340,7 @@ class ClusterPool:
         assert not isinstance(name, int)
         return slots.bucket_of(stored_name(name) if isinstance(name, str) else name, len(self.buckets))
 
-    async def _sent(self, script: Script, calls: Sequence[Call], how: Sending) -> list[Any]:
+    async def _sent(self, script: Script | Existence, calls: Sequence[Call], how: Sending) -> list[Any]:
         """Send each call to its primary, those to one of them together."""
         replies: list[Any] = [None] * len(calls)
         places: dict[Primary, list[int]] = {}
@@ -330,7 +350,7 @@ class ClusterPool:
                 replies[at] = Uncovered(f"slot {space.slot} has no primary")
             else:
                 places.setdefault(primary, []).append(at)
-        if None in (self.primary_of(space) for space, _ in calls):
+        if len(calls) > sum(map(len, places.values())) and not self._looking.locked():
             self._tasks.spawn(self.look())
         sent = [primary.run(script, [calls[at] for at in its], how) for primary, its in places.items()]
         # One alone needs no task.
@@ -350,7 +370,7 @@ class ClusterPool:
         if rounds > 1 or any(not is_elsewhere(exc) for _, exc in refusals):
             await self.look()
 
-    def _result(self, script: Script, reply: Any) -> Any:  # noqa: ANN401  # as the reply has it
+    def _result(self, script: Script | Existence, reply: Any) -> Any:  # noqa: ANN401  # as the reply has it
         if not isinstance(reply, Exception) or isinstance(reply, StorageUnavailable):
             return reply
         error = self._failures.unavailable(script.name, reply)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mnemosyned.storage.redis.cluster.topology import Host
     from mnemosyned.storage.redis.failures import Failures
     from mnemosyned.storage.redis.link import Link
-    from mnemosyned.storage.redis.scripts import Script
+    from mnemosyned.storage.redis.scripts import Existence, Script
 
 # Replicas on one network confirm within a millisecond.
 _SHORT_WAIT_S: Final = 0.1
@@ -52,6 +52,7 @@ class Primary:
     def __init__(self, host: Host, around: Surroundings, *, size: int, timeout_s: float) -> None:
         self.host = host
         self.is_suspect = False
+        self._identity = ""  # as the last look has shown it
         self._around = around
         self._timeout_s = timeout_s
         self.server = Server(
@@ -63,7 +64,7 @@ class Primary:
             short_wait_s=_SHORT_WAIT_S,
         )
 
-    async def run(self, script: Script, calls: Sequence[Call], how: Sending) -> list[Any]:
+    async def run(self, script: Script | Existence, calls: Sequence[Call], how: Sending) -> list[Any]:
         """Run a script on several key spaces; return what each run returns, or why it has failed."""
         if self.is_suspect:
             error = StorageUnavailable("mnemosyned: storage: unavailable")
@@ -73,13 +74,16 @@ class Primary:
         try:
             return await self.server.run(script, [(space.keys, given) for space, given in calls], how)
         except StorageUnavailable as exc:
+            if isinstance(exc.__cause__, NotPrimary):
+                # Nothing was sent, and the pool asks for the node that has its place.
+                return [exc.__cause__] * len(calls)
             self._suspect(exc)
             return [exc] * len(calls)
 
     async def look(self) -> None:
         """Ask what it is and for its time. Raises StorageUnavailable."""
         try:
-            await self.server.use("look", self.inspect, timeout_s=self._timeout_s, is_urgent=True)
+            await self.server.use("look", self.inspect, timeout_s=self._timeout_s)
         except StorageUnavailable as exc:
             self._suspect(exc)
             raise
@@ -99,6 +103,10 @@ class Primary:
         clock_us = int(seconds) * 1_000_000 + int(micros)
         self._around.clocks.observe(self.host, clock_us, sent_us=sent_us, received_us=received_us)
         link.identity = f"{info.get('run_id')}/{info.get('master_replid')}"
+        former, self._identity = self._identity, link.identity
+        if former not in {"", link.identity}:
+            # It was a replica meanwhile: what other connections know of it is outdated.
+            await self.server.renew()
 
     async def _connect(self) -> Link:
         link = await self._around.connect(self.host)

@@ -45,7 +45,7 @@ class ClusterState:
         self._tell_clocks()
         identity, state, *_ = await self._home_state()
         self._identity = identity
-        count = await self._home.run(scripts.BUCKETS, len(self._pool.buckets), is_write=True, is_urgent=True)
+        count = await self._home.run(scripts.BUCKETS, len(self._pool.buckets), is_write=True)
         if int(count) != len(self._pool.buckets):
             error = StorageUnavailable("mnemosyned: storage: unavailable")
             error.detail = f"the cluster has {int(count)} buckets by now: restart the daemon"
@@ -118,9 +118,7 @@ class ClusterState:
         )
 
     async def _home_state(self) -> Any:  # noqa: ANN401  # as the script returns it
-        return await self._home.run(
-            scripts.CHECK, self._identity, secrets.token_hex(8), is_write=True, is_urgent=True
-        )
+        return await self._home.run(scripts.CHECK, self._identity, secrets.token_hex(8), is_write=True)
 
     async def _bucket_states(self) -> list[Any]:
         given = (self._identity, secrets.token_hex(8))

@@ -63,7 +63,7 @@ class ClusterStore:
         """See Storage; tries the scripts on each primary, on keys of their own."""
         try:
             await self._pool.open()
-            count = await self._home.run(scripts.BUCKETS, self._wanted_buckets, is_write=True, is_urgent=True)
+            count = await self._home.run(scripts.BUCKETS, self._wanted_buckets, is_write=True)
             self._divide(int(count))
             await self.check()
             self._state.refuse_clocks()

@@ -109,10 +109,9 @@ class Sweeps:
         return {bucket: count for bucket, (count, _) in counts.items() if count}
 
     async def _counts(self, criteria: Criteria, which: str) -> dict[int, tuple[int, int]]:
-        token = criteria.access_token
-        numbers = range(len(self._pool.buckets)) if token is None else [self._pool.bucket_of(token)]
-        given = (*texts_of(criteria), which)
-        replies = await self._run(scripts.COUNT, numbers, given)
+        places = {space: bucket for bucket, space in enumerate(self._pool.buckets)}
+        numbers = [places[space] for space in await self._pool.holding(criteria)]
+        replies = await self._run(scripts.COUNT, numbers, (*texts_of(criteria), which))
         return {bucket: (count, departed) for bucket, (count, departed) in zip(numbers, replies, strict=True)}
 
     async def _finish(self, numbers: Sequence[int]) -> None:
