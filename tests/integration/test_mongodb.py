@@ -522,7 +522,7 @@ async def test_a_look_up_in_the_dns_that_has_no_answer_ends_in_time(monkeypatch:
 async def test_nothing_is_logged_of_a_session(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "mnemosyned")
     with MongoServer(tmp_path / "server") as server:
-        async with opened(server.url, timeout_s=0.5) as store:
+        async with opened(server.url, timeout_s=2) as store:
             await started(store, CANARY, bag=BAG)
             server.kill()
             with pytest.raises(StorageUnavailable):
