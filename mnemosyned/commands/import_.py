@@ -32,6 +32,7 @@ from mnemosyned.commands.import_source import Contents, Source, SourceFailed, op
 from mnemosyned.commands.progress import Progress
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import boolean, one_of
+from mnemosyned.observe.printable import printable
 from mnemosyned.sessions import lease_keeper, token_hash
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
@@ -241,7 +242,8 @@ class _Import:
 def _refuse_running(names: Sequence[str]) -> None:
     if names:
         raise _Refused(
-            f"daemons run on the storage ({', '.join(names)}): stop them before -existing=replace or -prune"
+            f"daemons run on the storage ({printable(', '.join(names))}): "
+            "stop them before -existing=replace or -prune"
         )
 
 

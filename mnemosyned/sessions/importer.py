@@ -162,7 +162,8 @@ class Importer:
                     adding.create_task(self._add_batch(batch, slots))
                     # Reading the next one takes a while, in which the storage can work on this one.
                     await asyncio.sleep(0)
-        except* MnemosyneError as failed:
+        except ExceptionGroup as failed:
+            # Of a batch, or of the file while it was read.
             raise failed.exceptions[0] from None
 
     async def _add_batch(self, batch: Sequence[Session], slots: asyncio.Semaphore) -> None:

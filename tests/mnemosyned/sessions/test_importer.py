@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from stores import new
@@ -15,6 +15,7 @@ from mnemosyned.errors import (
     MnemosyneError,
     StorageUnavailable,
 )
+from mnemosyned.sessions.export_file import BadExport
 from mnemosyned.sessions.importer import BATCH, SLACK_US, Counts, Existing, Importer, KeySet, batches
 from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, Session, Touch
 from mnemosyned.storage.memory import MemoryStore
@@ -220,6 +221,18 @@ async def test_a_batch_that_fails_leaves_none_of_the_others_under_way(
     with pytest.raises(StorageUnavailable):
         await importer(store).add([session("a"), session("b"), session("c")])
 
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_file_that_fails_in_the_middle_fails_the_import_as_itself() -> None:
+    def sessions() -> Iterator[Session]:
+        yield from (session(f"{number:04}") for number in range(BATCH + 1))
+        raise BadExport("line 7: no")
+
+    store = Store()
+
+    with pytest.raises(BadExport, match="line 7: no"):
+        await importer(store).add(sessions())
     assert len(asyncio.all_tasks()) == 1
 
 
