@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -122,8 +124,9 @@ def encode(bag: Mapping[str, str]) -> bytes:
 
 def encoding(bag: Mapping[str, str]) -> Steps[bytes]:
     """Do what `encode` does: the entries come in the same sequence."""
-    if len(bag) > STEP_ITEMS:
-        yield
+    if len(bag) <= STEP_ITEMS and sum(map(len, chain(bag, bag.values()))) <= STEP_BYTES:
+        return encode(bag)
+    yield
     parts: list[bytes] = []
     part: dict[str, str] = {}
     size = 0
@@ -229,10 +232,14 @@ class OpenBag:
 
 def opening(stored: bytes, *, max_entries: int = NO_LIMIT, max_key_bytes: int = NO_LIMIT) -> Steps[OpenBag]:
     """Read a stored bag for changes, by limits that are at least the defaults. Raises what `decode` does."""
-    limits = BagLimits(entries=max_entries, key_bytes=max_key_bytes)
-    values = yield from decoding(stored, limits.of_stored())
+    values = yield from decoding(stored, _limits_of_stored(max_entries, max_key_bytes))
     size_bytes = len((yield from encoding(values))) if is_gob(stored) else len(stored)
     return OpenBag(values, size_bytes)
+
+
+@lru_cache(maxsize=1)  # they are settings, and the same for all changes
+def _limits_of_stored(max_entries: int, max_key_bytes: int) -> BagLimits:
+    return BagLimits(entries=max_entries, key_bytes=max_key_bytes).of_stored()
 
 
 def with_value(

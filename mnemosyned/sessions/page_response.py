@@ -7,19 +7,14 @@ session. Every other part is encoded session by session, as are Gets.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from struct import Struct
 from typing import Final
 
-from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
-from aio.units import NS_PER_US, US_PER_S
+from aio.steps import STEP_BYTES, Steps
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions.columns import SessionColumns
 from mnemosyned.sessions.encoded import (
     CLIENT_TAG,
-    EXPIRE_AT_TAG,
-    NANOS_TAG,
     REFRESH_TAG,
-    SECONDS_TAG,
     SESSION_TAG,
     SUBJECT_TAG,
     TOKEN_TAG,
@@ -28,6 +23,7 @@ from mnemosyned.sessions.encoded import (
     encoded_fields,
     varint,
 )
+from mnemosyned.sessions.many_expiries import expiry_fields
 from mnemosyned.sessions.model import Session
 
 _LEFT_OUT_TAG: Final = b"\x10"  # field 2 of ListResponse, varint
@@ -126,56 +122,3 @@ def _encoded(sessions: SessionColumns) -> bytes:
 
 def _fields(heads: Heads, texts: Sequence[bytes]) -> list[bytes]:
     return [heads[len(text)] + text if text else b"" for text in texts]
-
-
-class _Varints:
-    """Encodes many varints of one size at once.
-
-    The values stand in one integer, each in a lane of eight bytes. A varint has seven bits of the value in a
-    byte, so bits 7k to 7k + 6 of every lane move up by k, for all lanes in one step of the interpreter:
-
-        value    … gggggggfffffffeeeeeeeddddddd      varint    0ggggggg 1fffffff 1eeeeeee 1ddddddd
-    """
-
-    def __init__(self, size_bytes: int) -> None:
-        self.least, self.end = 1 << 7 * (size_bytes - 1), 1 << 7 * size_bytes  # values of this size
-        lanes = int.from_bytes(b"\1\0\0\0\0\0\0\0" * STEP_ITEMS, "little")
-        self._masks = [lanes * (0x7F << 7 * k) for k in range(size_bytes)]
-        self._continuations = lanes * int.from_bytes(b"\x80" * (size_bytes - 1))
-        self._lanes = Struct(f"{size_bytes}s{8 - size_bytes}x" * STEP_ITEMS)
-
-    def encode(self, values: Sequence[int]) -> tuple[bytes, ...]:
-        """Encode values, at most STEP_ITEMS; the result means nothing where one is not of this size."""
-        packed = int.from_bytes(Struct(f"<{len(values)}Q").pack(*values), "little")
-        spread = self._continuations
-        for k, mask in enumerate(self._masks):
-            spread |= (packed & mask) << k
-        return self._lanes.unpack(spread.to_bytes(8 * STEP_ITEMS, "little"))
-
-
-# Fewer expiries are encoded sooner one by one.
-_FEW: Final = 32
-_FOUR: Final = _Varints(4)
-_FIVE: Final = _Varints(5)
-_HEAD_WITH_FOUR: Final = EXPIRE_AT_TAG + varint(11) + SECONDS_TAG
-_HEAD_WITH_FIVE: Final = EXPIRE_AT_TAG + varint(12) + SECONDS_TAG
-
-
-def expiry_fields(expiries_us: Sequence[int]) -> list[bytes]:
-    """Encode `expire_at` as a field of a Session for each of at most STEP_ITEMS expiries."""
-    encode = ExpiryField().encode
-    seconds = [us // US_PER_S for us in expiries_us]
-    if len(seconds) < _FEW or min(seconds) < _FIVE.least or max(seconds) >= _FIVE.end:
-        # Few; or one is before 1978 or after 3058.
-        return list(map(encode, expiries_us))
-    nanos = [us % US_PER_S * NS_PER_US for us in expiries_us]
-    return [
-        _HEAD_WITH_FIVE + second + NANOS_TAG + five
-        if nano >= _FIVE.least
-        else _HEAD_WITH_FOUR + second + NANOS_TAG + four
-        if nano >= _FOUR.least
-        else encode(us)
-        for us, nano, second, four, five in zip(
-            expiries_us, nanos, _FIVE.encode(seconds), _FOUR.encode(nanos), _FIVE.encode(nanos), strict=False
-        )
-    ]

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from mnemosynerpc.session_pb2 import ListResponse
 from mnemosynerpc.session_pb2 import Session as Wire
 
-from aio.steps import STEP_ITEMS, finished
+from aio.steps import finished
 from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import bag, damage
 from mnemosyned.sessions.columns import SessionColumns, tokens_of
-from mnemosyned.sessions.encoded import ExpiryField
 from mnemosyned.sessions.model import SHORT_FIELD_BYTES, DamagedSession, Session
-from mnemosyned.sessions.page_response import PageResponse, expiry_fields
+from mnemosyned.sessions.page_response import PageResponse
 
 YEAR_9999_US = 253_402_300_799_999_999
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=100)
@@ -68,18 +67,6 @@ def test_both_ways_encode_what_protobuf_would(sessions: list[Session]) -> None:
         assert ListResponse.FromString(encoded) == ListResponse(
             sessions=map(wire, sessions), next_page_token=str(len(sessions))
         )
-
-
-@given(st.lists(st.integers(0, YEAR_9999_US), max_size=STEP_ITEMS))
-def test_many_expiries_are_encoded_as_each_is(expiries_us: list[int]) -> None:
-    assert expiry_fields(expiries_us) == [ExpiryField().encode(us) for us in expiries_us]
-
-
-@pytest.mark.parametrize("us", [0, 1, 2_097, 2_098, 268_435, 268_436, 999_999])
-def test_the_size_of_an_expiry_may_change_at_any_microsecond(us: int) -> None:
-    expiries_us = [1_764_000_000_000_000 + us] * STEP_ITEMS
-
-    assert expiry_fields(expiries_us) == [ExpiryField().encode(one) for one in expiries_us]
 
 
 @pytest.mark.parametrize(
