@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 # How long calls wait for the end of a failover; the time for an answer is longer, and is for slots that move.
 _PATIENCE_S: Final = 1.0
 _PAUSES_S: Final = (0.0, 0.005, 0.02, 0.05, 0.1)
-# Between two questions to a primary that does not answer, and the time for one.
+# Between two questions to a primary that does not answer.
 _PROBE_PERIOD_S: Final = 0.1
 # Two looks at the slots are so far apart at least.
 _LOOK_PERIOD_S: Final = 0.05
@@ -131,10 +131,12 @@ class ClusterPool:
         """Return why a node refuses us for good; None: it may take us later."""
         if exc is None or not is_refusal(exc):
             return None
-        return StorageRefused(f"Redis at {self._address}: {name_of(exc)}; {hint_of(exc)}")
+        where = parse(self._address_text)
+        return StorageRefused(f"Redis at {where}: {name_of(exc)}; {hint_of(exc)}")
 
     async def close(self) -> None:
         """Close all connections; calls under way fail."""
+        self._address = None
         await self._tasks.close()
         primaries, self._primaries, self._topology = self.primaries(), {}, Topology()
         for primary in primaries:
@@ -224,9 +226,11 @@ class ClusterPool:
         self.clocks.keep(found.primaries)
 
     async def _connect(self, host: Host) -> Link:
-        assert self._address is not None
+        address = self._address
+        if address is None:
+            raise Uncovered("the store is closed")
         async with asyncio.timeout(self._options.connect_timeout_s):
-            return await open_link(self._address, host, self._address.login, 0)
+            return await open_link(address, host, address.login, 0)
 
     async def _look(self, link: Link) -> dict[str, str]:
         return await self._look_at(link)
@@ -270,6 +274,8 @@ class ClusterPool:
 
         `is_write`: its caller is told of its effect, or of that of another.
         """
+        if self._address is None:
+            return [StorageUnavailable("mnemosyned: storage: not connected")] * len(calls)
         timeout_s = timeout_s or self._options.timeout_s
         wait = 1 if self._options.wait is None else self._options.wait
         how = Sending(timeout_s=timeout_s, wait=wait, is_write=is_write, is_urgent=is_urgent)
