@@ -33,7 +33,7 @@ from mnemosyned.storage.redis import scripts
 from mnemosyned.storage.redis.address import Address, AddressError, parse
 from mnemosyned.storage.redis.cluster import slots
 from mnemosyned.storage.redis.cluster import topology as topologies
-from mnemosyned.storage.redis.cluster.admission import Admission, Renewals
+from mnemosyned.storage.redis.cluster.admission import Admission
 from mnemosyned.storage.redis.cluster.clocks import Clocks
 from mnemosyned.storage.redis.cluster.primary import Call, Primary, Surroundings
 from mnemosyned.storage.redis.cluster.topology import Host, Topology
@@ -86,8 +86,7 @@ class ClusterPool:
         self._look_at = watch.admit
         self._watch = watch
         self.clocks = Clocks()
-        self.renewals = Renewals()
-        self.admission = Admission(self._meet, self.renewals)
+        self.admission = Admission(self._meet)
         self.home = slots.home(options.prefix)
         self.buckets: Sequence[Space] = ()
         self._around = Surroundings(
@@ -172,10 +171,11 @@ class ClusterPool:
         if host is None:
             return None
         if host not in self._primaries:
-            self._primaries[host] = Primary(
-                host, self._around, size=self._options.pool_size, timeout_s=self._options.timeout_s
-            )
+            self._primaries[host] = self._new(host)
         return self._primaries[host]
+
+    def _new(self, host: Host) -> Primary:
+        return Primary(host, self._around, size=self._options.pool_size, timeout_s=self._options.timeout_s)
 
     async def look(self) -> None:
         """Ask for the primaries, unless that has just been done; an error leaves them as they are."""
@@ -218,12 +218,19 @@ class ClusterPool:
 
     async def _take(self, found: Topology) -> None:
         self._topology = found
+        new = found.primaries - self._primaries.keys()
         left = {host: one for host, one in self._primaries.items() if host not in found.primaries}
         for host, primary in left.items():
             del self._primaries[host]
             # What is under way there goes on to its end.
             await primary.server.renew()
         self.clocks.keep(found.primaries)
+        if any(one.is_suspect for one in left.values()):
+            # Calls to these sessions fail already: they do not begin to wait with others.
+            for host in new:
+                self._primaries[host] = self._new(host)
+                self._primaries[host].is_suspect = True
+                self._doubt(self._primaries[host])
 
     async def _connect(self, host: Host) -> Link:
         address = self._address
