@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +25,10 @@ from mnemosynerpc.session_pb2 import (
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 from redis_clusters import RedisCluster, call, redis_cluster
-from redis_servers import PASSWORD, needs_redis
+from redis_servers import PASSWORD, RedisServer, needs_redis
 from secrecy import CANARY
+
+from mnemosyned.storage.redis.cluster import slots
 
 pytestmark = needs_redis
 
@@ -123,3 +127,67 @@ def test_a_new_password_in_the_file_is_taken_without_a_failed_call(
             assert "a change to a single server needs a restart" in refused["error"]
         clients = [call(node, ("CLIENT", "LIST"))[0] for node in cluster.primaries()]
         assert any(b"user=other" in one for one in clients)
+
+
+def test_no_copy_outlives_a_delete_that_could_not_find_its_session_after_a_failover(
+    cluster: RedisCluster,
+) -> None:
+    """The leases are on another primary, which nothing happens to."""
+    cluster.until_whole()
+    names = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    common = (
+        "-storage=redis",
+        f"-redis.address={cluster.url}",
+        "-redis.prefix=lost:",
+        "-redis.wait=0",
+        "-cache.ttl=1m",
+        f"-cluster.seeds={','.join(names)}",
+        f"-cluster.secret={SECRET}",
+    )
+    home = cluster.primary_of(slots.home("lost:").slot)
+    victim = next(node for node in cluster.primaries() if node is not home)
+    replica = cluster.replica_of(victim)
+    tokens = tokens_at(cluster, victim, count=20)
+    nodes = [Daemon(*common, f"-cluster.listen={name}", f"-port={name.rpartition(':')[2]}") for name in names]
+    with nodes[0] as one, nodes[1] as other, one.leased().stub() as here, other.leased().stub() as there:
+        # The replica stands still, and its connection is closed. It does not get what is written now.
+        replica.signal(signal.SIGSTOP)
+        call(victim, ("CLIENT", "KILL", "TYPE", "replica"))
+        for token in tokens:
+            session = Session(access_token=token, subject_id="lost", bag={"k": CANARY})
+            here.Start(StartRequest(session=session), timeout=2)
+            for stub in (here, there):
+                stub.Get(GetRequest(access_token=token), timeout=2)
+        victim.kill()
+        replica.signal(signal.SIGCONT)
+        until_s = time.monotonic() + 20
+        while True:
+            try:
+                deleted = here.Delete(DeleteRequest(subject_id="lost"), timeout=5).value
+                break
+            except grpc.RpcError:
+                assert time.monotonic() < until_s
+        served = [token for token in tokens for stub in (here, there) if is_served(stub, token)]
+        victim.start()
+
+        assert (deleted, served) == (0, [])
+
+
+def tokens_at(cluster: RedisCluster, primary: RedisServer, *, count: int) -> list[str]:
+    """Return tokens whose sessions are at this primary."""
+    buckets = slots.buckets("lost:", 128)
+    tokens = (f"{CANARY}-{number}" for number in itertools.count())
+    there = {space.slot for space in buckets if cluster.primary_of(space.slot) is primary}
+    return list(
+        itertools.islice(
+            (token for token in tokens if buckets[slots.bucket_of(token.encode(), 128)].slot in there), count
+        )
+    )
+
+
+def is_served(stub: SessionManagerStub, token: str) -> bool:
+    try:
+        stub.Get(GetRequest(access_token=token), timeout=2)
+    except grpc.RpcError:
+        return False
+    return True

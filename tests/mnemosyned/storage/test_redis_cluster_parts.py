@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.lease import LEASE_US
+from cluster.lease import LEASE_US, stretched
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.storage.redis.cluster import slots, topology
-from mnemosyned.storage.redis.cluster.admission import Admission, Renewals, now_us
+from mnemosyned.storage.redis.cluster.admission import Admission, now_us
 from mnemosyned.storage.redis.cluster.clocks import Clocks
 from mnemosyned.storage.redis.cluster.topology import Topology
 
@@ -134,61 +134,60 @@ class Home:
         return self.answer
 
 
-async def test_a_server_is_admitted_once_a_renewal_was_sent_after_it_was_met() -> None:
-    home, renewals = Home(), Renewals()
-    admission = Admission(home.meet, renewals)
-    before_us = now_us()
-    renewals.answered(before_us)
-    admitting = asyncio.create_task(admission.admit(["a"]))
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert (home.met, admission.has_met("a")) == (["a"], False)
+LEFT_US = stretched(LEASE_US)
 
-    # One that was sent before it was met says nothing.
-    renewals.answered(before_us + 1)
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not admission.has_met("a")
-    renewals.answered(now_us())
+
+@pytest.mark.parametrize(
+    ("since_us", "nodes", "has_renewed", "wait_us"),
+    [
+        (0, 0, True, 0),  # no node has a lease
+        (LEFT_US * 2, 5, False, 0),  # others have waited
+        (LEFT_US - 50_000, 1, False, 50_000),
+        (LEFT_US * 2, 1, True, LEFT_US),  # by the own clock alone
+    ],
+)
+async def test_a_server_is_admitted_when_all_leases_from_before_it_was_met_have_run_out(
+    since_us: int, nodes: int, *, has_renewed: bool, wait_us: int
+) -> None:
+    home = Home(since_us=since_us, nodes=nodes)
+    admission = Admission(home.meet)
+    admission.has_renewed = has_renewed
+    begun_us = now_us()
+    admitting = asyncio.create_task(admission.admit("a"))
+    await asyncio.sleep(0.01)
+    assert admission.has_admitted("a") == (wait_us == 0)
     await admitting
 
-    assert admission.has_met("a")
-    await admission.admit(["a"])
+    assert wait_us <= now_us() - begun_us < wait_us + 300_000
+    assert admission.has_admitted("a")
+    await admission.admit("a")
     assert home.met == ["a"]
 
 
-async def test_without_a_lease_a_server_is_admitted_when_all_leases_of_others_have_run_out() -> None:
-    renewals = Renewals()
-    for since_us, nodes, least_s, most_s in (
-        (0, 0, 0, 0.1),
-        (LEASE_US * 2, 5, 0, 0.1),
-        (LEASE_US - 50_000, 1, 0.05, 0.3),
-    ):
-        begun_us = now_us()
-        await Admission(Home(since_us=since_us, nodes=nodes).meet, renewals).admit(["a"])
-        assert least_s * 1e6 <= now_us() - begun_us < most_s * 1e6
-
-
-async def test_a_lease_that_has_run_out_is_not_waited_for() -> None:
-    renewals = Renewals()
-    renewals.answered(now_us() - LEASE_US - 1)
-    admission = Admission(Home().meet, renewals)
+async def test_an_admission_that_was_given_up_goes_on() -> None:
+    home = Home(since_us=LEFT_US - 200_000)
+    admission = Admission(home.meet)
     begun_us = now_us()
-    await admission.admit(["a"])
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.03):
+                await admission.admit("a")
+    await admission.admit("a")
 
-    assert now_us() - begun_us < 200_000
+    assert home.met == ["a"]
+    assert now_us() - begun_us < 500_000
 
 
 async def test_a_server_that_cannot_be_met_is_not_admitted() -> None:
     home = Home(nodes=0)
-    admission = Admission(home.meet, Renewals())
+    admission = Admission(home.meet)
     home.fails = True
     with pytest.raises(StorageUnavailable):
-        await admission.admit(["a"])
-    assert not admission.has_met("a")
+        await admission.admit("a")
+    assert not admission.has_admitted("a")
     home.fails = False
-    await admission.admit(["a", "b"])
+    await admission.admit("a")
 
-    assert admission.has_met("a")
+    assert admission.has_admitted("a")
     admission.forget()
-    assert not admission.has_met("b")
+    assert not admission.has_admitted("a")

@@ -1,4 +1,4 @@
-"""When may the answers of a primary count? Once all nodes know that it is one.
+"""When may the answers of a primary count? Once no node has copies from before it.
 
 Leases, and the rows of nodes, are on one primary, the home; most sessions are on others. When one of those
 is lost and a replica takes its place, acknowledged writes may be lost with it, and copies of what was lost
@@ -9,19 +9,19 @@ rule 14), though the home has not changed. So:
     a new connection     the server says who it is: its process, and the history of its data
     one not met yet      its name is written at the home (meet.lua). If it is new there, the identity of the
                          store becomes another one, in the same step
-    before the first     this node waits for a renewal of its lease that it has sent after that, or until the
-    script on it         lease has run out. If it never had one, it waits until the leases have run out that
-                         other nodes had when the last primary was new
+    before the first     this node waits until each lease has run out that was renewed before that
+    script on it
 
-Why that is enough. Suppose that node W writes on the primary A', which has taken the place of A, and node H
-has a copy from A. W sends its script after a renewal which shows that A' is met, or without a lease. Either
-way a renewal that shows it comes before W's acknowledgement (rule 6), and by rule 14 W waits until each
-lease from before that renewal has run out; a process that is too young to see a change has waited for that
-before. A later renewal of H shows A' too, so H has dropped its copies. What H loads after that it loads
-from A', for which it waits itself.
+Why that is enough. A script runs on A', which has taken the place of A, at least LEASE after A' was met. A
+node H that serves copies then has sent its last renewal after A' was met. So the answer has shown H another
+identity, and H has dropped every copy (rule 3). What H has loaded since, from A', it has waited for itself.
+Nothing is left that H could have from A, and whatever the script finds or does not find, no caller is shown
+more of it by H.
+
+Nodes wait by their own clocks. Only a process that has just begun goes by the clock of the home, which says
+how long ago the last primary was new: it need not wait once more for what others have waited for.
 
 Nothing is said of a slot that moves between two primaries that are known: no write is lost by that.
-
 Renewals and bars need none of it. They are at the home, whose answers say themselves who it is.
 """
 
@@ -35,69 +35,38 @@ from cluster.lease import LEASE_US, stretched
 from mnemosyned.sessions.clock import uptime_ns
 
 
-class Renewals:
-    """When this node has sent the last renewal of its lease that was answered."""
-
-    def __init__(self) -> None:
-        self._sent_us: int | None = None
-        self._answered = asyncio.Event()
-
-    @property
-    def has_any(self) -> bool:
-        """Whether there was one."""
-        return self._sent_us is not None
-
-    def answered(self, sent_us: int) -> None:
-        """Take note of an answer, which the lease takes in before anything else runs."""
-        if self._sent_us is None or sent_us > self._sent_us:
-            self._sent_us = sent_us
-        self._answered.set()
-        self._answered = asyncio.Event()
-
-    async def until_after(self, instant_us: int) -> None:
-        """Wait for the answer to a renewal that was sent after an instant, or for the end of the lease."""
-        while self._sent_us is not None and self._sent_us <= instant_us:
-            left_us = self._sent_us + LEASE_US - now_us()
-            answered = self._answered
-            try:
-                async with asyncio.timeout(max(0, left_us) / US_PER_S):
-                    await answered.wait()
-            except TimeoutError:
-                return
-
-
 class Admission:
-    """Knows which servers have been met."""
+    """Knows which servers have been met, and from when on their answers count."""
 
-    def __init__(
-        self, meet: Callable[[Sequence[str]], Awaitable[tuple[int, int]]], renewals: Renewals
-    ) -> None:
+    def __init__(self, meet: Callable[[Sequence[str]], Awaitable[tuple[int, int]]]) -> None:
         """`meet` writes names at the home; it returns what meet.lua does, or raises StorageUnavailable."""
         self._meet = meet
-        self._renewals = renewals
-        self._met: set[str] = set()
+        self._due_us: dict[str, int] = {}
         self._lock = asyncio.Lock()
+        self.has_renewed = False  # set when this process has had a lease
 
-    def has_met(self, server: str) -> bool:
+    def has_admitted(self, server: str) -> bool:
         """Tell whether the answers of a server count."""
-        return server in self._met
+        due_us = self._due_us.get(server)
+        return due_us is not None and now_us() >= due_us
 
-    async def admit(self, servers: Sequence[str]) -> None:
-        """Meet servers, and return when their answers count. Raises StorageUnavailable."""
+    async def admit(self, server: str) -> None:
+        """Meet a server, and return when its answers count. Raises StorageUnavailable."""
         async with self._lock:
-            new = [server for server in servers if server not in self._met]
-            if not new:
-                return
-            since_us, nodes = await self._meet(new)
-            if self._renewals.has_any:
-                await self._renewals.until_after(now_us())
-            elif nodes:
-                await asyncio.sleep(max(0, stretched(LEASE_US) - since_us) / US_PER_S)
-            self._met |= set(new)
+            if server not in self._due_us:
+                since_us, nodes = await self._meet([server])
+                self._due_us[server] = now_us() + self._wait_us(since_us, nodes)
+        # A caller may give up, and the next one goes on.
+        await asyncio.sleep(max(0, self._due_us.get(server, 0) - now_us()) / US_PER_S)
+
+    def _wait_us(self, since_us: int, nodes: int) -> int:
+        if not nodes:
+            return 0
+        return stretched(LEASE_US) if self.has_renewed else max(0, stretched(LEASE_US) - since_us)
 
     def forget(self) -> None:
         """Meet all servers once more."""
-        self._met.clear()
+        self._due_us.clear()
 
 
 def now_us() -> int:

@@ -33,7 +33,7 @@ from mnemosyned.storage.redis import scripts
 from mnemosyned.storage.redis.address import Address, AddressError, parse
 from mnemosyned.storage.redis.cluster import slots
 from mnemosyned.storage.redis.cluster import topology as topologies
-from mnemosyned.storage.redis.cluster.admission import Admission, Renewals
+from mnemosyned.storage.redis.cluster.admission import Admission
 from mnemosyned.storage.redis.cluster.clocks import Clocks
 from mnemosyned.storage.redis.cluster.primary import Call, Primary, Surroundings
 from mnemosyned.storage.redis.cluster.topology import Host, Topology
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 # How long calls wait for the end of a failover; the time for an answer is longer, and is for slots that move.
 _PATIENCE_S: Final = 1.0
 _PAUSES_S: Final = (0.0, 0.005, 0.02, 0.05, 0.1)
-# Between two questions to a primary that does not answer, and the time for one.
+# Between two questions to a primary that does not answer.
 _PROBE_PERIOD_S: Final = 0.1
 # Two looks at the slots are so far apart at least.
 _LOOK_PERIOD_S: Final = 0.05
@@ -86,8 +86,7 @@ class ClusterPool:
         self._look_at = watch.admit
         self._watch = watch
         self.clocks = Clocks()
-        self.renewals = Renewals()
-        self.admission = Admission(self._meet, self.renewals)
+        self.admission = Admission(self._meet)
         self.home = slots.home(options.prefix)
         self.buckets: Sequence[Space] = ()
         self._around = Surroundings(
@@ -131,10 +130,12 @@ class ClusterPool:
         """Return why a node refuses us for good; None: it may take us later."""
         if exc is None or not is_refusal(exc):
             return None
-        return StorageRefused(f"Redis at {self._address}: {name_of(exc)}; {hint_of(exc)}")
+        where = parse(self._address_text)
+        return StorageRefused(f"Redis at {where}: {name_of(exc)}; {hint_of(exc)}")
 
     async def close(self) -> None:
         """Close all connections; calls under way fail."""
+        self._address = None
         await self._tasks.close()
         primaries, self._primaries, self._topology = self.primaries(), {}, Topology()
         for primary in primaries:
@@ -170,10 +171,11 @@ class ClusterPool:
         if host is None:
             return None
         if host not in self._primaries:
-            self._primaries[host] = Primary(
-                host, self._around, size=self._options.pool_size, timeout_s=self._options.timeout_s
-            )
+            self._primaries[host] = self._new(host)
         return self._primaries[host]
+
+    def _new(self, host: Host) -> Primary:
+        return Primary(host, self._around, size=self._options.pool_size, timeout_s=self._options.timeout_s)
 
     async def look(self) -> None:
         """Ask for the primaries, unless that has just been done; an error leaves them as they are."""
@@ -216,17 +218,26 @@ class ClusterPool:
 
     async def _take(self, found: Topology) -> None:
         self._topology = found
+        new = found.primaries - self._primaries.keys()
         left = {host: one for host, one in self._primaries.items() if host not in found.primaries}
         for host, primary in left.items():
             del self._primaries[host]
             # What is under way there goes on to its end.
             await primary.server.renew()
         self.clocks.keep(found.primaries)
+        if any(one.is_suspect for one in left.values()):
+            # Calls to these sessions fail already: they do not begin to wait with others.
+            for host in new:
+                self._primaries[host] = self._new(host)
+                self._primaries[host].is_suspect = True
+                self._doubt(self._primaries[host])
 
     async def _connect(self, host: Host) -> Link:
-        assert self._address is not None
+        address = self._address
+        if address is None:
+            raise Uncovered("the store is closed")
         async with asyncio.timeout(self._options.connect_timeout_s):
-            return await open_link(self._address, host, self._address.login, 0)
+            return await open_link(address, host, address.login, 0)
 
     async def _look(self, link: Link) -> dict[str, str]:
         return await self._look_at(link)
@@ -270,6 +281,8 @@ class ClusterPool:
 
         `is_write`: its caller is told of its effect, or of that of another.
         """
+        if self._address is None:
+            return [StorageUnavailable("mnemosyned: storage: not connected")] * len(calls)
         timeout_s = timeout_s or self._options.timeout_s
         wait = 1 if self._options.wait is None else self._options.wait
         how = Sending(timeout_s=timeout_s, wait=wait, is_write=is_write, is_urgent=is_urgent)

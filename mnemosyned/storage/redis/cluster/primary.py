@@ -84,6 +84,9 @@ class Primary:
         """Ask what it is and for its time. Raises StorageUnavailable."""
         try:
             await self.server.use("look", self.inspect, timeout_s=self._timeout_s)
+            if self.is_suspect:
+                # Calls fail at once meanwhile, rather than wait with calls to others.
+                await self._around.admission.admit(self._identity)
         except StorageUnavailable as exc:
             self._suspect(exc)
             raise
@@ -118,8 +121,8 @@ class Primary:
         return link
 
     async def _admit(self, link: Link) -> None:
-        if not self._around.admission.has_met(link.identity):
-            await self._around.admission.admit([link.identity])
+        if not self._around.admission.has_admitted(link.identity):
+            await self._around.admission.admit(link.identity)
 
     def _suspect(self, exc: StorageUnavailable) -> None:
         # Calls that wait for a connection of ours say nothing of the server.

@@ -23,7 +23,6 @@ from mnemosyned.sessions.model import MAX_PAGE_BYTES, Criteria
 from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
 from mnemosyned.storage.redis import scripts
 from mnemosyned.storage.redis.cluster import trial
-from mnemosyned.storage.redis.cluster.admission import now_us
 from mnemosyned.storage.redis.cluster.moves import Moves
 from mnemosyned.storage.redis.cluster.pages import Pages
 from mnemosyned.storage.redis.cluster.space_pool import SpacePool
@@ -104,10 +103,8 @@ class ClusterStore:
 
     async def renew(self, renewal: Renewal) -> Renewed:
         """See LeaseStore."""
-        sent_us = now_us()
         answer = await self._rows.renew(renewal)
-        # Nothing else runs until the lease has taken the answer in.
-        self._pool.renewals.answered(sent_us)
+        self._pool.admission.has_renewed = True
         return answer._replace(clock_us=answer.clock_us - self._state.behind_us())
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:
