@@ -409,15 +409,21 @@ async def test_an_interruption_that_lasts_is_unavailable_when_the_time_is_up(
 async def test_a_write_without_a_majority_is_unavailable_and_may_have_been_done(
     server: MongoServer, store: MongoStore
 ) -> None:
+    await started(store, "b")
     error = {"code": 64, "errmsg": "waiting for replication timed out"}
-    with (
-        failing(server, "update", times=1, writeConcernError=error),
-        pytest.raises(StorageUnavailable) as failed,
+    for command, call in (
+        ("update", store.start([new("a")])),
+        ("update", store.set_values([ValueChange(access_token="b", key="k", value="v")])),
+        ("delete", store.abandon([Abandonment(access_token="b")])),
+        ("findAndModify", store.renew(Renewal("a", 1, 1, "", 0))),
     ):
-        await store.start([new("a")])
-
-    assert "no majority of the members has confirmed a write" in failed.value.detail
-    assert failed.value.is_under_way
+        with (
+            failing(server, command, times=1, writeConcernError=error),
+            pytest.raises(StorageUnavailable) as failed,
+        ):
+            await call
+        assert "no majority of the members has confirmed a write" in failed.value.detail
+        assert failed.value.is_under_way
 
 
 async def test_a_stalled_server_is_unavailable_within_the_time_out_and_then_used_again(
