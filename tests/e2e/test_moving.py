@@ -215,27 +215,35 @@ def test_export_and_import_may_be_piped(postgres_flags: list[str], redis_flags: 
 
 
 @pytest.fixture
-def file(redis_flags: list[str], tmp_path: Path) -> Path:
+def file(tmp_path: Path) -> Path:
     """A file of three sessions."""
+    return many_sessions(tmp_path / "three", 3, bag_bytes=10)
+
+
+@pytest.fixture
+def exported(redis_flags: list[str], tmp_path: Path) -> Path:
+    """A file of three sessions that are in Redis."""
     start(redis_flags)
     export(redis_flags, tmp_path / "f")
     return tmp_path / "f"
 
 
-def test_a_file_is_for_its_user_alone_and_never_replaced_unasked(file: Path, redis_flags: list[str]) -> None:
-    before = file.read_bytes()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+def test_a_file_is_for_its_user_alone_and_never_replaced_unasked(
+    exported: Path, redis_flags: list[str]
+) -> None:
+    before = exported.read_bytes()
+    assert stat.S_IMODE(exported.stat().st_mode) == 0o600
 
-    assert mnemosyned("export", *redis_flags, f"-output={file}") == (
+    assert mnemosyned("export", *redis_flags, f"-output={exported}") == (
         1,
         "",
-        f"mnemosyned: {file} exists already\n",
+        f"mnemosyned: {exported} exists already\n",
     )
-    assert file.read_bytes() == before
-    export(redis_flags, file, "-overwrite")
+    assert exported.read_bytes() == before
+    export(redis_flags, exported, "-overwrite")
 
-    assert file.read_bytes() != before
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert exported.read_bytes() != before
+    assert stat.S_IMODE(exported.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
@@ -248,7 +256,7 @@ def test_a_file_is_for_its_user_alone_and_never_replaced_unasked(file: Path, red
             "the file was changed or is damaged: its checksum is another one",
         ),
         (
-            lambda lines: [lines[0], lines[1].replace("user:1", "user:2"), *lines[2:]],
+            lambda lines: [lines[0], lines[1].replace("user:0", "user:9"), *lines[2:]],
             "its checksum is another one",
         ),
         (
@@ -279,7 +287,6 @@ def test_a_spoilt_file_changes_nothing(
     assert mnemosyned("check", *postgres_flags)[1] == "0 sessions checked, 0 damaged\n"
 
 
-@pytest.mark.usefixtures("file")
 def test_a_full_disk_is_told_in_one_line(redis_flags: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -307,7 +314,7 @@ def limited(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str]
 
 
 def test_a_file_that_grows_too_large_is_told_in_one_line_and_removed(
-    redis_flags: list[str], file: Path, tmp_path: Path
+    redis_flags: list[str], exported: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "new" / "f"
     path.parent.mkdir()
@@ -317,7 +324,7 @@ def test_a_file_that_grows_too_large_is_told_in_one_line_and_removed(
     assert (code, err.splitlines()[-1]) == (1, f"mnemosyned: {path}: File too large")
     assert "Traceback" not in err
     assert list(path.parent.iterdir()) == []
-    assert limited("import", *redis_flags, stdin=file.read_text(), TMPDIR=str(path.parent)) == (
+    assert limited("import", *redis_flags, stdin=exported.read_text(), TMPDIR=str(path.parent)) == (
         1,
         "mnemosyned: the copy of the input in the directory TMPDIR: File too large\n",
     )
@@ -356,23 +363,23 @@ def test_the_commands_explain_themselves(command: str) -> None:
     assert out.startswith(f"usage: mnemosyned {command}")
 
 
-def test_other_sessions_are_left_until_they_may_be_replaced(file: Path, redis_flags: list[str]) -> None:
+def test_other_sessions_are_left_until_they_may_be_replaced(exported: Path, redis_flags: list[str]) -> None:
     (token, *_) = [
-        json.loads(line)["session"]["access_token"] for line in file.read_text().splitlines()[1:-1]
+        json.loads(line)["session"]["access_token"] for line in exported.read_text().splitlines()[1:-1]
     ]
     with Daemon(*redis_flags) as daemon, daemon.serving().stub() as stub:
         stub.SetValue(SetValueRequest(access_token=token, key="k", value="later"))
         other = stub.Start(NEW).session.access_token
         assert daemon.stop() == 0
 
-    code, out, err = mnemosyned("import", *redis_flags, f"-input={file}")
+    code, out, err = mnemosyned("import", *redis_flags, f"-input={exported}")
     assert (code, out) == (1, "")
     assert "other sessions with the tokens of 1 of the 3 in the file" in err
-    assert mnemosyned("import", *redis_flags, f"-input={file}", "-existing=skip")[:2] == (
+    assert mnemosyned("import", *redis_flags, f"-input={exported}", "-existing=skip")[:2] == (
         1,
         "0 sessions imported, 2 there already, 1 different and left\n",
     )
-    assert mnemosyned("import", *redis_flags, f"-input={file}", "-existing=replace", "-prune")[:2] == (
+    assert mnemosyned("import", *redis_flags, f"-input={exported}", "-existing=replace", "-prune")[:2] == (
         0,
         "0 sessions imported, 2 there already, 1 replaced, 1 pruned\n",
     )
@@ -463,10 +470,10 @@ def test_memory_does_not_grow_with_the_number_of_sessions(redis_flags: list[str]
     assert (tmp_path / "out").stat().st_size == pytest.approx(path.stat().st_size, abs=1000)
 
 
-def test_a_terminal_shows_how_far_it_is(redis_flags: list[str], file: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_how_far_it_is(redis_flags: list[str], exported: Path, tmp_path: Path) -> None:
     for command in ("export", "import"):
         ours, theirs = pty.openpty()
-        where = f"-output={tmp_path / 'new'}" if command == "export" else f"-input={file}"
+        where = f"-output={tmp_path / 'new'}" if command == "export" else f"-input={exported}"
         done = subprocess.run(
             [*COMMAND, command, *redis_flags, where], stderr=theirs, stdout=theirs, check=False
         )
@@ -479,7 +486,6 @@ def test_a_terminal_shows_how_far_it_is(redis_flags: list[str], file: Path, tmp_
         assert shown.count("\r") > 1
 
 
-@pytest.mark.usefixtures("file")
 def test_no_tokens_are_shown_on_a_terminal_unasked(redis_flags: list[str]) -> None:
     ours, theirs = pty.openpty()
     done = subprocess.run(
@@ -496,7 +502,7 @@ def test_no_tokens_are_shown_on_a_terminal_unasked(redis_flags: list[str]) -> No
 
 def many_sessions(path: Path, count: int, *, bag_bytes: int) -> Path:
     writer = Writer()
-    stored = bag.encode({"k": "x" * bag_bytes})
+    stored = bag.encode({"k": CANARY + "x" * bag_bytes})
     expires_at_us = int((time.time() + 3600) * 1e6)
     header = Header(engine="test", version="1", exported_at_us=expires_at_us, hmac_key_ids=())
     with path.open("w") as file:
