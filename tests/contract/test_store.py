@@ -23,7 +23,9 @@ from mnemosyned.storage import engines
 from mnemosyned.storage.hashed import HashedStore
 
 
-@pytest.fixture(params=[*stores.ENGINES, *stores.FLAVOURS, *(f"hashed {name}" for name in stores.RENAMABLE)])
+@pytest.fixture(
+    params=[*stores.ENGINES, *stores.flavours(), *(f"hashed {name}" for name in stores.RENAMABLE)]
+)
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     async with stores.opened(request.param.removeprefix("hashed "), request) as plain:
         if request.param.startswith("hashed"):

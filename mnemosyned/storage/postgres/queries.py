@@ -69,6 +69,17 @@ __all__ = ["Queries", "Query"]
 _ASKED: Final = "access_token = ANY($1::bytea[])"
 
 
+# What changes with every change of a row, and its type. `xmin` is the transaction that wrote it.
+_XMIN: Final = ("xmin", "xid")
+# Of a bag that is too long, only its length: the row is damaged whatever it holds.
+_DIGEST: Final = (
+    "md5(concat_ws('/', encode(refresh_token, 'hex'), subject_id, subject_client, octet_length(bag)::text, "
+    f"CASE WHEN octet_length(bag) <= {MAX_BAG_BYTES} THEN encode(bag, 'hex') END, "
+    "extract(epoch FROM expire_at)::text))"
+)
+_PLAIN_VERSION: Final = (_DIGEST, "text")
+
+
 class Queries:
     """All statements for one table.
 
@@ -76,9 +87,14 @@ class Queries:
     conditions of `conditions.py`, which are constant texts. Values are parameters.
     """
 
-    def __init__(self, table: str, *, is_due: bool = False) -> None:
-        """`is_due`: the table has the column `due_at` and its index."""
+    def __init__(self, table: str, *, is_due: bool = False, identity: str | None = None) -> None:
+        """`is_due`: the table has the column `due_at` and its index.
+
+        With `identity`, the table with the store's identity, the statements are plain ones (`kind.py`).
+        """
         self.is_due = is_due
+        self.is_plain = identity is not None
+        version = _PLAIN_VERSION if self.is_plain else _XMIN
         self.walks: Walks = WalksByDueTime(table) if is_due else WalksByExpiry(table)
         # Storage.now_us. It does not touch the table, so the clock is known while that is locked.
         self.now = Query("now", "SELECT clock_timestamp() AS now")
@@ -88,7 +104,7 @@ class Queries:
         self.identity = Query(
             "identity",
             f"SELECT concat_ws('/', system_identifier, current_database(), '{_literal(table)}') AS identity "
-            "FROM pg_control_system()",
+            f"FROM {'pg_control_system()' if identity is None else _identity_of(identity)}",
         )
         # Storage.estimated_sessions: rows per page when the table was last analyzed, times its pages now, as
         # the planner estimates. It reads the catalog and the file's size, and never the table.
@@ -96,24 +112,32 @@ class Queries:
             "estimate",
             "SELECT (CASE WHEN relpages > 0 THEN reltuples / relpages ELSE 0 END * pg_relation_size(oid) "
             "/ current_setting('block_size')::int)::bigint AS sessions "
-            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass",
+            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass"
+            if not self.is_plain
+            # Its catalog may have no number of rows, and to count them is to read them.
+            else "SELECT 0::bigint AS sessions",
         )
         self.start = _start(table, is_due=is_due)
         self.load = _load(table)
         self.load_unmoved = _load_unmoved(table)
         self.exist = _exist(table)
-        self.read_bags = _read_bags(table)
+        # For plain statements the bag is its own version, as it is for bags that are remembered. On
+        # PostgreSQL it would cost: a large one is sent twice (1.2 times as long for 100 kB, twice for 1 MB).
+        self.read_bags = _read_bags(table, version="bag" if self.is_plain else "xmin")
         # The last round of SessionStore.set_values: the rows stay locked until the same transaction has
         # written them.
-        self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE")
-        self.write_bags = _write_bags(table)
+        self.lock_bags = _read_bags(
+            table, "ORDER BY access_token FOR NO KEY UPDATE", version="bag" if self.is_plain else "xmin"
+        )
+        self.write_bags = _write_bags(table, is_known=self.is_plain)
         self.write_known = _write_bags(table, is_known=True)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
-        self.stored_from = _stored_from(table)
-        self.remove_unchanged = _remove_unchanged(table)
+        self.rename_steps = RenameSteps(table)
+        self.stored_from = _stored_from(table, version)
+        self.remove_unchanged = _remove_unchanged(table, version)
         # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
         # of by OFFSET, so each page costs the same, and renamings meanwhile neither repeat nor hide others.
         self.stored_keys_after = Query(
@@ -214,7 +238,7 @@ def _exist(table: str) -> Query:
     )
 
 
-def _read_bags(table: str, locking: str = "") -> Query:
+def _read_bags(table: str, locking: str = "", *, version: str = "xmin") -> Query:
     """The first half of SessionStore.set_values: bags, and the version that each row has.
 
     `xmin` is the number of the transaction that wrote the row: it changes with every UPDATE and costs no
@@ -224,7 +248,7 @@ def _read_bags(table: str, locking: str = "") -> Query:
     return Query(
         "set_value_select",
         f"SELECT access_token, CASE WHEN octet_length(bag) <= {MAX_BAG_BYTES} THEN bag END AS bag, "
-        f"xmin AS version, clock_timestamp() AS now FROM {table} "
+        f"{version} AS version, clock_timestamp() AS now FROM {table} "
         f"WHERE access_token = ANY($1::bytea[]) AND {LIVE} {locking}",
     )
 
@@ -340,7 +364,49 @@ def _rename(table: str, locking: str = "") -> Query:
     )
 
 
-def _stored_from(table: str) -> Query:
+class RenameSteps:
+    """`_rename` in single statements of one transaction, for servers that change a table once in each.
+
+    Parameters and locks are those of `_rename`. On PostgreSQL they would take twice as long for one session.
+    """
+
+    def __init__(self, table: str) -> None:
+        self.lock = self._lock(table, "SKIP LOCKED")
+        self.lock_one = self._lock(table)
+        # What occupies the new keys, and what is stored under both keys; nearly always nothing. Both are
+        # judged once more, since a start may have taken a new key meanwhile.
+        self.end = Query(
+            "rename",
+            f"DELETE FROM {table} AS there WHERE access_token = ANY($1::bytea[]) "
+            f"OR access_token = ANY($2::bytea[]) AND NOT {LIVE}",
+        )
+        self.move = Query(
+            "rename",
+            f"UPDATE {table} AS there SET access_token = asked.new "
+            "FROM unnest($1::bytea[], $2::bytea[]) AS asked (old, new) "
+            f"WHERE there.access_token = asked.old AND there.{_ASKED}",
+        )
+
+    @staticmethod
+    def _lock(table: str, locking: str = "") -> Query:
+        """Lock the rows under the old keys; say of each session whether it is there, locked and taken."""
+        return Query(
+            "rename",
+            "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY "
+            "AS one (old, new, number)), "
+            f"held AS MATERIALIZED (SELECT there.access_token AS old FROM {table} AS there "
+            f"WHERE there.{_ASKED} AND there.{LIVE} ORDER BY there.access_token FOR UPDATE {locking}), "
+            f"used AS MATERIALIZED (SELECT access_token AS new, {LIVE} AS is_taken FROM {table} "
+            "WHERE access_token = ANY($2::bytea[])) "
+            f"SELECT EXISTS (SELECT 1 FROM {table} AS there "
+            f"WHERE there.access_token IN (asked.old, asked.new) AND there.{LIVE}) AS is_there, "
+            "held.old IS NOT NULL AS is_held, is_taken "
+            "FROM asked LEFT JOIN held ON held.old = asked.old LEFT JOIN used ON used.new = asked.new "
+            "ORDER BY number",
+        )
+
+
+def _stored_from(table: str, version: tuple[str, str]) -> Query:
     """CheckableStore.stored_from: a range of the primary key, from $1 on, expired rows too.
 
     Parameters: the least key, how many rows, how many bytes. Locks nothing. A row is left to the next page if
@@ -352,13 +418,13 @@ def _stored_from(table: str) -> Query:
         "SELECT *, sum(octet_length(access_token) "
         "+ CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY access_token ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before "
-        f"FROM (SELECT {COLUMNS}, {DAMAGE} AS damage, xmin AS version FROM {table} "
+        f"FROM (SELECT {COLUMNS}, {DAMAGE} AS damage, {version[0]} AS version FROM {table} "
         "WHERE access_token >= $1 ORDER BY access_token LIMIT $2) AS page) AS summed "
         "WHERE COALESCE(bytes_before, 0) <= $3 ORDER BY access_token",
     )
 
 
-def _remove_unchanged(table: str) -> Query:
+def _remove_unchanged(table: str, version: tuple[str, str]) -> Query:
     """CheckableStore.remove_unchanged: delete rows that have still the version that was read.
 
     Parameters: keys, versions. Index: the primary key. Locks: the rows whose version still fits, in the
@@ -367,12 +433,16 @@ def _remove_unchanged(table: str) -> Query:
     return Query(
         "check_remove",
         f"WITH unchanged AS MATERIALIZED (SELECT held.access_token FROM {table} AS held "
-        "JOIN unnest($1::bytea[], $2::xid[]) AS asked (access_token, version) "
-        f"ON held.access_token = asked.access_token AND held.xmin = asked.version AND held.{_ASKED} "
+        f"JOIN unnest($1::bytea[], $2::{version[1]}[]) AS asked (access_token, version) "
+        f"ON held.access_token = asked.access_token AND {version[0]} = asked.version AND held.{_ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held) "
         f"DELETE FROM {table} AS held USING unchanged WHERE held.access_token = unchanged.access_token "
         f"AND held.{_ASKED} RETURNING held.access_token",
     )
+
+
+def _identity_of(table: str) -> str:
+    return f"(SELECT identity AS system_identifier FROM {table} WHERE id = 1) AS stored"
 
 
 def _literal(text: str) -> str:
