@@ -66,7 +66,7 @@ __all__ = ["Queries", "Query"]
 
 # Beside each join with the table, though the join says as much. If the table had no live row when it was
 # analyzed, PostgreSQL expects one row, and takes a walk of the whole key for as cheap as a look-up.
-_ASKED: Final = "access_token = ANY($1::bytea[])"
+ASKED: Final = "access_token = ANY($1::bytea[])"
 
 
 # What changes with every change of a row, and its type. `xmin` is the transaction that wrote it.
@@ -135,7 +135,6 @@ class Queries:
         self.touch = _touch(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
-        self.rename_steps = RenameSteps(table)
         self.stored_from = _stored_from(table, version)
         self.remove_unchanged = _remove_unchanged(table, version)
         # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
@@ -271,11 +270,11 @@ def _write_bags(table: str, *, is_known: bool = False) -> Query:
         "WITH unchanged AS MATERIALIZED (SELECT held.access_token, new.bag, not_after "
         f"FROM {table} AS held JOIN unnest($1::bytea[], $2::{kind}[], $3::bytea[], $4::timestamptz[]) "
         "AS new (access_token, before, bag, not_after) "
-        f"ON held.access_token = new.access_token AND held.{column} = new.before {live}AND held.{_ASKED} "
+        f"ON held.access_token = new.access_token AND held.{column} = new.before {live}AND held.{ASKED} "
         "ORDER BY held.access_token FOR NO KEY UPDATE OF held) "
         # The clock is compared here and not in `unchanged`, whose conditions are checked before the lock.
         f"UPDATE {table} AS held SET bag = unchanged.bag FROM unchanged "
-        f"WHERE held.access_token = unchanged.access_token AND held.{_ASKED} "
+        f"WHERE held.access_token = unchanged.access_token AND held.{ASKED} "
         "AND clock_timestamp() < not_after RETURNING held.access_token",
     )
 
@@ -294,10 +293,10 @@ def _abandon(table: str) -> Query:
         "abandon",
         "WITH ended AS MATERIALIZED (SELECT held.access_token, not_after "
         f"FROM {table} AS held JOIN unnest($1::bytea[], $2::timestamptz[]) "
-        f"AS asked (access_token, not_after) ON held.access_token = asked.access_token AND held.{_ASKED} "
+        f"AS asked (access_token, not_after) ON held.access_token = asked.access_token AND held.{ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held), "
         f"gone AS (DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
-        f"AND held.{_ASKED} AND clock_timestamp() < not_after "
+        f"AND held.{ASKED} AND clock_timestamp() < not_after "
         "RETURNING held.access_token, held.expire_at > now() AS was_live) "
         "SELECT access_token, was_live, was_live IS NULL AS is_late "
         "FROM ended LEFT JOIN gone USING (access_token)",
@@ -316,9 +315,9 @@ def _touch(table: str) -> Query:
         f"UPDATE {table} AS held SET expire_at = GREATEST(held.expire_at, new.expire_at) "
         f"FROM (SELECT access_token, asked.expire_at FROM {table} AS live "
         "JOIN unnest($1::bytea[], $2::timestamptz[]) AS asked (access_token, expire_at) "
-        f"USING (access_token) WHERE live.{LIVE} AND live.{_ASKED} "
+        f"USING (access_token) WHERE live.{LIVE} AND live.{ASKED} "
         "ORDER BY access_token FOR NO KEY UPDATE OF live) AS new "
-        f"WHERE held.access_token = new.access_token AND held.{_ASKED} RETURNING held.access_token",
+        f"WHERE held.access_token = new.access_token AND held.{ASKED} RETURNING held.access_token",
     )
 
 
@@ -345,11 +344,11 @@ def _rename(table: str, locking: str = "") -> Query:
         "held AS MATERIALIZED (SELECT asked.old, asked.new, "
         f"EXISTS (SELECT 1 FROM {table} AS taken WHERE taken.access_token = asked.new "
         f"AND taken.access_token = ANY($2::bytea[]) AND taken.{LIVE}) AS is_taken FROM {table} AS there "
-        f"JOIN asked ON there.access_token = asked.old AND there.{_ASKED} "
+        f"JOIN asked ON there.access_token = asked.old AND there.{ASKED} "
         f"WHERE there.{LIVE} ORDER BY asked.old FOR UPDATE OF there {locking}), "
         # Of two live sessions of one token, the one under the current key stays.
         f"ended AS (DELETE FROM {table} AS there USING held "
-        f"WHERE is_taken AND there.access_token = held.old AND there.{_ASKED}), "
+        f"WHERE is_taken AND there.access_token = held.old AND there.{ASKED}), "
         # An expired row does not exist, but cleanup has not seen it yet, and it occupies the key.
         f"expired AS (DELETE FROM {table} AS there USING held WHERE NOT is_taken "
         "AND there.access_token = held.new AND there.access_token = ANY($2::bytea[]) "
@@ -357,53 +356,11 @@ def _rename(table: str, locking: str = "") -> Query:
         # PostgreSQL runs the parts of a statement in any order. Counting `expired` (always >= 0) makes the
         # UPDATE wait until those rows are deleted, or the primary key would refuse it.
         f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held WHERE NOT is_taken "
-        f"AND there.access_token = held.old AND there.{_ASKED} AND (SELECT count(*) FROM expired) >= 0) "
+        f"AND there.access_token = held.old AND there.{ASKED} AND (SELECT count(*) FROM expired) >= 0) "
         # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         f"AND there.{LIVE}) AS is_there FROM asked ORDER BY number",
     )
-
-
-class RenameSteps:
-    """`_rename` in single statements of one transaction, for servers that change a table once in each.
-
-    Parameters and locks are those of `_rename`. On PostgreSQL they would take twice as long for one session.
-    """
-
-    def __init__(self, table: str) -> None:
-        self.lock = self._lock(table, "SKIP LOCKED")
-        self.lock_one = self._lock(table)
-        # What occupies the new keys, and what is stored under both keys; nearly always nothing. Both are
-        # judged once more, since a start may have taken a new key meanwhile.
-        self.end = Query(
-            "rename",
-            f"DELETE FROM {table} AS there WHERE access_token = ANY($1::bytea[]) "
-            f"OR access_token = ANY($2::bytea[]) AND NOT {LIVE}",
-        )
-        self.move = Query(
-            "rename",
-            f"UPDATE {table} AS there SET access_token = asked.new "
-            "FROM unnest($1::bytea[], $2::bytea[]) AS asked (old, new) "
-            f"WHERE there.access_token = asked.old AND there.{_ASKED}",
-        )
-
-    @staticmethod
-    def _lock(table: str, locking: str = "") -> Query:
-        """Lock the rows under the old keys; say of each session whether it is there, locked and taken."""
-        return Query(
-            "rename",
-            "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY "
-            "AS one (old, new, number)), "
-            f"held AS MATERIALIZED (SELECT there.access_token AS old FROM {table} AS there "
-            f"WHERE there.{_ASKED} AND there.{LIVE} ORDER BY there.access_token FOR UPDATE {locking}), "
-            f"used AS MATERIALIZED (SELECT access_token AS new, {LIVE} AS is_taken FROM {table} "
-            "WHERE access_token = ANY($2::bytea[])) "
-            f"SELECT EXISTS (SELECT 1 FROM {table} AS there "
-            f"WHERE there.access_token IN (asked.old, asked.new) AND there.{LIVE}) AS is_there, "
-            "held.old IS NOT NULL AS is_held, is_taken "
-            "FROM asked LEFT JOIN held ON held.old = asked.old LEFT JOIN used ON used.new = asked.new "
-            "ORDER BY number",
-        )
 
 
 def _stored_from(table: str, version: tuple[str, str]) -> Query:
@@ -434,10 +391,10 @@ def _remove_unchanged(table: str, version: tuple[str, str]) -> Query:
         "check_remove",
         f"WITH unchanged AS MATERIALIZED (SELECT held.access_token FROM {table} AS held "
         f"JOIN unnest($1::bytea[], $2::{version[1]}[]) AS asked (access_token, version) "
-        f"ON held.access_token = asked.access_token AND {version[0]} = asked.version AND held.{_ASKED} "
+        f"ON held.access_token = asked.access_token AND {version[0]} = asked.version AND held.{ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held) "
         f"DELETE FROM {table} AS held USING unchanged WHERE held.access_token = unchanged.access_token "
-        f"AND held.{_ASKED} RETURNING held.access_token",
+        f"AND held.{ASKED} RETURNING held.access_token",
     )
 
 

@@ -17,7 +17,6 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import asyncpg
@@ -45,7 +44,7 @@ from mnemosyned.sessions.model import (
     ValueChange,
 )
 from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
-from mnemosyned.storage.postgres import plain, trial
+from mnemosyned.storage.postgres import plain, renaming, trial
 from mnemosyned.storage.postgres.cleaning import Cleaner
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS, REFUSALS, Faults
 from mnemosyned.storage.postgres.kind import POSTGRESQL, Kind
@@ -53,7 +52,6 @@ from mnemosyned.storage.postgres.migration import Migration
 from mnemosyned.storage.postgres.node_table import NodeTable
 from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.queries import Queries
-from mnemosyned.storage.postgres.repeats import ROLLED_BACK
 from mnemosyned.storage.postgres.rows import (
     abandoned,
     escaped,
@@ -70,7 +68,6 @@ from mnemosyned.storage.postgres.walks import Call, Walks
 
 if TYPE_CHECKING:
     from asyncpg import Record
-    from asyncpg.pool import PoolConnectionProxy
 
 log = logging.getLogger(__name__)
 
@@ -311,32 +308,10 @@ class PostgresStore:
         news = [renaming.new.encode() for renaming in renamings]
         # One alone waits for its row; many skip locked rows, or they could deadlock (`queries._rename`).
         if self._queries.is_plain:
-            return await self._rename_in_steps(olds, news)
+            return [*await renaming.in_steps(self._pool, self._table.sql, olds, news)]
         query = self._queries.rename if len(renamings) > 1 else self._queries.rename_one
         rows = await self._pool.fetch(query, olds, news, passing=ITEM_FAULTS)
         return [row["is_there"] for row in rows]
-
-    async def _rename_in_steps(self, olds: list[bytes], news: list[bytes]) -> list[bool | MnemosyneError]:
-        steps, expected = self._queries.rename_steps, (*ITEM_FAULTS, *ROLLED_BACK)
-
-        async def rename(connection: PoolConnectionProxy[Record]) -> list[bool | MnemosyneError]:
-            run = partial(self._pool.run, connection, passing=expected)
-            rows = await run(steps.lock if len(olds) > 1 else steps.lock_one, olds, news)
-            held = [
-                (old, new, row["is_taken"])
-                for old, new, row in zip(olds, news, rows, strict=True)
-                if row["is_held"]
-            ]
-            # Of two live sessions of one token, the one under the current key stays.
-            ended = [old for old, _, is_taken in held if is_taken]
-            moved = [(old, new) for old, new, is_taken in held if not is_taken]
-            if any(is_taken is not None for *_, is_taken in held):
-                await run(steps.end, ended, [new for _, new in moved])
-            if moved:
-                await run(steps.move, [old for old, _ in moved], [new for _, new in moved])
-            return [row["is_there"] for row in rows]
-
-        return await self._pool.in_transaction(rename, passing=ITEM_FAULTS)
 
     async def _walk(self, call: Callable[[Walks], Call]) -> list[Record]:
         return await self._formed(lambda queries: call(queries.walks))
