@@ -21,6 +21,8 @@ from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon
 from replicas import Replicas, comes_back, execute, kill, promote, replicas, rewind, until_true
 
+from mnemosyned.embedded.server import EmbeddedPostgres
+
 pytestmark = pytest.mark.timeout(150)
 
 # Longer than any call takes that is answered at all, so that none ends by its deadline.
@@ -231,6 +233,17 @@ async def test_a_primary_that_has_lost_its_standby_is_left_for_the_one_that_was_
         await until(lambda: code_of(lambda: started(daemon)) is grpc.StatusCode.OK)  # noqa: B023
         assert exists(daemon, token)
     await until(lambda: execute(pair.primary.dsn, BACKENDS)[0][0] == 0)
+
+
+def test_a_server_that_refuses_the_user_does_not_matter_where_another_takes_writes(tmp_path: Path) -> None:
+    with (
+        EmbeddedPostgres.start(tmp_path / "one") as one,
+        EmbeddedPostgres.start(tmp_path / "stranger") as stranger,
+        # Both are looked at, since no timeline is known yet; the stranger has another password.
+        Daemon(f"-postgres.address={Replicas(one, stranger).url(one, stranger)}") as daemon,
+    ):
+        daemon.serving()
+        assert started(daemon)
 
 
 BACKENDS: Final = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'mnemosyned'"
