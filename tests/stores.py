@@ -5,11 +5,13 @@ An engine is an entry in `ENGINES`: the contract suites then run on it.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import asyncpg
 import mongodb_servers
@@ -28,6 +30,7 @@ from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.storage.mongodb.pool import MongoOptions, MongoPool
 from mnemosyned.storage.mongodb.schema import Names
 from mnemosyned.storage.mongodb.store import MongoStore
+from mnemosyned.storage.postgres.kind import Kind
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
@@ -39,6 +42,9 @@ from mnemosyned.storage.redis.store import RedisStore
 
 TTL_US = 60_000_000
 TOUCH_INTERVAL_US = 6_000_000
+
+
+ODD_TABLE: Final = Table(schema="odd schema", name='a"table')
 
 
 @dataclass
@@ -73,14 +79,13 @@ async def memory_engine(_: pytest.FixtureRequest) -> Engine:
     return Engine(store, shift)
 
 
-def new_postgres_store(dsn: str, table: Table) -> PostgresStore:
-    options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
+def new_postgres_store(dsn: str, table: Table, kind: Kind | None = None) -> PostgresStore:
+    options = PostgresOptions(dsn=dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5, kind=kind)
     return PostgresStore(PostgresPool(options, QueryMetrics(CollectorRegistry())), table)
 
 
-async def postgres_engine(dsn: str) -> Engine:
-    table = Table(schema="odd schema", name='a"table')
-    store = new_postgres_store(dsn, table)
+async def postgres_engine(dsn: str, kind: Kind | None = None, table: Table = ODD_TABLE) -> Engine:
+    store = new_postgres_store(dsn, table, kind)
 
     async def shift(token: str, seconds: float) -> None:
         connection = await asyncpg.connect(dsn)
@@ -92,6 +97,15 @@ async def postgres_engine(dsn: str) -> Engine:
         await connection.close()
 
     return Engine(store, shift)
+
+
+async def _plain(request: pytest.FixtureRequest) -> Engine:
+    return await postgres_engine(request.getfixturevalue("postgres_dsn"), Kind("plain", is_plain=True))
+
+
+async def _given(url: str, _: pytest.FixtureRequest) -> Engine:
+    # The database is not the tests' own, and need not be empty.
+    return await postgres_engine(url, table=Table(schema=f"test_{secrets.token_hex(4)}", name="session"))
 
 
 async def _postgres(request: pytest.FixtureRequest) -> Engine:
@@ -209,7 +223,13 @@ LAYOUTS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] 
     "redis cluster": _redis_cluster
 }
 # The same engine on another server.
-FLAVOURS: Final[dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]]] = {"valkey": _valkey}
+FLAVOURS: dict[str, Callable[[pytest.FixtureRequest], Awaitable[Engine]]] = {
+    "valkey": _valkey,
+    "plain postgres": _plain,
+}
+# Servers that speak PostgreSQL's protocol, by the variables that name one to run the suites on.
+_URLS: Final = {"cockroach": "COCKROACH_URL", "yugabyte": "YUGABYTE_URL", "citus": "CITUS_URL"}
+FLAVOURS |= {name: partial(_given, url) for name, one in _URLS.items() if (url := os.environ.get(one))}
 # Those of them whose tokens can be hashed.
 RENAMABLE: Final = [*(name for name in ENGINES if engines.ENGINES[name].capabilities.can_rename), *LAYOUTS]
 # Those whose server here takes long for what others do at once.
@@ -218,6 +238,15 @@ SLOW: Final = () if mongodb_servers.URL else ("mongodb",)
 CHECKABLE: Final = [
     name for name in RENAMABLE if name in LAYOUTS or engines.ENGINES[name].capabilities.can_check
 ]
+
+
+def flavours(*names: str) -> list[Any]:
+    """The flavours as parameters of a fixture, or some of them; those by a variable are marked."""
+    return [
+        pytest.param(name, marks=[getattr(pytest.mark, f"{name}_server")] if name in _URLS else [])
+        for name in FLAVOURS
+        if not names or name in {*names, *_URLS}
+    ]
 
 
 @asynccontextmanager

@@ -13,7 +13,13 @@ from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage.hashed import HashedStore
 
 
-@pytest.fixture(params=[*stores.CHECKABLE, *(f"hashed {name}" for name in stores.CHECKABLE)])
+@pytest.fixture(
+    params=[
+        *stores.CHECKABLE,
+        *stores.flavours("plain postgres"),
+        *(f"hashed {name}" for name in stores.CHECKABLE),
+    ]
+)
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     async with stores.opened(request.param.removeprefix("hashed "), request) as plain:
         if request.param.startswith("hashed"):

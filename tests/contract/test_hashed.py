@@ -36,7 +36,7 @@ READY = TokenHasher([KEY, FORMER_KEY], is_hashing=False)
 Named = Callable[[str], str]
 
 
-@pytest.fixture(params=stores.RENAMABLE)
+@pytest.fixture(params=[*stores.RENAMABLE, *stores.flavours("plain postgres")])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     async with stores.opened(request.param, request) as plain:
         yield plain

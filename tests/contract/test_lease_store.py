@@ -25,7 +25,7 @@ from mnemosyned.storage.postgres.schema import Table
 ONE, OTHER = 2**62 + 1, 7  # instances
 
 
-@pytest.fixture(params=[*stores.CHECKABLE, *stores.FLAVOURS, "hashed memory"])
+@pytest.fixture(params=[*stores.CHECKABLE, *stores.flavours(), "hashed memory"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[LeaseStore]:
     async with stores.opened(request.param.removeprefix("hashed "), request) as engine:
         if request.param.startswith("hashed"):

@@ -25,7 +25,7 @@ from mnemosyned.storage.hashed import HashedStore
 HASHED = [f"hashed {name}" for name in stores.RENAMABLE if name not in stores.SLOW]
 
 
-@pytest.fixture(params=[*stores.ENGINES, *stores.LAYOUTS, *stores.FLAVOURS, *HASHED])
+@pytest.fixture(params=[*stores.ENGINES, *stores.LAYOUTS, *stores.flavours(), *HASHED])
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     async with stores.opened(request.param.removeprefix("hashed "), request) as plain:
         if request.param.startswith("hashed"):

@@ -21,6 +21,8 @@ from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon
 from replicas import Replicas, comes_back, execute, kill, promote, replicas, rewind, until_true
 
+from mnemosyned.embedded.server import EmbeddedPostgres
+
 pytestmark = pytest.mark.timeout(150)
 
 # Longer than any call takes that is answered at all, so that none ends by its deadline.
@@ -97,8 +99,9 @@ async def test_a_failover_under_load_loses_nothing_that_was_acknowledged_and_rev
     assert [str(finding) for finding in check(recorder.operations)] == []
     # The copies of before, which were leased in a store that is no more.
     for daemon in daemons:
+        # On a busy machine a renewal may have been late just now.
+        await until(lambda daemon=daemon: count_of(daemon, "mnemosyned_lease_valid") == 1)
         assert count_of(daemon, 'mnemosyned_lease_drops_total{reason="replaced"}') == 1
-        assert count_of(daemon, "mnemosyned_lease_valid") == 1
         assert _lines_of_the_worst_second(daemon) < 100
 
 
@@ -231,6 +234,17 @@ async def test_a_primary_that_has_lost_its_standby_is_left_for_the_one_that_was_
         await until(lambda: code_of(lambda: started(daemon)) is grpc.StatusCode.OK)  # noqa: B023
         assert exists(daemon, token)
     await until(lambda: execute(pair.primary.dsn, BACKENDS)[0][0] == 0)
+
+
+def test_a_server_that_refuses_the_user_does_not_matter_where_another_takes_writes(tmp_path: Path) -> None:
+    with (
+        EmbeddedPostgres.start(tmp_path / "one") as one,
+        EmbeddedPostgres.start(tmp_path / "stranger") as stranger,
+        # Both are looked at, since no timeline is known yet; the stranger has another password.
+        Daemon(f"-postgres.address={Replicas(one, stranger).url(one, stranger)}") as daemon,
+    ):
+        daemon.serving()
+        assert started(daemon)
 
 
 BACKENDS: Final = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'mnemosyned'"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.postgres import trial
+from mnemosyned.storage.postgres import plain, trial
+from mnemosyned.storage.postgres.kind import kind_of
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
 from mnemosyned.storage.postgres.schema import Table, set_up
 from mnemosyned.storage.postgres.store import PostgresStore
@@ -54,8 +55,9 @@ def build(
 
 
 async def _make_ready(connection: AnyConnection, table: Table) -> None:
-    await set_up(connection, table)
-    await trial.run(connection, table, PostgresStore)
+    kind = kind_of(connection)
+    await (plain.set_up if kind.is_plain else set_up)(connection, table)
+    await trial.run(connection, table, partial(PostgresStore, kind=kind))
 
 
 def _follow(pool: PostgresPool, address: FileReloader[str]) -> None:

@@ -54,11 +54,11 @@ _node_of: Final = itemgetter(*NodeRow._fields)
 # A lease must not depend on a statement that has no answer: a later one may have.
 _TIMEOUT_S: Final = 1.0
 # Each row is written some times a second. Half-filled pages keep the versions of a row on one page (HOT).
-_FORM: Final = (
+COLUMNS_SQL: Final = (
     "name TEXT PRIMARY KEY, instance BIGINT NOT NULL, number BIGINT NOT NULL, ring TEXT NOT NULL, "
     "epoch BIGINT NOT NULL, base BIGINT NOT NULL, seen BIGINT NOT NULL, renewed_at TIMESTAMPTZ NOT NULL"
-    ") WITH (fillfactor = 50"
 )
+_FORM: Final = f"{COLUMNS_SQL}) WITH (fillfactor = 50"
 
 
 class NodeTable:
@@ -67,9 +67,19 @@ class NodeTable:
     def __init__(self, pool: PostgresPool, table: Table) -> None:
         self._pool = pool
         self._table = table
-        node = table.node.sql
+        self._name = ""  # of this node, once it has renewed
+        self._missing_since_s: float | None = None
+        self.use(is_plain=False)
+
+    def use(self, *, is_plain: bool) -> None:
+        """Use the statements of this kind of server (`kind.py`)."""
+        node = self._table.node.sql
         literal = node.replace("'", "''")
-        identity = f"concat_ws('/', pg_postmaster_start_time(), '{literal}'::regclass::oid)"
+        start = "pg_postmaster_start_time()"
+        if is_plain:
+            # Its servers start one by one, and a connection may be to any of them.
+            start = f"(SELECT identity FROM {self._table.identity.sql} WHERE id = 1)"
+        identity = f"concat_ws('/', {start}, '{literal}'::regclass::oid)"
         self._renew = Query(
             "renew",
             f"WITH renewed AS (INSERT INTO {node} AS n ({_COLUMNS}, renewed_at) "
@@ -104,8 +114,6 @@ class NodeTable:
             "ORDER BY md5(name || floor(extract(epoch FROM now()) / 300)::bigint::text), name LIMIT 1), "
             "$1::text) = $1::text AS is_it",
         )
-        self._name = ""  # of this node, once it has renewed
-        self._missing_since_s: float | None = None
 
     async def renew(self, renewal: Renewal) -> Renewed:
         """See LeaseStore."""
@@ -155,8 +163,13 @@ class NodeTable:
             raise exc
         try:
             async with self._pool.connection(passing=REFUSALS) as connection, connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", self._table.advisory_key)
-                await set_up(connection, self._table)
+                if self._pool.kind.is_plain:
+                    await connection.execute(
+                        f"CREATE TABLE IF NOT EXISTS {self._table.node.sql} ({COLUMNS_SQL})"
+                    )
+                else:
+                    await connection.execute("SELECT pg_advisory_xact_lock($1)", self._table.advisory_key)
+                    await set_up(connection, self._table)
         except (StorageRefused, *REFUSALS) as refusal:
             exc.detail = " ".join(str(refusal).split())
             raise exc from refusal
@@ -196,13 +209,14 @@ async def set_up(connection: AnyConnection, table: Table) -> None:
     await connection.execute(f"CREATE TABLE {node.sql} ({_FORM})")
 
 
-def name_beside(name: str) -> str:
-    """Return the name of the table of nodes for that of the sessions; names may have 63 bytes."""
-    beside = f"{name}_node"
+def name_beside(name: str, what: str = "node") -> str:
+    """Return a name that is made of the table's, such as that of the nodes; names may have 63 bytes."""
+    beside = f"{name}_{what}"
     if len(beside.encode()) <= _MAX_NAME_BYTES:
         return beside
     digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-    return f"{name.encode()[:_KEPT_BYTES].decode(errors='ignore')}_{digest}_node"
+    kept = _MAX_NAME_BYTES - len(f"_{digest}_{what}")
+    return f"{name.encode()[: min(kept, _KEPT_BYTES)].decode(errors='ignore')}_{digest}_{what}"
 
 
 _MAX_NAME_BYTES: Final = 63

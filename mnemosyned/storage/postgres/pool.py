@@ -60,6 +60,7 @@ from mnemosyned.storage.postgres.faults import (
     is_refusal_of_a_pooler,
     name_of,
 )
+from mnemosyned.storage.postgres.kind import POSTGRESQL, Kind, kind_of
 from mnemosyned.storage.postgres.pooler import find_pooler
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.read_only import ReadOnlyServer
@@ -95,6 +96,7 @@ class PostgresOptions:
     statement_timeout_s: float
     # What the address leaves out (address.py). Nothing for a server of our own.
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    kind: Kind | None = None  # of the server; None: what it says of itself
 
 
 class PostgresPool:
@@ -118,6 +120,7 @@ class PostgresPool:
         self._acquiring = 0  # statements that wait for the pool: for them nothing is kept
         self._epoch = 0  # raised by `renew`: connections of earlier ones are not kept
         self._lent: set[PoolConnectionProxy[Record]] = set()
+        self.kind = options.kind or POSTGRESQL  # known once it is open
         self.read_only = ReadOnlyServer()
         self.is_table_suspected = False  # a statement failed because of the table, since it was last tried
         self._acquisition = Acquisition(options.pool_size)
@@ -155,6 +158,8 @@ class PostgresPool:
         if self._dsn != dsn:
             await self.close()
             raise StorageUnavailable("mnemosyned: storage: its address has changed")
+        if self.kind.is_plain:
+            log.warning("server_is_not_postgresql", extra={"kind": self.kind.name, **self._faults.where})
         self._metrics.watch_pool(size=self._size, in_use=self._in_use, waiting=lambda: self._acquiring)
 
     async def use(self, dsn: str) -> None:
@@ -194,7 +199,11 @@ class PostgresPool:
         connection = await connector.connect()
         try:
             await session_settings.apply(
-                connection, self._options.statement_timeout_s, new.settings, is_pooled=is_pooled
+                connection,
+                self._options.statement_timeout_s,
+                new.settings,
+                is_pooled=is_pooled,
+                is_plain=kind_of(connection).is_plain,
             )
             await self.prepare(connection)
         finally:
@@ -445,7 +454,8 @@ class PostgresPool:
         )
         try:
             async with pool.acquire() as connection:
-                await session_settings.warn_of_server(connection)
+                if not self.kind.is_plain:
+                    await session_settings.warn_of_server(connection)
         except BaseException:
             pool.terminate()
             raise
@@ -465,6 +475,7 @@ class PostgresPool:
             if newer is None or newer is connector:
                 raise
             connection = await newer.connect()
+        self.kind = self._options.kind or kind_of(connection)
         self.read_only.opened(connection)
         return connection
 
@@ -478,6 +489,7 @@ class PostgresPool:
                     self._options.statement_timeout_s,
                     self._connector.address.settings,
                     is_pooled=self._is_pooled,
+                    is_plain=self.kind.is_plain,
                 )
         except BaseException:
             # asyncpg would wait for the end of the statement.

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.postgres.kind import kind_of
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Record
@@ -58,6 +59,9 @@ async def find_pooler(connect: Callable[[], Awaitable[Connection[Record]]]) -> b
         asyncpg's errors, OSError, TimeoutError: there is no answer.
     """
     async with _lent(connect) as first:
+        if kind_of(first).is_plain:
+            # Its connections are none of PostgreSQL's processes. Give the address of the server.
+            return False
         if await _holds(first, f"pg_backend_pid() = {first.get_server_pid()}"):
             return False
         await _check_transactions(first)

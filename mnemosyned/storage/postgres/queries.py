@@ -66,7 +66,18 @@ __all__ = ["Queries", "Query"]
 
 # Beside each join with the table, though the join says as much. If the table had no live row when it was
 # analyzed, PostgreSQL expects one row, and takes a walk of the whole key for as cheap as a look-up.
-_ASKED: Final = "access_token = ANY($1::bytea[])"
+ASKED: Final = "access_token = ANY($1::bytea[])"
+
+
+# What changes with every change of a row, and its type. `xmin` is the transaction that wrote it.
+_XMIN: Final = ("xmin", "xid")
+# Of a bag that is too long, only its length: the row is damaged whatever it holds.
+_DIGEST: Final = (
+    "md5(concat_ws('/', encode(refresh_token, 'hex'), subject_id, subject_client, octet_length(bag)::text, "
+    f"CASE WHEN octet_length(bag) <= {MAX_BAG_BYTES} THEN encode(bag, 'hex') END, "
+    "extract(epoch FROM expire_at)::text))"
+)
+_PLAIN_VERSION: Final = (_DIGEST, "text")
 
 
 class Queries:
@@ -76,9 +87,14 @@ class Queries:
     conditions of `conditions.py`, which are constant texts. Values are parameters.
     """
 
-    def __init__(self, table: str, *, is_due: bool = False) -> None:
-        """`is_due`: the table has the column `due_at` and its index."""
+    def __init__(self, table: str, *, is_due: bool = False, identity: str | None = None) -> None:
+        """`is_due`: the table has the column `due_at` and its index.
+
+        With `identity`, the table with the store's identity, the statements are plain ones (`kind.py`).
+        """
         self.is_due = is_due
+        self.is_plain = identity is not None
+        version = _PLAIN_VERSION if self.is_plain else _XMIN
         self.walks: Walks = WalksByDueTime(table) if is_due else WalksByExpiry(table)
         # Storage.now_us. It does not touch the table, so the clock is known while that is locked.
         self.now = Query("now", "SELECT clock_timestamp() AS now")
@@ -88,7 +104,7 @@ class Queries:
         self.identity = Query(
             "identity",
             f"SELECT concat_ws('/', system_identifier, current_database(), '{_literal(table)}') AS identity "
-            "FROM pg_control_system()",
+            f"FROM {'pg_control_system()' if identity is None else _identity_of(identity)}",
         )
         # Storage.estimated_sessions: rows per page when the table was last analyzed, times its pages now, as
         # the planner estimates. It reads the catalog and the file's size, and never the table.
@@ -96,24 +112,31 @@ class Queries:
             "estimate",
             "SELECT (CASE WHEN relpages > 0 THEN reltuples / relpages ELSE 0 END * pg_relation_size(oid) "
             "/ current_setting('block_size')::int)::bigint AS sessions "
-            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass",
+            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass"
+            if not self.is_plain
+            # Its catalog may have no number of rows, and to count them is to read them.
+            else "SELECT 0::bigint AS sessions",
         )
         self.start = _start(table, is_due=is_due)
         self.load = _load(table)
         self.load_unmoved = _load_unmoved(table)
         self.exist = _exist(table)
-        self.read_bags = _read_bags(table)
+        # For plain statements the bag is its own version, as it is for bags that are remembered. On
+        # PostgreSQL it would cost: a large one is sent twice (1.2 times as long for 100 kB, twice for 1 MB).
+        self.read_bags = _read_bags(table, version="bag" if self.is_plain else "xmin")
         # The last round of SessionStore.set_values: the rows stay locked until the same transaction has
         # written them.
-        self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE")
-        self.write_bags = _write_bags(table)
+        self.lock_bags = _read_bags(
+            table, "ORDER BY access_token FOR NO KEY UPDATE", version="bag" if self.is_plain else "xmin"
+        )
+        self.write_bags = _write_bags(table, is_known=self.is_plain)
         self.write_known = _write_bags(table, is_known=True)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
-        self.stored_from = _stored_from(table)
-        self.remove_unchanged = _remove_unchanged(table)
+        self.stored_from = _stored_from(table, version)
+        self.remove_unchanged = _remove_unchanged(table, version)
         # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
         # of by OFFSET, so each page costs the same, and renamings meanwhile neither repeat nor hide others.
         self.stored_keys_after = Query(
@@ -214,7 +237,7 @@ def _exist(table: str) -> Query:
     )
 
 
-def _read_bags(table: str, locking: str = "") -> Query:
+def _read_bags(table: str, locking: str = "", *, version: str = "xmin") -> Query:
     """The first half of SessionStore.set_values: bags, and the version that each row has.
 
     `xmin` is the number of the transaction that wrote the row: it changes with every UPDATE and costs no
@@ -224,7 +247,7 @@ def _read_bags(table: str, locking: str = "") -> Query:
     return Query(
         "set_value_select",
         f"SELECT access_token, CASE WHEN octet_length(bag) <= {MAX_BAG_BYTES} THEN bag END AS bag, "
-        f"xmin AS version, clock_timestamp() AS now FROM {table} "
+        f"{version} AS version, clock_timestamp() AS now FROM {table} "
         f"WHERE access_token = ANY($1::bytea[]) AND {LIVE} {locking}",
     )
 
@@ -247,11 +270,11 @@ def _write_bags(table: str, *, is_known: bool = False) -> Query:
         "WITH unchanged AS MATERIALIZED (SELECT held.access_token, new.bag, not_after "
         f"FROM {table} AS held JOIN unnest($1::bytea[], $2::{kind}[], $3::bytea[], $4::timestamptz[]) "
         "AS new (access_token, before, bag, not_after) "
-        f"ON held.access_token = new.access_token AND held.{column} = new.before {live}AND held.{_ASKED} "
+        f"ON held.access_token = new.access_token AND held.{column} = new.before {live}AND held.{ASKED} "
         "ORDER BY held.access_token FOR NO KEY UPDATE OF held) "
         # The clock is compared here and not in `unchanged`, whose conditions are checked before the lock.
         f"UPDATE {table} AS held SET bag = unchanged.bag FROM unchanged "
-        f"WHERE held.access_token = unchanged.access_token AND held.{_ASKED} "
+        f"WHERE held.access_token = unchanged.access_token AND held.{ASKED} "
         "AND clock_timestamp() < not_after RETURNING held.access_token",
     )
 
@@ -270,10 +293,10 @@ def _abandon(table: str) -> Query:
         "abandon",
         "WITH ended AS MATERIALIZED (SELECT held.access_token, not_after "
         f"FROM {table} AS held JOIN unnest($1::bytea[], $2::timestamptz[]) "
-        f"AS asked (access_token, not_after) ON held.access_token = asked.access_token AND held.{_ASKED} "
+        f"AS asked (access_token, not_after) ON held.access_token = asked.access_token AND held.{ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held), "
         f"gone AS (DELETE FROM {table} AS held USING ended WHERE held.access_token = ended.access_token "
-        f"AND held.{_ASKED} AND clock_timestamp() < not_after "
+        f"AND held.{ASKED} AND clock_timestamp() < not_after "
         "RETURNING held.access_token, held.expire_at > now() AS was_live) "
         "SELECT access_token, was_live, was_live IS NULL AS is_late "
         "FROM ended LEFT JOIN gone USING (access_token)",
@@ -292,9 +315,9 @@ def _touch(table: str) -> Query:
         f"UPDATE {table} AS held SET expire_at = GREATEST(held.expire_at, new.expire_at) "
         f"FROM (SELECT access_token, asked.expire_at FROM {table} AS live "
         "JOIN unnest($1::bytea[], $2::timestamptz[]) AS asked (access_token, expire_at) "
-        f"USING (access_token) WHERE live.{LIVE} AND live.{_ASKED} "
+        f"USING (access_token) WHERE live.{LIVE} AND live.{ASKED} "
         "ORDER BY access_token FOR NO KEY UPDATE OF live) AS new "
-        f"WHERE held.access_token = new.access_token AND held.{_ASKED} RETURNING held.access_token",
+        f"WHERE held.access_token = new.access_token AND held.{ASKED} RETURNING held.access_token",
     )
 
 
@@ -321,11 +344,11 @@ def _rename(table: str, locking: str = "") -> Query:
         "held AS MATERIALIZED (SELECT asked.old, asked.new, "
         f"EXISTS (SELECT 1 FROM {table} AS taken WHERE taken.access_token = asked.new "
         f"AND taken.access_token = ANY($2::bytea[]) AND taken.{LIVE}) AS is_taken FROM {table} AS there "
-        f"JOIN asked ON there.access_token = asked.old AND there.{_ASKED} "
+        f"JOIN asked ON there.access_token = asked.old AND there.{ASKED} "
         f"WHERE there.{LIVE} ORDER BY asked.old FOR UPDATE OF there {locking}), "
         # Of two live sessions of one token, the one under the current key stays.
         f"ended AS (DELETE FROM {table} AS there USING held "
-        f"WHERE is_taken AND there.access_token = held.old AND there.{_ASKED}), "
+        f"WHERE is_taken AND there.access_token = held.old AND there.{ASKED}), "
         # An expired row does not exist, but cleanup has not seen it yet, and it occupies the key.
         f"expired AS (DELETE FROM {table} AS there USING held WHERE NOT is_taken "
         "AND there.access_token = held.new AND there.access_token = ANY($2::bytea[]) "
@@ -333,14 +356,14 @@ def _rename(table: str, locking: str = "") -> Query:
         # PostgreSQL runs the parts of a statement in any order. Counting `expired` (always >= 0) makes the
         # UPDATE wait until those rows are deleted, or the primary key would refuse it.
         f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held WHERE NOT is_taken "
-        f"AND there.access_token = held.old AND there.{_ASKED} AND (SELECT count(*) FROM expired) >= 0) "
+        f"AND there.access_token = held.old AND there.{ASKED} AND (SELECT count(*) FROM expired) >= 0) "
         # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         f"AND there.{LIVE}) AS is_there FROM asked ORDER BY number",
     )
 
 
-def _stored_from(table: str) -> Query:
+def _stored_from(table: str, version: tuple[str, str]) -> Query:
     """CheckableStore.stored_from: a range of the primary key, from $1 on, expired rows too.
 
     Parameters: the least key, how many rows, how many bytes. Locks nothing. A row is left to the next page if
@@ -352,13 +375,13 @@ def _stored_from(table: str) -> Query:
         "SELECT *, sum(octet_length(access_token) "
         "+ CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY access_token ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before "
-        f"FROM (SELECT {COLUMNS}, {DAMAGE} AS damage, xmin AS version FROM {table} "
+        f"FROM (SELECT {COLUMNS}, {DAMAGE} AS damage, {version[0]} AS version FROM {table} "
         "WHERE access_token >= $1 ORDER BY access_token LIMIT $2) AS page) AS summed "
         "WHERE COALESCE(bytes_before, 0) <= $3 ORDER BY access_token",
     )
 
 
-def _remove_unchanged(table: str) -> Query:
+def _remove_unchanged(table: str, version: tuple[str, str]) -> Query:
     """CheckableStore.remove_unchanged: delete rows that have still the version that was read.
 
     Parameters: keys, versions. Index: the primary key. Locks: the rows whose version still fits, in the
@@ -367,12 +390,16 @@ def _remove_unchanged(table: str) -> Query:
     return Query(
         "check_remove",
         f"WITH unchanged AS MATERIALIZED (SELECT held.access_token FROM {table} AS held "
-        "JOIN unnest($1::bytea[], $2::xid[]) AS asked (access_token, version) "
-        f"ON held.access_token = asked.access_token AND held.xmin = asked.version AND held.{_ASKED} "
+        f"JOIN unnest($1::bytea[], $2::{version[1]}[]) AS asked (access_token, version) "
+        f"ON held.access_token = asked.access_token AND {version[0]} = asked.version AND held.{ASKED} "
         "ORDER BY held.access_token FOR UPDATE OF held) "
         f"DELETE FROM {table} AS held USING unchanged WHERE held.access_token = unchanged.access_token "
-        f"AND held.{_ASKED} RETURNING held.access_token",
+        f"AND held.{ASKED} RETURNING held.access_token",
     )
+
+
+def _identity_of(table: str) -> str:
+    return f"(SELECT identity AS system_identifier FROM {table} WHERE id = 1) AS stored"
 
 
 def _literal(text: str) -> str:

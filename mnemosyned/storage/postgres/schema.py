@@ -70,6 +70,15 @@ class Table:
         return Table(schema=self.schema, name=node_table.name_beside(self.name))
 
     @property
+    def identity(self) -> Table:
+        """The table with the store's identity, where the server has none (`plain.py`)."""
+        return Table(schema=self.schema, name=node_table.name_beside(self.name, "identity"))
+
+    def index(self, columns: tuple[str, ...]) -> str:
+        """The quoted name of an index."""
+        return quoted(node_table.name_beside(self.name, "_".join(columns)))
+
+    @property
     def sql_schema(self) -> str:
         """The quoted name of the schema."""
         return quoted(self.schema)

@@ -40,6 +40,13 @@ _LOSSY: Final = {
     "full_page_writes": "a crash of the server's machine can destroy the database: set it to on",
 }
 # PgBouncer may add the client's address to it.
+_PLAIN: Final = (
+    "application_name",
+    "statement_timeout",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "default_transaction_isolation",
+)
 _UNPROVED: Final = frozenset({"application_name"})
 
 
@@ -69,9 +76,16 @@ def settings_of(statement_timeout_s: float, major: int) -> dict[str, str]:
 
 
 async def apply(
-    connection: Connection[Record], statement_timeout_s: float, extra: Mapping[str, str], *, is_pooled: bool
+    connection: Connection[Record],
+    statement_timeout_s: float,
+    extra: Mapping[str, str],
+    *,
+    is_pooled: bool,
+    is_plain: bool,
 ) -> None:
     """Set up a new connection; `extra` are settings of the address, which ours win over.
+
+    A server that `is_plain` (`kind.py`) gets those that it may not do without.
 
     Raises:
         StorageRefused: the server is too old, or the settings are not in force.
@@ -83,6 +97,8 @@ async def apply(
             f"PostgreSQL {version.major} is too old: mnemosyned needs version {OLDEST_MAJOR} or later"
         )
     ours = settings_of(statement_timeout_s, version.major)
+    if is_plain:
+        ours = {name: ours[name] for name in _PLAIN}
     # One round trip of the simple protocol, without a prepared statement: the role's own statement_timeout
     # may be shorter than more of them take. The values are numbers and words of this module.
     statements = ["DEALLOCATE ALL"] if is_pooled else []
@@ -96,6 +112,13 @@ async def apply(
             raise StorageRefused(
                 f"flag -postgres.address: its parameter {name} cannot be set: {name_of(exc)}"
             ) from exc
+    if not is_plain:
+        await _prove(connection, ours)
+    await _use_microseconds(connection)
+
+
+async def _prove(connection: Connection[Record], ours: Mapping[str, str]) -> None:
+    """Raise StorageRefused if the settings are not in force."""
     rows = await connection.fetch(
         "SELECT name, setting FROM pg_catalog.pg_settings WHERE name = ANY($1::text[])", list(ours)
     )
@@ -107,7 +130,6 @@ async def apply(
                 "a pooler or proxy in front of the server does not keep settings of a session; "
                 "use its session mode, or another address"
             )
-    await _use_microseconds(connection)
 
 
 async def _use_microseconds(connection: Connection[Record]) -> None:

@@ -44,9 +44,10 @@ from mnemosyned.sessions.model import (
     ValueChange,
 )
 from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
-from mnemosyned.storage.postgres import trial
+from mnemosyned.storage.postgres import plain, renaming, trial
 from mnemosyned.storage.postgres.cleaning import Cleaner
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS, REFUSALS, Faults
+from mnemosyned.storage.postgres.kind import POSTGRESQL, Kind
 from mnemosyned.storage.postgres.migration import Migration
 from mnemosyned.storage.postgres.node_table import NodeTable
 from mnemosyned.storage.postgres.pool import PostgresPool
@@ -84,7 +85,10 @@ class PostgresStore:
     instants are microseconds since the epoch on the server's clock.
     """
 
-    def __init__(self, pool: PostgresPool, table: Table, *, is_due: bool = False) -> None:
+    def __init__(
+        self, pool: PostgresPool, table: Table, *, is_due: bool = False, kind: Kind = POSTGRESQL
+    ) -> None:
+        """`kind` is of the server, if it is known before `open`."""
         self._pool = pool
         self._table = table
         # Every table takes those of False; `migration.py` tells whether it takes the others.
@@ -92,9 +96,10 @@ class PostgresStore:
         self._values = ValueWriter(pool, self._queries)
         self._health: TableHealth | None = None
         self._migration = Migration(pool, table, self._use_form)
-        nodes = NodeTable(pool, table)
+        self._nodes = nodes = NodeTable(pool, table)
         self._cleaner = Cleaner(pool, nodes)
         self.renew, self.bar, self.resign = nodes.renew, nodes.bar, nodes.resign
+        self._use_kind(kind)
 
     async def open(self) -> None:
         """See Storage: connect, and create what is missing of the table.
@@ -105,10 +110,15 @@ class PostgresStore:
         await self._pool.open()
         try:
             async with self._pool.connection(passing=REFUSALS) as connection:
-                await set_up(connection, self._table)
-                await self._migration.look(connection)
+                self._use_kind(self._pool.kind)
+                if self._queries.is_plain:
+                    await plain.set_up(connection, self._table)
+                else:
+                    await set_up(connection, self._table)
+                    await self._migration.look(connection)
                 await trial.run(connection, self._table, self._same_on)
-            await self._migration.start()
+            if not self._queries.is_plain:
+                await self._migration.start()
         except BaseException as exc:
             # A cancelled or failed open leaves no pool behind: `open` may be called again.
             await self.close()
@@ -120,8 +130,14 @@ class PostgresStore:
         if is_due != self._queries.is_due:
             self._queries = Queries(self._table.sql, is_due=is_due)
 
+    def _use_kind(self, kind: Kind) -> None:
+        if kind.is_plain != self._queries.is_plain:
+            identity = self._table.identity.sql if kind.is_plain else None
+            self._queries = self._values.queries = Queries(self._table.sql, identity=identity)
+            self._nodes.use(is_plain=kind.is_plain)
+
     def _same_on(self, pool: PostgresPool, table: Table) -> PostgresStore:
-        return PostgresStore(pool, table, is_due=self._queries.is_due)
+        return PostgresStore(pool, table, is_due=self._queries.is_due, kind=self._pool.kind)
 
     async def close(self) -> None:
         """See Storage. Writes under way have an unknown outcome: the server may still commit them."""
@@ -291,6 +307,8 @@ class PostgresStore:
         olds = [renaming.old.encode() for renaming in renamings]
         news = [renaming.new.encode() for renaming in renamings]
         # One alone waits for its row; many skip locked rows, or they could deadlock (`queries._rename`).
+        if self._queries.is_plain:
+            return [*await renaming.in_steps(self._pool, self._table.sql, olds, news)]
         query = self._queries.rename if len(renamings) > 1 else self._queries.rename_one
         rows = await self._pool.fetch(query, olds, news, passing=ITEM_FAULTS)
         return [row["is_there"] for row in rows]

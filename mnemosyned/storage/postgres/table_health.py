@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.store import FullStore, StorageRefused
-from mnemosyned.storage.postgres import schema, trial
+from mnemosyned.storage.postgres import plain, schema, trial
 from mnemosyned.storage.postgres.faults import REFUSALS, is_of_the_table
 from mnemosyned.storage.postgres.queries import Query
 
@@ -62,6 +62,10 @@ FROM pg_class AS c WHERE c.oid = '{table}'::regclass
 """
 
 
+# The catalog of a plain server (`kind.py`) says less.
+_PLAIN_STATE: Final = "SELECT '{table}'::regclass::oid::bigint AS oid, NULL::bigint AS file, '' AS catalog"
+
+
 class _UnderItsName:
     """Stands in for the pool: its statements are counted as those of the health check."""
 
@@ -88,7 +92,8 @@ class TableHealth:
         self._store_on = store_on
         self._look = look
         self._store: FullStore = store_on(cast("PostgresPool", _UnderItsName(pool)), table)
-        self._state = Query("check", _STATE.format(table=table.sql.replace("'", "''")))
+        state = _PLAIN_STATE if pool.kind.is_plain else _STATE
+        self._state = Query("check", state.format(table=table.sql.replace("'", "''")))
         self._catalog = ""
         self._missing_since_s: float | None = None
         self._warned = ""
@@ -119,7 +124,8 @@ class TableHealth:
     async def _try(self) -> None:
         try:
             async with self._own_connection() as connection:
-                await self._look(connection)
+                if not self._pool.kind.is_plain:
+                    await self._look(connection)
                 await trial.run(connection, self._table, self._store_on)
         except (StorageRefused, *REFUSALS) as exc:
             error = _unavailable(exc)
@@ -144,7 +150,8 @@ class TableHealth:
             return
         try:
             async with self._own_connection() as connection:
-                await schema.set_up(connection, self._table)
+                set_up = plain.set_up if self._pool.kind.is_plain else schema.set_up
+                await set_up(connection, self._table)
         except (StorageRefused, *REFUSALS) as refusal:
             exc.detail += f", and cannot be made again: {' '.join(str(refusal).split())}"
         except StorageUnavailable as failure:
@@ -153,6 +160,8 @@ class TableHealth:
             log.error("table_made_again", extra={"table": self._table.sql, "sessions": "all are gone"})
 
     async def _reason(self) -> str:
+        if self._pool.kind.is_plain:
+            return ""
         try:
             async with self._own_connection() as connection:
                 await schema.inspect(connection, self._table)

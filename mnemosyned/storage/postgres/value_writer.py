@@ -52,7 +52,7 @@ class ValueWriter:
     def __init__(self, pool: PostgresPool, queries: Queries) -> None:
         """`queries`: of either form of the table, which have these statements in common."""
         self._pool = pool
-        self._queries = queries
+        self.queries = queries
         self._known: OrderedDict[bytes, bytes] = OrderedDict()
         self._known_bytes = 0
 
@@ -105,7 +105,7 @@ class ValueWriter:
             # Until it is written: otherwise a batch that fails would leave what may be no more.
             self.forget(token)
         fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
-        written = await self._write(self._queries.write_known, Changed(changed.outcomes, bags), known, fetch)
+        written = await self._write(self.queries.write_known, Changed(changed.outcomes, bags), known, fetch)
         outcomes = iter(changed.outcomes)
         tried = [next(outcomes) if token in known else _lost(token) for token in map(_token, changes)]
         # A failure on a bag that is remembered proves nothing.
@@ -113,7 +113,7 @@ class ValueWriter:
 
     async def _try_quick(self, changes: Sequence[ValueChange]) -> Tried:
         fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
-        return await self._read_and_write(changes, self._queries.read_bags, fetch)
+        return await self._read_and_write(changes, self.queries.read_bags, fetch)
 
     # The transaction costs two more round trips, and the rows are locked during two of them.
     async def _try_locked(self, changes: Sequence[ValueChange]) -> Tried:
@@ -122,7 +122,7 @@ class ValueWriter:
         async def read_and_write(connection: PoolConnectionProxy[Record]) -> Tried:
             await connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = {_LOCKED_MS}")
             run = partial(self._pool.run, connection, passing=(*ITEM_FAULTS, *ROLLED_BACK))
-            return await self._read_and_write(changes, self._queries.lock_bags, run)
+            return await self._read_and_write(changes, self.queries.lock_bags, run)
 
         return await self._pool.in_transaction(read_and_write, passing=ITEM_FAULTS)
 
@@ -139,9 +139,9 @@ class ValueWriter:
         rows = await fetch(reading, list({change.access_token.encode() for change in changes}))
         before = {row["access_token"]: row for row in rows}
         # In the round that holds locks, other writers and a time-out of the server wait for these slices.
-        changed = await in_slices(changing(changes, before), is_urgent=reading is self._queries.lock_bags)
+        changed = await in_slices(changing(changes, before), is_urgent=reading is self.queries.lock_bags)
         versions = {token: before[token]["version"] for token in changed.bags}
-        return changed.outcomes, await self._write(self._queries.write_bags, changed, versions, fetch)
+        return changed.outcomes, await self._write(self.queries.write_bags, changed, versions, fetch)
 
     async def _write(
         self,
