@@ -11,12 +11,10 @@ Each step may be done by any node, and any number of times:
 
 - The session is gone from its old name in one step, so no two names are live together.
 - A node that ends in between leaves a session that is kept aside. The next one that wants to rename it goes
-on,
-  and so does each Delete and each cleanup, for all that they find kept aside (`finish`).
+  on, and so does each Delete and each cleanup, for all that they find kept aside (`finish`).
 - An arrival is not repeated: a session that has arrived may have been ended since. The new bucket knows the
-move
-  as long as the old one keeps the session aside, and for a minute after that. An arrival is refused when it
-  is later than five seconds after the look at the old bucket.
+  move as long as the old one keeps the session aside, and for a minute after that. An arrival is refused
+  when it is later than five seconds after the look at the old bucket.
 
 Nodes that name sessions differently, as during a rolling restart, move one to and fro. Two buckets are not
 looked at in one instant, and a session may be missing in both. Such a look is therefore done twice

@@ -12,10 +12,10 @@ named sessions, such as List, asks all buckets.
 What is in braces is chosen so that the slots of the buckets are at equal distances: a primary with a third of
 the slots has a third of the buckets. The number of buckets is stored, and never changes.
 
-Moving a slot ------------- A node that hands a slot over moves its keys one by one, and a script that runs
-meanwhile would take a key that is at the other node for one that does not exist. So each script names two
-keys, one of which never exists. For a slot that is being moved, a node refuses such a script before it runs
-(TRYAGAIN, ASK), and the caller waits until the slot has been moved.
+A node that hands a slot over moves its keys one by one, and a script that runs meanwhile would take a key
+that is at the other node for one that does not exist. So each script names two keys, one of which never
+exists. For a slot that is being moved, a node refuses such a script before it runs (TRYAGAIN, ASK), and the
+caller waits until the slot has been moved.
 """
 
 from __future__ import annotations
