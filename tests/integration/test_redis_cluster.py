@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from faults.laboratory import FAKETIME
-from redis_callers import Caller, assert_nothing_is_lost, calling, until_it_takes_writes
+from redis_callers import Caller, assert_nothing_is_lost, calling
 from redis_clusters import RedisCluster, call, redis_cluster
 from redis_servers import PACKAGES, RedisServer, needs_redis, programs, until
 from stores import lookups, new, new_cluster_store
 
-from cluster.lease import Renewal
+from cluster.lease import LEASE_US, Renewal, stretched
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.model import Criteria, Session
 from mnemosyned.sessions.store import StorageRefused
@@ -76,6 +76,12 @@ def home_of(store: ClusterStore, cluster: RedisCluster) -> RedisServer:
     return cluster.primary_of(store._pool.home.slot)
 
 
+async def until_all_buckets_take_writes(store: ClusterStore) -> None:
+    async with asyncio.timeout(20):
+        while not all(isinstance(one, Session) for one in await store.start([new() for _ in range(1000)])):
+            await asyncio.sleep(0.02)
+
+
 def errors_of(callers: list[Caller]) -> set[str]:
     return {error for caller in callers for error in caller.errors}
 
@@ -102,12 +108,15 @@ async def test_nothing_acknowledged_is_lost_when_a_primary_is_killed_under_load(
             victim.start()
             await asyncio.to_thread(cluster.until_whole)
             whole_s = time.monotonic()
-            await until_it_takes_writes(store)
+            await until_all_buckets_take_writes(store)
+            regained_s = time.monotonic()
         after = await store.renew(Renewal("node", 1, 2, "ring", 0))
 
         await assert_nothing_is_lost(store, callers)
         failures = failures_of(callers)
-        assert killed_s <= min(failures) <= max(failures) < whole_s + 0.5
+        assert killed_s <= min(failures) <= max(failures) < regained_s + 0.3
+        # Leases from before the failover run out first.
+        assert regained_s - whole_s < stretched(LEASE_US) / 1e6 + 1
         # Rows of nodes are as they were, on another primary too. The store is another one all the same.
         assert before.identity != after.identity
         assert [row.number for row in after.rows] == [2]

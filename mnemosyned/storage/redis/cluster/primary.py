@@ -66,7 +66,8 @@ class Primary:
 
     async def run(self, script: Script | Existence, calls: Sequence[Call], how: Sending) -> list[Any]:
         """Run a script on several key spaces; return what each run returns, or why it has failed."""
-        if self.is_suspect:
+        # What is urgent waits with nothing else, and the home cannot be admitted without it.
+        if self.is_suspect and not how.is_urgent:
             error = StorageUnavailable("mnemosyned: storage: unavailable")
             error.is_under_way = False
             error.detail = f"the primary at {self.host[0]}:{self.host[1]} does not answer"
