@@ -53,6 +53,11 @@ def named(request: pytest.FixtureRequest) -> Named:
     return by_param[request.param]
 
 
+def skip_where_it_is_slow(request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["engine"] in stores.SLOW:
+        pytest.skip("its server here takes long")
+
+
 async def all_names(engine: Engine) -> list[str]:
     return await engine.store.stored_keys_after("", limit=1000)
 
@@ -148,7 +153,10 @@ async def test_protection_can_be_turned_off_while_the_key_is_known(engine: Engin
     assert await all_names(engine) == ["t"]
 
 
-async def test_nodes_that_name_sessions_differently_lose_none(engine: Engine) -> None:
+async def test_nodes_that_name_sessions_differently_lose_none(
+    engine: Engine, request: pytest.FixtureRequest
+) -> None:
+    skip_where_it_is_slow(request)
     ways = [HashedStore(engine.store, one) for one in (KNOWN, TokenHasher([KEY], is_hashing=False))]
     tokens = [f"t{number}" for number in range(20)]
     await ways[0].start([new(token) for token in tokens])
@@ -184,8 +192,7 @@ async def test_names_come_in_the_order_of_their_bytes(engine: Engine) -> None:
 async def test_a_migration_protects_every_token_and_tells_how_many(
     engine: Engine, request: pytest.FixtureRequest
 ) -> None:
-    if request.node.callspec.params["engine"] in stores.SLOW:
-        pytest.skip("takes minutes there")
+    skip_where_it_is_slow(request)
     plain = [f"plain-{number}" for number in range(2500)]
     await stored(engine, *plain, "expired", KNOWN.stored_key("already"), FORMER.stored_key("former"))
     await engine.shift("expired", -61)

@@ -26,6 +26,7 @@ from cluster.lease import Renewal
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.model import Abandonment, Criteria, DamagedSession, Session, Touch, ValueChange
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.mongodb import store as store_module
 from mnemosyned.storage.mongodb.client import Database
 from mnemosyned.storage.mongodb.store import MongoStore
 
@@ -469,7 +470,8 @@ async def test_a_delete_that_loses_the_server_after_its_first_step_may_have_ende
 ) -> None:
     with MongoServer(tmp_path / "server") as server:
         async with opened(server.url, timeout_s=1) as store:
-            await started(store, *(f"t{number}" for number in range(110)))
+            await started(store, *"abcde")
+            monkeypatch.setattr(store_module, "_STEP", 2)
             run_each = store._pool.run_each
 
             async def run_each_and_lose_the_server(*arguments: Any, **options: Any) -> list[Any]:  # noqa: ANN401  # as it comes
@@ -477,7 +479,7 @@ async def test_a_delete_that_loses_the_server_after_its_first_step_may_have_ende
                 server.kill()
                 # The first call after that may still find a connection.
                 with pytest.raises(StorageUnavailable):
-                    await store.exist(["t0"])
+                    await store.exist(["a"])
                 return done
 
             monkeypatch.setattr(store._pool, "run_each", run_each_and_lose_the_server)
