@@ -60,10 +60,12 @@ def test_nodes_see_each_others_writes_at_once_also_while_a_primary_is_replaced(c
 
         victim.start()
         cluster.until_whole()
-        later = count_of_coherent_calls(there, here, seconds=2)
-        assert min(calls, later) > 20
+        assert calls > 20
+        until_s = time.monotonic() + 20
+        # Leases from before run out first.
+        while count_of_coherent_calls(there, here, seconds=0.5) <= 5:
+            assert time.monotonic() < until_s
         assert one.stop() == other.stop() == 0
-        assert "redis_cluster_incomplete" in one.log
         assert PASSWORD not in one.log
 
 

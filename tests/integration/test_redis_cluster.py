@@ -115,8 +115,8 @@ async def test_nothing_acknowledged_is_lost_when_a_primary_is_killed_under_load(
         await assert_nothing_is_lost(store, callers)
         failures = failures_of(callers)
         assert killed_s <= min(failures) <= max(failures) < regained_s + 0.3
-        # Leases from before the failover run out first.
-        assert regained_s - whole_s < stretched(LEASE_US) / 1e6 + 1
+        # A call may wait for replicas at that moment. Then leases from before the failover run out.
+        assert regained_s - whole_s < 5 + stretched(LEASE_US) / 1e6 + 1
         # Rows of nodes are as they were, on another primary too. The store is another one all the same.
         assert before.identity != after.identity
         assert [row.number for row in after.rows] == [2]
