@@ -105,4 +105,4 @@ async def test_a_server_that_is_too_old_is_refused_with_its_version() -> None:
     with pytest.raises(
         StorageRefused, match="PostgreSQL 11 is too old: mnemosyned needs version 12 or later"
     ):
-        await session_settings.apply(OldServer(), 1.0, {}, is_pooled=False)  # type: ignore[arg-type]
+        await session_settings.apply(OldServer(), 1.0, {}, is_pooled=False, is_plain=False)  # type: ignore[arg-type]
