@@ -85,7 +85,8 @@ def test_an_idle_connection_is_ended_after_the_time_that_is_set(engine: str) -> 
 async def test_forwarded_calls_do_not_fail_when_connections_of_peers_age(
     engine: str, postgres_dsn: str
 ) -> None:
-    flags = [f"-grpc.engine={engine}", "-grpc.max-age=1s", "-grpc.max-age-grace=1s", "-grpc.max-idle=1s"]
+    # A call that the grace is too short for fails: on a busy machine, one of a second is.
+    flags = [f"-grpc.engine={engine}", "-grpc.max-age=1s", "-grpc.max-age-grace=5s", "-grpc.max-idle=1s"]
     with Cluster(postgres_dsn, 2, *flags) as cluster:
         cluster.start()
         await cluster.rings_equal(cluster.names)
