@@ -32,7 +32,7 @@ def goaway_after_s(address: str) -> float:
 
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_clients_of_connections_that_age_see_no_failed_call(engine: str) -> None:
-    flags = ["-grpc.max-connection-age=1s", "-grpc.max-age-grace=1s"]
+    flags = ["-grpc.max-connection-age=1s", "-grpc.max-age-grace=5s"]
     with Daemon("-storage=memory", f"-grpc.engine={engine}", *flags) as daemon:
         daemon.serving()
         until_s, counts = time.monotonic() + 5, [0] * 8
