@@ -27,7 +27,8 @@ The rules:
 6. A Delete by other criteria than the token does not find what another call is ending or has ended, and
    nothing here knows which sessions those are. So it waits until the ends that are under way, here and on
    other nodes, are settled. If one is open, since its outcome or its settling is not known, or if a node
-   cannot be asked, or was lost, it has every node drop every copy.
+   cannot be asked, or was lost, it has every node drop every copy. So it does after a failover: the store may
+   have lost sessions of which nodes have copies, and a Delete does not find those either.
 
 The unit is the batch: one settling for all sessions that one batch of the store has changed.
 """

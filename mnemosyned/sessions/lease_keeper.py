@@ -402,13 +402,30 @@ class LeaseKeeper:
         return confirmed
 
     async def others_have_settled(self) -> bool:
-        """See Settler; a node that was lost may have left ends that it had not settled."""
+        """See Settler; a node that was lost may have left ends that it had not settled.
+
+        A store that has been replaced may lack sessions of which nodes have copies (rule 14), and a Delete
+        does not find these. So it is asked who it is, and the answer is no until no older lease is left.
+        """
+        if not await self._has_renewed_since(self._clock.uptime_us()):
+            return False
+        if self._clock.uptime_us() < self.lease.complete_from_us():
+            return False
         nodes = self.lease.living()
         if self.lease.losses > self._settled_losses:
             return False
         if self._teller is None or not nodes:
             return not nodes
         return await self._teller.have_ends_settled(nodes, timeout_s=_ENDS_S)
+
+    async def _has_renewed_since(self, instant_us: int) -> bool:
+        """Renew; tell whether a renewal that was sent after an instant has been answered. Never raises."""
+        for _ in range(2):  # the first may be one that was under way
+            await self.refresh()
+            age_us = self.lease.age_us(now_us := self._clock.uptime_us())
+            if age_us is not None and now_us - age_us >= instant_us:
+                return True
+        return False
 
     async def _tell(self, nodes: Mapping[str, int], keys: Sequence[str] | None) -> list[str]:
         if self._teller is None:

@@ -154,6 +154,10 @@ class Node:
     def knows(self, name: str) -> bool:
         return name in self._world.nodes
 
+    async def have_ends_settled(self, nodes: Sequence[str], *, timeout_s: float) -> bool:
+        assert timeout_s > 0
+        return not self._world.silent.intersection(nodes)
+
     def settle(self, *keys: str, owns: bool | None = False) -> Coroutine[Any, Any, None] | None:
         return self.keeper.settle(keys or ["t"], owns=None if owns is None else lambda _: bool(owns))
 
@@ -353,6 +357,45 @@ async def test_a_write_waits_on_if_the_store_is_replaced_by_a_copy_without_the_n
     await settling
 
     assert world.now_us - replaced_us >= LEASE_US
+
+
+async def test_what_a_delete_did_not_find_may_be_a_copy_until_a_replaced_store_has_no_older_lease(
+    world: World,
+) -> None:
+    deleter, other = world.node("a"), world.node("b")
+    await world.begin(deleter, other)
+    assert await deleter.keeper.others_have_settled()
+
+    deleter.keeper._store = other.keeper._store = Store()
+    assert not await deleter.keeper.others_have_settled()
+    await world.pass_by(LEASE_US + PERIOD_US, deleter, other)
+    assert await deleter.keeper.others_have_settled()
+
+
+async def test_whether_the_store_was_replaced_is_asked_after_the_delete(world: World) -> None:
+    deleter, other = world.node("a"), world.node("b")
+    await world.begin(deleter, other)
+    world.store.may_answer.clear()
+    renewals = world.store.renewals
+    before = asyncio.create_task(deleter.keeper.refresh())
+    await until(lambda: world.store.renewals == renewals + 1)
+    world.now_us += 1
+    asked = asyncio.create_task(deleter.keeper.others_have_settled())
+    await asyncio.sleep(0)
+    world.store.may_answer.set()
+
+    assert await asked
+    await before
+    assert world.store.renewals == renewals + 2
+
+
+async def test_without_an_answer_of_the_store_no_end_is_known_to_be_settled(world: World) -> None:
+    deleter, other = world.node("a"), world.node("b")
+    await world.begin(deleter, other)
+    world.now_us += 1
+    world.store.failing.add("renew")
+
+    assert not await deleter.keeper.others_have_settled()
 
 
 async def test_rows_that_are_too_old_are_read_again_first(world: World) -> None:
