@@ -113,7 +113,7 @@ def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]
         "ring": {"fingerprint": ring.fingerprint, "nodes": list(ring.nodes)},
         "health_score": 0 if gossip is None else gossip.swim.health_score,
         "loop_lag_s": 0.0 if gossip is None else round(gossip.counters.max_loop_lag_s, 4),
-        "lease": {} if keeper is None else {"reason": keeper.reason(), "strangers": keeper.strangers()},
+        "lease": {} if keeper is None else {"reason": keeper.reason(), "strangers": keeper.rows.strangers()},
         "members": [
             {
                 "name": member.name,

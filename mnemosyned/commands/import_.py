@@ -33,7 +33,7 @@ from mnemosyned.commands.progress import Progress
 from mnemosyned.config.flags import ConfigError, Section, setting
 from mnemosyned.config.parsers import boolean, one_of
 from mnemosyned.observe.printable import printable
-from mnemosyned.sessions import lease_keeper, token_hash
+from mnemosyned.sessions import lease_keeper, row_watch, token_hash
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.damage_log import shown
 from mnemosyned.sessions.export_file import BadExport
@@ -150,8 +150,9 @@ class _Import:
 
     async def run(self, store: FullStore) -> int:
         """Do all of it; return the exit code. Raises what a storage raises, _Refused, BadExport."""
-        # What it says of a lease is of no use here.
-        logging.getLogger(lease_keeper.__name__).setLevel(logging.ERROR)
+        # What they say of a lease is of no use here.
+        for module in (lease_keeper, row_watch):
+            logging.getLogger(module.__name__).setLevel(logging.ERROR)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._interrupt, number)

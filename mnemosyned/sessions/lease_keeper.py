@@ -31,7 +31,6 @@ from cluster.lease import (
     TELL_US,
     Lease,
     MayHave,
-    NodeRow,
     Renewal,
     Renewed,
     Wait,
@@ -39,6 +38,7 @@ from cluster.lease import (
 from cluster.mirrors import Grants
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.clock import StorageClock
+from mnemosyned.sessions.row_watch import RowWatch
 from mnemosyned.sessions.store import LeaseStore
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,6 @@ _ENDS_S: Final = 0.5
 SETTLE_BUCKETS_S: Final = (0.005, 0.02, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 5.0)
 # A renewal without an answer for so long says that the storage does not answer, before the lease ends.
 _DOUBT_S: Final = 0.5
-# A row of another daemon that this node does not know as a member: by then it has joined, or never will.
-_STRANGE_AFTER_US: Final = 10 * _US_PER_S
-_TOLD_US: Final = 2**62  # added to the time of what the log has told, once
 
 
 def _any_node(_name: str) -> bool:
@@ -135,9 +132,7 @@ class LeaseKeeper:
         self._settled_losses = 0  # of `lease.losses`
         self._tasks = Tasks("lease")
         self._was_valid = False
-        self._conflict: NodeRow | None = None  # as the last answer showed it
-        self._is_conflict_told = False
-        self._strange: dict[str, int] = {}  # names that are no members, and since when
+        self.rows = RowWatch(store, lease, knows=self._knows)
         self._is_resigned = False
         # The storage does not answer just now: calls had better be answered elsewhere.
         self.is_in_doubt = False
@@ -187,6 +182,7 @@ class LeaseKeeper:
 
     async def close(self) -> None:
         """Cancel what is under way."""
+        await self.rows.close()
         await self._tasks.close()
 
     async def refresh(self) -> None:
@@ -235,8 +231,7 @@ class LeaseKeeper:
             self.has_registered.set()
             self.on_published(self.lease.published)
         self._tell_change("")
-        self._look_for_a_namesake()
-        self._look_for_strangers(received_us)
+        self.rows.look(received_us)
 
     def _doubt(self, is_in_doubt: bool) -> None:  # noqa: FBT001  # a callback with one argument
         if is_in_doubt != self.is_in_doubt:
@@ -255,44 +250,6 @@ class LeaseKeeper:
             log.info("lease_valid", extra={"node": self.lease.name})
         else:
             log.warning("lease_lost", extra={"reason": self.lease.reason(now_us), "error": error})
-
-    def _look_for_a_namesake(self) -> None:
-        """Log that another process has this node's name, and renews its lease.
-
-        After a crash the row of the former process is in the way until it has lapsed, which is no mistake.
-        """
-        former, self._conflict = self._conflict, self.lease.conflict
-        if self._conflict is None:
-            self._is_conflict_told = False
-        elif former is not None and former.version != self._conflict.version and not self._is_conflict_told:
-            self._is_conflict_told = True
-            log.error("node_name_taken", extra={"node": self.lease.name})
-
-    def _look_for_strangers(self, now_us: int) -> None:
-        """Log daemons that use the table and are no members of this cluster; remove rows of long ago."""
-        knows = (lambda _: False) if self._teller is None else self._teller.knows
-        strange = {name for name in self.lease.serving() if not knows(name)}
-        for name in strange - self._strange.keys():
-            self._strange[name] = now_us
-        for name, since_us in list(self._strange.items()):
-            if name not in strange:
-                del self._strange[name]
-            elif 0 < now_us - since_us > _STRANGE_AFTER_US:
-                self._strange[name] = now_us + _TOLD_US
-                log.warning("table_shared_with_a_stranger", extra={"node": self.lease.name, "other": name})
-        for row in self.lease.forgotten(now_us):
-            self._tasks.spawn(self._remove((row.name, row.instance, row.number)))
-
-    async def _remove(self, row: tuple[str, int, int]) -> None:
-        try:
-            await self._store.resign(row)
-        except StorageUnavailable as exc:
-            log.debug("row_not_removed", extra={"error": str(exc)})
-
-    def strangers(self) -> list[str]:
-        """Return the daemons that use the table and are no members of this cluster, as the log tells them."""
-        # A copy, made in one step: other threads ask. One that has just been seen may be about to join.
-        return sorted(name for name, since_us in list(self._strange.items()) if since_us > _TOLD_US)
 
     def reason(self) -> str:
         """Return in one word why no copy may be served; empty: they may."""
@@ -426,6 +383,9 @@ class LeaseKeeper:
             if age_us is not None and now_us - age_us >= instant_us:
                 return True
         return False
+
+    def _knows(self, name: str) -> bool:
+        return self._teller is not None and self._teller.knows(name)
 
     async def _tell(self, nodes: Mapping[str, int], keys: Sequence[str] | None) -> list[str]:
         if self._teller is None:

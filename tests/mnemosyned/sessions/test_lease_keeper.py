@@ -693,15 +693,15 @@ async def test_a_daemon_that_shares_the_table_and_is_no_member_is_told_once(
     node, stranger = world.node("a"), world.node("b")
     del world.nodes["b"]
     await world.pass_by(9_000_000, stranger, node)
-    assert node.keeper.strangers() == []
+    assert node.keeper.rows.strangers() == []
     assert logged(caplog, "table_shared_with_a_stranger") == []
     await world.pass_by(9_000_000, stranger, node)
-    assert node.keeper.strangers() == ["b"]
+    assert node.keeper.rows.strangers() == ["b"]
     assert logged(caplog, "table_shared_with_a_stranger") == ["table_shared_with_a_stranger"]
     world.nodes["b"] = stranger
     await world.pass_by(0, node)
 
-    assert node.keeper.strangers() == []
+    assert node.keeper.rows.strangers() == []
 
 
 async def test_a_daemon_that_joins_soon_is_no_stranger(
