@@ -152,21 +152,9 @@ async def open_ports(
     Raises:
         ListenFailed: a port cannot be opened, and none is open; the text is one line for people.
     """
-    grpc, bind = config[GrpcConfig], config[ClusterConfig].bind
-    max_files = host_limits.allow_many()
-    limits = host_limits.connection_limits(config, max_files)
-    host_limits.warn(limits, max_files)
-    options = replace(assembly.engine_options(config), max_connections=limits.clients)
+    grpc = config[GrpcConfig]
     turns = None if place is None else Turns(Rows(place.rows, len(place.names)), place.number)
-    shared = options if place is None else replace(options, listeners=place.listeners, turns=turns)
-    new_engine = GRPC_ENGINES[grpc.engine]
-    engine, stats = new_engine(parts.table, shared), [options.stats]
-    peers: list[_PeersPort] = []
-    for at in _peers_options(options, bind, limits.peers, place):
-        assert parts.peers is not None
-        peers.append(_PeersPort(new_engine(parts.peers, at), has_tls=at.tls is not None))
-        stats.append(at.stats)
-    registry.register(_AllConnections(stats, is_counted=grpc.engine == "h2"))
+    engine, peers = _new_engines(config, parts, registry, turns, place)
     port = await engine.start()
     try:
         for one in peers:
@@ -184,7 +172,7 @@ async def open_ports(
         for opened in (engine, *(one.engine for one in peers)):
             await opened.drain()
         raise
-    scheme = "http" if options.tls is None else "https"
+    scheme = "http" if assembly.tls_files(config) is None else "https"
     return Ports(
         engine=engine,
         peers=peers,
@@ -192,9 +180,29 @@ async def open_ports(
         admin=admin,
         own_calls=own_calls,
         grpc_address=host_port(grpc.host, port),
-        peers_address=bind,
+        peers_address=config[ClusterConfig].bind,
         admin_address=f"{scheme}://{host_port(admin_host(grpc), admin.port)}" if place is None else "",
     )
+
+
+def _new_engines(
+    config: Config, parts: Parts, registry: CollectorRegistry, turns: Turns | None, place: Place | None
+) -> tuple[Engine, list[_PeersPort]]:
+    """Return what serves clients, and what serves peers on ports of their own; neither listens yet."""
+    grpc = config[GrpcConfig]
+    max_files = host_limits.allow_many()
+    limits = host_limits.connection_limits(config, max_files)
+    host_limits.warn(limits, max_files)
+    options = replace(assembly.engine_options(config), max_connections=limits.clients)
+    shared = options if place is None else replace(options, listeners=place.listeners, turns=turns)
+    new_engine, stats = GRPC_ENGINES[grpc.engine], [options.stats]
+    peers: list[_PeersPort] = []
+    for at in _peers_options(options, config[ClusterConfig].bind, limits.peers, place):
+        assert parts.peers is not None
+        peers.append(_PeersPort(new_engine(parts.peers, at), has_tls=at.tls is not None))
+        stats.append(at.stats)
+    registry.register(_AllConnections(stats, is_counted=grpc.engine == "h2"))
+    return new_engine(parts.table, shared), peers
 
 
 def admin_host(grpc: GrpcConfig) -> str:

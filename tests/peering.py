@@ -70,7 +70,6 @@ async def peering(  # noqa: PLR0913  # a node has many settings
     node = parts.node
     assert node is not None
     assert parts.keeper is not None
-    assert parts.mirrors is not None
     prepare(parts.table)
     engine = GRPC_ENGINES[engine_name](parts.table, assembly.engine_options(config))
     await engine.start()
@@ -83,26 +82,42 @@ async def peering(  # noqa: PLR0913  # a node has many settings
             async with asyncio.timeout(5):
                 await node.has_joined.wait()
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Peer(
-                address=address,
-                node=node,
-                table=parts.table,
-                calls=parts.forwarded,
-                cache=parts.cache,
-                keeper=parts.keeper,
-                mirrors=parts.mirrors,
-                service=parts.service,
-                stopped=stopped,
-                peer_auth=PeerAuth([secret.encode() for secret in secrets], process=os.urandom(16)),
-                channel=channel,
-                stub=SessionManagerStub(channel),
-                run=run,
-            )
+            auth = PeerAuth([secret.encode() for secret in secrets], process=os.urandom(16))
+            yield _peer(parts, channel, peer_auth=auth, address=address, stopped=stopped, run=run)
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await _take_down(node, engine, parts)
+
+
+def _peer(
+    parts: assembly.Parts,
+    channel: grpc.aio.Channel,
+    *,
+    peer_auth: PeerAuth,
+    address: str,
+    stopped: asyncio.Event,
+    run: Callable[[], None],
+) -> Peer:
+    assert parts.node is not None
+    assert parts.keeper is not None
+    assert parts.mirrors is not None
+    return Peer(
+        address=address,
+        node=parts.node,
+        table=parts.table,
+        calls=parts.forwarded,
+        cache=parts.cache,
+        keeper=parts.keeper,
+        mirrors=parts.mirrors,
+        service=parts.service,
+        stopped=stopped,
+        peer_auth=peer_auth,
+        channel=channel,
+        stub=SessionManagerStub(channel),
+        run=run,
+    )
 
 
 async def until_they_serve_copies(*peers: Peer) -> None:
