@@ -121,9 +121,32 @@ class PostgresStorage:
         self._server.stop()
 
 
-class RedisStorage:
+class _ChildStorage:
+    """A server that is one process, a child of this one."""
+
+    _server: RedisServer | MongoServer
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def end(self, *, is_killed: bool) -> None:
+        self._server.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
+
+    def has_ended(self) -> bool:
+        return self._server.process is None or self._server.process.poll() is not None
+
+    def restart(self) -> None:
+        self._server.start()
+
+    def signal(self, number: int) -> None:
+        self._server.signal(number)
+
+
+class RedisStorage(_ChildStorage):
     """Redis with a replica, which confirms each write."""
 
+    _server: RedisServer
     flags: tuple[str, ...] = ("-redis.wait=1",)
     is_direct = False
     has_copy = True
@@ -146,22 +169,6 @@ class RedisStorage:
     @property
     def dsn(self) -> str:
         return self._server.url
-
-    @property
-    def port(self) -> int:
-        return self._server.port
-
-    def end(self, *, is_killed: bool) -> None:
-        self._server.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
-
-    def has_ended(self) -> bool:
-        return self._server.process is None or self._server.process.poll() is not None
-
-    def restart(self) -> None:
-        self._server.start()
-
-    def signal(self, number: int) -> None:
-        self._server.signal(number)
 
     def make_copy(self) -> None:
         self._until_replicated()
@@ -234,7 +241,7 @@ class RedisClusterStorage:
         self._stack.close()
 
 
-class MongoStorage:
+class MongoStorage(_ChildStorage):
     """SecantusDB, which speaks MongoDB's protocol and has no copies: this says nothing of a failover."""
 
     flags: tuple[str, ...] = ("-mongodb.timeout=1s",)
@@ -248,22 +255,6 @@ class MongoStorage:
     def dsn(self) -> str:
         # Otherwise the server would tell the nodes the address that it has on loopback.
         return f"{self._server.url}?directConnection=true"
-
-    @property
-    def port(self) -> int:
-        return self._server.port
-
-    def end(self, *, is_killed: bool) -> None:
-        self._server.signal(signal.SIGKILL if is_killed else signal.SIGTERM)
-
-    def has_ended(self) -> bool:
-        return self._server.process is None or self._server.process.poll() is not None
-
-    def restart(self) -> None:
-        self._server.start()
-
-    def signal(self, number: int) -> None:
-        self._server.signal(number)
 
     def make_copy(self) -> None:
         raise AssertionError("it has none")
