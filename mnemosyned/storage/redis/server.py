@@ -103,14 +103,13 @@ class Server:
     ) -> list[Any]:
         """Run one script on several key spaces; return what each returns, perhaps an error of the server."""
         commands = [script.command(keys, arguments) for keys, arguments in spaces]
-        marks = [scripts.MARK.command(keys, ()) for keys, _ in spaces]
         started_s = time.perf_counter()
         is_proven = time.monotonic() - self._proven_s < _PROVEN_S
         wait = how.wait if how.is_write or not is_proven else 0
         try:
             replies: list[Any] = await self.use(
                 script.name,
-                lambda link: self._run(link, commands, marks, how, wait),
+                lambda link: self._run(link, commands, [keys for keys, _ in spaces], how, wait),
                 timeout_s=how.timeout_s,
                 is_urgent=how.is_urgent,
             )
@@ -121,7 +120,7 @@ class Server:
         return replies
 
     async def _run(
-        self, link: Link, commands: Sequence[Command], marks: Sequence[Command], how: Sending, wait: int
+        self, link: Link, commands: Sequence[Command], places: Sequence[Keys], how: Sending, wait: int
     ) -> list[Any]:
         if self._admit is not None and not how.is_urgent:
             await self._admit(link)
@@ -131,6 +130,7 @@ class Server:
         if self._lacks_replicas and self._short_wait_s is not None:
             wait_s = min(wait_s, self._short_wait_s)
         waiting: Command = ("WAIT", wait, int(wait_s * 1000))
+        marks = [scripts.MARK.command(keys, ()) for keys in places]
         sent_s = time.monotonic()
         *replies, marked, confirmed = await _sent(link, [*commands, marks[0], waiting])
         if isinstance(marked, Exception) and is_not_done(marked):
@@ -144,7 +144,7 @@ class Server:
                 if not isinstance(marked, Exception):
                     break
         failure = _unconfirmed(marked, confirmed, wait)
-        self._lacks_replicas = isinstance(failure, NotReplicated)
+        self._lacks_replicas = isinstance(confirmed, int) and confirmed < wait
         if failure is None:
             self._proven_s = max(self._proven_s, sent_s)
             return replies
@@ -238,7 +238,8 @@ def _unconfirmed(marked: object, confirmed: Any, wait: int) -> Exception | None:
     """Return why the writes before a mark do not count; None: they do."""
     for reply in (marked, confirmed):
         if isinstance(reply, Exception):
-            return reply
+            # What refuses a mark has not refused the scripts before it: they must not be sent again.
+            return NotReplicated() if is_not_done(reply) else reply
     return NotReplicated() if confirmed < wait else None
 
 
