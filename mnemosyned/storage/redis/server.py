@@ -94,6 +94,7 @@ class Server:
         self._free = asyncio.Semaphore(size)
         self._free_urgent = asyncio.Semaphore(_URGENT)
         self._is_open = True
+        self._is_retired = False
 
     async def run(
         self,
@@ -192,6 +193,11 @@ class Server:
         for link in idle:
             await _closed(link)
 
+    async def retire(self) -> None:
+        """Keep no connection beyond the end of its call: nothing more is to come."""
+        self._is_retired = True
+        await self.renew()
+
     def open(self) -> None:
         """Take calls, after a `close`."""
         self._is_open = True
@@ -223,7 +229,8 @@ class Server:
 
     async def _release(self, link: Link, *, is_idle: bool) -> None:
         self.in_use.discard(link)
-        if is_idle and self._is_open and link.epoch == self._epoch:
+        is_current = self._is_open and not self._is_retired and link.epoch == self._epoch
+        if is_idle and is_current:
             self.idle.append(link)
             return
         await _closed(link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from collections.abc import Sequence
@@ -241,9 +242,11 @@ def test_what_a_node_has_refused_is_sent_again_and_nothing_else() -> None:
     )
     assert [text for text in refused if is_elsewhere(BaseParser.parse_error(text))] == list(refused[:3])
     assert [
-        moved_to(BaseParser.parse_error(text)) for text in ("MOVED 1 10.0.0.1:7", "MOVED 1 :7", "ASK 1 h:1")
+        moved_to(BaseParser.parse_error(text))
+        for text in ("MOVED 1 10.0.0.1:7", "MOVED 1 :7", "MOVED 1 ?:7", "ASK 1 h:1")
     ] == [
         ("10.0.0.1", 7),
+        ("", 7),
         ("", 7),
         None,
     ]
@@ -284,6 +287,37 @@ async def test_a_script_that_was_done_is_not_taken_for_refused_with_the_mark_beh
     assert len(replies) == 5
     assert not any(map(is_not_done, replies))
     assert all(isinstance(reply, NotReplicated) for reply in replies)
+
+
+async def test_a_server_whose_place_another_has_taken_keeps_no_connection() -> None:
+    opened, closed = [], []
+
+    class Link(LinkOfANodeThatHandsItsSlotsOver):
+        async def close(self) -> None:
+            closed.append(self)
+
+    async def connect() -> Any:  # noqa: ANN401  # as above
+        opened.append(Link("READONLY x"))
+        return opened[-1]
+
+    async def work(_: object) -> None:
+        has_begun.set()
+        await may_end.wait()
+
+    metrics = QueryMetrics(CollectorRegistry(), "redis")
+    server = Server(connect, size=1, failures=Failures(metrics), metrics=metrics)
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+    using = [asyncio.create_task(server.use("work", work, timeout_s=5)) for _ in range(2)]
+    await has_begun.wait()
+    # The second call waits for the connection of the first, and will need one of its own.
+    await server.retire()
+    assert closed == []
+    may_end.set()
+    await asyncio.gather(*using)
+
+    assert len(opened) == 2
+    assert closed == opened
+    assert not server.idle
 
 
 def test_only_what_a_retry_cannot_mend_is_a_refusal() -> None:

@@ -223,7 +223,7 @@ class ClusterPool:
         for host, primary in left.items():
             del self._primaries[host]
             # What is under way there goes on to its end.
-            await primary.server.renew()
+            await primary.server.retire()
         self.clocks.keep(found.primaries)
         if any(one.is_suspect for one in left.values()):
             # Calls to these sessions fail already: they do not begin to wait with others.
