@@ -69,8 +69,9 @@ class RedisCluster:
 
     def replica_of(self, primary: RedisServer) -> RedisServer:
         # Of themselves: others hear of it later.
+        port = primary.settings.get("tls-port", primary.port)
         for node in self.living():
-            if f"master_port:{primary.port}\r".encode() in call(node, ("INFO", "replication"))[0]:
+            if f"master_port:{port}\r".encode() in call(node, ("INFO", "replication"))[0]:
                 return node
         raise AssertionError(primary.port)
 
@@ -124,6 +125,33 @@ class RedisCluster:
             (done,) = call(node, ("CLUSTER", "SETSLOT", slot, "NODE", its))
             assert done == b"OK", done
 
+    def move_slots_without_keys(self, source: RedisServer, target: RedisServer) -> None:
+        """Hand over all that a node has left; the cluster goes on to know it."""
+        its = self.id_of(target)
+        for first, last, ports in self.ranges():
+            if ports[0] == source.port:
+                handing = [("CLUSTER", "SETSLOT", slot, "NODE", its) for slot in range(first, last + 1)]
+                # The source follows the target once it has none left.
+                for node in (target, *(one for one in self.primaries() if one is not target)):
+                    replies = set(call(node, *handing))
+                    assert replies == {b"OK"}, replies
+        until(lambda: source not in self.primaries())
+
+
+@contextmanager
+def joining(cluster: RedisCluster) -> Iterator[RedisServer]:
+    """Add a node without slots."""
+    first = cluster.nodes[0]
+    settings = first.settings | {"cluster-port": str(free_port())}
+    with RedisServer(first.directory.parent / "joining", first.program, settings) as node:
+        bus = settings["cluster-port"]
+        assert call(first, ("CLUSTER", "MEET", cluster.host, node.port, bus)) == [b"OK"]
+        cluster.nodes.append(node)
+        known = f"cluster_known_nodes:{len(cluster.nodes)}".encode()
+        until(lambda: all(known in call(one, ("CLUSTER", "INFO"))[0] for one in cluster.nodes))
+        cluster.until_whole(0)
+        yield node
+
 
 @contextmanager
 def redis_cluster(
@@ -142,11 +170,12 @@ def redis_cluster(
         "cluster-replica-validity-factor": "0",
         **settings,
     }
+    ports = ["cluster-port", *(["tls-port"] if "tls-cert-file" in settings else [])]
     with ExitStack() as stack:
         nodes = [
             stack.enter_context(
                 RedisServer(
-                    directory / str(number), found[kind], {**common, "cluster-port": str(free_port())}
+                    directory / str(number), found[kind], common | {port: str(free_port()) for port in ports}
                 )
             )
             for number in range(3 * (1 + replicas))

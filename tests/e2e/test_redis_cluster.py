@@ -10,18 +10,15 @@ from pathlib import Path
 
 import grpc
 import pytest
-from clusters import SECRET, free_ports
-from mnemosynerpc.session_pb2 import (
-    AbandonRequest,
-    DeleteRequest,
-    ExistsRequest,
-    GetRequest,
-    ListRequest,
-    Query,
-    Session,
-    SetValueRequest,
-    StartRequest,
+from engine_calls import (
+    assert_address_is_taken,
+    assert_migrates,
+    change_here_and_read_there,
+    hashing,
+    started,
+    two_nodes,
 )
+from mnemosynerpc.session_pb2 import DeleteRequest, GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 from redis_clusters import RedisCluster, call, redis_cluster
@@ -32,8 +29,6 @@ from mnemosyned.storage.redis.cluster import slots
 
 pytestmark = needs_redis
 
-NEW = StartRequest(session=Session(subject_id="user:1", refresh_token="r", bag={"k": CANARY}))
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
@@ -43,15 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
 
 
 def test_nodes_see_each_others_writes_at_once_also_while_a_primary_is_replaced(cluster: RedisCluster) -> None:
-    names = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    common = (
-        "-storage=redis",
-        f"-redis.address={cluster.url}",
-        f"-cluster.seeds={','.join(names)}",
-        f"-cluster.secret={SECRET}",
-    )
-    nodes = [Daemon(*common, f"-cluster.listen={name}", f"-port={name.rpartition(':')[2]}") for name in names]
-    with nodes[0] as one, nodes[1] as other, one.leased().stub() as here, other.leased().stub() as there:
+    with two_nodes("-storage=redis", f"-redis.address={cluster.url}") as (here, there, nodes):
         calls = count_of_coherent_calls(here, there, seconds=1)
         victim = cluster.primaries()[0]
         victim.kill()
@@ -65,8 +52,7 @@ def test_nodes_see_each_others_writes_at_once_also_while_a_primary_is_replaced(c
         # Leases from before run out first.
         while count_of_coherent_calls(there, here, seconds=0.5) <= 5:
             assert time.monotonic() < until_s
-        assert one.stop() == other.stop() == 0
-        assert PASSWORD not in one.log
+    assert PASSWORD not in nodes[0].log
 
 
 def count_of_coherent_calls(here: SessionManagerStub, there: SessionManagerStub, *, seconds: float) -> int:
@@ -74,13 +60,7 @@ def count_of_coherent_calls(here: SessionManagerStub, there: SessionManagerStub,
     count, until_s = 0, time.monotonic() + seconds
     while time.monotonic() < until_s:
         try:
-            token = here.Start(NEW, timeout=1).session.access_token
-            assert there.Get(GetRequest(access_token=token), timeout=1).session.subject_id == "user:1"
-            change = SetValueRequest(access_token=token, key="n", value=str(count))
-            here.SetValue(change, timeout=1)
-            assert there.Get(GetRequest(access_token=token), timeout=1).session.bag["n"] == str(count)
-            assert there.Abandon(AbandonRequest(access_token=token), timeout=1).value
-            assert not here.Exists(ExistsRequest(access_token=token), timeout=1).value
+            change_here_and_read_there(here, there, count, timeout_s=1)
         except grpc.RpcError as exc:
             if exc.code() not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
                 raise
@@ -90,22 +70,13 @@ def count_of_coherent_calls(here: SessionManagerStub, there: SessionManagerStub,
 
 
 def test_commands_work_on_a_cluster(cluster: RedisCluster, tmp_path: Path) -> None:
-    key = tmp_path / "token.key"
-    key.write_text(f"{CANARY}-the-key-of-the-tokens-on-a-cluster\n")
     flags = ("-storage=redis", f"-redis.address={cluster.url}", "-redis.prefix=commands:")
-    hashing = (*flags, "-token.protection=hmac", f"-token.key.file={key}")
-    with Daemon(*flags) as daemon, daemon.serving().stub() as stub:
-        tokens = [stub.Start(NEW).session.access_token for _ in range(20)]
-        assert len(stub.List(ListRequest(query=Query(refresh_token="r"), limit=50)).sessions) == 20
-        assert daemon.stop() == 0
+    hashed = hashing(flags, tmp_path)
+    assert_migrates(hashed, started(flags, 20))
 
-    code, out, _ = mnemosyned("migrate", *hashing)
-    assert (code, "20" in out) == (0, True), out
-    code, out, _ = mnemosyned("check", *hashing)
+    code, out, _ = mnemosyned("check", *hashed)
     assert (code, "20 sessions checked" in out) == (0, True), out
-    with Daemon(*hashing) as daemon, daemon.serving().stub() as stub:
-        for token in tokens:
-            assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+    with Daemon(*hashed) as daemon, daemon.serving().stub() as stub:
         assert stub.Delete(DeleteRequest(subject_id="user:1")).value == 20
 
 
@@ -116,14 +87,11 @@ def test_a_new_password_in_the_file_is_taken_without_a_failed_call(
     file.write_text(cluster.url)
     with Daemon("-storage=redis", f"-redis.address.file={file}", "-cache.ttl=0") as daemon:
         with daemon.serving().stub() as stub:
-            token = stub.Start(NEW).session.access_token
             password = f"{CANARY}-of-another-user"
             for node in cluster.nodes:
                 call(node, ("ACL", "SETUSER", "other", "on", f">{password}", "~*", "+@all"))
-            file.write_text(cluster.url.replace(f":{PASSWORD}", f"other:{password}"))
-            daemon.wait_for("redis_address_reloaded")
-            for _ in range(20):
-                assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+            address = cluster.url.replace(f":{PASSWORD}", f"other:{password}")
+            assert_address_is_taken(daemon, stub, file, address, event="redis_address_reloaded")
             file.write_text(f"redis://:{PASSWORD}@127.0.0.1:1")
             refused = daemon.wait_for("redis_address_reload_failed")
             assert "a change to a single server needs a restart" in refused["error"]
@@ -136,22 +104,18 @@ def test_no_copy_outlives_a_delete_that_could_not_find_its_session_after_a_failo
 ) -> None:
     """The leases are on another primary, which nothing happens to."""
     cluster.until_whole()
-    names = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    common = (
+    flags = (
         "-storage=redis",
         f"-redis.address={cluster.url}",
         "-redis.prefix=lost:",
         "-redis.wait=0",
         "-cache.ttl=1m",
-        f"-cluster.seeds={','.join(names)}",
-        f"-cluster.secret={SECRET}",
     )
     home = cluster.primary_of(slots.home("lost:").slot)
     victim = next(node for node in cluster.primaries() if node is not home)
     replica = cluster.replica_of(victim)
     tokens = tokens_at(cluster, victim, count=20)
-    nodes = [Daemon(*common, f"-cluster.listen={name}", f"-port={name.rpartition(':')[2]}") for name in names]
-    with nodes[0] as one, nodes[1] as other, one.leased().stub() as here, other.leased().stub() as there:
+    with two_nodes(*flags) as (here, there, _):
         # The replica stands still, and its connection is closed. It does not get what is written now.
         replica.signal(signal.SIGSTOP)
         call(victim, ("CLIENT", "KILL", "TYPE", "replica"))

@@ -132,7 +132,10 @@ def is_elsewhere(exc: BaseException) -> bool:
 
 def moved_to(exc: BaseException) -> tuple[str, int] | None:
     """Return the node that has the slot by now; the host is empty if it is that of the node that says so."""
-    return (exc.host, exc.port) if isinstance(exc, MovedError) else None
+    if not isinstance(exc, MovedError):
+        return None
+    # A node that is to tell the names of others may not know one.
+    return ("" if exc.host == "?" else exc.host, exc.port)
 
 
 def is_other_server(exc: BaseException) -> bool:

@@ -94,6 +94,7 @@ class Server:
         self._free = asyncio.Semaphore(size)
         self._free_urgent = asyncio.Semaphore(_URGENT)
         self._is_open = True
+        self._is_retired = False
 
     async def run(
         self,
@@ -103,14 +104,13 @@ class Server:
     ) -> list[Any]:
         """Run one script on several key spaces; return what each returns, perhaps an error of the server."""
         commands = [script.command(keys, arguments) for keys, arguments in spaces]
-        marks = [scripts.MARK.command(keys, ()) for keys, _ in spaces]
         started_s = time.perf_counter()
         is_proven = time.monotonic() - self._proven_s < _PROVEN_S
         wait = how.wait if how.is_write or not is_proven else 0
         try:
             replies: list[Any] = await self.use(
                 script.name,
-                lambda link: self._run(link, commands, marks, how, wait),
+                lambda link: self._run(link, commands, [keys for keys, _ in spaces], how, wait),
                 timeout_s=how.timeout_s,
                 is_urgent=how.is_urgent,
             )
@@ -121,7 +121,7 @@ class Server:
         return replies
 
     async def _run(
-        self, link: Link, commands: Sequence[Command], marks: Sequence[Command], how: Sending, wait: int
+        self, link: Link, commands: Sequence[Command], places: Sequence[Keys], how: Sending, wait: int
     ) -> list[Any]:
         if self._admit is not None and not how.is_urgent:
             await self._admit(link)
@@ -131,6 +131,7 @@ class Server:
         if self._lacks_replicas and self._short_wait_s is not None:
             wait_s = min(wait_s, self._short_wait_s)
         waiting: Command = ("WAIT", wait, int(wait_s * 1000))
+        marks = [scripts.MARK.command(keys, ()) for keys in places]
         sent_s = time.monotonic()
         *replies, marked, confirmed = await _sent(link, [*commands, marks[0], waiting])
         if isinstance(marked, Exception) and is_not_done(marked):
@@ -144,7 +145,7 @@ class Server:
                 if not isinstance(marked, Exception):
                     break
         failure = _unconfirmed(marked, confirmed, wait)
-        self._lacks_replicas = isinstance(failure, NotReplicated)
+        self._lacks_replicas = isinstance(confirmed, int) and confirmed < wait
         if failure is None:
             self._proven_s = max(self._proven_s, sent_s)
             return replies
@@ -192,6 +193,11 @@ class Server:
         for link in idle:
             await _closed(link)
 
+    async def retire(self) -> None:
+        """Keep no connection beyond the end of its call: nothing more is to come."""
+        self._is_retired = True
+        await self.renew()
+
     def open(self) -> None:
         """Take calls, after a `close`."""
         self._is_open = True
@@ -223,7 +229,8 @@ class Server:
 
     async def _release(self, link: Link, *, is_idle: bool) -> None:
         self.in_use.discard(link)
-        if is_idle and self._is_open and link.epoch == self._epoch:
+        is_current = self._is_open and not self._is_retired and link.epoch == self._epoch
+        if is_idle and is_current:
             self.idle.append(link)
             return
         await _closed(link)
@@ -238,7 +245,8 @@ def _unconfirmed(marked: object, confirmed: Any, wait: int) -> Exception | None:
     """Return why the writes before a mark do not count; None: they do."""
     for reply in (marked, confirmed):
         if isinstance(reply, Exception):
-            return reply
+            # What refuses a mark has not refused the scripts before it: they must not be sent again.
+            return NotReplicated() if is_not_done(reply) else reply
     return NotReplicated() if confirmed < wait else None
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from redis.asyncio.connection import BaseParser
 from redis.exceptions import ConnectionError as LostConnection
 
+from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.model import MAX_BAG_BYTES, DamagedSession, NewSession, Session
-from mnemosyned.storage.redis import records
+from mnemosyned.storage.redis import records, scripts
+from mnemosyned.storage.redis.failures import Failures
 from mnemosyned.storage.redis.faults import (
     NoPrimary,
     NotPrimary,
@@ -25,6 +31,8 @@ from mnemosyned.storage.redis.faults import (
     moved_to,
     name_of,
 )
+from mnemosyned.storage.redis.link import Command
+from mnemosyned.storage.redis.server import Sending, Server
 from mnemosyned.storage.redis.server_check import Verdict, fields_of, judge
 
 AT_US = 1_790_000_000_000_000
@@ -234,12 +242,82 @@ def test_what_a_node_has_refused_is_sent_again_and_nothing_else() -> None:
     )
     assert [text for text in refused if is_elsewhere(BaseParser.parse_error(text))] == list(refused[:3])
     assert [
-        moved_to(BaseParser.parse_error(text)) for text in ("MOVED 1 10.0.0.1:7", "MOVED 1 :7", "ASK 1 h:1")
+        moved_to(BaseParser.parse_error(text))
+        for text in ("MOVED 1 10.0.0.1:7", "MOVED 1 :7", "MOVED 1 ?:7", "ASK 1 h:1")
     ] == [
         ("10.0.0.1", 7),
         ("", 7),
+        ("", 7),
         None,
     ]
+
+
+class LinkOfANodeThatHandsItsSlotsOver:
+    """Stands for a connection to a node that does the scripts, and has refused each mark behind them."""
+
+    def __init__(self, refusal: str) -> None:
+        self.refusal = refusal
+        self.identity, self.epoch = "", 0
+
+    async def call(self, commands: Sequence[Command]) -> list[Any]:
+        return [self._reply(command) for command in commands]
+
+    def _reply(self, command: Command) -> object:
+        if command[0] == "WAIT":
+            return 5
+        return BaseParser.parse_error(self.refusal) if command[1] == scripts.MARK.sha else [1]
+
+    async def is_usable(self) -> bool:
+        return True
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("refusal", ["MOVED 1 h:1", "TRYAGAIN x", "READONLY x", "CLUSTERDOWN x"])
+async def test_a_script_that_was_done_is_not_taken_for_refused_with_the_mark_behind_it(refusal: str) -> None:
+    async def connect() -> Any:  # noqa: ANN401  # stands for a Link
+        return LinkOfANodeThatHandsItsSlotsOver(refusal)
+
+    metrics = QueryMetrics(CollectorRegistry(), "redis")
+    server = Server(connect, size=1, failures=Failures(metrics), metrics=metrics)
+    spaces = [((2, f"{bucket}x", f"{bucket}none"), ("name",)) for bucket in "abcde"]
+    replies = await server.run(scripts.TOUCH, spaces, Sending(timeout_s=1, wait=1, is_write=True))
+
+    assert len(replies) == 5
+    assert not any(map(is_not_done, replies))
+    assert all(isinstance(reply, NotReplicated) for reply in replies)
+
+
+async def test_a_server_whose_place_another_has_taken_keeps_no_connection() -> None:
+    opened, closed = [], []
+
+    class Link(LinkOfANodeThatHandsItsSlotsOver):
+        async def close(self) -> None:
+            closed.append(self)
+
+    async def connect() -> Any:  # noqa: ANN401  # as above
+        opened.append(Link("READONLY x"))
+        return opened[-1]
+
+    async def work(_: object) -> None:
+        has_begun.set()
+        await may_end.wait()
+
+    metrics = QueryMetrics(CollectorRegistry(), "redis")
+    server = Server(connect, size=1, failures=Failures(metrics), metrics=metrics)
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+    using = [asyncio.create_task(server.use("work", work, timeout_s=5)) for _ in range(2)]
+    await has_begun.wait()
+    # The second call waits for the connection of the first, and will need one of its own.
+    await server.retire()
+    assert closed == []
+    may_end.set()
+    await asyncio.gather(*using)
+
+    assert len(opened) == 2
+    assert closed == opened
+    assert not server.idle
 
 
 def test_only_what_a_retry_cannot_mend_is_a_refusal() -> None:

@@ -49,7 +49,7 @@ from mnemosyned.storage.redis.faults import (
     moved_to,
     name_of,
 )
-from mnemosyned.storage.redis.link import Link, open_link
+from mnemosyned.storage.redis.link import Command, Link, open_link
 from mnemosyned.storage.redis.records import stored_name
 from mnemosyned.storage.redis.server import Sending
 
@@ -114,7 +114,8 @@ class ClusterPool:
         self._look_at = self._watch.admit
         self.admission.forget()
         try:
-            await self._take(await self._asked(self._address.hosts, self._options.connect_timeout_s))
+            address = self._address
+            await self._take(await _asked(address, address.hosts, self._options.connect_timeout_s))
         except FAULTS as exc:
             raise self.refused(exc) or self._failures.unavailable("connect", exc) from exc
 
@@ -126,11 +127,11 @@ class ClusterPool:
         """Tell of servers that will not do from now on, and use them all the same."""
         self._look_at = self._watch.look
 
-    def refused(self, exc: BaseException | None) -> StorageRefused | None:
-        """Return why a node refuses us for good; None: it may take us later."""
+    def refused(self, exc: BaseException | None, host: Host | None = None) -> StorageRefused | None:
+        """Return why a node, `host` or any, refuses us for good; None: it may take us later."""
         if exc is None or not is_refusal(exc):
             return None
-        where = parse(self._address_text)
+        where = parse(self._address_text) if host is None else f"{host[0]}:{host[1]}"
         return StorageRefused(f"Redis at {where}: {name_of(exc)}; {hint_of(exc)}")
 
     async def close(self) -> None:
@@ -142,20 +143,40 @@ class ClusterPool:
             await primary.server.close()
 
     async def use(self, text: str) -> None:
-        """Use another address of the cluster, if one of its nodes answers. Raises StorageRefused."""
+        """Use another address from now on, if one of its nodes answers. Raises StorageRefused.
+
+        Until then, and if none does, connections are made by the former one.
+        """
         if text == self._address_text:
             return
-        address = _read(text)
-        former, self._address = self._address, address
-        try:
-            await self._asked(address.hosts, self._options.connect_timeout_s)
-        except FAULTS as exc:
-            self._address = former
-            raise StorageRefused(f"Redis at {address}: {name_of(exc)}; {hint_of(exc)}") from exc
+        address, found = _read(text), None
+        if self._address is not None:
+            try:
+                found = await _asked(address, address.hosts, self._options.connect_timeout_s)
+                await self._check_buckets(address, found)
+            except FAULTS as exc:
+                raise StorageRefused(f"Redis at {address}: {name_of(exc)}; {hint_of(exc)}") from exc
         self._address_text = text
         self._failures.take(address.where)
-        for primary in self.primaries():
-            await primary.server.renew()
+        # It may have been closed meanwhile.
+        if found is not None and self._address is not None:
+            self._address = address
+            # They may be another cluster's.
+            await self._take(found)
+            for primary in self.primaries():
+                await primary.server.renew()
+
+    async def _check_buckets(self, address: Address, found: Topology) -> None:
+        """Raise StorageRefused if the sessions there are in another number of buckets."""
+        host = found.primary(self.home.slot)
+        if host is None:
+            raise Uncovered(f"slot {self.home.slot} has no primary")
+        question = ("GET", f"{self.home.prefix}buckets")
+        (count,) = await _replies(address, host, self._options.connect_timeout_s, [question])
+        if isinstance(count, Exception):
+            raise count
+        if count is not None and int(count) != len(self.buckets) > 0:
+            raise StorageRefused(f"Redis at {address}: it has {int(count)} buckets: it needs a restart")
 
     def follow(self, ask: Callable[[], None]) -> None:
         """Have a function called when a node refuses the log-in."""
@@ -180,41 +201,19 @@ class ClusterPool:
     async def look(self) -> None:
         """Ask for the primaries, unless that has just been done; an error leaves them as they are."""
         async with self._looking:
-            if time.monotonic() - self._looked_s < _LOOK_PERIOD_S or self._address is None:
+            address = self._address
+            if time.monotonic() - self._looked_s < _LOOK_PERIOD_S or address is None:
                 return
             well = [one.host for one in self.primaries() if not one.is_suspect]
-            others = [*self._topology.primaries, *self._topology.replicas, *self._address.hosts]
+            others = [*self._topology.primaries, *self._topology.replicas, *address.hosts]
             hosts = dict.fromkeys([*random.sample(well, len(well)), *random.sample(others, len(others))])
             try:
-                await self._take(await self._asked(list(hosts), self._options.connect_timeout_s / 4))
+                found = await _asked(address, list(hosts), self._options.connect_timeout_s / 4)
+                if self._address is address:
+                    await self._take(found)
             except FAULTS as exc:
                 self._failures.unavailable("connect", exc)
             self._looked_s = time.monotonic()
-
-    async def _asked(self, hosts: Sequence[Host], timeout_s: float) -> Topology:
-        """Ask one node after the other for the slots. Raises redis-py's errors, OSError, TimeoutError."""
-        failure: Exception = Uncovered("no node of the cluster tells its slots")
-        second_best: Topology | None = None
-        for host in hosts:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    link = await self._connect(host)
-                    try:
-                        slots_reply, info = await link.call([("CLUSTER", "SLOTS"), ("CLUSTER", "INFO")])
-                    finally:
-                        await link.close()
-                found = _topology(slots_reply, info, host)
-            except FAULTS as exc:
-                failure = exc
-                if is_refusal(exc):
-                    raise
-                continue
-            if b"cluster_state:ok" in info:
-                return found
-            second_best = second_best or found
-        if second_best is None:
-            raise failure
-        return second_best
 
     async def _take(self, found: Topology) -> None:
         self._topology = found
@@ -223,7 +222,7 @@ class ClusterPool:
         for host, primary in left.items():
             del self._primaries[host]
             # What is under way there goes on to its end.
-            await primary.server.renew()
+            await primary.server.retire()
         self.clocks.keep(found.primaries)
         if any(one.is_suspect for one in left.values()):
             # Calls to these sessions fail already: they do not begin to wait with others.
@@ -390,6 +389,36 @@ class ClusterPool:
         if is_not_done(reply) or isinstance(reply, Uncovered):
             error.is_under_way = False
         return error
+
+
+async def _asked(address: Address, hosts: Sequence[Host], timeout_s: float) -> Topology:
+    """Ask one node after the other for the slots. Raises redis-py's errors, OSError, TimeoutError."""
+    failure: Exception = Uncovered("no node of the cluster tells its slots")
+    second_best: Topology | None = None
+    for host in hosts:
+        try:
+            questions = ("CLUSTER", "SLOTS"), ("CLUSTER", "INFO")
+            slots_reply, info = await _replies(address, host, timeout_s, questions)
+            found = _topology(slots_reply, info, host)
+        except FAULTS as exc:
+            # Each node has users of its own: another one may take us.
+            failure = failure if is_refusal(failure) else exc
+            continue
+        if b"cluster_state:ok" in info:
+            return found
+        second_best = second_best or found
+    if second_best is None:
+        raise failure
+    return second_best
+
+
+async def _replies(address: Address, host: Host, timeout_s: float, commands: Sequence[Command]) -> list[Any]:
+    async with asyncio.timeout(timeout_s):
+        link = await open_link(address, host, address.login, 0)
+        try:
+            return await link.call(commands)
+        finally:
+            await link.close()
 
 
 def _may_repeat(reply: Exception, passed_s: float, timeout_s: float) -> bool:

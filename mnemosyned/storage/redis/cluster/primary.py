@@ -52,6 +52,7 @@ class Primary:
     def __init__(self, host: Host, around: Surroundings, *, size: int, timeout_s: float) -> None:
         self.host = host
         self.is_suspect = False
+        self._suspicion: BaseException | None = None  # what has failed
         self._identity = ""  # as the last look has shown it
         self._around = around
         self._timeout_s = timeout_s
@@ -71,6 +72,7 @@ class Primary:
             error = StorageUnavailable("mnemosyned: storage: unavailable")
             error.is_under_way = False
             error.detail = f"the primary at {self.host[0]}:{self.host[1]} does not answer"
+            error.__cause__ = self._suspicion
             return [error] * len(calls)
         try:
             return await self.server.run(script, [(space.keys, given) for space, given in calls], how)
@@ -128,5 +130,5 @@ class Primary:
     def _suspect(self, exc: StorageUnavailable) -> None:
         # Calls that wait for a connection of ours say nothing of the server.
         if exc.__cause__ is not None and exc.detail.partition(":")[0] != "acquire" and not self.is_suspect:
-            self.is_suspect = True
+            self.is_suspect, self._suspicion = True, exc.__cause__
             self._around.on_suspect(self)

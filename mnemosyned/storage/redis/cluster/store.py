@@ -35,6 +35,8 @@ from mnemosyned.storage.redis.store import RedisStore
 
 if TYPE_CHECKING:
     from mnemosyned.storage.redis.cluster.pool import ClusterPool
+    from mnemosyned.storage.redis.cluster.primary import Primary
+    from mnemosyned.storage.redis.cluster.slots import Space
     from mnemosyned.storage.redis.pool import RedisPool
 
 
@@ -62,8 +64,7 @@ class ClusterStore:
         """See Storage; tries the scripts on each primary, on keys of their own."""
         try:
             await self._pool.open()
-            count = await self._home.run(scripts.BUCKETS, self._wanted_buckets, is_write=True)
-            self._divide(int(count))
+            self._divide(await self._buckets())
             await self.check()
             self._state.refuse_clocks()
             await self._try_scripts()
@@ -75,6 +76,14 @@ class ClusterStore:
             raise
         self._pool.opened()
 
+    async def _buckets(self) -> int:
+        try:
+            return int(await self._home.run(scripts.BUCKETS, self._wanted_buckets, is_write=True))
+        except StorageUnavailable as exc:
+            primary = self._pool.primary_of(self._pool.home)
+            refusal = self._pool.refused(exc.__cause__, primary.host) if primary is not None else None
+            raise refusal or exc from exc.__cause__
+
     def _divide(self, count: int) -> None:
         self._pool.divide(count)
         self._sweeps.stores = [
@@ -83,15 +92,22 @@ class ClusterStore:
         ]
 
     async def _try_scripts(self) -> None:
-        """Try the scripts on each primary that answers: each has users of its own."""
-        spaces = {self._pool.primary_of(space): space for space in self._pool.buckets}
+        """Try the scripts on each primary: each has users of its own."""
+        spaces = (self._pool.home, *self._pool.buckets)
+        of_primaries = {self._pool.primary_of(space): space for space in spaces}
         await asyncio.gather(
-            *(
-                trial.run(SpacePool(self._pool, space))
-                for primary, space in spaces.items()
-                if primary is not None and not primary.is_suspect
-            )
+            *(self._try_on(primary, space) for primary, space in of_primaries.items() if primary is not None)
         )
+
+    async def _try_on(self, primary: Primary, space: Space) -> None:
+        """Raise StorageRefused if it refuses us. One that does not answer may do so later, as in `check`."""
+        try:
+            await trial.run(SpacePool(self._pool, space))
+        except StorageUnavailable as exc:
+            refusal = self._pool.refused(exc.__cause__, primary.host)
+            if refusal is None and primary.is_suspect:
+                return
+            raise refusal or exc from exc.__cause__
 
     async def close(self) -> None:
         """See Storage. Writes under way have an unknown outcome: a server may still do them."""
