@@ -20,7 +20,9 @@ _SCHEMES: Final = ("mongodb", "mongodb+srv")
 _DEFAULT_PORT: Final = 27017
 _MAX_PORT: Final = 65535
 _MAX_DATABASE_BYTES: Final = 63
-_MECHANISMS: Final = ("SCRAM-SHA-256", "SCRAM-SHA-1", "MONGODB-X509", "PLAIN")
+_MAX_APP_NAME_BYTES: Final = 128
+_X509: Final = "MONGODB-X509"
+_MECHANISMS: Final = ("SCRAM-SHA-256", "SCRAM-SHA-1", _X509, "PLAIN")
 
 # What an option must be, if it is given at all.
 _REQUIRED: Final = {
@@ -105,7 +107,7 @@ def parse(text: str) -> Address:
     given = _given(query)
     is_srv = scheme == "mongodb+srv"
     options = _options(given, is_srv=is_srv)
-    return Address(
+    address = Address(
         hosts=_srv_host(hosts) if is_srv else tuple(_host(part) for part in hosts.split(",")),
         is_srv=is_srv,
         database=_database(path),
@@ -114,6 +116,26 @@ def parse(text: str) -> Address:
         files=_files(given, is_tls=bool(options.get("tls", is_srv))),
         options=options,
     )
+    _check_together(address)
+    return address
+
+
+def _check_together(address: Address) -> None:
+    """Refuse options that the client would not take with one another."""
+    options, mechanism = address.options, address.options.get("authMechanism")
+    if options.get("directConnection") and (address.is_srv or len(address.hosts) > 1):
+        raise AddressError("directConnection needs mongodb:// and one host")
+    if "replicaSet" in options and options.get("srvMaxHosts"):
+        raise AddressError("it has srvMaxHosts, which is for a mongos, and replicaSet")
+    if mechanism == _X509:
+        if not address.files.cert_and_key:
+            raise AddressError(f"{_X509} needs tlsCertificateKeyFile")
+        if address.login.password:
+            raise AddressError(f"{_X509} takes no password")
+        if options.get("authSource", "$external") != "$external":
+            raise AddressError(f"{_X509} takes no authSource but $external")
+    elif mechanism and not address.login.user:
+        raise AddressError("its authMechanism needs a user and a password")
 
 
 def _given(query: str) -> dict[str, str]:
@@ -171,6 +193,12 @@ def _text(name: str, value: str) -> str:
     return value
 
 
+def _app_name(name: str, value: str) -> str:
+    if len(value.encode()) > _MAX_APP_NAME_BYTES:
+        raise AddressError(f"its option {name} is longer than {_MAX_APP_NAME_BYTES} bytes")
+    return _text(name, value)
+
+
 def _mechanism(name: str, value: str) -> str:
     if value.upper() not in _MECHANISMS:
         raise AddressError(f"its option {name} is not one of {', '.join(_MECHANISMS)}")
@@ -193,7 +221,7 @@ _TAKEN: Final[dict[str, tuple[str, Callable[[str, str], str | bool | int]]]] = {
         ("replicaSet", _text),
         ("directConnection", _bool),
         ("retryReads", _bool),
-        ("appName", _text),
+        ("appName", _app_name),
         ("srvServiceName", _text),
         ("srvMaxHosts", _number),
     )
@@ -221,9 +249,12 @@ def _files(given: Mapping[str, str], *, is_tls: bool) -> Files:
 
 def _login(userinfo: str, mechanism: str) -> Login:
     user, separator, password = userinfo.partition(":")
-    if userinfo and (not user or not separator or not password) and mechanism != "MONGODB-X509":
+    if userinfo and (not user or not separator or not password) and mechanism != _X509:
         raise AddressError("it has a user without a password: write mongodb://user:password@host")
-    return Login(user=unquote(user), password=unquote(password))
+    login = Login(user=unquote(user), password=unquote(password))
+    if "\0" in login.password or not login.user.isprintable():
+        raise AddressError("its user or password has a control character")
+    return login
 
 
 def _srv_host(text: str) -> tuple[str, ...]:
@@ -235,7 +266,7 @@ def _srv_host(text: str) -> tuple[str, ...]:
 
 
 def _host(text: str) -> str:
-    if text.lower().startswith("%2f"):
+    if re.fullmatch(r"%2f[A-Za-z0-9%_.~-]+\.sock", text, re.IGNORECASE):
         return text  # a socket of this machine
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+)(?::(\d{1,5}))?", text)
     if match is None or not 0 < int(match[2] or _DEFAULT_PORT) <= _MAX_PORT:
