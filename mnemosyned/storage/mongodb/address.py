@@ -15,10 +15,19 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote
 
+from mnemosyned.storage.addresses import (
+    NO_LOGIN,
+    AddressError,
+    Login,
+    host_and_port,
+    joined,
+    login,
+    wrong_host,
+)
+
 DEFAULT_DATABASE: Final = "mnemosyne"
 _SCHEMES: Final = ("mongodb", "mongodb+srv")
 _DEFAULT_PORT: Final = 27017
-_MAX_PORT: Final = 65535
 _MAX_DATABASE_BYTES: Final = 63
 _MAX_APP_NAME_BYTES: Final = 128
 _X509: Final = "MONGODB-X509"
@@ -44,18 +53,6 @@ _FLAGS: Final = {
 _INSECURE: Final = ("tlsinsecure", "tlsallowinvalidcertificates", "tlsallowinvalidhostnames")
 
 
-class AddressError(ValueError):
-    """An address cannot be used; the text is one line without any secret."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
-    """A user and its password; both empty: none is sent."""
-
-    user: str = ""
-    password: str = field(default="", repr=False)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
     """The files of TLS; empty: the authorities of this machine, and no certificate of ours."""
@@ -73,7 +70,7 @@ class Address:
     is_srv: bool = False
     database: str = DEFAULT_DATABASE
     is_database_given: bool = False  # then it is where the user is known, too
-    login: Login = Login()
+    login: Login = NO_LOGIN
     files: Files = Files()
     options: Mapping[str, str | bool | int] = field(default_factory=dict)  # as the client takes them
 
@@ -112,7 +109,11 @@ def parse(text: str) -> Address:
         is_srv=is_srv,
         database=_database(path),
         is_database_given=bool(path),
-        login=_login(userinfo, str(options.get("authMechanism", ""))),
+        login=login(
+            userinfo,
+            scheme="mongodb",
+            needs=() if options.get("authMechanism") == _X509 else ("user", "password"),
+        ),
         files=_files(given, is_tls=bool(options.get("tls", is_srv))),
         options=options,
     )
@@ -239,7 +240,9 @@ def _shown_options() -> list[str]:
 
 
 def _files(given: Mapping[str, str], *, is_tls: bool) -> Files:
-    cacert, cert, password = (given.get(name, "") for name in _FILES)
+    cacert, cert, password = (
+        _text(shown, given[name]) if name in given else "" for name, shown in _FILES.items()
+    )
     if (cacert or cert) and not is_tls:
         raise AddressError("tlsCAFile and tlsCertificateKeyFile need tls=true")
     if password and not cert:
@@ -247,35 +250,18 @@ def _files(given: Mapping[str, str], *, is_tls: bool) -> Files:
     return Files(cacert=cacert, cert_and_key=cert, key_password=password)
 
 
-def _login(userinfo: str, mechanism: str) -> Login:
-    user, separator, password = userinfo.partition(":")
-    if userinfo and (not user or not separator or not password) and mechanism != _X509:
-        raise AddressError("it has a user without a password: write mongodb://user:password@host")
-    login = Login(user=unquote(user), password=unquote(password))
-    if "\0" in login.password or not login.user.isprintable():
-        raise AddressError("its user or password has a control character")
-    return login
-
-
 def _srv_host(text: str) -> tuple[str, ...]:
     if "," in text or ":" in text:
         raise AddressError("with mongodb+srv:// it must have one host, and no port")
     if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+\.?", text):
-        raise AddressError(_wrong_host())
+        raise wrong_host()
     return (text,)
 
 
 def _host(text: str) -> str:
     if re.fullmatch(r"%2f[A-Za-z0-9%_.~-]+\.sock", text, re.IGNORECASE):
         return text  # a socket of this machine
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+)(?::(\d{1,5}))?", text)
-    if match is None or not 0 < int(match[2] or _DEFAULT_PORT) <= _MAX_PORT:
-        raise AddressError(_wrong_host())
-    return f"{match[1]}:{int(match[2] or _DEFAULT_PORT)}"
-
-
-def _wrong_host() -> str:
-    return "a host is missing or wrong: in a password, write each of @ : / ? # % as %40 …"
+    return joined(*host_and_port(text, _DEFAULT_PORT))
 
 
 def _database(path: str) -> str:

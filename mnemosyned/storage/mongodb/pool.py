@@ -25,9 +25,10 @@ import pymongo
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.addresses import AddressError
 from mnemosyned.storage.fault_log import FaultLog
 from mnemosyned.storage.mongodb import faults
-from mnemosyned.storage.mongodb.address import AddressError, parse
+from mnemosyned.storage.mongodb.address import parse
 from mnemosyned.storage.mongodb.client import Client, Database
 from mnemosyned.storage.mongodb.config import check_files
 from mnemosyned.storage.mongodb.faults import FAULTS, hint_of, is_refusal, name_of

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from serving import configured
 
 from mnemosyned.config.flags import ConfigError
+from mnemosyned.storage.addresses import AddressError, Login
 from mnemosyned.storage.mongodb import config as mongodb_config
-from mnemosyned.storage.mongodb.address import Address, AddressError, Files, Login, parse
+from mnemosyned.storage.mongodb.address import Address, Files, parse
 from mnemosyned.storage.mongodb.client import Client
 from mnemosyned.storage.mongodb.config import MongoConfig
 
@@ -145,6 +146,11 @@ def test_the_client_takes_each_address_that_is_not_refused(
         ("mongodb://h/?maxPoolSize=5", "use the flag -mongodb.pool.size instead"),
         ("mongodb://h/?tls=true&tlsInsecure=true", "name the authority of the servers in tlsCAFile"),
         ("mongodb://h/?tlsCAFile=/ca", "tlsCAFile and tlsCertificateKeyFile need tls=true"),
+        ("mongodb://h/?tls=true&tlsCAFile=/c%0aa", "its option tlsCAFile is empty or not printable"),
+        (
+            f"mongodb://h/?{X509}&tlsCertificateKeyFilePassword=%00",
+            "its option tlsCertificateKeyFilePassword is empty or not printable",
+        ),
         ("mongodb://h/?tlsCertificateKeyFilePassword=x", "needs tlsCertificateKeyFile"),
         ("mongodb://h/?srvMaxHosts=2", "its option srvMaxHosts needs mongodb+srv://"),
         ("mongodb+srv://c.example.net/?srvMaxHosts=x", "its option srvMaxHosts is not a number"),
@@ -182,6 +188,10 @@ def test_a_wrong_address_is_refused_in_one_line_without_its_secret(text: str, co
         (
             "-mongodb.address=mongodb://h/?tls=true&tlsCAFile=/nowhere",
             "flag -mongodb.address: tlsCAFile: /nowhere: No such file",
+        ),
+        (
+            f"-mongodb.address=mongodb://h/?tls=true&tlsCAFile={__file__}",
+            f"flag -mongodb.address: tlsCAFile: {__file__}: it holds no certificate",
         ),
         ("-mongodb.collection=", "flag -mongodb.collection: '' is not a name of 1 to 100 bytes"),
         ("-mongodb.collection=a$b", "flag -mongodb.collection: 'a$b' is not a name"),
