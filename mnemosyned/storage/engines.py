@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mnemosyned.security.file_reloader import FileReloader
     from mnemosyned.sessions.store import EngineStore, FullStore
     from mnemosyned.sessions.token_hash import TokenHasher
+    from mnemosyned.storage.address_flags import AddressSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,31 +120,13 @@ def _build_postgres(config: Config, surroundings: Surroundings) -> EngineStore:
     )
 
 
-def _follow_address(
-    section: PostgresConfig | RedisConfig | MongoConfig, name: str, is_private: Callable[[str], bool]
-) -> FileReloader[str] | None:
-    from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
+def _following(section: type[AddressSection]) -> Callable[[Config], FileReloader[str] | None]:
+    def follow_address(config: Config) -> FileReloader[str] | None:
+        from mnemosyned.storage.address_file import reloader_of
 
-    if not section.address_file or is_private(section.address):
-        return None
+        return reloader_of(config[section])
 
-    def read() -> str:
-        try:
-            found = section.address_in_file()
-        except ConfigError as exc:
-            raise FilesUnusable(str(exc)) from None
-        if is_private(found):
-            raise FilesUnusable(f"{section.address_file}: a private server needs a restart")
-        return found
-
-    path = section.address_file
-    return FileReloader(name, [path], read, secret_paths=[path])
-
-
-def _follow_address_of_postgres(config: Config) -> FileReloader[str] | None:
-    from mnemosyned.storage.postgres.config import is_private
-
-    return _follow_address(config[PostgresConfig], "postgres_address", is_private)
+    return follow_address
 
 
 def _start_private_postgres(config: Config) -> PrivateServer | None:
@@ -170,22 +153,10 @@ def _start_private_redis(config: Config) -> PrivateServer | None:
     return start(config[RedisConfig])
 
 
-def _follow_address_of_redis(config: Config) -> FileReloader[str] | None:
-    from mnemosyned.storage.redis.config import is_private
-
-    return _follow_address(config[RedisConfig], "redis_address", is_private)
-
-
 def _build_mongodb(config: Config, surroundings: Surroundings) -> EngineStore:
     from mnemosyned.storage.mongodb.build import build
 
     return build(config[MongoConfig], registry=surroundings.registry, address=surroundings.address)
-
-
-def _follow_address_of_mongodb(config: Config) -> FileReloader[str] | None:
-    from mnemosyned.storage.mongodb.config import is_private
-
-    return _follow_address(config[MongoConfig], "mongodb_address", is_private)
 
 
 def _build_memory(_: Config, __: Surroundings) -> EngineStore:
@@ -204,7 +175,7 @@ ENGINES: Final = {
             build=_build_postgres,
             section=PostgresConfig,
             start_server=_start_private_postgres,
-            follow_address=_follow_address_of_postgres,
+            follow_address=_following(PostgresConfig),
         ),
         Engine(
             name="redis",
@@ -213,7 +184,7 @@ ENGINES: Final = {
             build=_build_redis,
             section=RedisConfig,
             start_server=_start_private_redis,
-            follow_address=_follow_address_of_redis,
+            follow_address=_following(RedisConfig),
         ),
         Engine(
             name="mongodb",
@@ -221,7 +192,7 @@ ENGINES: Final = {
             capabilities=Capabilities(is_shared=True, is_durable=True, can_rename=True, can_check=True),
             build=_build_mongodb,
             section=MongoConfig,
-            follow_address=_follow_address_of_mongodb,
+            follow_address=_following(MongoConfig),
         ),
         Engine(
             name="memory",

@@ -19,6 +19,7 @@ from bson import Int64
 from certificates import Authority
 from mongodb_servers import MongoServer, needs_mongodb
 from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import AutoReconnect, ServerSelectionTimeoutError
 from secrecy import CANARY
 from stores import BAG, TTL_US, lookups, new, new_mongodb_store
 
@@ -448,6 +449,68 @@ async def test_a_stalled_server_is_unavailable_within_the_time_out_and_then_used
                     except StorageUnavailable:
                         continue
                     break
+
+
+async def test_a_stalled_server_costs_a_batch_one_time_out_and_not_one_for_each_command(
+    tmp_path: Path,
+) -> None:
+    tokens = [f"t{number}" for number in range(60)]
+    with MongoServer(tmp_path / "server") as server:
+        async with opened(server.url, timeout_s=1) as store:
+            await started(store, *tokens)
+            server.signal(signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(8):
+                    with pytest.raises(StorageUnavailable) as failed:
+                        await store.abandon([Abandonment(access_token=token) for token in tokens])
+            finally:
+                server.signal(signal.SIGCONT)
+
+    assert failed.value.is_under_way
+
+
+async def test_a_failed_command_of_several_leaves_open_what_the_others_have_done(store: MongoStore) -> None:
+    for outcome, is_under_way in (
+        (ServerSelectionTimeoutError(), False),
+        (AutoReconnect(), True),
+        (None, True),
+    ):
+        both_begun = asyncio.Barrier(2)
+
+        async def end(error: Exception | None, both_begun: asyncio.Barrier = both_begun) -> None:
+            await both_begun.wait()
+            if error is not None:
+                raise error
+
+        works = [lambda _, error=error: end(error) for error in (ServerSelectionTimeoutError(), outcome)]
+        with pytest.raises(StorageUnavailable) as failed:
+            await store._pool.run_each("abandon", works)
+        assert failed.value.is_under_way is is_under_way
+
+
+async def test_closing_does_not_wait_for_a_stalled_server(tmp_path: Path) -> None:
+    with MongoServer(tmp_path / "server") as server:
+        async with opened(server.url, timeout_s=1) as store:
+            await started(store, "a")
+            server.signal(signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(4):
+                    await store.close()
+            finally:
+                server.signal(signal.SIGCONT)
+
+
+async def test_closing_does_not_wait_for_a_server_that_is_gone(tmp_path: Path) -> None:
+    with MongoServer(tmp_path / "server") as server:
+        async with opened(server.url, timeout_s=1) as store:
+            await started(store, "a")
+            server.kill()
+            assert store._pool._client is not None
+            async with asyncio.timeout(10):
+                while store._pool._client.roles() != ["Unknown"]:
+                    await asyncio.sleep(0.01)
+            async with asyncio.timeout(4):
+                await store.close()
 
 
 async def test_without_a_server_nothing_is_under_way_and_the_reason_is_told(tmp_path: Path) -> None:

@@ -15,12 +15,23 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote
 
+from mnemosyned.storage.addresses import (
+    NO_LOGIN,
+    AddressError,
+    Login,
+    host_and_port,
+    joined,
+    login,
+    wrong_host,
+)
+
 DEFAULT_DATABASE: Final = "mnemosyne"
 _SCHEMES: Final = ("mongodb", "mongodb+srv")
 _DEFAULT_PORT: Final = 27017
-_MAX_PORT: Final = 65535
 _MAX_DATABASE_BYTES: Final = 63
-_MECHANISMS: Final = ("SCRAM-SHA-256", "SCRAM-SHA-1", "MONGODB-X509", "PLAIN")
+_MAX_APP_NAME_BYTES: Final = 128
+_X509: Final = "MONGODB-X509"
+_MECHANISMS: Final = ("SCRAM-SHA-256", "SCRAM-SHA-1", _X509, "PLAIN")
 
 # What an option must be, if it is given at all.
 _REQUIRED: Final = {
@@ -42,18 +53,6 @@ _FLAGS: Final = {
 _INSECURE: Final = ("tlsinsecure", "tlsallowinvalidcertificates", "tlsallowinvalidhostnames")
 
 
-class AddressError(ValueError):
-    """An address cannot be used; the text is one line without any secret."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
-    """A user and its password; both empty: none is sent."""
-
-    user: str = ""
-    password: str = field(default="", repr=False)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
     """The files of TLS; empty: the authorities of this machine, and no certificate of ours."""
@@ -71,7 +70,7 @@ class Address:
     is_srv: bool = False
     database: str = DEFAULT_DATABASE
     is_database_given: bool = False  # then it is where the user is known, too
-    login: Login = Login()
+    login: Login = NO_LOGIN
     files: Files = Files()
     options: Mapping[str, str | bool | int] = field(default_factory=dict)  # as the client takes them
 
@@ -105,15 +104,39 @@ def parse(text: str) -> Address:
     given = _given(query)
     is_srv = scheme == "mongodb+srv"
     options = _options(given, is_srv=is_srv)
-    return Address(
+    address = Address(
         hosts=_srv_host(hosts) if is_srv else tuple(_host(part) for part in hosts.split(",")),
         is_srv=is_srv,
         database=_database(path),
         is_database_given=bool(path),
-        login=_login(userinfo, str(options.get("authMechanism", ""))),
+        login=login(
+            userinfo,
+            scheme="mongodb",
+            needs=() if options.get("authMechanism") == _X509 else ("user", "password"),
+        ),
         files=_files(given, is_tls=bool(options.get("tls", is_srv))),
         options=options,
     )
+    _check_together(address)
+    return address
+
+
+def _check_together(address: Address) -> None:
+    """Refuse options that the client would not take with one another."""
+    options, mechanism = address.options, address.options.get("authMechanism")
+    if options.get("directConnection") and (address.is_srv or len(address.hosts) > 1):
+        raise AddressError("directConnection needs mongodb:// and one host")
+    if "replicaSet" in options and options.get("srvMaxHosts"):
+        raise AddressError("it has srvMaxHosts, which is for a mongos, and replicaSet")
+    if mechanism == _X509:
+        if not address.files.cert_and_key:
+            raise AddressError(f"{_X509} needs tlsCertificateKeyFile")
+        if address.login.password:
+            raise AddressError(f"{_X509} takes no password")
+        if options.get("authSource", "$external") != "$external":
+            raise AddressError(f"{_X509} takes no authSource but $external")
+    elif mechanism and not address.login.user:
+        raise AddressError("its authMechanism needs a user and a password")
 
 
 def _given(query: str) -> dict[str, str]:
@@ -171,6 +194,12 @@ def _text(name: str, value: str) -> str:
     return value
 
 
+def _app_name(name: str, value: str) -> str:
+    if len(value.encode()) > _MAX_APP_NAME_BYTES:
+        raise AddressError(f"its option {name} is longer than {_MAX_APP_NAME_BYTES} bytes")
+    return _text(name, value)
+
+
 def _mechanism(name: str, value: str) -> str:
     if value.upper() not in _MECHANISMS:
         raise AddressError(f"its option {name} is not one of {', '.join(_MECHANISMS)}")
@@ -193,7 +222,7 @@ _TAKEN: Final[dict[str, tuple[str, Callable[[str, str], str | bool | int]]]] = {
         ("replicaSet", _text),
         ("directConnection", _bool),
         ("retryReads", _bool),
-        ("appName", _text),
+        ("appName", _app_name),
         ("srvServiceName", _text),
         ("srvMaxHosts", _number),
     )
@@ -211,7 +240,9 @@ def _shown_options() -> list[str]:
 
 
 def _files(given: Mapping[str, str], *, is_tls: bool) -> Files:
-    cacert, cert, password = (given.get(name, "") for name in _FILES)
+    cacert, cert, password = (
+        _text(shown, given[name]) if name in given else "" for name, shown in _FILES.items()
+    )
     if (cacert or cert) and not is_tls:
         raise AddressError("tlsCAFile and tlsCertificateKeyFile need tls=true")
     if password and not cert:
@@ -219,32 +250,18 @@ def _files(given: Mapping[str, str], *, is_tls: bool) -> Files:
     return Files(cacert=cacert, cert_and_key=cert, key_password=password)
 
 
-def _login(userinfo: str, mechanism: str) -> Login:
-    user, separator, password = userinfo.partition(":")
-    if userinfo and (not user or not separator or not password) and mechanism != "MONGODB-X509":
-        raise AddressError("it has a user without a password: write mongodb://user:password@host")
-    return Login(user=unquote(user), password=unquote(password))
-
-
 def _srv_host(text: str) -> tuple[str, ...]:
     if "," in text or ":" in text:
         raise AddressError("with mongodb+srv:// it must have one host, and no port")
     if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+\.?", text):
-        raise AddressError(_wrong_host())
+        raise wrong_host()
     return (text,)
 
 
 def _host(text: str) -> str:
-    if text.lower().startswith("%2f"):
+    if re.fullmatch(r"%2f[A-Za-z0-9%_.~-]+\.sock", text, re.IGNORECASE):
         return text  # a socket of this machine
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+)(?::(\d{1,5}))?", text)
-    if match is None or not 0 < int(match[2] or _DEFAULT_PORT) <= _MAX_PORT:
-        raise AddressError(_wrong_host())
-    return f"{match[1]}:{int(match[2] or _DEFAULT_PORT)}"
-
-
-def _wrong_host() -> str:
-    return "a host is missing or wrong: in a password, write each of @ : / ? # % as %40 …"
+    return joined(*host_and_port(text, _DEFAULT_PORT))
 
 
 def _database(path: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
-from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.address_file import follow
 from mnemosyned.storage.mongodb.pool import MongoOptions, MongoPool
 from mnemosyned.storage.mongodb.schema import Names
 from mnemosyned.storage.mongodb.store import MongoStore
@@ -14,6 +13,7 @@ from mnemosyned.storage.mongodb.store import MongoStore
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from mnemosyned.security.file_reloader import FileReloader
     from mnemosyned.storage.mongodb.config import MongoConfig
 
 
@@ -29,16 +29,6 @@ def build(
     )
     pool = MongoPool(options, QueryMetrics(registry, "mongodb"))
     if address is not None:
-        _follow(pool, address)
+        follow(address, pool.use)
+        pool.on_auth_failure = address.ask
     return MongoStore(pool, Names(config.collection), timeout_s=config.timeout_s)
-
-
-def _follow(pool: MongoPool, address: FileReloader[str]) -> None:
-    async def use(text: str) -> None:
-        try:
-            await pool.use(text)
-        except StorageRefused as exc:
-            raise FilesUnusable(str(exc)) from exc
-
-    address.followers.append(use)
-    pool.on_auth_failure = address.ask

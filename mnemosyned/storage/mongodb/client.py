@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Final, TypeAlias
 
+import pymongo
 from bson import CodecOptions, DatetimeConversion
 from pymongo import AsyncMongoClient, ReadPreference, WriteConcern
 from pymongo.asynchronous.collection import AsyncCollection
@@ -35,6 +36,8 @@ _CODEC: Final[CodecOptions[Document]] = CodecOptions(
 _CLIENT_NAME: Final = "mnemosyned"
 # How often the driver asks each server what it is, if the server has not told it of a change meanwhile.
 _HEARTBEAT_MS: Final = 1000
+# How long the driver may take to tell the server that its sessions end. Otherwise it waits 30 s for a server.
+_CLOSE_S: Final = 1.0
 
 
 class _Connections(ConnectionPoolListener):
@@ -132,5 +135,6 @@ class Client:
         return found
 
     async def close(self) -> None:
-        """Close all connections; calls under way fail."""
-        await self._client.close()
+        """Close all connections; calls under way fail. A server that does not answer is not waited for."""
+        with pymongo.timeout(_CLOSE_S):
+            await self._client.close()

@@ -31,8 +31,8 @@ from pymongo.errors import (
     WriteConcernError,
 )
 
+from mnemosyned.storage.addresses import AddressError
 from mnemosyned.storage.fault_log import system_reason
-from mnemosyned.storage.mongodb.address import AddressError
 
 
 class NoPrimary(Exception):

@@ -25,9 +25,10 @@ import pymongo
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.addresses import AddressError
 from mnemosyned.storage.fault_log import FaultLog
 from mnemosyned.storage.mongodb import faults
-from mnemosyned.storage.mongodb.address import AddressError, parse
+from mnemosyned.storage.mongodb.address import parse
 from mnemosyned.storage.mongodb.client import Client, Database
 from mnemosyned.storage.mongodb.config import check_files
 from mnemosyned.storage.mongodb.faults import FAULTS, hint_of, is_refusal, name_of
@@ -176,24 +177,32 @@ class MongoPool:
     async def run_each(
         self, doing: str, works: Iterable[Callable[[Database], Awaitable[Result]]], *, is_begun: bool = False
     ) -> list[Result]:
-        """Run commands side by side; the first failure is raised when all have ended.
+        """Run commands side by side; the first failure is raised when those that were begun have ended.
 
-        They leave half of the places to other calls, which would wait for the last of them otherwise.
+        They leave half of the places to other calls, which would wait for the last of them otherwise. After
+        a failure no more are begun: each would take its whole time-out at a server that does not answer.
         """
         places = asyncio.Semaphore(max(1, self._options.pool_size // 2))
+        failed: list[StorageUnavailable] = []
 
         async def run(work: Callable[[Database], Awaitable[Result]]) -> Result:
             async with places:
-                return await self.run(doing, work, is_begun=is_begun)
+                if failed:
+                    raise failed[0]
+                try:
+                    return await self.run(doing, work, is_begun=is_begun)
+                except StorageUnavailable as exc:
+                    failed.append(exc)
+                    raise
 
         outcomes = await asyncio.gather(*map(run, works), return_exceptions=True)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if failures:
-            failure = failures[0]
-            if isinstance(failure, StorageUnavailable) and len(failures) < len(outcomes):
-                failure.is_under_way = True
-            raise failure
-        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        done = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        for outcome in outcomes:
+            if isinstance(outcome, StorageUnavailable):
+                outcome.is_under_way = bool(done) or any(one.is_under_way for one in failed)
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return done
 
     async def _run(
         self, doing: str, work: Callable[[], Awaitable[Result]], timeout_s: float, *, is_begun: bool = False

@@ -12,8 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
-from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.address_file import follow
 from mnemosyned.storage.postgres import plain, trial
 from mnemosyned.storage.postgres.kind import kind_of
 from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
@@ -23,6 +22,7 @@ from mnemosyned.storage.postgres.store import PostgresStore
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from mnemosyned.security.file_reloader import FileReloader
     from mnemosyned.storage.postgres.config import PostgresConfig
     from mnemosyned.storage.postgres.table_facts import AnyConnection
 
@@ -50,7 +50,9 @@ def build(
     table = Table(schema=config.schema, name=config.table)
     if address is not None:
         pool.prepare = partial(_make_ready, table=table)
-        _follow(pool, address)
+        follow(address, pool.use)
+        pool.on_auth_failure = address.ask
+        pool.reload = address.look
     return PostgresStore(pool, table)
 
 
@@ -58,15 +60,3 @@ async def _make_ready(connection: AnyConnection, table: Table) -> None:
     kind = kind_of(connection)
     await (plain.set_up if kind.is_plain else set_up)(connection, table)
     await trial.run(connection, table, partial(PostgresStore, kind=kind))
-
-
-def _follow(pool: PostgresPool, address: FileReloader[str]) -> None:
-    async def use(dsn: str) -> None:
-        try:
-            await pool.use(dsn)
-        except StorageRefused as exc:
-            raise FilesUnusable(str(exc)) from exc
-
-    address.followers.append(use)
-    pool.on_auth_failure = address.ask
-    pool.reload = address.look

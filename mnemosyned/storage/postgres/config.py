@@ -9,12 +9,12 @@ from a file (`-postgres.address.file`), which an orchestrator mounts. It may nam
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-from mnemosyned.config.flags import ConfigError, Section, setting
-from mnemosyned.config.parsers import duration, integer, secret_file, words_in
+from mnemosyned.config.flags import Section, setting
+from mnemosyned.config.parsers import duration, integer, secret_file
+from mnemosyned.storage.address_flags import AddressSection, is_private
 from mnemosyned.storage.postgres.address import Address, AddressError, parse
 
 if TYPE_CHECKING:
@@ -50,11 +50,6 @@ def shown(text: str) -> str:
 address.shown = shown  # type: ignore[attr-defined]  # read by `setting`
 
 
-def is_private(text: str) -> bool:
-    """Tell whether an address asks for a private server."""
-    return text.startswith("embedded:")
-
-
 def identifier(text: str) -> str:
     """Read the name of a schema or table: any text of 1 to 63 bytes, as SQL quotes it. Raises ValueError."""
     if not text or "\0" in text or len(text.encode()) > _MAX_IDENTIFIER_BYTES:
@@ -63,7 +58,7 @@ def identifier(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresConfig(Section):
+class PostgresConfig(AddressSection):
     """How PostgreSQL is reached. Durations are seconds; `pool.py` says which time-out fires first."""
 
     TITLE = "Storage: PostgreSQL (-storage=postgres)"
@@ -101,33 +96,9 @@ class PostgresConfig(Section):
         "directory with initdb and postgres for an embedded server; empty: searched in the usual places",
     )
 
-    def resolved(self, sources: Mapping[str, str]) -> Self:
-        """See Section: read the address from its file, if one is named.
-
-        Raises:
-            ConfigError: both are given, or the file cannot be read or holds no address.
-        """
-        if not self.address_file:
-            return self
-        if "postgres.address" in sources:
-            raise ConfigError(f"{sources['postgres.address.file']}: -postgres.address is given as well")
-        return replace(self, address=self.address_in_file())
-
-    def address_in_file(self) -> str:
-        """Return the address that the file has now. Raises ConfigError."""
-        # All words: a second line by mistake makes the address wrong instead of being ignored.
-        words = words_in("postgres.address.file", self.address_file)
-        try:
-            return address(" ".join(words))
-        except ValueError as exc:
-            raise ConfigError(f"flag -postgres.address.file: {self.address_file}: {exc}") from None
-
     def check(self, config: Config) -> None:
         """See Section: also what the environment adds to the address, and the files that it names."""
-        # Not above: the registry imports this module.
-        from mnemosyned.storage.engines import StorageConfig  # noqa: PLC0415  # see above
-
-        if config[StorageConfig].engine.section is PostgresConfig:
+        if self.is_chosen(config):
             self.warnings()
 
     def secret_files(self) -> dict[str, str]:
@@ -150,13 +121,9 @@ class PostgresConfig(Section):
         try:
             unused = AddressFiles(found, os.environ).check()
         except AddressError as exc:
-            raise ConfigError(f"flag -{self._flag}: {exc}") from None
+            raise self.refused(exc) from None
         ignored = [f"its parameter {name} is ignored: {word}" for name, word in found.dropped.items()]
-        return [f"flag -{self._flag}: {text}" for text in (*ignored, *unused)]
-
-    @property
-    def _flag(self) -> str:
-        return "postgres.address.file" if self.address_file else "postgres.address"
+        return [str(self.refused(text)) for text in (*ignored, *unused)]
 
     def _parsed(self) -> Address | None:
         """Return the address with what the environment adds; None: a private server. Raises ConfigError."""
@@ -165,4 +132,4 @@ class PostgresConfig(Section):
         try:
             return parse(self.address, os.environ)
         except AddressError as exc:
-            raise ConfigError(f"flag -{self._flag}: {exc}") from None
+            raise self.refused(exc) from None

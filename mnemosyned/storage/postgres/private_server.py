@@ -12,7 +12,8 @@ from mnemosyned.embedded.address import data_directory
 from mnemosyned.embedded.programs import EmbeddedError
 from mnemosyned.embedded.server import EmbeddedPostgres
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.postgres.config import PostgresConfig, is_private
+from mnemosyned.storage.address_flags import is_private
+from mnemosyned.storage.postgres.config import PostgresConfig
 
 
 def start(config: PostgresConfig) -> EmbeddedPostgres | None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import unquote
+
+from mnemosyned.storage.addresses import NO_LOGIN, AddressError, Login, host_and_port, joined, login
 
 _PORTS: Final = {
     "redis": 6379,
@@ -26,20 +28,7 @@ _PORTS: Final = {
 }
 _SCHEMES: Final = (*_PORTS, "unix")
 _PARAMETERS: Final = ("db", "cacert", "cert", "key", "sentinel_username", "sentinel_password")
-_MAX_PORT: Final = 65535
 _MAX_DATABASE: Final = 9999
-
-
-class AddressError(ValueError):
-    """An address cannot be used; the text is one line without any secret."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
-    """A user and its password; both empty: none is sent."""
-
-    user: str = ""
-    password: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +48,8 @@ class Address:
     path: str = ""  # of a socket; then there are no hosts
     service: str = ""  # the name that Sentinels know the primary by; empty: there are none
     database: int = 0
-    login: Login = Login()
-    sentinel_login: Login = Login()
+    login: Login = NO_LOGIN
+    sentinel_login: Login = NO_LOGIN
     is_tls: bool = False
     is_cluster: bool = False
     files: Files = Files()
@@ -68,7 +57,7 @@ class Address:
     @property
     def where(self) -> dict[str, str]:
         """What the log may show."""
-        shown = {"server": ", ".join(_joined(*host) for host in self.hosts) or self.path}
+        shown = {"server": ", ".join(joined(*host) for host in self.hosts) or self.path}
         if self.service:
             shown["service"] = self.service
         if not self.is_cluster:
@@ -95,8 +84,8 @@ def parse(text: str) -> Address:
     authority, _, path = before.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
     address = Address(
-        hosts=tuple(_host(part, _PORTS[scheme]) for part in hosts.split(",")),
-        login=_login(userinfo),
+        hosts=tuple(host_and_port(part, _PORTS[scheme]) for part in hosts.split(",")),
+        login=login(userinfo, scheme="redis", needs=("password",)),
         sentinel_login=Login(
             user=parameters.get("sentinel_username", ""), password=parameters.get("sentinel_password", "")
         ),
@@ -133,12 +122,14 @@ def _single(address: Address, path: str, parameters: Mapping[str, str]) -> Addre
 
 
 def _refuse_sentinel_login(address: Address) -> None:
-    if address.sentinel_login != Login():
+    if address.sentinel_login != NO_LOGIN:
         raise AddressError("sentinel_username and sentinel_password need redis+sentinel://")
 
 
 def _files(scheme: str, parameters: Mapping[str, str]) -> Files:
     files = Files(**{name: parameters.get(name, "") for name in ("cacert", "cert", "key")})
+    if not (files.cacert + files.cert + files.key).isprintable():
+        raise AddressError("cacert, cert or key is not printable")
     if bool(files.cert) != bool(files.key):
         raise AddressError("cert and key belong together")
     if files != Files() and not scheme.startswith("rediss"):
@@ -154,7 +145,7 @@ def _socket(before: str, parameters: Mapping[str, str]) -> Address:
         hosts=(),
         path=unquote(path),
         database=_database(parameters.get("db", "")),
-        login=_login(userinfo),
+        login=login(userinfo, scheme="redis", needs=("password",)),
     )
 
 
@@ -171,27 +162,9 @@ def _parameters(query: str) -> dict[str, str]:
     return found
 
 
-def _login(userinfo: str) -> Login:
-    user, separator, password = userinfo.partition(":")
-    if userinfo and (not separator or not password):
-        raise AddressError("it has a user without a password: write redis://user:password@host")
-    return Login(user=unquote(user), password=unquote(password))
-
-
-def _host(text: str, port: int) -> tuple[str, int]:
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+)(?::(\d{1,5}))?", text)
-    if match is None or not 0 < int(match[2] or port) <= _MAX_PORT:
-        raise AddressError("a host is missing or wrong: in a password, write each of @ : / ? # % as %40 …")
-    return match[1].strip("[]"), int(match[2] or port)
-
-
 def _database(text: str) -> int:
     if not text:
         return 0
     if not re.fullmatch(r"\d{1,4}", text, re.ASCII):
         raise AddressError(f"its database is not a number from 0 to {_MAX_DATABASE}")
     return int(text)
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
-from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.address_file import follow
 from mnemosyned.storage.redis.address import parse
 from mnemosyned.storage.redis.cluster.pool import ClusterPool
 from mnemosyned.storage.redis.cluster.store import ClusterStore
@@ -17,6 +16,7 @@ from mnemosyned.storage.redis.store import RedisStore
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from mnemosyned.security.file_reloader import FileReloader
     from mnemosyned.storage.redis.config import RedisConfig
 
 
@@ -40,20 +40,11 @@ def build(
     if parse(options.address).is_cluster:
         cluster = ClusterPool(options, metrics, ServerWatch(is_cluster=True))
         if address is not None:
-            _follow(cluster, address)
+            follow(address, cluster.use)
+            cluster.follow(address.ask)
         return ClusterStore(cluster, timeout_s=config.timeout_s, buckets=config.buckets)
     pool = RedisPool(options, metrics)
     if address is not None:
-        _follow(pool, address)
+        follow(address, pool.use)
+        pool.follow(address.ask)
     return RedisStore(pool, timeout_s=config.timeout_s)
-
-
-def _follow(pool: RedisPool | ClusterPool, address: FileReloader[str]) -> None:
-    async def use(text: str) -> None:
-        try:
-            await pool.use(text)
-        except StorageRefused as exc:
-            raise FilesUnusable(str(exc)) from exc
-
-    address.followers.append(use)
-    pool.follow(address.ask)

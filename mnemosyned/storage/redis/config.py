@@ -5,15 +5,21 @@ The address is a secret, since it may hold a password: no error, log line or pro
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from mnemosyned.config.flags import ConfigError, Section, setting
-from mnemosyned.config.parsers import duration, integer, secret_file, words_in
-from mnemosyned.storage.redis.address import Address, AddressError, parse
+from mnemosyned.config.parsers import duration, integer, secret_file
+from mnemosyned.storage.address_flags import (
+    AddressSection,
+    address_parser,
+    check_authorities,
+    check_certificate,
+    is_private,
+)
+from mnemosyned.storage.addresses import AddressError
+from mnemosyned.storage.redis.address import Address, parse
 
 if TYPE_CHECKING:
     from mnemosyned.config.config import Config
@@ -22,25 +28,7 @@ _MAX_PREFIX_BYTES: Final = 100
 _MAX_REPLICAS: Final = 100
 
 
-def address(text: str) -> str:
-    """Read a URL of Redis; raises ValueError, whose text quotes no secret."""
-    text = text.strip()
-    if not is_private(text):
-        parse(text)
-    return text
-
-
-def shown(text: str) -> str:
-    """Return what the log may show of an address."""
-    return text if is_private(text) else str(parse(text))
-
-
-address.shown = shown  # type: ignore[attr-defined]  # read by `setting`
-
-
-def is_private(text: str) -> bool:
-    """Tell whether an address asks for a private server."""
-    return text.startswith("embedded:")
+address = address_parser(parse)
 
 
 def prefix(text: str) -> str:
@@ -68,7 +56,7 @@ def replicas(text: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RedisConfig(Section):
+class RedisConfig(AddressSection):
     """How Redis is reached, and what an acknowledged write means. Durations are seconds."""
 
     TITLE = "Storage: Redis (-storage=redis)"
@@ -109,28 +97,9 @@ class RedisConfig(Section):
         "parts of a cluster that can be on different primaries; the first start decides it",
     )
 
-    def resolved(self, sources: Mapping[str, str]) -> Self:
-        """See Section: read the address from its file, if one is named. Raises ConfigError."""
-        if not self.address_file:
-            return self
-        if "redis.address" in sources:
-            raise ConfigError(f"{sources['redis.address.file']}: -redis.address is given as well")
-        return replace(self, address=self.address_in_file())
-
-    def address_in_file(self) -> str:
-        """Return the address that the file has now. Raises ConfigError."""
-        words = words_in("redis.address.file", self.address_file)
-        try:
-            return address(" ".join(words))
-        except ValueError as exc:
-            raise ConfigError(f"flag -redis.address.file: {self.address_file}: {exc}") from None
-
     def check(self, config: Config) -> None:
         """See Section: whether the client is installed, and the files that the address names."""
-        # Not above: the registry imports this module.
-        from mnemosyned.storage.engines import StorageConfig  # noqa: PLC0415  # see above
-
-        if config[StorageConfig].engine.section is not RedisConfig:
+        if not self.is_chosen(config):
             return
         if find_spec("redis") is None or find_spec("hiredis") is None:
             raise ConfigError(
@@ -141,7 +110,7 @@ class RedisConfig(Section):
         try:
             check_files(parse(self.address))
         except AddressError as exc:
-            raise ConfigError(f"flag -{self._flag}: {exc}") from None
+            raise self.refused(exc) from None
 
     def secret_files(self) -> dict[str, str]:
         """See Section."""
@@ -149,23 +118,11 @@ class RedisConfig(Section):
         # Not `super()`: before Python 3.14 it means the class as it was before it got its slots.
         return Section.secret_files(self) | ({"redis.address (key)": key} if key else {})
 
-    @property
-    def _flag(self) -> str:
-        return "redis.address.file" if self.address_file else "redis.address"
-
 
 def check_files(found: Address) -> None:
     """Read the files of TLS that an address names. Raises AddressError."""
-    files, context = found.files, ssl.create_default_context()
-    try:
-        if files.cacert:
-            context.load_verify_locations(files.cacert)
-    except (OSError, ssl.SSLError) as exc:
-        raise AddressError(f"cacert: {files.cacert}: {exc.strerror or 'it holds no certificate'}") from None
-    try:
-        if files.cert:
-            context.load_cert_chain(files.cert, files.key)
-    except (OSError, ssl.SSLError) as exc:
-        raise AddressError(
-            f"cert, key: {files.cert}, {files.key}: {exc.strerror or 'they do not fit'}"
-        ) from None
+    files = found.files
+    check_authorities("cacert", files.cacert)
+    check_certificate(
+        "cert, key", files.cert, files.key, otherwise="they do not fit, or the key has a password"
+    )

@@ -29,8 +29,8 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from mnemosyned.storage.addresses import AddressError
 from mnemosyned.storage.fault_log import system_reason
-from mnemosyned.storage.redis.address import AddressError
 
 
 class NotReplicated(Exception):

@@ -12,7 +12,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as LostConnection
 
-from mnemosyned.storage.redis.address import Address, Login
+from mnemosyned.storage.addresses import Login
+from mnemosyned.storage.redis.address import Address
 
 Command = tuple[str | bytes | int, ...]
 

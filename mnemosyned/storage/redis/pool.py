@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.redis.address import AddressError, parse
+from mnemosyned.storage.addresses import AddressError
+from mnemosyned.storage.redis.address import parse
 from mnemosyned.storage.redis.config import check_files
 from mnemosyned.storage.redis.connector import Connector
 from mnemosyned.storage.redis.failures import Failures

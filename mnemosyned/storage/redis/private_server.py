@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final
 from mnemosyned.embedded.address import data_directory
 from mnemosyned.embedded.directory import prepare, take_lock
 from mnemosyned.embedded.programs import EmbeddedError, RunAs
-from mnemosyned.storage.redis.config import is_private
+from mnemosyned.storage.address_flags import is_private
 
 if TYPE_CHECKING:
     from mnemosyned.storage.redis.config import RedisConfig

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from certificates import Authority
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import configured
 
 from mnemosyned.config.flags import ConfigError
+from mnemosyned.storage.addresses import AddressError, Login
 from mnemosyned.storage.mongodb import config as mongodb_config
-from mnemosyned.storage.mongodb.address import Address, AddressError, Files, Login, parse
+from mnemosyned.storage.mongodb.address import Address, Files, parse
+from mnemosyned.storage.mongodb.client import Client
 from mnemosyned.storage.mongodb.config import MongoConfig
 
 SECRET = "hunter2-of-this-test"
+X509 = "tls=true&tlsCertificateKeyFile=/c&authMechanism=MONGODB-X509"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,44 @@ def test_an_address_says_where_the_servers_are(text: str, address: Address) -> N
     assert SECRET not in f"{found}{found!r}{found.url}{found.where}"
 
 
+PARTS = (
+    "tls=true",
+    "tls=false",
+    "authSource=admin",
+    "authSource=$external",
+    *(f"authMechanism={name}" for name in ("PLAIN", "SCRAM-SHA-1", "SCRAM-SHA-256", "MONGODB-X509")),
+    "tlsCertificateKeyFile=/c",
+    "replicaSet=r",
+    "directConnection=true",
+    "directConnection=false",
+    "retryReads=false",
+    f"appName={'x' * 128}",
+    f"appName={'ż' * 65}",
+    "srvServiceName=x",
+    "srvMaxHosts=0",
+    "srvMaxHosts=2",
+)
+HOSTS = ("a", "a,b:7", "[::1]:7", "[fe80::1%25e0]", "%2Frun%2Fm.sock", "%2frun%2fm", "%2Fa%2C.sock", "a.b.c")
+
+
+@given(
+    st.sampled_from(("mongodb", "mongodb+srv")),
+    st.sampled_from(("", "u:p@", "u@", ":p@", "u%00:p@")),
+    st.sampled_from(HOSTS),
+    st.lists(st.sampled_from(PARTS), unique_by=lambda part: part.partition("=")[0], max_size=5),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_client_takes_each_address_that_is_not_refused(
+    scheme: str, login: str, hosts: str, options: list[str]
+) -> None:
+    try:
+        address = parse(f"{scheme}://{login}{hosts}/?{'&'.join(options)}")
+    except AddressError:
+        return
+    # The files are checked before (`check_files`), and the name in the DNS is looked up later.
+    asyncio.run(Client(replace(address, files=Files()), connections=2, connect_timeout_s=1).close())
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -81,6 +126,8 @@ def test_an_address_says_where_the_servers_are(text: str, address: Address) -> N
         (f"mongodb://u:{SECRET}/x@h", "a host is missing or wrong"),
         (f"mongodb://u:{SECRET}?x@h", "it has an option that is not one of tls"),
         (f"mongodb://h?{SECRET}=1&{SECRET}=2", "it has an option that is not one of tls"),
+        (f"mongodb://u%0a:{SECRET}@h", "its user or password has a control character"),
+        (f"mongodb://u:{SECRET}%00@h", "its user or password has a control character"),
         ("mongodb://h:0", "a host is missing or wrong"),
         ("mongodb://h:99999", "a host is missing or wrong"),
         ("mongodb://h/a.b", "its database is not a name of 1 to 63 bytes"),
@@ -99,12 +146,29 @@ def test_an_address_says_where_the_servers_are(text: str, address: Address) -> N
         ("mongodb://h/?maxPoolSize=5", "use the flag -mongodb.pool.size instead"),
         ("mongodb://h/?tls=true&tlsInsecure=true", "name the authority of the servers in tlsCAFile"),
         ("mongodb://h/?tlsCAFile=/ca", "tlsCAFile and tlsCertificateKeyFile need tls=true"),
+        ("mongodb://h/?tls=true&tlsCAFile=/c%0aa", "its option tlsCAFile is empty or not printable"),
+        (
+            f"mongodb://h/?{X509}&tlsCertificateKeyFilePassword=%00",
+            "its option tlsCertificateKeyFilePassword is empty or not printable",
+        ),
         ("mongodb://h/?tlsCertificateKeyFilePassword=x", "needs tlsCertificateKeyFile"),
         ("mongodb://h/?srvMaxHosts=2", "its option srvMaxHosts needs mongodb+srv://"),
         ("mongodb+srv://c.example.net/?srvMaxHosts=x", "its option srvMaxHosts is not a number"),
         ("mongodb+srv://c.example.net:1", "one host, and no port"),
         ("mongodb+srv://a.b.c,d.e.f", "one host, and no port"),
         ("mongodb+srv://localhost", "a host is missing or wrong"),
+        ("mongodb://a,b/?directConnection=true", "directConnection needs mongodb:// and one host"),
+        ("mongodb+srv://a.b.c/?directConnection=true", "directConnection needs mongodb:// and one host"),
+        (
+            "mongodb+srv://a.b.c/?srvMaxHosts=2&replicaSet=r",
+            "srvMaxHosts, which is for a mongos, and replicaSet",
+        ),
+        ("mongodb://h/?authMechanism=PLAIN", "its authMechanism needs a user and a password"),
+        ("mongodb://CN=d@h/?authMechanism=MONGODB-X509", "MONGODB-X509 needs tlsCertificateKeyFile"),
+        (f"mongodb://CN=d:{SECRET}@h/?{X509}", "MONGODB-X509 takes no password"),
+        (f"mongodb://h/?{X509}&authSource=admin", "MONGODB-X509 takes no authSource but $external"),
+        (f"mongodb://h/?appName={'x' * 129}", "its option appName is longer than 128 bytes"),
+        ("mongodb://%2Frun%2Fmongodb", "a host is missing or wrong"),
     ],
 )
 def test_a_wrong_address_is_refused_in_one_line_without_its_secret(text: str, complaint: str) -> None:
@@ -124,6 +188,10 @@ def test_a_wrong_address_is_refused_in_one_line_without_its_secret(text: str, co
         (
             "-mongodb.address=mongodb://h/?tls=true&tlsCAFile=/nowhere",
             "flag -mongodb.address: tlsCAFile: /nowhere: No such file",
+        ),
+        (
+            f"-mongodb.address=mongodb://h/?tls=true&tlsCAFile={__file__}",
+            f"flag -mongodb.address: tlsCAFile: {__file__}: it holds no certificate",
         ),
         ("-mongodb.collection=", "flag -mongodb.collection: '' is not a name of 1 to 100 bytes"),
         ("-mongodb.collection=a$b", "flag -mongodb.collection: 'a$b' is not a name"),

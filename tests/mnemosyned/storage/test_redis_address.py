@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from certificates import Authority
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from serving import configured
 
 from mnemosyned.config.flags import ConfigError
+from mnemosyned.storage.addresses import AddressError, Login
 from mnemosyned.storage.redis import config as redis_config
-from mnemosyned.storage.redis.address import Address, AddressError, Files, Login, parse
+from mnemosyned.storage.redis.address import Address, Files, parse
 from mnemosyned.storage.redis.config import RedisConfig
 
 SECRET = "hunter2-of-this-test"
@@ -76,6 +84,8 @@ def test_an_address_says_where_the_server_is(text: str, address: Address) -> Non
         ("redis://h/x", "its database is not a number from 0 to 9999"),
         ("redis://h/1?db=1", "it names its database twice"),
         ("redis://h?db=1&db=2", "the parameter db twice"),
+        (f"redis://u%0a:{SECRET}@h", "its user or password has a control character"),
+        ("rediss://h?cacert=/c%0aa", "cacert, cert or key is not printable"),
         ("redis://h?cacert=/ca", "need rediss://"),
         ("rediss://h?cert=/c", "cert and key belong together"),
         ("redis://h?sentinel_password=x", "need redis+sentinel://"),
@@ -119,6 +129,25 @@ def test_the_address_may_come_from_a_file(tmp_path: Path) -> None:
     assert config[RedisConfig].wait == 2
     with pytest.raises(ConfigError, match=r"-redis\.address is given as well"):
         configured("-storage=redis", f"-redis.address.file={file}", "-redis.address=redis://h")
+
+
+def test_the_files_of_tls_are_read_at_the_start(tmp_path: Path) -> None:
+    Authority(tmp_path / "ca").flags("127.0.0.1")
+    node = tmp_path / "ca" / "node"
+    cert, key, guarded = node / "crt.pem", node / "key.pem", tmp_path / "guarded.pem"
+    private = load_pem_private_key(key.read_bytes(), None)
+    guarded.write_bytes(
+        private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(SECRET.encode()))
+    )
+
+    configured("-storage=redis", f"-redis.address=rediss://h?cert={cert}&key={key}")
+    for wrong, reason in (
+        (cert, "they do not fit, or the key has a password"),
+        (guarded, "they"),
+        (tmp_path, ""),
+    ):
+        with pytest.raises(ConfigError, match=rf"flag -redis\.address: cert, key: {cert}, {wrong}: {reason}"):
+            configured("-storage=redis", f"-redis.address=rediss://h?cert={cert}&key={wrong}")
 
 
 def test_without_the_client_the_flag_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, Final
 from aio.tasks import Tasks
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.addresses import AddressError
 from mnemosyned.storage.redis import scripts
-from mnemosyned.storage.redis.address import Address, AddressError, parse
+from mnemosyned.storage.redis.address import Address, parse
 from mnemosyned.storage.redis.cluster import slots
 from mnemosyned.storage.redis.cluster import topology as topologies
 from mnemosyned.storage.redis.cluster.admission import Admission
