@@ -1,4 +1,7 @@
-"""Running a command's work on the configured storage, as `migrate` and `check` do. Not a command itself.
+"""Running a command's work on the configured storage, as `migrate` and `export` do. Not a command itself.
+
+    arguments ── command ──> help, complaint, -check-config     that is all
+                    └──────> the command's body ── run ──> its work, on the open storage
 
 The work gets the engine's own store, which knows sessions by their stored keys: a command that has tokens
 puts a HashedStore in front of it. While it runs, `sys.stderr` is the log: what the work tells people goes to
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from mnemosyned import settings
@@ -25,6 +28,29 @@ if TYPE_CHECKING:
     from mnemosyned.config.config import Config
     from mnemosyned.sessions.store import FullStore
     from mnemosyned.storage.engines import PrivateServer
+
+
+def command(
+    argv: Sequence[str],
+    help_text: str,
+    parse: Callable[[Sequence[str]], Config],
+    body: Callable[[Config], int],
+) -> int:
+    """Do what the arguments ask for; return the exit code: that of the body, or 2 for wrong flags.
+
+    `parse` raises ConfigError.
+    """
+    if {"-h", "-help", "--help"} & set(argv):
+        sys.stdout.write(help_text)
+        return 0
+    try:
+        config = parse(argv)
+    except ConfigError as exc:
+        return complain(str(exc), 2)
+    if config[settings.RunConfig].only_checks:
+        sys.stdout.write("the configuration is valid\n")
+        return 0
+    return body(config)
 
 
 def check_durable(config: Config, command: str) -> None:
