@@ -152,7 +152,7 @@ class _Import:
         # What it says of a lease is of no use here.
         logging.getLogger(lease_keeper.__name__).setLevel(logging.ERROR)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in on_storage.interrupting():
             loop.add_signal_handler(number, self._interrupt, number)
         importer = Importer(
             store,
