@@ -6,12 +6,13 @@ import json
 import os
 import pty
 import re
+import secrets
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from processes import Daemon, mnemosyned
+from redis_clusters import RedisCluster
 from redis_servers import RedisServer, needs_redis, redis_server
 from secrecy import CANARY
 
@@ -195,6 +197,40 @@ def test_plain_tokens_are_hashed_by_an_import_into_a_storage_that_hashes(
     get_all([*postgres_flags, *key_flags], tokens)
 
 
+@pytest.mark.parametrize("protection", ["none", "hmac"])
+def test_sessions_move_from_a_cluster_through_postgres_to_mongodb_unchanged(
+    *,
+    redis_cluster: RedisCluster,
+    postgres_flags: list[str],
+    mongodb_url: str,
+    key_flags: list[str],
+    tmp_path: Path,
+    protection: str,
+) -> None:
+    name = f"moving-{secrets.token_hex(4)}"
+    more = key_flags if protection == "hmac" else []
+    path = [
+        ["-storage=redis", f"-redis.address={redis_cluster.url}", f"-redis.prefix={name}:", *more],
+        [*postgres_flags, *more],
+        ["-storage=mongodb", f"-mongodb.address={mongodb_url}", f"-mongodb.collection={name}", *more],
+    ]
+    tokens = start(path[0])
+    exports = []
+    for at, flags in enumerate(path):
+        file = tmp_path / str(at)
+        export(flags, file)
+        exports.append(file.read_text().splitlines()[1:-1])
+        for target in path[at + 1 : at + 2]:
+            assert mnemosyned("import", *target, f"-input={file}")[:2] == (
+                0,
+                "3 sessions imported, 0 there already\n",
+            )
+
+    assert len(exports[0]) == 3
+    assert exports[0] == exports[1] == exports[2]
+    get_all(path[-1], tokens)
+
+
 def test_export_and_import_may_be_piped(postgres_flags: list[str], redis_flags: list[str]) -> None:
     tokens = start(postgres_flags)
 
@@ -247,44 +283,42 @@ def test_a_file_is_for_its_user_alone_and_never_replaced_unasked(
     assert stat.S_IMODE(exported.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (lambda lines: lines[:-1], "the file is cut off after line 4: its last line is missing"),
-        (lambda lines: [*lines[:2], lines[2][:40]], "line 3: the file is cut off here"),
-        (
-            lambda lines: [lines[0], *lines[2:]],
-            "the file was changed or is damaged: its checksum is another one",
-        ),
-        (
-            lambda lines: [lines[0], lines[1].replace("user:0", "user:9"), *lines[2:]],
-            "its checksum is another one",
-        ),
-        (
-            lambda lines: [*lines[:3], lines[3].replace("expire_at", "expires"), lines[4]],
-            "line 4: the session has a",
-        ),
-        (lambda lines: [lines[0].replace('"format":1', '"format":9'), *lines[1:]], "the file has format 9"),
-        (lambda _: ["hello\n"], "line 1: it is no file of mnemosyned export"),
-        (lambda _: [], "the file is cut off after line 0"),
+SPOILT: Final[dict[str, Callable[[list[str]], list[str]]]] = {
+    "the file is cut off after line 4: its last line is missing": lambda lines: lines[:-1],
+    "line 3: the file is cut off here": lambda lines: [*lines[:2], lines[2][:40]],
+    "the file was changed or is damaged: its checksum is another one": lambda lines: [lines[0], *lines[2:]],
+    "its checksum is another one": lambda lines: [
+        lines[0],
+        lines[1].replace("user:0", "user:9"),
+        *lines[2:],
     ],
-)
+    "line 4: the session has a": lambda lines: [
+        *lines[:3],
+        lines[3].replace("expire_at", "expires"),
+        lines[4],
+    ],
+    "the file has format 9": lambda lines: [lines[0].replace('"format":1', '"format":9'), *lines[1:]],
+    "line 1: it is no file of mnemosyned export": lambda _: ["hello\n"],
+    "the file is cut off after line 0": lambda _: [],
+}
+
+
 @pytest.mark.parametrize("way", ["file", "pipe"])
-def test_a_spoilt_file_changes_nothing(
-    file: Path, postgres_flags: list[str], spoil: object, complaint: str, way: str
-) -> None:
-    lines = spoil(file.read_text().splitlines(keepends=True))
-    file.write_text("".join(lines))
+def test_a_spoilt_file_changes_nothing(file: Path, postgres_flags: list[str], way: str) -> None:
+    lines = file.read_text().splitlines(keepends=True)
+    for complaint, spoil in SPOILT.items():
+        file.write_text("".join(spoil(lines)))
 
-    if way == "file":
-        code, out, err = mnemosyned("import", *postgres_flags, f"-input={file}")
-    else:
-        code, out, err = mnemosyned("import", *postgres_flags, stdin=file.read_text())
+        if way == "file":
+            code, out, err = mnemosyned("import", *postgres_flags, f"-input={file}")
+        else:
+            code, out, err = mnemosyned("import", *postgres_flags, stdin=file.read_text())
 
-    assert (code, out) == (1, "")
-    assert err.startswith("mnemosyned: ")
-    assert complaint in err
-    assert err.count("\n") == 1
+        assert (code, out) == (1, "")
+        assert err.startswith("mnemosyned: ")
+        assert complaint in err
+        assert err.count("\n") == 1
+    # Of all of them: nothing removes what one has put there.
     assert mnemosyned("check", *postgres_flags)[1] == "0 sessions checked, 0 damaged\n"
 
 
