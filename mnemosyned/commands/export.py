@@ -21,7 +21,7 @@ from mnemosyned import __version__, settings
 from mnemosyned.commands import on_storage
 from mnemosyned.commands.new_file import FileFailed, new_file
 from mnemosyned.commands.progress import Progress
-from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.flags import Section, setting
 from mnemosyned.config.parsers import boolean
 from mnemosyned.sessions.config import bag_limits
 from mnemosyned.sessions.export_file import Header
@@ -64,17 +64,16 @@ class ExportConfig(Section):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code: 0 exported, 1 failed, 2 wrong flags."""
-    if {"-h", "-help", "--help"} & set(argv):
-        sys.stdout.write(_HELP)
-        return 0
-    try:
-        config = settings.parse(argv, os.environ, ExportConfig)
-        on_storage.check_movable(config, "export")
-    except ConfigError as exc:
-        return on_storage.complain(str(exc), 2)
-    if config[settings.RunConfig].only_checks:
-        sys.stdout.write("the configuration is valid\n")
-        return 0
+    return on_storage.command(argv, _HELP, _parsed, _body)
+
+
+def _parsed(argv: Sequence[str]) -> Config:
+    config = settings.parse(argv, os.environ, ExportConfig)
+    on_storage.check_movable(config, "export")
+    return config
+
+
+def _body(config: Config) -> int:
     output = config[ExportConfig].output
     if output in {"", "-"}:
         if not output and sys.stdout.isatty():

@@ -30,7 +30,7 @@ from mnemosyned import settings
 from mnemosyned.commands import on_storage
 from mnemosyned.commands.import_source import Contents, Source, SourceFailed, opened
 from mnemosyned.commands.progress import Progress
-from mnemosyned.config.flags import ConfigError, Section, setting
+from mnemosyned.config.flags import Section, setting
 from mnemosyned.config.parsers import boolean, one_of
 from mnemosyned.observe.printable import printable
 from mnemosyned.sessions import lease_keeper, row_watch, token_hash
@@ -98,17 +98,16 @@ class _Interrupted(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code: 0 all is there, 1 it is not, 2 wrong flags, 130 interrupted."""
-    if {"-h", "-help", "--help"} & set(argv):
-        sys.stdout.write(_HELP)
-        return 0
-    try:
-        config = settings.parse(argv, os.environ, ImportConfig)
-        on_storage.check_movable(config, "import")
-    except ConfigError as exc:
-        return on_storage.complain(str(exc), 2)
-    if config[settings.RunConfig].only_checks:
-        sys.stdout.write("the configuration is valid\n")
-        return 0
+    return on_storage.command(argv, _HELP, _parsed, _body)
+
+
+def _parsed(argv: Sequence[str]) -> Config:
+    config = settings.parse(argv, os.environ, ImportConfig)
+    on_storage.check_movable(config, "import")
+    return config
+
+
+def _body(config: Config) -> int:
     path = config[ImportConfig].input
     if not path and sys.stdin.isatty():
         return on_storage.complain("name the file with -input=FILE, or pipe it in", 2)
@@ -154,7 +153,7 @@ class _Import:
         for module in (lease_keeper, row_watch):
             logging.getLogger(module.__name__).setLevel(logging.ERROR)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in on_storage.interrupting():
             loop.add_signal_handler(number, self._interrupt, number)
         importer = Importer(
             store,

@@ -56,16 +56,10 @@ example: mnemosyned migrate -token.protection=hmac -token.key.file=token.key -po
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code: 0 done, 1 failed, 2 wrong flags."""
-    if {"-h", "-help", "--help"} & set(argv):
-        sys.stdout.write(_HELP)
-        return 0
-    try:
-        config = _parsed(argv)
-    except ConfigError as exc:
-        return on_storage.complain(str(exc), 2)
-    if config[settings.RunConfig].only_checks:
-        sys.stdout.write("the configuration is valid\n")
-        return 0
+    return on_storage.command(argv, _HELP, _parsed, _body)
+
+
+def _body(config: Config) -> int:
     hasher = token_hasher(config)
     assert hasher is not None
     return on_storage.run(config, partial(_migrate, hasher=hasher))

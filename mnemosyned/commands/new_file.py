@@ -3,8 +3,8 @@
     FILE.partial ── written, and on the disk ──> FILE
          └── failed, discarded or interrupted ──> removed
 
-If the process is killed, FILE.partial is left. Both are created for this user alone (0600). Another file is
-replaced only if that was asked for, and a link never followed.
+After SIGKILL, FILE.partial is left. Both are created for this user alone (0600). Another file is replaced
+only if that was asked for, and a link never followed.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TypeAlias, overload
 
 from mnemosyned.sessions.model import DamagedSession, Session
@@ -80,6 +81,20 @@ class SessionColumns(Sequence[Found]):
             bag=self.bags[at],
             expires_at_us=self.expiries_us[at],
         )
+
+
+def those(found: Sequence[Found], are_wanted: Sequence[bool]) -> Sequence[Found]:
+    """Return the sessions that are wanted, by columns if they were."""
+    if not isinstance(found, SessionColumns):
+        return list(compress(found, are_wanted))
+    return SessionColumns(
+        tokens=list(compress(found.tokens, are_wanted)),
+        subject_ids=list(compress(found.subject_ids, are_wanted)),
+        subject_clients=list(compress(found.subject_clients, are_wanted)),
+        refresh_tokens=list(compress(found.refresh_tokens, are_wanted)),
+        bags=list(compress(found.bags, are_wanted)),
+        expiries_us=list(compress(found.expiries_us, are_wanted)),
+    )
 
 
 def tokens_of(found: Sequence[Found]) -> Sequence[bytes]:

@@ -17,13 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import compress
 from typing import Final
 
 from aio.slices import in_slices
+from aio.steps import STEP_ITEMS, Steps, cut
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.sessions.columns import Found, tokens_of
-from mnemosyned.sessions.model import Criteria, DamagedSession, Session
-from mnemosyned.sessions.page_token import PageToken
+from mnemosyned.sessions.columns import Found, those, tokens_of
+from mnemosyned.sessions.model import Criteria, Session
+from mnemosyned.sessions.page_token import PageToken, Shown
 from mnemosyned.sessions.store import KeyedPage, Page, SessionStore
 from mnemosyned.sessions.touches import TouchWriter
 
@@ -55,12 +57,13 @@ class Listing:
             spare = _SPARE + limit // 4 if self._touches.is_anything_waiting() else 0
             page = await self._store.find(criteria, offset=offset, limit=limit + spare, max_bytes=max_bytes)
             asked = limit + spare
-            if not self._is_waiting(page.sessions):
+            waiting = self._waiting(page.sessions)
+            if not any(waiting):
                 return _first(page.sessions, limit, page, asked)
-            found = list(page.sessions)
-            latest = [self._latest_us(one) for one in found]
+            found = await in_slices(_listed(page.sessions))
+            latest = [_later(one, us) for one, us in zip(found, waiting, strict=True)]
             if not any(latest):
-                return _first(found, limit, page, asked)
+                return _first(page.sessions, limit, page, asked)
             await self._write([one.access_token for one in found])
             merged = _merged(found, latest, criteria)
             if len(found) == asked or page.is_cut:
@@ -83,43 +86,75 @@ class Listing:
             # The storage may still have them before the range.
             asked = replace(criteria, expires_after_us=max(0, criteria.expires_after_us - self._lag_us))
         page = await self._store.walk(asked, start=token.start, limit=limit, max_bytes=max_bytes)
-        is_shown = token.shown.finder()
-        are_shown = [is_shown(one) for one in tokens_of(page.sessions)]
-        if asked is criteria and not (any(are_shown) or self._is_waiting(page.sessions)):
+        waiting = self._waiting(page.sessions)
+        if token.shown.digests:
+            are_new = await in_slices(_are_new(page.sessions, token.shown))
+            keys = list(compress(page.keys, are_new))
+            page = replace(page, sessions=those(page.sessions, are_new), keys=keys)
+            waiting = list(compress(waiting, are_new))
+        if asked is criteria and not any(waiting):
             return page
-        sessions: list[Found] = []
-        keys: list[bytes] = []
-        for one, key, is_left_out in zip(page.sessions, page.keys, are_shown, strict=True):
-            if is_left_out:
-                continue
-            found = one
-            if isinstance(one, Session):
-                latest_us = self._latest_us(one)
-                found = replace(one, expires_at_us=latest_us) if latest_us else one
-                if not criteria.allows(found.expires_at_us):
-                    continue
-            sessions.append(found)
-            keys.append(key)
-        return replace(page, sessions=sessions, keys=keys)
+        return await in_slices(_up_to_date(page, waiting, criteria))
 
-    def _is_waiting(self, found: Sequence[Found]) -> bool:
-        """Tell whether the storage may lack the expiry of one of these sessions."""
+    def _waiting(self, found: Sequence[Found]) -> list[int]:
+        """Return the expiry of each session, if the storage may lack it; or 0.
+
+        It is asked for all at once, and not in slices: what is written meanwhile waits no more, and is not in
+        what was read before.
+        """
         if not self._touches.is_anything_waiting():
-            return False
+            return [0] * len(found)
         waiting_us = self._touches.waiting_us
-        return any(waiting_us(one.decode(errors="surrogateescape")) for one in tokens_of(found))
-
-    def _latest_us(self, found: Found) -> int:
-        """Return the expiry that waits to be written; 0: the stored one is the latest."""
-        if isinstance(found, DamagedSession):
-            return 0
-        latest_us = self._touches.waiting_us(found.access_token)
-        return latest_us if latest_us > found.expires_at_us else 0
+        return [waiting_us(one.decode(errors="surrogateescape")) for one in tokens_of(found)]
 
     async def _write(self, tokens: Sequence[str]) -> None:
         # A storage that takes no write now can still be read: the page has the expiries from memory.
         with suppress(MnemosyneError):
             await self._touches.write(tokens)
+
+
+def _are_new(found: Sequence[Found], shown: Shown) -> Steps[list[bool]]:
+    """Return for each session whether it was not shown before."""
+    is_shown = shown.finder()
+    are_new: list[bool] = []
+    for part in cut(tokens_of(found)):
+        if are_new:
+            yield
+        are_new += [not is_shown(one) for one in part]
+    return are_new
+
+
+def _later(found: Found, waiting_us: int) -> int:
+    """Return the expiry that waits to be written; 0: the stored one is the latest."""
+    is_later = isinstance(found, Session) and waiting_us > found.expires_at_us
+    return waiting_us if is_later else 0
+
+
+def _up_to_date(page: KeyedPage, waiting: Sequence[int], criteria: Criteria) -> Steps[KeyedPage]:
+    """Return the sessions of a page that meet the criteria with their latest expiries."""
+    sessions: list[Found] = []
+    keys: list[bytes] = []
+    for number, (one, key, waiting_us) in enumerate(zip(page.sessions, page.keys, waiting, strict=True), 1):
+        found = one
+        if isinstance(one, Session):
+            latest_us = _later(one, waiting_us)
+            found = replace(one, expires_at_us=latest_us) if latest_us else one
+            if not criteria.allows(found.expires_at_us):
+                continue
+        sessions.append(found)
+        keys.append(key)
+        if number % STEP_ITEMS == 0:
+            yield
+    return replace(page, sessions=sessions, keys=keys)
+
+
+def _listed(found: Sequence[Found]) -> Steps[list[Found]]:
+    listed: list[Found] = []
+    for part in cut(found):
+        if listed:
+            yield
+        listed += part
+    return listed
 
 
 def _first(found: Sequence[Found], limit: int, page: Page, asked: int) -> Page:

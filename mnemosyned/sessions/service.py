@@ -311,6 +311,9 @@ class SessionService:
             yield from response.add(checked)
             if response.is_full:
                 break
+        if response.count > STEP_ITEMS:
+            # The token has a digest of each session.
+            yield
         return response.finished(is_cut=page.is_cut, next_token=following.token)
 
     async def delete(

@@ -6,12 +6,13 @@ import json
 import os
 import pty
 import re
+import secrets
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from processes import Daemon, mnemosyned
+from redis_clusters import RedisCluster
 from redis_servers import RedisServer, needs_redis, redis_server
 from secrecy import CANARY
 
@@ -195,6 +197,40 @@ def test_plain_tokens_are_hashed_by_an_import_into_a_storage_that_hashes(
     get_all([*postgres_flags, *key_flags], tokens)
 
 
+@pytest.mark.parametrize("protection", ["none", "hmac"])
+def test_sessions_move_from_a_cluster_through_postgres_to_mongodb_unchanged(
+    *,
+    redis_cluster: RedisCluster,
+    postgres_flags: list[str],
+    mongodb_url: str,
+    key_flags: list[str],
+    tmp_path: Path,
+    protection: str,
+) -> None:
+    name = f"moving-{secrets.token_hex(4)}"
+    more = key_flags if protection == "hmac" else []
+    path = [
+        ["-storage=redis", f"-redis.address={redis_cluster.url}", f"-redis.prefix={name}:", *more],
+        [*postgres_flags, *more],
+        ["-storage=mongodb", f"-mongodb.address={mongodb_url}", f"-mongodb.collection={name}", *more],
+    ]
+    tokens = start(path[0])
+    exports = []
+    for at, flags in enumerate(path):
+        file = tmp_path / str(at)
+        export(flags, file)
+        exports.append(file.read_text().splitlines()[1:-1])
+        for target in path[at + 1 : at + 2]:
+            assert mnemosyned("import", *target, f"-input={file}")[:2] == (
+                0,
+                "3 sessions imported, 0 there already\n",
+            )
+
+    assert len(exports[0]) == 3
+    assert exports[0] == exports[1] == exports[2]
+    get_all(path[-1], tokens)
+
+
 def test_export_and_import_may_be_piped(postgres_flags: list[str], redis_flags: list[str]) -> None:
     tokens = start(postgres_flags)
 
@@ -247,44 +283,42 @@ def test_a_file_is_for_its_user_alone_and_never_replaced_unasked(
     assert stat.S_IMODE(exported.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (lambda lines: lines[:-1], "the file is cut off after line 4: its last line is missing"),
-        (lambda lines: [*lines[:2], lines[2][:40]], "line 3: the file is cut off here"),
-        (
-            lambda lines: [lines[0], *lines[2:]],
-            "the file was changed or is damaged: its checksum is another one",
-        ),
-        (
-            lambda lines: [lines[0], lines[1].replace("user:0", "user:9"), *lines[2:]],
-            "its checksum is another one",
-        ),
-        (
-            lambda lines: [*lines[:3], lines[3].replace("expire_at", "expires"), lines[4]],
-            "line 4: the session has a",
-        ),
-        (lambda lines: [lines[0].replace('"format":1', '"format":9'), *lines[1:]], "the file has format 9"),
-        (lambda _: ["hello\n"], "line 1: it is no file of mnemosyned export"),
-        (lambda _: [], "the file is cut off after line 0"),
+SPOILT: Final[dict[str, Callable[[list[str]], list[str]]]] = {
+    "the file is cut off after line 4: its last line is missing": lambda lines: lines[:-1],
+    "line 3: the file is cut off here": lambda lines: [*lines[:2], lines[2][:40]],
+    "the file was changed or is damaged: its checksum is another one": lambda lines: [lines[0], *lines[2:]],
+    "its checksum is another one": lambda lines: [
+        lines[0],
+        lines[1].replace("user:0", "user:9"),
+        *lines[2:],
     ],
-)
+    "line 4: the session has a": lambda lines: [
+        *lines[:3],
+        lines[3].replace("expire_at", "expires"),
+        lines[4],
+    ],
+    "the file has format 9": lambda lines: [lines[0].replace('"format":1', '"format":9'), *lines[1:]],
+    "line 1: it is no file of mnemosyned export": lambda _: ["hello\n"],
+    "the file is cut off after line 0": lambda _: [],
+}
+
+
 @pytest.mark.parametrize("way", ["file", "pipe"])
-def test_a_spoilt_file_changes_nothing(
-    file: Path, postgres_flags: list[str], spoil: object, complaint: str, way: str
-) -> None:
-    lines = spoil(file.read_text().splitlines(keepends=True))
-    file.write_text("".join(lines))
+def test_a_spoilt_file_changes_nothing(file: Path, postgres_flags: list[str], way: str) -> None:
+    lines = file.read_text().splitlines(keepends=True)
+    for complaint, spoil in SPOILT.items():
+        file.write_text("".join(spoil(lines)))
 
-    if way == "file":
-        code, out, err = mnemosyned("import", *postgres_flags, f"-input={file}")
-    else:
-        code, out, err = mnemosyned("import", *postgres_flags, stdin=file.read_text())
+        if way == "file":
+            code, out, err = mnemosyned("import", *postgres_flags, f"-input={file}")
+        else:
+            code, out, err = mnemosyned("import", *postgres_flags, stdin=file.read_text())
 
-    assert (code, out) == (1, "")
-    assert err.startswith("mnemosyned: ")
-    assert complaint in err
-    assert err.count("\n") == 1
+        assert (code, out) == (1, "")
+        assert err.startswith("mnemosyned: ")
+        assert complaint in err
+        assert err.count("\n") == 1
+    # Of all of them: nothing removes what one has put there.
     assert mnemosyned("check", *postgres_flags)[1] == "0 sessions checked, 0 damaged\n"
 
 
@@ -409,10 +443,11 @@ def test_sessions_of_running_daemons_are_added_to_and_never_changed(
         assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_import_that_is_interrupted_goes_on_the_next_time(
-    server: RedisServer, redis_flags: list[str], tmp_path: Path
+    server: RedisServer, redis_flags: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    path = many_sessions(tmp_path / "many", 40_000, bag_bytes=10)
+    path = many_sessions(tmp_path / "many", 20_000, bag_bytes=10)
     importing = subprocess.Popen(
         [*COMMAND, "import", *redis_flags, f"-input={path}"],
         stdout=subprocess.PIPE,
@@ -423,7 +458,7 @@ def test_an_import_that_is_interrupted_goes_on_the_next_time(
     while server.command("EXISTS", "mnemosyne:n") == b":0\r\n":
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
-    importing.send_signal(signal.SIGINT)
+    importing.send_signal(number)
     out, err = importing.communicate(timeout=60)
 
     assert (importing.returncode, err) == (
@@ -431,31 +466,33 @@ def test_an_import_that_is_interrupted_goes_on_the_next_time(
         "mnemosyned: interrupted: the same command goes on with the rest\n",
     )
     done = int(out.split()[0])
-    assert 0 < done < 40_000
+    assert 0 < done < 20_000
     assert int(server.command("ZCARD", "mnemosyne:n")[1:]) == done
     assert mnemosyned("import", *redis_flags, f"-input={path}")[:2] == (
         0,
-        f"{40_000 - done} sessions imported, {done} there already\n",
+        f"{20_000 - done} sessions imported, {done} there already\n",
     )
 
 
 def test_an_export_that_is_interrupted_leaves_nothing(redis_flags: list[str], tmp_path: Path) -> None:
     path = tmp_path / "out" / "f"
     path.parent.mkdir()
-    many = many_sessions(tmp_path / "many", 40_000, bag_bytes=10)
+    many = many_sessions(tmp_path / "many", 30_000, bag_bytes=10)
     assert mnemosyned("import", *redis_flags, f"-input={many}")[0] == 0
-    exporting = subprocess.Popen(
-        [*COMMAND, "export", *redis_flags, f"-output={path}"], stderr=subprocess.PIPE, text=True
-    )
-    deadline_s = time.monotonic() + 60
-    while not (path.parent / "f.partial").exists() or not (path.parent / "f.partial").stat().st_size:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
-    exporting.send_signal(signal.SIGINT)
-    _, err = exporting.communicate(timeout=60)
+    # A person, a service manager, a terminal that is closed.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        exporting = subprocess.Popen(
+            [*COMMAND, "export", *redis_flags, f"-output={path}"], stderr=subprocess.PIPE, text=True
+        )
+        deadline_s = time.monotonic() + 60
+        while not (path.parent / "f.partial").exists() or not (path.parent / "f.partial").stat().st_size:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        exporting.send_signal(number)
+        _, err = exporting.communicate(timeout=60)
 
-    assert (exporting.returncode, err) == (130, "")
-    assert list(path.parent.iterdir()) == []
+        assert (exporting.returncode, err) == (130, "")
+        assert list(path.parent.iterdir()) == []
 
 
 def test_memory_does_not_grow_with_the_number_of_sessions(redis_flags: list[str], tmp_path: Path) -> None:
