@@ -15,8 +15,9 @@ from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.security.file_reloader import FileReloader, FilesUnusable
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.postgres import plain, trial
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
 from mnemosyned.storage.postgres.kind import kind_of
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table, set_up
 from mnemosyned.storage.postgres.store import PostgresStore
 
@@ -49,7 +50,7 @@ def build(
     pool = PostgresPool(options, QueryMetrics(registry))
     table = Table(schema=config.schema, name=config.table)
     if address is not None:
-        pool.prepare = partial(_make_ready, table=table)
+        pool.address.prepare = partial(_make_ready, table=table)
         _follow(pool, address)
     return PostgresStore(pool, table)
 
@@ -68,5 +69,5 @@ def _follow(pool: PostgresPool, address: FileReloader[str]) -> None:
             raise FilesUnusable(str(exc)) from exc
 
     address.followers.append(use)
-    pool.on_auth_failure = address.ask
-    pool.reload = address.look
+    pool.address.on_auth_failure = address.ask
+    pool.address.reload = address.look
