@@ -61,8 +61,10 @@ class PostgresOptions:
 class AddressInUse:
     """Makes connections to the servers of one address at a time; `kind` is known after the first."""
 
-    def __init__(self, options: PostgresOptions) -> None:
+    def __init__(self, options: PostgresOptions, on_later: Callable[[], None]) -> None:
+        """`on_later` is called when a later primary is found than the one in use (`timeline.py`)."""
         self._options = options
+        self._on_later = on_later
         self.dsn = options.dsn
         self.kind = options.kind or POSTGRESQL
         self.connector: Connector | None = None
@@ -126,13 +128,13 @@ class AddressInUse:
         try:
             found = address.parse(dsn, self._options.environ)
             former = self.connector
-            is_same = former is not None and former.address.hosts == found.hosts
+            is_same = former is not None and set(former.address.hosts) == set(found.hosts)
             connector = Connector(
                 found,
                 timeout_s=self._options.connect_timeout_s,
                 command_timeout_s=self._options.statement_timeout_s + _GRACE_S,
                 # A person who names other servers knows which one is right.
-                timelines=former.timelines if former is not None and is_same else Timelines(),
+                timelines=former.timelines if former is not None and is_same else Timelines(self._on_later),
                 environ=self._options.environ,
             )
             connector.check()

@@ -27,7 +27,7 @@ once, the others at the end of their statement. No statement fails by either. Th
   connection is refused, and the call that wanted it gets one with the new password;
 - a statement had no answer at all. Other idle connections may be as dead, behind a firewall that has
   forgotten them, so no further call waits for one of them;
-- a server that is not to be used any more.
+- a server that is not to be used any more. Statements at a former primary fail (`timeline.py`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PostgresPool:
         self._options = options
         self._metrics = metrics
         self._faults = FaultLog(faults)
-        self.address = AddressInUse(options)
+        self.address = AddressInUse(options, self._leave_former)
         self._pool: Pool[Record] | None = None
         # Connections between two statements, the last one used at the end. To give one back to the pool and
         # to take it again costs two tasks, a third of the time of a lone statement.
@@ -94,7 +94,7 @@ class PostgresPool:
         self.read_only = ReadOnlyServer()
         self.is_table_suspected = False  # a statement failed because of the table, since it was last tried
         self._acquisition = Acquisition(options.pool_size)
-        self._doubts = Tasks("postgres_doubt", max_tasks=1)
+        self._doubts = _doubts()
 
     @property
     def kind(self) -> Kind:
@@ -183,6 +183,8 @@ class PostgresPool:
             pool.terminate()
         await self.address.close()
         await self._doubts.close()
+        # It may be opened again.
+        self._doubts = _doubts()
 
     def doubt(self) -> None:
         """Look in the background whether another server of the address has become the primary.
@@ -194,11 +196,15 @@ class PostgresPool:
             self._doubts.spawn(self._look_for_later(connector))
 
     async def _look_for_later(self, connector: Connector) -> None:
-        if await connector.has_later():
-            log.warning("later_primary_found", extra=self._faults.where)
-            connector.look_at_all()
-            self.renew()
-            self.read_only.drop_idle(self._lent)
+        # No server can be used: the calls that need one tell it.
+        with suppress(*TRANSIENT, asyncpg.PostgresError, AddressError):
+            await connector.look_for_later()
+
+    def _leave_former(self) -> None:
+        """Close all connections to a primary that another one has replaced, also those in use."""
+        log.warning("later_primary_found", extra=self._faults.where)
+        self.renew()
+        self.read_only.drop_but(())
 
     async def fetch(
         self, query: Query, *args: object, passing: Faults = (), is_urgent: bool = False
@@ -367,7 +373,7 @@ class PostgresPool:
             self.doubt()
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError) and self.read_only.met(time.monotonic()):
             self.renew()
-            self.read_only.drop_idle(self._lent)
+            self.read_only.drop_but(self._lent)
         self.is_table_suspected |= is_of_the_table(exc)
         is_late = isinstance(exc, TimeoutError | asyncpg.QueryCanceledError)
         error = StorageUnavailable(
@@ -377,6 +383,10 @@ class PostgresPool:
         error.is_under_way = doing not in {"acquire", "connect"}
         error.detail, error.hint = self._faults.described(doing, exc), hint_of(exc)
         return error
+
+
+def _doubts() -> Tasks:
+    return Tasks("postgres_doubt", max_tasks=1)
 
 
 def _is_open(connection: PoolConnectionProxy[Record]) -> bool:
