@@ -97,9 +97,23 @@ def standby_of(primary: EmbeddedPostgres, directory: Path) -> EmbeddedPostgres:
 
 def kill(server: EmbeddedPostgres) -> None:
     """End a server and all its processes at once, as the end of its machine would."""
+    _signal(server, signal.SIGKILL)
+
+
+def stall(server: EmbeddedPostgres) -> None:
+    """Stop a server and all its processes as they are: connections stay open, and nothing is answered."""
+    _signal(server, signal.SIGSTOP)
+
+
+def resume(server: EmbeddedPostgres) -> None:
+    """Let a stalled server go on."""
+    _signal(server, signal.SIGCONT)
+
+
+def _signal(server: EmbeddedPostgres, number: int) -> None:
     for pid in servers_on(server.directory / "data"):
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 def promote(server: EmbeddedPostgres) -> None:

@@ -31,8 +31,9 @@ from mnemosyned.storage.mongodb import node_rows
 from mnemosyned.storage.mongodb.pool import MongoOptions, MongoPool
 from mnemosyned.storage.mongodb.schema import Names
 from mnemosyned.storage.mongodb.store import MongoStore
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
 from mnemosyned.storage.postgres.kind import Kind
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 from mnemosyned.storage.redis.cluster.pool import ClusterPool

@@ -21,7 +21,8 @@ from prometheus_client import CollectorRegistry
 from serving import serving
 
 from mnemosyned.observe.metrics import QueryMetrics
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 

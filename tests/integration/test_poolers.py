@@ -17,7 +17,8 @@ from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.model import Session
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.session_settings import settings_of
 from mnemosyned.storage.postgres.store import PostgresStore

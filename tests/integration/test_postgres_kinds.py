@@ -26,9 +26,10 @@ from mnemosyned.security.file_reloader import FileReloader
 from mnemosyned.sessions.model import Session
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.postgres import connector
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
 from mnemosyned.storage.postgres.build import build
 from mnemosyned.storage.postgres.config import PostgresConfig
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 

@@ -25,7 +25,8 @@ from serving import Node, serving
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.store import StorageRefused
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 

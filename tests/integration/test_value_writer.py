@@ -13,7 +13,8 @@ from stores import TTL_US
 from mnemosyned.errors import InvalidArgument, SessionNotFound
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.model import Abandonment, NewSession, ValueChange
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.storage.address_file import follow
 from mnemosyned.storage.postgres import plain, trial
+from mnemosyned.storage.postgres.address_in_use import PostgresOptions
 from mnemosyned.storage.postgres.kind import kind_of
-from mnemosyned.storage.postgres.pool import PostgresOptions, PostgresPool
+from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table, set_up
 from mnemosyned.storage.postgres.store import PostgresStore
 
@@ -49,10 +50,10 @@ def build(
     pool = PostgresPool(options, QueryMetrics(registry))
     table = Table(schema=config.schema, name=config.table)
     if address is not None:
-        pool.prepare = partial(_make_ready, table=table)
+        pool.address.prepare = partial(_make_ready, table=table)
         follow(address, pool.use)
-        pool.on_auth_failure = address.ask
-        pool.reload = address.look
+        pool.address.on_auth_failure = address.ask
+        pool.address.reload = address.look
     return PostgresStore(pool, table)
 
 

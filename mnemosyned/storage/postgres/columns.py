@@ -23,23 +23,34 @@ DAMAGE: Final = (
 # Added to an expiry, it changes nothing, and no index serves the sum.
 UNINDEXED: Final = " + interval '0'"
 LIVE: Final = f"expire_at{UNINDEXED} > now()"
-# The columns of a row with `damage`; only its key and its expiry if it has any. Texts come as the bytes that
-# an answer has.
-READABLE: Final = ", ".join(
-    f"CASE WHEN damage IS NULL THEN {value} END AS {column}"
-    for column, value in (
-        ("refresh_token", "refresh_token"),
-        ("subject_id", "textsend(subject_id)"),
-        ("subject_client", "textsend(subject_client)"),
-    )
-)
 READABLE_BAG: Final = "CASE WHEN damage IS NULL THEN bag END AS bag"
 # One byte more than a token may have: such a key is a damaged row's, and is only named in a log line.
 SHORT_KEY: Final = f"substring(access_token FROM 1 FOR {MAX_TOKEN_BYTES + 1}) AS access_token"
-# What all statements of List begin with, as `rows.py` reads them. Eight bytes cost less than a number there.
-LISTED: Final = f"{SHORT_KEY}, {READABLE}, timestamptz_send(expire_at) AS expiry, damage"
 # The instant 0 of PostgreSQL, 2000-01-01 UTC, from which it counts microseconds.
 POSTGRES_EPOCH_US: Final = 946_684_800_000_000
+
+
+class Reading:
+    """How statements select the columns of a row with `damage`; only its key and its expiry if it has any."""
+
+    def __init__(self, as_bytes: str, expiry: str) -> None:
+        """`as_bytes` makes bytes of a text `{}`: those that an answer has. `expiry` is that of List."""
+        columns = (
+            ("refresh_token", "refresh_token"),
+            ("subject_id", as_bytes.format("subject_id")),
+            ("subject_client", as_bytes.format("subject_client")),
+        )
+        self.readable = ", ".join(
+            f"CASE WHEN damage IS NULL THEN {value} END AS {column}" for column, value in columns
+        )
+        # What all statements of List begin with, as `rows.py` reads them.
+        self.listed = f"{SHORT_KEY}, {self.readable}, {expiry} AS expiry, damage"
+
+
+# Eight bytes cost less than a number.
+READING: Final = Reading("textsend({})", "timestamptz_send(expire_at)")
+# CockroachDB knows the names of these two functions, and refuses to call them.
+PLAIN_READING: Final = Reading("convert_to({}, 'UTF8')", "expire_at")
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,13 +88,14 @@ class Server:
 class _Search:
     """The best server so far, with the only connection that is kept, and what the others said."""
 
+    is_whole: bool = False  # to look at all servers
     best: Server | None = None
     failure: Exception = field(default_factory=lambda: OSError("no host"))
     failures: list[str] = field(default_factory=list)
 
     @property
-    def has_writable(self) -> bool:
-        return self.best is not None and self.best.is_writable
+    def is_over(self) -> bool:
+        return not self.is_whole and self.best is not None and self.best.is_sure
 
     def take(self, one: Server | tuple[str, Exception]) -> None:
         if not isinstance(one, Server):
@@ -144,39 +145,49 @@ class Connector:
             AddressError: a file that the address names cannot be used.
             asyncpg's errors, OSError, TimeoutError: of the last server that was tried.
         """
-        search = _Search()
+        best = await self._best(_Search())
+        if best.is_writable:
+            self._use(best)
+        return best.connection
+
+    async def look_for_later(self) -> None:
+        """Look at all servers, and use one from now on whose timeline is later than the one in use.
+
+        Raises as `connect` does: no server that can be written to was found.
+        """
+        best = await self._best(_Search(is_whole=True))
+        _end(best)
+        used = self.timelines.used
+        if used is not None and used.is_before(best.timeline):
+            self._use(best)
+
+    def _use(self, server: Server) -> None:
+        self._last = server.host
+        self.timelines.use(server.timeline)
+
+    async def _best(self, search: _Search) -> Server:
         try:
             async with aclosing(self._servers()) as servers:
                 async for one in servers:
                     search.take(one)
-                    if search.best is not None and search.best.is_sure:
+                    if search.is_over:
                         break
-        except BaseException as exc:
+            if search.best is not None:
+                # Another search may have found a later one meanwhile.
+                self._refuse_former(search.best.host, search.best.timeline)
+        except (AddressError, asyncpg.PostgresError):
             # That another server refuses us does not matter where one can be used.
-            if not (search.has_writable and isinstance(exc, AddressError | asyncpg.PostgresError)):
+            if search.best is None or not search.best.is_writable:
                 _end(search.best)
                 raise
+        except BaseException:
+            # Whatever ends the search, such as a cancellation: the connection has no owner yet.
+            _end(search.best)
+            raise
         if search.best is None:
             search.failure.add_note("; ".join(search.failures))
             raise search.failure
-        if search.has_writable:
-            self._last = search.best.host
-            self.timelines.use(search.best.timeline)
-        return search.best.connection
-
-    async def has_later(self) -> bool:
-        """Tell whether a server of the address has a later timeline than the one in use."""
-        used = self.timelines.used
-        is_later = False
-        async for one in self._servers():
-            if isinstance(one, Server):
-                _end(one)
-                is_later |= used is not None and used.is_before(one.timeline)
-        return is_later
-
-    def look_at_all(self) -> None:
-        """Have the next connection look at all servers, and not take the one that answered last."""
-        self._last = None
+        return search.best
 
     async def _servers(self) -> AsyncGenerator[Server | tuple[str, Exception], None]:
         """Connect to the servers in turn; in place of one that cannot be used, its name and why not."""
@@ -210,6 +221,7 @@ class Connector:
             timeline = await timeline_of(connection) if is_writable else None
             self._refuse_former(host, timeline)
         except BaseException:
+            # Whatever ends it: nothing else knows of the connection.
             connection.terminate()
             raise
         is_known = host == self._last or (self.address.is_balanced and self.timelines.used is not None)

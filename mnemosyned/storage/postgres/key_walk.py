@@ -21,9 +21,9 @@ from mnemosyned.sessions.token import MAX_TOKEN_BYTES
 from mnemosyned.storage.postgres.columns import (
     COLUMNS,
     DAMAGE,
-    LISTED,
     LIVE,
     Query,
+    Reading,
 )
 from mnemosyned.storage.postgres.conditions import condition, is_keyed
 
@@ -32,7 +32,14 @@ _MOST_LOOKED: Final = 2500
 
 
 def walk(
-    table: str, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int, due: str
+    table: str,
+    criteria: Criteria,
+    *,
+    start: bytes,
+    limit: int,
+    page_bytes: int,
+    due: str,
+    reading: Reading,
 ) -> tuple[Query, list[object]]:
     """SessionStore.walk; `due` is the column that has an index and no later instant than the expiry.
 
@@ -65,10 +72,10 @@ def walk(
             f"SELECT access_token, is_met FROM ({ahead}) AS part WHERE NOT {is_few}"
         )
         few = f"few AS MATERIALIZED ({few}), "
-    return _page(table, few, ahead, at), [*values, start, limit, page_bytes]
+    return _page(table, few, ahead, at, reading), [*values, start, limit, page_bytes]
 
 
-def _page(table: str, few: str, ahead: str, at: int) -> Query:
+def _page(table: str, few: str, ahead: str, at: int, reading: Reading) -> Query:
     limit, page_bytes = f"${at + 1}::bigint", f"${at + 2}"
     short_before = f"substring(before FROM 1 FOR {MAX_TOKEN_BYTES + 1}) AS before"
     return Query(
@@ -84,7 +91,7 @@ def _page(table: str, few: str, ahead: str, at: int) -> Query:
         f"ORDER BY access_token LIMIT {limit}))), "
         "summed AS (SELECT *, sum(CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY access_token ROWS UNBOUNDED PRECEDING) AS bytes FROM page) "
-        f"SELECT {LISTED}, "
+        f"SELECT {reading.listed}, "
         f"CASE WHEN damage IS NULL AND bytes <= {page_bytes} THEN bag END AS bag, "
         f"{short_before}, bytes IS NULL AS is_next "
         "FROM looked LEFT JOIN summed USING (access_token) ORDER BY access_token",

@@ -9,6 +9,7 @@ these has another form there (`is_plain`), with the same meaning:
     due_at, HOT, ctid, CREATE INDEX CONCURRENTLY      the form of a table before migration (`walks.py`)
     pg_control_system(), the start of the server      a random identity in a table beside the sessions'
     an advisory lock around set-up                    IF NOT EXISTS, run again after a collision
+    textsend(), timestamptz_send(), for List         convert_to(), and the instant itself
     the catalog: checks of form, rights and changes   the trial alone (`trial.py`)
     settings of the planner, read again               time-outs alone
 

@@ -79,7 +79,7 @@ class NodeTable:
         if is_plain:
             # Its servers start one by one, and a connection may be to any of them.
             start = f"(SELECT identity FROM {self._table.identity.sql} WHERE id = 1)"
-        identity = f"concat_ws('/', {start}, '{literal}'::regclass::oid)"
+        identity = f"concat_ws('/', {start}, '{literal}'::regclass::oid::text)"
         self._renew = Query(
             "renew",
             f"WITH renewed AS (INSERT INTO {node} AS n ({_COLUMNS}, renewed_at) "
@@ -92,7 +92,7 @@ class NodeTable:
             f"OR n.instance = $6::bigint AND n.number = $7::bigint RETURNING {_COLUMNS}, renewed_at), "
             f"found AS (SELECT {_COLUMNS}, renewed_at FROM renewed UNION ALL "
             f"SELECT {_COLUMNS}, renewed_at FROM {node} "
-            "WHERE name <> $1 OR NOT EXISTS (SELECT FROM renewed)) "
+            "WHERE name <> $1 OR NOT EXISTS (SELECT 1 FROM renewed)) "
             f"SELECT {_COLUMNS}, (extract(epoch FROM now() - renewed_at) * 1000000)::bigint AS age_us, "
             f"clock_timestamp() AS now, {identity} AS identity FROM found",
         )

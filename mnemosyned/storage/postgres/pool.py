@@ -18,6 +18,8 @@ The server's time-outs fire before the client's, because the server's error leav
 state; after the client's the connection must be cancelled over another one. A call therefore takes at most
 2 S + 1.5 s here, though its own deadline may end the wait for it sooner.
 
+Connections are made by `address_in_use.py`.
+
 Replaced connections. `use` takes another address, and `renew` drops what is connected: idle connections at
 once, the others at the end of their statement. No statement fails by either. Three things cause it:
 
@@ -25,18 +27,15 @@ once, the others at the end of their statement. No statement fails by either. Th
   connection is refused, and the call that wanted it gets one with the new password;
 - a statement had no answer at all. Other idle connections may be as dead, behind a firewall that has
   forgotten them, so no further call waits for one of them;
-- a server that is not to be used any more.
+- a server that is not to be used any more. Statements at a former primary fail (`timeline.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
@@ -46,26 +45,16 @@ from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.fault_log import FaultLog
-from mnemosyned.storage.postgres import address, faults, session_settings
+from mnemosyned.storage.postgres import faults, session_settings
 from mnemosyned.storage.postgres.acquisition import Acquisition
 from mnemosyned.storage.postgres.address import AddressError
+from mnemosyned.storage.postgres.address_in_use import AddressInUse, PostgresOptions
 from mnemosyned.storage.postgres.connector import Connector
-from mnemosyned.storage.postgres.faults import (
-    CONFIGURED_WRONG,
-    REFUSALS,
-    TRANSIENT,
-    Faults,
-    hint_of,
-    is_of_the_table,
-    is_refusal_of_a_pooler,
-    name_of,
-)
-from mnemosyned.storage.postgres.kind import POSTGRESQL, Kind, kind_of
-from mnemosyned.storage.postgres.pooler import find_pooler
+from mnemosyned.storage.postgres.faults import REFUSALS, TRANSIENT, Faults, hint_of, is_of_the_table
+from mnemosyned.storage.postgres.kind import Kind
 from mnemosyned.storage.postgres.queries import Query
 from mnemosyned.storage.postgres.read_only import ReadOnlyServer
 from mnemosyned.storage.postgres.repeats import ROLLED_BACK, Repeats
-from mnemosyned.storage.postgres.timeline import Timelines
 
 if TYPE_CHECKING:
     from asyncpg import Connection, Pool, Record
@@ -75,28 +64,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How long the client waits beyond the server's own statement_timeout. Only a server that is stuck or gone
-# gets this far.
-_GRACE_S: Final = 0.5
 _RELEASE_TIMEOUT_S: Final = 1.0
 
 # Kept between statements; the pool closes the others after minutes without use.
 _MAX_KEPT: Final = 2
 # The connection has lost what was prepared on it: a pooler in front has changed its mode.
 _LOST_STATEMENTS: Final = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresOptions:
-    """How to reach the server."""
-
-    dsn: str = field(repr=False)  # with a password
-    pool_size: int  # most connections
-    connect_timeout_s: float
-    statement_timeout_s: float
-    # What the address leaves out (address.py). Nothing for a server of our own.
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-    kind: Kind | None = None  # of the server; None: what it says of itself
 
 
 class PostgresPool:
@@ -110,9 +83,7 @@ class PostgresPool:
         self._options = options
         self._metrics = metrics
         self._faults = FaultLog(faults)
-        self._dsn = options.dsn
-        self._connector: Connector | None = None
-        self._is_pooled = False
+        self.address = AddressInUse(options, self._leave_former)
         self._pool: Pool[Record] | None = None
         # Connections between two statements, the last one used at the end. To give one back to the pool and
         # to take it again costs two tasks, a third of the time of a lone statement.
@@ -120,17 +91,15 @@ class PostgresPool:
         self._acquiring = 0  # statements that wait for the pool: for them nothing is kept
         self._epoch = 0  # raised by `renew`: connections of earlier ones are not kept
         self._lent: set[PoolConnectionProxy[Record]] = set()
-        self.kind = options.kind or POSTGRESQL  # known once it is open
         self.read_only = ReadOnlyServer()
         self.is_table_suspected = False  # a statement failed because of the table, since it was last tried
         self._acquisition = Acquisition(options.pool_size)
-        # What reads the file of the address again, soon or now.
-        self.on_auth_failure: Callable[[], None] = _do_nothing
-        self.reload: Callable[[], Coroutine[Any, Any, None]] = _wait_for_nothing
-        self._reloads = Tasks("postgres_reload")
-        self._doubts = Tasks("postgres_doubt", max_tasks=1)
-        # What makes another server ready before it is used.
-        self.prepare: Callable[[Connection[Record]], Awaitable[None]] = _wait_for_nothing
+        self._doubts = _doubts()
+
+    @property
+    def kind(self) -> Kind:
+        """Which kind of server it is; known once it is open."""
+        return self.address.kind
 
     async def open(self) -> None:
         """Make the pool with a first connection, within `-postgres.connect.timeout`.
@@ -139,23 +108,24 @@ class PostgresPool:
             StorageUnavailable: the server cannot be reached now.
             StorageRefused: it refuses us, or the address is wrong.
         """
-        dsn = self._dsn
-        connector = self._new_connector(dsn)
-        if self._connector is None:
+        address, dsn = self.address, self.address.dsn
+        connector = address.connector_of(dsn)
+        if address.connector is None:
             for name, word in connector.address.dropped.items():
                 log.warning("postgres_parameter_ignored", extra={"parameter": name, "reason": word})
-        self._take_connector(connector)
+        address.connector = connector
+        self._faults.where = address.where
         try:
-            with self._refusing(connector), _Translated(self, "connect", REFUSALS):
-                self._is_pooled = await find_pooler(connector.connect)
+            with address.refusing(connector), _Translated(self, "connect", REFUSALS):
+                await address.look()
                 self._pool = await self._create_pool()
         except StorageRefused:
             # The file of the address may have changed since it was read.
-            self.on_auth_failure()
-            await self.reload()
-            if self._dsn == dsn:
+            address.on_auth_failure()
+            await address.reload()
+            if address.dsn == dsn:
                 raise
-        if self._dsn != dsn:
+        if address.dsn != dsn:
             await self.close()
             raise StorageUnavailable("mnemosyned: storage: its address has changed")
         if self.kind.is_plain:
@@ -170,44 +140,20 @@ class PostgresPool:
         Raises:
             StorageRefused: the address is wrong, or no connection can be made. The former address stays.
         """
-        if dsn == self._dsn:
+        if dsn == self.address.dsn:
             return
-        connector = self._new_connector(dsn)
         if self._pool is None:
-            self._dsn = dsn
+            self.address.connector_of(dsn)
+            self.address.dsn = dsn
             return
-        try:
-            is_pooled = await find_pooler(connector.connect)
-            await self._prepare(connector, is_pooled=is_pooled)
-        except (*TRANSIENT, asyncpg.PostgresError) as exc:
-            raise self.refused(exc, connector) from exc
-        self._dsn, self._is_pooled = dsn, is_pooled
-        self._take_connector(connector)
+        await self.address.change(dsn)
+        self._faults.where = self.address.where
         kept, self._kept = self._kept, []
         self.renew()
         for connection in kept:
             # In an orderly manner: the pool closes it.
             await self._release(connection, is_idle=False)
         log.info("postgres_address_changed", extra=self._faults.where)
-
-    async def _prepare(self, connector: Connector, *, is_pooled: bool) -> None:
-        """Make the table ready at another server or in another database; raises asyncpg's errors."""
-        assert self._connector is not None
-        new, old = connector.address, self._connector.address
-        if (new.hosts, new.database) == (old.hosts, old.database):
-            return
-        connection = await connector.connect()
-        try:
-            await session_settings.apply(
-                connection,
-                self._options.statement_timeout_s,
-                new.settings,
-                is_pooled=is_pooled,
-                is_plain=kind_of(connection).is_plain,
-            )
-            await self.prepare(connection)
-        finally:
-            connection.terminate()
 
     def renew(self) -> None:
         """Replace all connections: idle ones now, and others at the end of their statement."""
@@ -235,24 +181,30 @@ class PostgresPool:
         self._acquisition = Acquisition(self._options.pool_size)
         if pool is not None:
             pool.terminate()
-        await self._reloads.close()
+        await self.address.close()
         await self._doubts.close()
+        # It may be opened again.
+        self._doubts = _doubts()
 
     def doubt(self) -> None:
         """Look in the background whether another server of the address has become the primary.
 
         The server in use has answered no write. If it has lost its synchronous standby, it will never.
         """
-        connector = self._connector
+        connector = self.address.connector
         if connector is not None and len(connector.address.hosts) > 1 and not len(self._doubts):
             self._doubts.spawn(self._look_for_later(connector))
 
     async def _look_for_later(self, connector: Connector) -> None:
-        if await connector.has_later():
-            log.warning("later_primary_found", extra=self._faults.where)
-            connector.look_at_all()
-            self.renew()
-            self.read_only.drop_idle(self._lent)
+        # No server can be used: the calls that need one tell it.
+        with suppress(*TRANSIENT, asyncpg.PostgresError, AddressError):
+            await connector.look_for_later()
+
+    def _leave_former(self) -> None:
+        """Close all connections to a primary that another one has replaced, also those in use."""
+        log.warning("later_primary_found", extra=self._faults.where)
+        self.renew()
+        self.read_only.drop_but(())
 
     async def fetch(
         self, query: Query, *args: object, passing: Faults = (), is_urgent: bool = False
@@ -340,23 +292,6 @@ class PostgresPool:
         finally:
             await self._release(connection, is_idle=is_idle)
 
-    def refused(
-        self, exc: BaseException, connector: Connector | None = None, *, doing: str = "connect"
-    ) -> StorageRefused:
-        """Return why the server refuses us, for the end of the start."""
-        connector = connector or self._connector
-        where = "" if connector is None else f" at {connector.address}"
-        # PostgreSQL's DETAIL is a line of its own.
-        line = " ".join(str(exc).split()).removesuffix(".")
-        hint = f"; {hint_of(exc)}" if hint_of(exc) else ""
-        if (
-            isinstance(exc, asyncpg.InsufficientPrivilegeError)
-            and doing == "connect"
-            and connector is not None
-        ):
-            hint = f". This SQL mends it: {connector.address.grant}"
-        return StorageRefused(f"PostgreSQL{where}: {doing}: {name_of(exc)}: {line}{hint}")
-
     async def _acquire(self, *, is_urgent: bool = False) -> PoolConnectionProxy[Record]:
         if self._pool is None:
             raise StorageUnavailable("mnemosyned: storage: not connected")
@@ -401,53 +336,13 @@ class PostgresPool:
     def _in_use(self) -> int:
         return 0 if self._pool is None else self._size() - self._pool.get_idle_size() - len(self._kept)
 
-    def _new_connector(self, dsn: str) -> Connector:
-        """Return what opens connections to an address, whose files have been read. Raises StorageRefused."""
-        try:
-            found = address.parse(dsn, self._options.environ)
-            former = self._connector
-            is_same = former is not None and former.address.hosts == found.hosts
-            connector = Connector(
-                found,
-                timeout_s=self._options.connect_timeout_s,
-                command_timeout_s=self._options.statement_timeout_s + _GRACE_S,
-                # A person who names other servers knows which one is right.
-                timelines=former.timelines if former is not None and is_same else Timelines(),
-                environ=self._options.environ,
-            )
-            connector.check()
-        except AddressError as exc:
-            raise StorageRefused(f"flag -postgres.address: {exc}") from None
-        return connector
-
-    def _take_connector(self, connector: Connector) -> None:
-        found = connector.address
-        self._connector = connector
-        hosts = ", ".join(map(str, found.hosts))
-        self._faults.where = {"server": hosts, "database": found.database, "user": found.user}
-
-    @contextmanager
-    def _refusing(self, connector: Connector) -> Iterator[None]:
-        try:
-            yield
-        except REFUSALS as exc:
-            raise self.refused(exc, connector) from exc
-        except StorageUnavailable as exc:
-            cause = exc.__cause__
-            if is_refusal_of_a_pooler(cause) or isinstance(cause, CONFIGURED_WRONG):
-                raise self.refused(cause, connector) from cause
-            raise
-        except AddressError as exc:
-            # A file that was there a moment ago.
-            raise StorageRefused(f"flag -postgres.address: {exc}") from None
-
     async def _create_pool(self) -> Pool[Record]:
         pool = await asyncpg.create_pool(
             # Otherwise asyncpg restores the number on its own, in a task that outlives the pool.
             min_size=0,
             max_size=self._options.pool_size,
             connect=self._connect,
-            init=self._set_up,
+            init=self.address.set_up,
             # No statement leaves state in the connection: settings are SET LOCAL, advisory locks end with the
             # transaction. asyncpg's own reset is a round trip per statement, up to 40 % of the throughput.
             reset=_leave_as_it_is,
@@ -462,53 +357,23 @@ class PostgresPool:
         return pool
 
     async def _connect(self, *_: object, **__: object) -> Connection[Record]:
-        connector = self._connector
-        assert connector is not None
-        try:
-            connection = await connector.connect()
-        except asyncpg.InvalidAuthorizationSpecificationError:
-            # The file may have the new password already, and is looked at once a second only. Shielded: a
-            # call that gives up must not leave half a change behind.
-            self.on_auth_failure()
-            await self._reloads.run_shielded(self.reload())
-            newer = self._connector
-            if newer is None or newer is connector:
-                raise
-            connection = await newer.connect()
-        self.kind = self._options.kind or kind_of(connection)
+        connection = await self.address.connect()
         self.read_only.opened(connection)
         return connection
-
-    async def _set_up(self, connection: Connection[Record]) -> None:
-        assert self._connector is not None
-        try:
-            # A pooler answers before it has a connection of the server.
-            async with asyncio.timeout(self._options.connect_timeout_s):
-                await session_settings.apply(
-                    connection,
-                    self._options.statement_timeout_s,
-                    self._connector.address.settings,
-                    is_pooled=self._is_pooled,
-                    is_plain=self.kind.is_plain,
-                )
-        except BaseException:
-            # asyncpg would wait for the end of the statement.
-            connection.terminate()
-            raise
 
     def failed(self, doing: str, exc: Exception) -> StorageUnavailable:
         """Count and log a fault; return what to raise for it."""
         self._metrics.count_error(doing)
         self._faults.failed(doing, exc)
         if isinstance(exc, asyncpg.InvalidAuthorizationSpecificationError):
-            self.on_auth_failure()
+            self.address.on_auth_failure()
         if isinstance(exc, TimeoutError) and doing not in {"acquire", "connect"}:
             # No answer at all, not even that of the server's own time-out.
             self.renew()
             self.doubt()
         if isinstance(exc, asyncpg.ReadOnlySQLTransactionError) and self.read_only.met(time.monotonic()):
             self.renew()
-            self.read_only.drop_idle(self._lent)
+            self.read_only.drop_but(self._lent)
         self.is_table_suspected |= is_of_the_table(exc)
         is_late = isinstance(exc, TimeoutError | asyncpg.QueryCanceledError)
         error = StorageUnavailable(
@@ -520,12 +385,8 @@ class PostgresPool:
         return error
 
 
-def _do_nothing() -> None:
-    pass
-
-
-async def _wait_for_nothing(*_: object) -> None:
-    pass
+def _doubts() -> Tasks:
+    return Tasks("postgres_doubt", max_tasks=1)
 
 
 def _is_open(connection: PoolConnectionProxy[Record]) -> bool:

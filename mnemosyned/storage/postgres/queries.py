@@ -56,9 +56,11 @@ from mnemosyned.storage.postgres.columns import (
     DAMAGE,
     LIVE,
     NEW_COLUMNS,
-    READABLE,
+    PLAIN_READING,
     READABLE_BAG,
+    READING,
     Query,
+    Reading,
 )
 from mnemosyned.storage.postgres.walks import Walks, WalksByDueTime, WalksByExpiry
 
@@ -94,48 +96,31 @@ class Queries:
         """
         self.is_due = is_due
         self.is_plain = identity is not None
-        version = _PLAIN_VERSION if self.is_plain else _XMIN
-        self.walks: Walks = WalksByDueTime(table) if is_due else WalksByExpiry(table)
+        version, bag_version, reading = _XMIN, "xmin", READING
+        if self.is_plain:
+            # The bag is its own version, as it is for bags that are remembered. On PostgreSQL it would cost:
+            # a large one is sent twice (1.2 times as long for 100 kB, twice for 1 MB).
+            version, bag_version, reading = _PLAIN_VERSION, "bag", PLAIN_READING
+        self.walks: Walks = WalksByDueTime(table) if is_due else WalksByExpiry(table, reading)
         # Storage.now_us. It does not touch the table, so the clock is known while that is locked.
         self.now = Query("now", "SELECT clock_timestamp() AS now")
-        # Storage.identity: the cluster of databases by its number, for nodes may reach it by different
-        # addresses; the database and the table by their names. A table or database that is dropped and
-        # created again keeps its identity: a node that restarts then must find its peers.
-        self.identity = Query(
-            "identity",
-            f"SELECT concat_ws('/', system_identifier, current_database(), '{_literal(table)}') AS identity "
-            f"FROM {'pg_control_system()' if identity is None else _identity_of(identity)}",
-        )
-        # Storage.estimated_sessions: rows per page when the table was last analyzed, times its pages now, as
-        # the planner estimates. It reads the catalog and the file's size, and never the table.
-        self.estimate = Query(
-            "estimate",
-            "SELECT (CASE WHEN relpages > 0 THEN reltuples / relpages ELSE 0 END * pg_relation_size(oid) "
-            "/ current_setting('block_size')::int)::bigint AS sessions "
-            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass"
-            if not self.is_plain
-            # Its catalog may have no number of rows, and to count them is to read them.
-            else "SELECT 0::bigint AS sessions",
-        )
+        self.identity = _identity(table, identity)
+        self.estimate = _estimate(table, is_plain=self.is_plain)
         self.start = _start(table, is_due=is_due)
-        self.load = _load(table)
-        self.load_unmoved = _load_unmoved(table)
+        self.load = _load(table, reading)
+        self.load_unmoved = _load_unmoved(table, reading)
         self.exist = _exist(table)
-        # For plain statements the bag is its own version, as it is for bags that are remembered. On
-        # PostgreSQL it would cost: a large one is sent twice (1.2 times as long for 100 kB, twice for 1 MB).
-        self.read_bags = _read_bags(table, version="bag" if self.is_plain else "xmin")
+        self.read_bags = _read_bags(table, version=bag_version)
         # The last round of SessionStore.set_values: the rows stay locked until the same transaction has
         # written them.
-        self.lock_bags = _read_bags(
-            table, "ORDER BY access_token FOR NO KEY UPDATE", version="bag" if self.is_plain else "xmin"
-        )
+        self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE", version=bag_version)
         self.write_bags = _write_bags(table, is_known=self.is_plain)
         self.write_known = _write_bags(table, is_known=True)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
         self.rename = _rename(table, "SKIP LOCKED")
         self.rename_one = _rename(table)
-        self.stored_from = _stored_from(table, version)
+        self.stored_from = _stored_from(table, reading, version)
         self.remove_unchanged = _remove_unchanged(table, version)
         # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
         # of by OFFSET, so each page costs the same, and renamings meanwhile neither repeat nor hide others.
@@ -143,6 +128,39 @@ class Queries:
             "stored_keys",
             f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
         )
+
+
+def _identity(table: str, stored: str | None) -> Query:
+    """Storage.identity: which sessions these are; `stored` is the table with a random identity.
+
+    The cluster of databases goes by its number, for nodes may reach it by different addresses; the database
+    and the table by their names. A table or database that is dropped and created again keeps its identity: a
+    node that restarts then must find its peers.
+    """
+    system = "pg_control_system()"
+    if stored is not None:
+        system = f"(SELECT identity AS system_identifier FROM {stored} WHERE id = 1) AS stored"
+    return Query(
+        "identity",
+        f"SELECT concat_ws('/', system_identifier, current_database(), '{_literal(table)}') AS identity "
+        f"FROM {system}",
+    )
+
+
+def _estimate(table: str, *, is_plain: bool) -> Query:
+    """Storage.estimated_sessions: rows per page when the table was last analyzed, times its pages now.
+
+    That is what the planner estimates. The statement reads the catalog and the file's size, and never the
+    table. The catalog of a plain server may have no number of rows, and to count them is to read them.
+    """
+    sessions = "SELECT 0::bigint AS sessions"
+    if not is_plain:
+        sessions = (
+            "SELECT (CASE WHEN relpages > 0 THEN reltuples / relpages ELSE 0 END * pg_relation_size(oid) "
+            "/ current_setting('block_size')::int)::bigint AS sessions "
+            f"FROM pg_class WHERE oid = '{_literal(table)}'::regclass"
+        )
+    return Query("estimate", sessions)
 
 
 def _start(table: str, *, is_due: bool) -> Query:
@@ -192,7 +210,7 @@ def _start(table: str, *, is_due: bool) -> Query:
     )
 
 
-def _load(table: str) -> Query:
+def _load(table: str, reading: Reading) -> Query:
     """SessionStore.load: read sessions, and extend those whose stored expiry lags.
 
     Parameters: tokens, ttl, and ttl minus the touch interval. A row is extended only if its expiry lies
@@ -213,17 +231,17 @@ def _load(table: str) -> Query:
         f"AND {LIVE} AND expire_at - $3::interval < now() AND {DAMAGE} IS NULL "
         "ORDER BY access_token FOR NO KEY UPDATE SKIP LOCKED) AS behind "
         "WHERE held.access_token = behind.access_token RETURNING held.access_token, held.expire_at) "
-        f"SELECT access_token, {READABLE}, {READABLE_BAG}, damage, false AS is_behind, "
+        f"SELECT access_token, {reading.readable}, {READABLE_BAG}, damage, false AS is_behind, "
         "COALESCE(moved.expire_at, found.expire_at) AS expire_at "
         "FROM found LEFT JOIN moved USING (access_token)",
     )
 
 
-def _load_unmoved(table: str) -> Query:
+def _load_unmoved(table: str, reading: Reading) -> Query:
     """SessionStore.load on a server that refuses writes; parameters: tokens, ttl minus the touch interval."""
     return Query(
         "load_read_only",
-        f"SELECT access_token, {READABLE}, {READABLE_BAG}, damage, expire_at, is_behind FROM (SELECT "
+        f"SELECT access_token, {reading.readable}, {READABLE_BAG}, damage, expire_at, is_behind FROM (SELECT "
         f"{COLUMNS}, {DAMAGE} AS damage, expire_at - $2::interval < now() AS is_behind FROM {table} "
         f"WHERE access_token = ANY($1::bytea[]) AND {LIVE}) AS found",
     )
@@ -363,7 +381,7 @@ def _rename(table: str, locking: str = "") -> Query:
     )
 
 
-def _stored_from(table: str, version: tuple[str, str]) -> Query:
+def _stored_from(table: str, reading: Reading, version: tuple[str, str]) -> Query:
     """CheckableStore.stored_from: a range of the primary key, from $1 on, expired rows too.
 
     Parameters: the least key, how many rows, how many bytes. Locks nothing. A row is left to the next page if
@@ -371,7 +389,7 @@ def _stored_from(table: str, version: tuple[str, str]) -> Query:
     """
     return Query(
         "check",
-        f"SELECT access_token, {READABLE}, {READABLE_BAG}, damage, expire_at, version FROM ("
+        f"SELECT access_token, {reading.readable}, {READABLE_BAG}, damage, expire_at, version FROM ("
         "SELECT *, sum(octet_length(access_token) "
         "+ CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY access_token ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before "
@@ -396,10 +414,6 @@ def _remove_unchanged(table: str, version: tuple[str, str]) -> Query:
         f"DELETE FROM {table} AS held USING unchanged WHERE held.access_token = unchanged.access_token "
         f"AND held.{ASKED} RETURNING held.access_token",
     )
-
-
-def _identity_of(table: str) -> str:
-    return f"(SELECT identity AS system_identifier FROM {table} WHERE id = 1) AS stored"
 
 
 def _literal(text: str) -> str:

@@ -47,8 +47,8 @@ class ReadOnlyServer:
         self._dropped_s = now_s
         return True
 
-    def drop_idle(self, lent: Iterable[PoolConnectionProxy[Record]]) -> None:
-        """Drop all connections but those that are lent, at once: the pool would keep them for minutes."""
+    def drop_but(self, lent: Iterable[PoolConnectionProxy[Record]]) -> None:
+        """Drop all connections but these, at once: the pool would keep idle ones for minutes."""
         busy = set()
         for one in lent:
             # One that broke is no longer the pool's.

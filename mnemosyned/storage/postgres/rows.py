@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, cast
 
 from aio.steps import Steps, cut
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError, SessionAlreadyExists
@@ -16,7 +17,7 @@ from mnemosyned.storage.postgres.columns import POSTGRES_EPOCH_US
 if TYPE_CHECKING:
     from asyncpg import Record
 
-# Both statements of List begin with so many columns: `columns.LISTED`, and the bag.
+# Both statements of List begin with so many columns: `Reading.listed`, and the bag.
 _LISTED: Final = 7
 
 
@@ -79,7 +80,7 @@ def page_of(rows: list[Record], max_bytes: int) -> Steps[Page]:
             if (is_withheld or size_bytes > max_bytes) and found:
                 return Page(sessions=found, is_cut=True)
             if damage is None:
-                expires_at_us = int.from_bytes(expiry, signed=True) + POSTGRES_EPOCH_US
+                (expires_at_us,) = _instants_us([expiry])
                 found.append(_session(key, refresh, subject, client, bag, expires_at_us))
             else:
                 found.append(DamagedSession(access_token=escaped(key), reason=damage))
@@ -99,9 +100,7 @@ def _columns_of(rows: list[Record]) -> SessionColumns | None:
         subject_clients=[one or b"" for one in clients],
         refresh_tokens=[one or b"" for one in refreshes] if any(refreshes) else [b""] * len(rows),
         bags=bags,
-        expiries_us=[
-            us + POSTGRES_EPOCH_US for us in struct.unpack(f">{len(expiries)}q", b"".join(expiries))
-        ],
+        expiries_us=_instants_us(expiries),
     )
     try:
         for texts in (found.tokens, found.subject_ids, found.subject_clients, found.refresh_tokens):
@@ -110,6 +109,14 @@ def _columns_of(rows: list[Record]) -> SessionColumns | None:
     except UnicodeDecodeError:
         return None
     return found
+
+
+def _instants_us(expiries: Sequence[bytes] | Sequence[int]) -> list[int]:
+    """Return the expiries of List, which come as bytes, or from plain statements as numbers."""
+    if isinstance(expiries[0], int):
+        return [*cast("Sequence[int]", expiries)]
+    found = b"".join(cast("Sequence[bytes]", expiries))
+    return [us + POSTGRES_EPOCH_US for us in struct.unpack(f">{len(expiries)}q", found)]
 
 
 def keyed_page_of(rows: list[Record], max_bytes: int) -> Steps[KeyedPage]:

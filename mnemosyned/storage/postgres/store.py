@@ -123,7 +123,7 @@ class PostgresStore:
             # A cancelled or failed open leaves no pool behind: `open` may be called again.
             await self.close()
             if isinstance(exc, REFUSALS):
-                raise self._pool.refused(exc, doing="set up the table") from exc
+                raise self._pool.address.refused(exc, doing="set up the table") from exc
             raise
 
     def _use_form(self, is_due: bool) -> None:  # noqa: FBT001  # a callback with one argument

@@ -11,6 +11,8 @@ soon as it is a standby, and has sessions that were ended since.
   new connection.
 - A process that has used none yet, or whose server does not answer, looks at all servers of its address and
   takes the one with the highest (`connector.py`).
+- Once it uses a later one, it closes all connections of before, also in the middle of a statement. The former
+  primary may only have been stalled: what it acknowledges is lost, and what it reads may have been ended.
 - While renewals of the lease have no answer, it looks at the other servers too: a primary that has lost its
   synchronous standby answers reads, and no write.
 
@@ -24,6 +26,7 @@ and roles without the right to ask for the identifier, are used as they come.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -57,14 +60,17 @@ class Timeline:
 
 
 class Timelines:
-    """The timeline that this process uses."""
+    """The timeline that this process uses; `on_later` is called when it is another, and later."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_later: Callable[[], None]) -> None:
         self.used: Timeline | None = None
+        self._on_later = on_later
 
     def use(self, timeline: Timeline | None) -> None:
         """Take note of the timeline of a server that is used from now on."""
-        self.used = timeline or self.used
+        former, self.used = self.used, timeline or self.used
+        if former is not None and former.is_before(self.used):
+            self._on_later()
 
 
 async def timeline_of(connection: Connection[Record]) -> Timeline | None:

@@ -31,10 +31,11 @@ from mnemosyned.storage.postgres import key_walk
 from mnemosyned.storage.postgres.columns import (
     COLUMNS,
     DAMAGE,
-    LISTED,
     LIVE,
+    READING,
     UNINDEXED,
     Query,
+    Reading,
 )
 from mnemosyned.storage.postgres.conditions import condition, is_keyed
 
@@ -93,8 +94,9 @@ class Walks(Protocol):
 class WalksByExpiry:
     """Walks of a table whose index is on (expire_at, access_token)."""
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, reading: Reading = READING) -> None:
         self._table = table
+        self._reading = reading
         # Index: (expire_at, access_token), from its lower end.
         self.clean_up = _clean_up(table, "expire_at")
 
@@ -108,12 +110,18 @@ class WalksByExpiry:
             f"SELECT {COLUMNS}, {DAMAGE} AS damage FROM {self._table} WHERE {live} AND {where} "
             f"ORDER BY {sorting}, access_token OFFSET ${at} LIMIT ${at + 1}"
         )
-        return _page(page, bytes_at=at + 2), [*values, offset, limit, page_bytes]
+        return _page(page, self._reading, bytes_at=at + 2), [*values, offset, limit, page_bytes]
 
     def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
         """See Walks."""
         return key_walk.walk(
-            self._table, criteria, start=start, limit=limit, page_bytes=page_bytes, due="expire_at"
+            self._table,
+            criteria,
+            start=start,
+            limit=limit,
+            page_bytes=page_bytes,
+            due="expire_at",
+            reading=self._reading,
         )
 
     def delete(self, criteria: Criteria, *, limit: int, not_after_us: int = NEVER_US) -> Call:
@@ -154,12 +162,18 @@ class WalksByDueTime:
         page = (
             f"SELECT {COLUMNS}, {DAMAGE} AS damage FROM {self._table} WHERE access_token = ANY(ARRAY({keys}))"
         )
-        return _page(page, bytes_at=at + 2), [*values, offset, limit, page_bytes]
+        return _page(page, READING, bytes_at=at + 2), [*values, offset, limit, page_bytes]
 
     def walk(self, criteria: Criteria, *, start: bytes, limit: int, page_bytes: int) -> Call:
         """See Walks."""
         return key_walk.walk(
-            self._table, criteria, start=start, limit=limit, page_bytes=page_bytes, due="due_at"
+            self._table,
+            criteria,
+            start=start,
+            limit=limit,
+            page_bytes=page_bytes,
+            due="due_at",
+            reading=READING,
         )
 
     def _keyed(self, live: str) -> str:
@@ -197,10 +211,10 @@ class WalksByDueTime:
         return _delete(self._table, where, sequence, len(values) + 1), [*values, limit, not_after_us]
 
 
-def _page(page: str, *, bytes_at: int) -> Query:
+def _page(page: str, reading: Reading, *, bytes_at: int) -> Query:
     return Query(
         "list",
-        f"SELECT {LISTED}, CASE WHEN damage IS NULL AND "
+        f"SELECT {reading.listed}, CASE WHEN damage IS NULL AND "
         # ROWS, as the default (RANGE) would add up rows of equal order in one step.
         "sum(CASE WHEN damage IS NULL THEN octet_length(bag) ELSE 0 END) "
         "OVER (ORDER BY expire_at, page.access_token ROWS UNBOUNDED PRECEDING) "
