@@ -90,6 +90,43 @@ async def test_sessions_that_have_expired_leave_no_key_behind(server: RedisServe
         assert await keys(store) == OURS
 
 
+async def test_ten_thousand_sessions_that_have_expired_leave_no_memory_behind(server: RedisServer) -> None:
+    async with opened(server.url) as store:
+        # Buffers that these bring stay.
+        await expired(store, 1000)
+        before = await used_bytes(store)
+
+        most = await expired(store, 10_000)
+
+        assert most > before + 10_000 * 300
+        await until_used_bytes(store, before * 1.05)
+        assert await keys(store) == OURS
+
+
+async def expired(store: RedisStore, count: int) -> int:
+    """Start sessions that have expired at once, and clean up; return how much memory was used between."""
+    for at in range(0, count, 500):
+        fields = {"subject_id": f"s{at}", "refresh_token": f"r{at}", "ttl_us": 1, "bag": b""}
+        await started(store, *(f"t{number}" for number in range(at, at + 500)), **fields)
+    most = await used_bytes(store)
+    while await store.clean_up(limit=1000):
+        pass
+    return most
+
+
+async def used_bytes(store: RedisStore) -> int:
+    (info,) = await sent(store, ("INFO", "memory"))
+    assert isinstance(info, bytes)
+    return int(info.partition(b"used_memory:")[2].split()[0])
+
+
+async def until_used_bytes(store: RedisStore, most: float) -> None:
+    """Wait for the server, which shrinks the table of its keys in steps."""
+    async with asyncio.timeout(20):
+        while await used_bytes(store) > most:
+            await asyncio.sleep(0.05)
+
+
 async def test_sessions_that_are_ended_leave_no_key_behind(server: RedisServer) -> None:
     async with opened(server.url) as store:
         await started(store, *"abcdefgh", subject_id="a", refresh_token="r")
