@@ -31,7 +31,6 @@ _METHODS: Final = {
 }
 _BATCH: Final = 500
 _DAY_US: Final = 86_400_000_000
-# In a hundred times as many sessions, a place in a sorted set is a few steps deeper.
 _GOAL: Final = 1.2
 
 
@@ -47,12 +46,13 @@ class _Side:
         self._daemon = bench.daemon("-storage=redis", f"-redis.address={self._redis.url}", "-cache.ttl=0")
 
     def cost_us(self, method: str, calls: Iterator[Request], count: int) -> dict[str, float]:
-        """Return what each of so many calls cost the daemon, and the server."""
+        """Return what each of so many calls cost the daemon, the server, and both."""
         assert self._redis.process is not None
         pids = {"the daemon": self._daemon.process.pid, "the server": self._redis.process.pid}
         before = {who: cpu_ns(pid) for who, pid in pids.items()}
         checked([self._daemon], method, lambda: closed([self._daemon.address], calls, count))
-        return {who: (cpu_ns(pid) - before[who]) / 1000 / count for who, pid in pids.items()}
+        found = {who: (cpu_ns(pid) - before[who]) / 1000 / count for who, pid in pids.items()}
+        return found | {"both": sum(found.values())}
 
 
 def many_sessions(bench: Bench) -> Iterator[Result]:
@@ -74,7 +74,8 @@ def many_sessions(bench: Bench) -> Iterator[Result]:
             values=costs[name, who, large],
             limit=f"beside {_SMALL:,}",
             limits=costs[name, who, small],
-            goal=_GOAL,
+            # A place in a sorted set is deeper among a hundred times as many: that is the server's own.
+            goal=None if who == "the server" else _GOAL,
         )
 
 
