@@ -137,7 +137,7 @@ def test_a_request_answered_before_its_end_need_not_be_completed() -> None:
     server = Server()
     server.receive(PREFACE + open_request(1))
 
-    server.http.answer_head(server.http.streams[1], 200, [(b"grpc-status", b"8")], ends=True)
+    server.http.answers.head(server.http.streams[1], 200, [(b"grpc-status", b"8")], ends=True)
     sent = server.flush()
 
     assert resets_of(sent) == [(1, NO_ERROR)]
@@ -239,21 +239,21 @@ def test_a_request_counts_in_the_total_until_it_is_forgotten() -> None:
     [stream] = server.http.streams.values()
     assert server.incomplete.size_bytes == 0
 
-    server.http.count_incomplete(stream)
-    server.http.count_incomplete(stream)
+    server.http.requests.count_incomplete(stream)
+    server.http.requests.count_incomplete(stream)
     assert server.incomplete.size_bytes == STREAM_BYTES + 900
-    server.http.take_body(stream)
+    server.http.requests.take_body(stream)
     assert server.incomplete.size_bytes == STREAM_BYTES
     server.receive(frame(DATA, 0, 1, bytes(50)) + frame(DATA, 0, 1, bytes(50)))
-    server.http.count(stream, 10)
+    server.http.requests.count(stream, 10)
     assert server.incomplete.size_bytes == STREAM_BYTES + 110
-    assert server.http.request_bytes == STREAM_BYTES + 110
-    assert server.http.incomplete_since_s() == server.now_s
+    assert server.http.requests.size_bytes == STREAM_BYTES + 110
+    assert server.http.requests.since_s(server.http.begun_s) == server.now_s
 
     server.http.cancel(stream)
-    server.http.count(stream, -10)
+    server.http.requests.count(stream, -10)
     assert server.incomplete.size_bytes == 0
-    assert server.http.incomplete_since_s() == math.inf
+    assert server.http.requests.since_s(server.http.begun_s) == math.inf
 
 
 def test_requests_beyond_the_limit_of_streams_count_in_the_total() -> None:
