@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
-from redis_servers import PACKAGES, PASSWORD, RedisServer, free_port, needs_redis, programs, redis_server
+from child_servers import free_port
+from redis_servers import PACKAGES, PASSWORD, RedisServer, needs_redis, programs, redis_server
 from stores import BAG, lookups, new, new_redis_store
 
 from mnemosyned.errors import StorageUnavailable
@@ -149,6 +150,18 @@ async def test_all_that_is_stored_of_a_session_ends_by_itself_if_no_daemon_runs(
     for ms in lasting:
         assert isinstance(ms, int)
         assert 86_400_000 < ms < 86_400_000 + 61_000
+
+
+async def test_an_index_lasts_as_long_as_the_last_of_its_sessions(server: RedisServer) -> None:
+    hour_ms = 3_600_000
+    async with opened(server.url) as store:
+        for token, hours in (("a", 2), ("b", 5), ("c", 1)):
+            await started(store, token, subject_id="s", refresh_token="r", ttl_us=hours * hour_ms * 1000)
+        lasting = await sent(store, ("PTTL", "test:u:s"), ("PTTL", "test:r:r"))
+
+    for ms in lasting:
+        assert isinstance(ms, int)
+        assert 29 * hour_ms - 60_000 < ms < 29 * hour_ms + 1000
 
 
 async def test_an_index_forgets_sessions_that_the_server_has_lost(server: RedisServer) -> None:
