@@ -14,8 +14,9 @@ from itertools import count as counting
 from itertools import cycle
 from pathlib import Path
 
+from child_servers import free_port
 from clusters import Cluster
-from common import SERVER_CORE, free_port, pin
+from common import SERVER_CORE, pin
 from load import Outcome, Request, closed, request
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from processes import Daemon
