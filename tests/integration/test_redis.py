@@ -15,7 +15,7 @@ from child_servers import free_port
 from redis_servers import PACKAGES, PASSWORD, RedisServer, needs_redis, programs, redis_server
 from stores import BAG, lookups, new, new_redis_store
 
-from mnemosyned.errors import StorageUnavailable
+from mnemosyned.errors import DeadlineExceeded, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, ValueChange
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.redis.link import Command
@@ -254,6 +254,58 @@ async def test_many_writers_of_one_bag_lose_nothing_though_they_are_on_many_node
 
     assert isinstance(values, dict)
     assert len(values) == 6 * 15 + 1
+
+
+async def test_a_remembered_bag_is_changed_by_one_script_and_no_change_of_another_node_is_lost(
+    server: RedisServer,
+) -> None:
+    async with opened(server.url) as one, opened(server.url) as other:
+        await started(one, "t", bag=b"")
+
+        assert await read_scripts(one, "a") == ({"a": "v"}, 0)
+        assert await read_scripts(one, "b") == ({"a": "v", "b": "v"}, 0)
+        assert await read_scripts(other, "c") == ({"a": "v", "b": "v", "c": "v"}, 1)
+        assert await read_scripts(one, "d") == ({"a": "v", "b": "v", "c": "v", "d": "v"}, 1)
+
+
+async def test_what_fails_on_a_remembered_bag_is_tried_on_the_stored_one(server: RedisServer) -> None:
+    async with opened(server.url) as one, opened(server.url) as other:
+        await started(one, "t", bag=b"")
+        await read_scripts(one, "a")
+        await other.abandon([Abandonment(access_token="t")])
+        await started(other, "t", bag=b"")
+
+        # The remembered bag is full.
+        assert await read_scripts(one, "b", max_entries=1) == ({"b": "v"}, 1)
+        await other.abandon([Abandonment(access_token="t")])
+        result, _ = await read_scripts(one, "c")
+        assert isinstance(result, SessionNotFound)
+
+
+async def test_a_change_of_a_remembered_bag_is_not_done_too_late(server: RedisServer) -> None:
+    async with opened(server.url) as store:
+        await started(store, "t", bag=b"")
+        late_us = await store.now_us() - 1
+        changes = [
+            ValueChange(access_token="t", key="a", value="v", not_after_us=late_us),
+            ValueChange(access_token="t", key="b", value="v"),
+        ]
+        late, done = await store.set_values(changes)
+
+        assert isinstance(late, DeadlineExceeded)
+        assert done == {"b": "v"}
+
+
+async def read_scripts(store: RedisStore, key: str, **limits: int) -> tuple[object, float]:
+    """Set a key of the session t; return the result, and how many scripts have read the bag."""
+
+    def count() -> float:
+        return store._pool._failures._metrics._queries.labels("read_bags")._value.get()
+
+    before = count()
+    change = ValueChange(access_token="t", key=key, value="v", **limits)
+    (result,) = await store.set_values([change])
+    return result, count() - before
 
 
 async def test_a_bag_that_another_has_claimed_is_written_when_the_claim_ends(server: RedisServer) -> None:
