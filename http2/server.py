@@ -79,7 +79,7 @@ from http2.core import (
     server_core,
 )
 from http2.frames import CLIENT_PREFACE, RST_STREAM_BYTES, FrameScanner, MalformedFrame, reset_at
-from http2.outbox import Outbox, Tally
+from http2.outbox import Tally
 from http2.purse import Purse
 from http2.request_bytes import RequestBytes
 from http2.stream import ServerLimits, Stream
@@ -117,9 +117,7 @@ class ServerConnection(Generic[S]):
         "_limits",
         "_may_refuse",
         "_opened",
-        "_outbox",
         "_output",
-        "_paused_since_s",
         "_phase",
         "_phase_s",
         "_purse",
@@ -152,7 +150,6 @@ class ServerConnection(Generic[S]):
         )
         self._limits = limits
         self._scanner = FrameScanner(preface_bytes=len(CLIENT_PREFACE))
-        self._outbox = Outbox(self._core, unsent_total)
         self._stream_type = stream_type
         self._admission = Admission()
         self._chunk = 0
@@ -164,15 +161,14 @@ class ServerConnection(Generic[S]):
         self._phase = Phase.OPEN
         self._is_worn_out = False
         self._phase_s = now_s
-        self._paused_since_s: float | None = None
         self.streams: dict[int, S] = {}  # accepted, and not forgotten
         self.requests = RequestBytes(self.streams, request_total, max_body_bytes=limits.max_request_bytes)
         self.answers = Answers(
             self._core,
-            self._outbox,
             self._purse,
             self.streams,
             self.requests,
+            unsent_total=unsent_total,
             max_unsent_bytes=limits.max_unsent_bytes,
         )
         self.has_preface = False
@@ -218,7 +214,7 @@ class ServerConnection(Generic[S]):
             self._fail("protocol", None)
         if scanner.overhead:
             frames, scanner.overhead = scanner.overhead, 0
-            if not self._purse.pay(frames, now_s, sent_bytes=self._outbox.sent_bytes):
+            if not self._purse.pay(frames, now_s, sent_bytes=self.answers.sent_bytes):
                 self._fail("flood", ENHANCE_YOUR_CALM)
         if self._opened > RETIRE_AFTER_STREAMS:
             if self._phase is Phase.OPEN:
@@ -370,44 +366,12 @@ class ServerConnection(Generic[S]):
 
     # What is sent.
 
-    @property
-    def unsent_bytes(self) -> int:
-        """How many bytes of answers are held."""
-        return self._outbox.unsent_bytes
-
-    @property
-    def has_held(self) -> bool:
-        """Whether anything is held."""
-        return bool(self._outbox)
-
-    def still_since_s(self) -> float:
-        """Return since when the peer has taken nothing of some answer; infinity if nothing is held."""
-        return self._outbox.still_since_s()
-
-    def pause(self, now_s: float) -> None:
-        """Hold all answers from now on: the transport has enough."""
-        self._paused_since_s = now_s
-        self._outbox.pause(True)
-
-    def resume(self) -> None:
-        """Go on: the transport takes more."""
-        self._paused_since_s = None
-        self._outbox.pause(False)
-
     def output(self, now_s: float) -> tuple[bytes, list[S]]:
         """Return what to send now, and the streams of which with it all parts are framed.
 
         While it returns bytes and the transport takes them, there may be more.
         """
-        emptied: list[S] = []
-        if self._outbox:
-            for stream_id in self._outbox.pump(now_s):
-                stream = self.streams[stream_id]
-                if stream.is_ended:
-                    self.answers.note_sent(stream)
-                else:
-                    emptied.append(stream)
-        self._outbox.begin_turn()
+        emptied = self.answers.turn(now_s)
         data = self._core.data_to_send()
         if self._output:
             data, self._output = self._output + data, b""
@@ -453,14 +417,12 @@ class ServerConnection(Generic[S]):
     def _too_late(self, now_s: float) -> tuple[str, int] | None:
         """Return the reason and the code if the connection ends for what did not come in time."""
         limits = self._limits
-        partial_since_s, paused_since_s = self._scanner.partial_since_s, self._paused_since_s
+        partial_since_s = self._scanner.partial_since_s
         if not self.has_preface and now_s - self.begun_s > limits.preface_s:
             return "preface_timeout", PROTOCOL_ERROR
         if partial_since_s is not None and now_s - partial_since_s > limits.frame_s:
             return "frame_timeout", PROTOCOL_ERROR
-        if paused_since_s is not None and now_s - paused_since_s > limits.send_s:
-            return "send_timeout", CANCEL
-        if self._outbox.is_stuck_since(now_s - limits.send_s):
+        if self.answers.is_stuck_since(now_s - limits.send_s):
             return "send_timeout", CANCEL
         return None
 
@@ -483,8 +445,7 @@ class ServerConnection(Generic[S]):
 
     def _reset_late(self, now_s: float) -> list[S]:
         limits = self._limits
-        stuck = self._outbox.stuck_since(now_s - limits.send_s)
-        late = [self.streams[stream_id] for stream_id in stuck]
+        late = self.answers.stuck_since(now_s - limits.send_s)
         late += [
             stream
             for stream in self.streams.values()
@@ -520,7 +481,7 @@ class ServerConnection(Generic[S]):
     def abandon(self) -> None:
         """Forget all that is held: the connection is gone."""
         self.is_over = True
-        self._outbox.clear()
+        self.answers.clear()
         self._admission = Admission()
         self.requests.count_admission(self._admission.size_bytes)
         for stream in list(self.streams.values()):

@@ -181,12 +181,12 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Hold answers from now on."""
         self._is_writable = False
-        self._http.pause(time.monotonic())
+        self._http.answers.pause(time.monotonic())
 
     def resume_writing(self) -> None:
         """Go on sending."""
         self._is_writable = True
-        self._http.resume()
+        self._http.answers.resume()
         self._flush(time.monotonic())
 
     def connection_lost(self, _exc: Exception | None) -> None:
@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
     @property
     def unsent_bytes(self) -> int:
         """How many bytes of answers the client has not taken."""
-        return self._http.unsent_bytes
+        return self._http.answers.unsent_bytes
 
     @property
     def request_bytes(self) -> int:
@@ -219,7 +219,7 @@ class Connection(asyncio.Protocol):
 
     def still_since_s(self) -> float:
         """Return since when the client has taken nothing of some answer; infinity if nothing waits."""
-        return self._http.still_since_s()
+        return self._http.answers.still_since_s()
 
     def retire(self, reason: str) -> None:
         """Ask the client to open no more streams, and close when those that are open are answered."""
@@ -305,7 +305,7 @@ class Connection(asyncio.Protocol):
     def _flush(self, now_s: float = 0.0) -> None:
         """Write what there is; a client that is behind with reading gets it in its turn."""
         self._flush_is_due = False
-        if self._http.has_held:
+        if self._http.answers.has_held:
             self._server.backlog.put_sender(self)
         else:
             self._write(now_s or time.monotonic())
@@ -326,7 +326,7 @@ class Connection(asyncio.Protocol):
                 if isinstance(call.work, StreamWork):
                     call.work.wake()
             has_more = self._begin_waiting(now_s)
-            if http.has_held and (has_more or (output and self._is_writable)):
+            if http.answers.has_held and (has_more or (output and self._is_writable)):
                 self._server.backlog.put_sender(self)
                 break
         if http.is_over:

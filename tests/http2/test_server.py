@@ -212,11 +212,11 @@ def test_a_request_that_waited_and_was_reset_is_not_begun() -> None:
 def test_nothing_is_framed_in_a_pause() -> None:
     server = Server()
     server.receive(PREFACE + request(1, headers=HOLD))
-    server.http.pause(server.now_s)
+    server.http.answers.pause(server.now_s)
     server.answer(server.held[1], bytes(1000))
 
     assert len(server.flush()) < 100
-    server.http.resume()
+    server.http.answers.resume()
     assert len(server.flush()) > 1000
 
 
@@ -518,7 +518,7 @@ def test_an_answer_must_be_taken_or_its_stream_is_reset() -> None:
 def test_a_long_pause_ends_the_connection() -> None:
     server = Server(LIMITS)
     server.receive(PREFACE)
-    server.http.pause(server.now_s)
+    server.http.answers.pause(server.now_s)
 
     server.pass_time(6)
 
