@@ -262,7 +262,7 @@ async def test_a_remembered_bag_is_changed_by_one_script_and_no_change_of_anothe
     async with opened(server.url) as one, opened(server.url) as other:
         await started(one, "t", bag=b"")
 
-        assert await read_scripts(one, "a") == ({"a": "v"}, 0)
+        assert await read_scripts(one, "a") == ({"a": "v"}, 1)
         assert await read_scripts(one, "b") == ({"a": "v", "b": "v"}, 0)
         assert await read_scripts(other, "c") == ({"a": "v", "b": "v", "c": "v"}, 1)
         assert await read_scripts(one, "d") == ({"a": "v", "b": "v", "c": "v", "d": "v"}, 1)
@@ -285,15 +285,16 @@ async def test_what_fails_on_a_remembered_bag_is_tried_on_the_stored_one(server:
 async def test_a_change_of_a_remembered_bag_is_not_done_too_late(server: RedisServer) -> None:
     async with opened(server.url) as store:
         await started(store, "t", bag=b"")
+        await read_scripts(store, "a")
         late_us = await store.now_us() - 1
         changes = [
-            ValueChange(access_token="t", key="a", value="v", not_after_us=late_us),
+            ValueChange(access_token="t", key="c", value="v", not_after_us=late_us),
             ValueChange(access_token="t", key="b", value="v"),
         ]
         late, done = await store.set_values(changes)
 
         assert isinstance(late, DeadlineExceeded)
-        assert done == {"b": "v"}
+        assert done == {"a": "v", "b": "v"}
 
 
 async def read_scripts(store: RedisStore, key: str, **limits: int) -> tuple[object, float]:

@@ -43,7 +43,8 @@ class ValueWriter:
     def __init__(self, pool: ItemPool, *, timeout_s: float) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
-        self.records = Remembered()  # of which the expiry does not count
+        # Not of what is started or read: that would cost each Start and Get more than it spares a SetValue.
+        self._records = Remembered()  # that were written here; their expiries do not count
 
     async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
         """Apply the changes, in order; see SessionStore.set_values."""
@@ -71,7 +72,7 @@ class ValueWriter:
         before: dict[bytes, dict[str, Any]] = {}
         for token in tokens:
             # Until it is written: otherwise a script that fails would leave what may be no more.
-            record = self.records.take(token)
+            record = self._records.take(token)
             if record is not None:
                 # The clock is compared when it is written.
                 before[token] = {"now": 0, "record": record, "bag": records.bag_of(record)}
@@ -135,7 +136,7 @@ class ValueWriter:
             for (token, body), flag in zip(bodies.items(), flags, strict=True):
                 written[token] = flag if isinstance(flag, MnemosyneError) else bool(flag)
                 if written[token] is True:
-                    self.records.add(token, records.without_expiry(body))
+                    self._records.add(token, records.without_expiry(body))
         return written
 
 
