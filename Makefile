@@ -28,7 +28,7 @@ run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to tr
 	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: -mongodb.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
-	@$(BIN)/python deploy/local_cluster.py
+	@$(BIN)/python deploy/local_cluster.py $(ARGS)
 
 node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the second
 	@$(BIN)/python deploy/local_cluster.py node $(N)
