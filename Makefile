@@ -17,6 +17,9 @@ PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 WORKERS := -n 4 --dist worksteal
 # Whole clusters under load, with deadlines of a second: one at a time, they have the processors for themselves.
 LABORATORY := tests/faults/test_faults.py
+# A test starts hundreds of daemons, and each would compile the sources again where the environment forbids
+# Python to keep what it has compiled.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
