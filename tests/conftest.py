@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncpg
+import matrix
 import pytest
 from hypothesis import HealthCheck, settings
 from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
@@ -35,6 +36,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+
+# Before pytest chooses by marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    matrix.mark(items)
 
 
 @pytest.hookimpl(wrapper=True)

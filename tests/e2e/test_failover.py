@@ -68,6 +68,7 @@ def count_of(daemon: Daemon, metric: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(metric))
 
 
+@pytest.mark.slow
 async def test_a_failover_under_load_loses_nothing_that_was_acknowledged_and_revives_nothing(
     pair: Replicas, cluster: Cluster
 ) -> None:

@@ -29,6 +29,9 @@ CI_KINDS: Final = (
     FaultKind.STORAGE_RESTART,
     FaultKind.ROLLING,
 )
+# A process, a network and a storage; `make test-all` has the others of CI_KINDS.
+FIRST: Final = (FaultKind.KILL, FaultKind.PART, FaultKind.STORAGE_CUT)
+OTHERS: Final = tuple(kind for kind in CI_KINDS if kind not in FIRST)
 VARIANTS: Final = {
     "five nodes with hashed tokens": Variant(nodes=5, has_hmac=True),
     "grpcio with TLS": Variant(engine="grpcio", has_tls=True),
@@ -42,7 +45,11 @@ REDIS_KINDS: Final = (
 )
 
 
-@pytest.mark.parametrize("kind", CI_KINDS, ids=[kind.value for kind in CI_KINDS])
+@pytest.mark.parametrize(
+    "kind",
+    [*FIRST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)],
+    ids=lambda kind: kind.value,
+)
 def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path: Path) -> None:
     result = judge(Plan(seed=1, kinds=(kind,), is_patient=True), tmp_path)
 
@@ -52,11 +59,13 @@ def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path
         assert len(result.needless) <= len(result.operations) / 1000, result.report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_was_acknowledged_stays_so_in_every_variant(variant: Variant, tmp_path: Path) -> None:
     judge(Plan(seed=2, kinds=CI_KINDS, variant=variant, rate=150.0, is_patient=True), tmp_path)
 
 
+@pytest.mark.slow
 @needs_redis
 def test_what_was_acknowledged_stays_so_on_redis_whose_replica_confirms_it(tmp_path: Path) -> None:
     judge(Plan(seed=1, kinds=REDIS_KINDS, variant=Variant(storage="redis"), is_patient=True), tmp_path)
