@@ -115,7 +115,7 @@ def legacy(python: str, daemon: Daemon, token: str = "") -> tuple[str, str]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("direction", ["to redis", "to postgres"])
+@pytest.mark.parametrize("direction", [pytest.param("to redis", marks=pytest.mark.slow), "to postgres"])
 def test_a_session_of_the_old_client_is_read_with_its_token_after_the_move(
     direction: str, postgres_flags: list[str], redis_flags: list[str], tmp_path: Path
 ) -> None:
@@ -348,6 +348,7 @@ def limited(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str]
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_grows_too_large_is_told_in_one_line_and_removed(
     redis_flags: list[str], exported: Path, tmp_path: Path
 ) -> None:
@@ -443,7 +444,8 @@ def test_sessions_of_running_daemons_are_added_to_and_never_changed(
         assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_import_that_is_interrupted_goes_on_the_next_time(
     server: RedisServer, redis_flags: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -510,6 +512,7 @@ def test_memory_does_not_grow_with_the_number_of_sessions(redis_flags: list[str]
     assert (tmp_path / "out").stat().st_size == pytest.approx(path.stat().st_size, abs=1000)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_how_far_it_is(redis_flags: list[str], exported: Path, tmp_path: Path) -> None:
     for command in ("export", "import"):
         ours, theirs = pty.openpty()
