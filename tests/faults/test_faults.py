@@ -29,9 +29,12 @@ CI_KINDS: Final = (
     FaultKind.STORAGE_RESTART,
     FaultKind.ROLLING,
 )
-# A process, a network and a storage; `make test-all` has the others of CI_KINDS.
-FIRST: Final = (FaultKind.KILL, FaultKind.PART, FaultKind.STORAGE_CUT)
-OTHERS: Final = tuple(kind for kind in CI_KINDS if kind not in FIRST)
+# A run takes 20 s: `make test` has one that ends a process, and one that cuts the way to the storage.
+FIRST_KINDS: Final = (FaultKind.KILL, FaultKind.STORAGE_CUT)
+KINDS: Final = [
+    pytest.param(kind, id=kind.value, marks=() if kind in FIRST_KINDS else pytest.mark.slow)
+    for kind in CI_KINDS
+]
 VARIANTS: Final = {
     "five nodes with hashed tokens": Variant(nodes=5, has_hmac=True),
     "grpcio with TLS": Variant(engine="grpcio", has_tls=True),
@@ -45,11 +48,7 @@ REDIS_KINDS: Final = (
 )
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [*FIRST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)],
-    ids=lambda kind: kind.value,
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path: Path) -> None:
     result = judge(Plan(seed=1, kinds=(kind,), is_patient=True), tmp_path)
 
