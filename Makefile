@@ -12,14 +12,20 @@ PROTOC_VENV := .cache/protoc-$(GRPC_TOOLS)
 SECANTUSDB := 0.7.0b3
 SECANTUSDB_VENV := .cache/secantusdb-$(SECANTUSDB)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
-# Most of a test is waiting, for daemons and for time-outs: with four workers on two cores the suite takes 10
-# minutes, and with two 19. A worker that has no tests left takes some of another's.
-WORKERS := -n 4 --dist worksteal
+# Most of a test is waiting, for daemons and for time-outs: so more workers than cores. A worker that has no
+# tests left takes some of another's.
+WORKERS := -n 6 --dist worksteal
+# What `make test` leaves to `make test-rest`: tests/matrix.py says which combinations of engines.
+SHORT := -m 'not slow and not matrix'
+REST := -m 'slow or matrix'
 # Whole clusters under load, with deadlines of a second: one at a time, they have the processors for themselves.
 LABORATORY := tests/faults/test_faults.py
+# A test starts hundreds of daemons, and each would compile the sources again where the environment forbids
+# Python to keep what it has compiled.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster node test coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
+.PHONY: help run cluster node test test-rest test-all coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,18 +34,24 @@ run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to tr
 	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: -mongodb.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
-	@$(BIN)/python deploy/local_cluster.py
+	@$(BIN)/python deploy/local_cluster.py $(ARGS)
 
 node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the second
 	@$(BIN)/python deploy/local_cluster.py node $(N)
 
-test: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## every test; ARGS='-k name' for some
+test: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## each feature and each engine; ARGS='-k name' for some tests
 ifdef ARGS
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 else
-	$(BIN)/python -m pytest $(WORKERS) --ignore=$(LABORATORY)
-	$(BIN)/python -m pytest $(LABORATORY)
+	$(BIN)/python -m pytest $(WORKERS) $(SHORT) --ignore=$(LABORATORY)
+	$(BIN)/python -m pytest $(SHORT) $(LABORATORY)
 endif
+
+test-rest: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## what `make test` leaves out
+	$(BIN)/python -m pytest $(WORKERS) $(REST) --ignore=$(LABORATORY)
+	$(BIN)/python -m pytest $(REST) $(LABORATORY)
+
+test-all: test test-rest ## every test, on all combinations of engines: before a merge
 
 coverage: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## the tests again, with the lines and branches they leave out
 	$(BIN)/coverage erase

@@ -10,8 +10,10 @@ import itertools
 import os
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import asyncpg
+import matrix
 import pytest
 from hypothesis import HealthCheck, settings
 from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
@@ -35,6 +37,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+
+# Before pytest chooses by marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    matrix.mark(items)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,10 +80,16 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedd
 
 @pytest.fixture
 def postgres_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
-    name = f"test_{next(_numbers)}"
-    _execute(postgres_server.dsn, f"CREATE DATABASE {name}")
-    yield f"postgres://tests:{PASSWORD}@127.0.0.1:{postgres_server.port}/{name}"
-    _execute(postgres_server.dsn, f"DROP DATABASE {name} WITH (FORCE)")
+    """A database for this test."""
+    with _database(postgres_server) as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="session")
+def shared_dsn(postgres_server: EmbeddedPostgres) -> Iterator[str]:
+    """A database for this process: what a test makes there, it removes."""
+    with _database(postgres_server) as dsn:
+        yield dsn
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +131,14 @@ def _server_of(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pytest.skip(f"needs {PACKAGES[kind]}")
     with run_redis_server(tmp_path_factory.mktemp(kind), kind) as server:
         yield server
+
+
+@contextmanager
+def _database(server: EmbeddedPostgres) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    _execute(server.dsn, f"CREATE DATABASE {name}")
+    yield f"postgres://tests:{PASSWORD}@127.0.0.1:{server.port}/{name}"
+    _execute(server.dsn, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _execute(dsn: str, statement: str) -> None:

@@ -102,7 +102,7 @@ async def postgres_engine(dsn: str, kind: Kind | None = None, table: Table = ODD
 
 
 async def _plain(request: pytest.FixtureRequest) -> Engine:
-    return await postgres_engine(request.getfixturevalue("postgres_dsn"), Kind("plain", is_plain=True))
+    return await postgres_engine(request.getfixturevalue("contract_dsn"), Kind("plain", is_plain=True))
 
 
 async def _given(url: str, _: pytest.FixtureRequest) -> Engine:
@@ -111,7 +111,7 @@ async def _given(url: str, _: pytest.FixtureRequest) -> Engine:
 
 
 async def _postgres(request: pytest.FixtureRequest) -> Engine:
-    return await postgres_engine(request.getfixturevalue("postgres_dsn"))
+    return await postgres_engine(request.getfixturevalue("contract_dsn"))
 
 
 def new_redis_store(url: str, prefix: str = "test:", *, wait: int | None = None) -> RedisStore:

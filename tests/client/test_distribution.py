@@ -38,6 +38,7 @@ def metadata(wheel: Path) -> str:
         return archive.read(name).decode()
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     sources = {
         path.relative_to(CLIENT).as_posix()
@@ -53,10 +54,12 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert [name for name in names if name.endswith("/LICENSE")]
 
 
+@pytest.mark.slow
 def test_the_wheel_requires_grpcio_and_protobuf_and_nothing_else(wheel: Path) -> None:
     assert tuple(re.findall(r"^Requires-Dist: (.+)$", metadata(wheel), re.MULTILINE)) == FLOORS
 
 
+@pytest.mark.slow
 def test_the_client_and_the_daemon_have_one_version(wheel: Path) -> None:
     daemon = re.search(r'__version__ = "(.+)"', (ROOT / "mnemosyned" / "__init__.py").read_text())
 
@@ -65,6 +68,7 @@ def test_the_client_and_the_daemon_have_one_version(wheel: Path) -> None:
     assert "\nName: mnemosyned-client\n" in metadata(wheel)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("versions", ["oldest", "newest"])
 def test_the_client_makes_every_call_with(versions: str, wheel: Path, postgres_dsn: str) -> None:

@@ -343,9 +343,9 @@ async def test_a_session_that_two_nodes_rename_against_each_other_is_never_missi
 
 
 @pytest.fixture
-async def held(postgres_dsn: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+async def held(contract_dsn: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
     """A connection in a transaction."""
-    connection = await asyncpg.connect(postgres_dsn)
+    connection = await asyncpg.connect(contract_dsn)
     await connection.execute("BEGIN")
     yield connection
     await connection.close()
@@ -394,9 +394,9 @@ async def test_a_session_that_a_writer_holds_harms_no_other(
 
 
 async def test_nodes_with_one_key_and_a_migration_never_get_in_each_others_way(
-    postgres: Engine, postgres_dsn: str
+    postgres: Engine, contract_dsn: str
 ) -> None:
-    migrating = await postgres_engine(postgres_dsn)
+    migrating = await postgres_engine(contract_dsn)
     await migrating.store.open()
     tokens = [f"t{number}" for number in range(3000)]
     for start in range(0, len(tokens), 500):

@@ -28,6 +28,7 @@ def ok_gets(daemon: Daemon) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(wanted))
 
 
+@pytest.mark.slow
 def test_all_calls_are_made_on_more_connections_than_one_and_a_stall_counts_for_each_call_in_it() -> None:
     count = 2 * CALLS_A_CONNECTION + 100
     with Daemon("-storage=memory") as daemon:

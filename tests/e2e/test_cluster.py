@@ -88,6 +88,7 @@ async def stored_expiries(cluster: Cluster) -> list[Any]:
     return [row["expire_at"] for row in rows]
 
 
+@pytest.mark.slow
 async def test_nine_nodes_started_at_once_agree_and_any_of_them_answers_for_every_token(
     make_cluster: MakeCluster,
 ) -> None:
@@ -296,6 +297,7 @@ async def test_a_node_of_another_cluster_is_kept_out_and_both_sides_say_why(
     assert [one["name"] for one in cluster.page(member)["members"]] == [member]
 
 
+@pytest.mark.slow
 async def test_secrets_are_rotated_node_by_node(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(2)
     first, second = cluster.names

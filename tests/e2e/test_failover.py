@@ -69,6 +69,7 @@ def count_of(daemon: Daemon, metric: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(metric))
 
 
+@pytest.mark.slow
 async def test_a_failover_under_load_loses_nothing_that_was_acknowledged_and_revives_nothing(
     pair: Replicas, cluster: Cluster
 ) -> None:
@@ -198,6 +199,7 @@ async def test_a_former_primary_that_comes_back_is_neither_written_to_nor_read_f
     assert execute(former.dsn, STATE) == before
 
 
+@pytest.mark.slow
 async def test_a_rewound_primary_is_a_standby_and_the_next_primary(pair: Replicas, cluster: Cluster) -> None:
     names = cluster.names[:2]
     daemon = cluster.daemons[names[0]]
@@ -218,6 +220,7 @@ async def test_a_rewound_primary_is_a_standby_and_the_next_primary(pair: Replica
     await until(lambda: is_ready(daemon))
 
 
+@pytest.mark.slow
 async def test_a_primary_that_has_lost_its_standby_is_left_for_the_one_that_was_promoted(
     pair: Replicas, cluster: Cluster
 ) -> None:

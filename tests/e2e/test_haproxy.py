@@ -55,6 +55,7 @@ def answered(cluster: Cluster, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(wanted))
 
 
+@pytest.mark.slow
 async def test_calls_are_balanced_and_none_fails_while_each_node_restarts(
     postgres_dsn: str, tmp_path: Path
 ) -> None:

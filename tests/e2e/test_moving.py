@@ -115,7 +115,7 @@ def legacy(python: str, daemon: Daemon, token: str = "") -> tuple[str, str]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("direction", ["to redis", "to postgres"])
+@pytest.mark.parametrize("direction", [pytest.param("to redis", marks=pytest.mark.slow), "to postgres"])
 def test_a_session_of_the_old_client_is_read_with_its_token_after_the_move(
     direction: str, postgres_flags: list[str], redis_flags: list[str], tmp_path: Path
 ) -> None:
@@ -197,7 +197,7 @@ def test_plain_tokens_are_hashed_by_an_import_into_a_storage_that_hashes(
     get_all([*postgres_flags, *key_flags], tokens)
 
 
-@pytest.mark.parametrize("protection", ["none", "hmac"])
+@pytest.mark.parametrize("protection", [pytest.param("none", marks=pytest.mark.slow), "hmac"])
 def test_sessions_move_from_a_cluster_through_postgres_to_mongodb_unchanged(
     *,
     redis_cluster: RedisCluster,
@@ -303,7 +303,7 @@ SPOILT: Final[dict[str, Callable[[list[str]], list[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["file", "pipe"])
+@pytest.mark.parametrize("way", ["file", pytest.param("pipe", marks=pytest.mark.slow)])
 def test_a_spoilt_file_changes_nothing(file: Path, postgres_flags: list[str], way: str) -> None:
     lines = file.read_text().splitlines(keepends=True)
     for complaint, spoil in SPOILT.items():
@@ -348,6 +348,7 @@ def limited(*arguments: str, stdin: str = "", **environ: str) -> tuple[int, str]
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_grows_too_large_is_told_in_one_line_and_removed(
     redis_flags: list[str], exported: Path, tmp_path: Path
 ) -> None:
@@ -443,6 +444,7 @@ def test_sessions_of_running_daemons_are_added_to_and_never_changed(
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_import_that_is_interrupted_goes_on_the_next_time(
     server: RedisServer, redis_flags: list[str], tmp_path: Path, number: signal.Signals
@@ -474,6 +476,7 @@ def test_an_import_that_is_interrupted_goes_on_the_next_time(
     )
 
 
+@pytest.mark.slow
 def test_an_export_that_is_interrupted_leaves_nothing(redis_flags: list[str], tmp_path: Path) -> None:
     path = tmp_path / "out" / "f"
     path.parent.mkdir()
@@ -495,6 +498,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(redis_flags: list[str], tm
         assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_sessions(redis_flags: list[str], tmp_path: Path) -> None:
     path = many_sessions(tmp_path / "many", 4_000, bag_bytes=60_000)
     assert path.stat().st_size > 200 * 2**20
@@ -508,6 +512,7 @@ def test_memory_does_not_grow_with_the_number_of_sessions(redis_flags: list[str]
     assert (tmp_path / "out").stat().st_size == pytest.approx(path.stat().st_size, abs=1000)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_how_far_it_is(redis_flags: list[str], exported: Path, tmp_path: Path) -> None:
     for command in ("export", "import"):
         ours, theirs = pty.openpty()

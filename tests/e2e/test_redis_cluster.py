@@ -99,6 +99,7 @@ def test_a_new_password_in_the_file_is_taken_without_a_failed_call(
         assert any(b"user=other" in one for one in clients)
 
 
+@pytest.mark.slow
 def test_no_copy_outlives_a_delete_that_could_not_find_its_session_after_a_failover(
     cluster: RedisCluster,
 ) -> None:

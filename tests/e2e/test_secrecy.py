@@ -193,6 +193,7 @@ def start_nodes(run: Run, directory: Path, flags: list[str]) -> None:
 FILES = (("postgres.address", "address"), ("cluster.secret", "secret"))
 
 
+@pytest.mark.slow
 def test_no_output_of_a_full_run_holds_a_secret(run: Run, tmp_path: Path) -> None:
     tokens = succeed(run)
     fail(run, tokens)

@@ -56,6 +56,7 @@ def daemon(
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_heavy_calls_do_not_delay_others(daemon: tuple[Daemon, Path]) -> None:
     node, heartbeat = daemon

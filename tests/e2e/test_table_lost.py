@@ -70,6 +70,7 @@ def daemon(postgres_dsn: str) -> Iterator[Tabled]:
         yield one
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_changed_table_is_told_with_the_sql_that_mends_it(daemon: Tabled, postgres_dsn: str) -> None:
     with daemon.stub() as stub:

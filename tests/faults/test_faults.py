@@ -29,6 +29,12 @@ CI_KINDS: Final = (
     FaultKind.STORAGE_RESTART,
     FaultKind.ROLLING,
 )
+# A run takes 20 s: `make test` has one that ends a process, and one that cuts the way to the storage.
+FIRST_KINDS: Final = (FaultKind.KILL, FaultKind.STORAGE_CUT)
+KINDS: Final = [
+    pytest.param(kind, id=kind.value, marks=() if kind in FIRST_KINDS else pytest.mark.slow)
+    for kind in CI_KINDS
+]
 VARIANTS: Final = {
     "five nodes with hashed tokens": Variant(nodes=5, has_hmac=True),
     "grpcio with TLS": Variant(engine="grpcio", has_tls=True),
@@ -42,7 +48,7 @@ REDIS_KINDS: Final = (
 )
 
 
-@pytest.mark.parametrize("kind", CI_KINDS, ids=[kind.value for kind in CI_KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path: Path) -> None:
     result = judge(Plan(seed=1, kinds=(kind,), is_patient=True), tmp_path)
 
@@ -52,11 +58,13 @@ def test_what_was_acknowledged_stays_so_whatever_fails(kind: FaultKind, tmp_path
         assert len(result.needless) <= len(result.operations) / 1000, result.report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_was_acknowledged_stays_so_in_every_variant(variant: Variant, tmp_path: Path) -> None:
     judge(Plan(seed=2, kinds=CI_KINDS, variant=variant, rate=150.0, is_patient=True), tmp_path)
 
 
+@pytest.mark.slow
 @needs_redis
 def test_what_was_acknowledged_stays_so_on_redis_whose_replica_confirms_it(tmp_path: Path) -> None:
     judge(Plan(seed=1, kinds=REDIS_KINDS, variant=Variant(storage="redis"), is_patient=True), tmp_path)

@@ -211,7 +211,13 @@ def history(request: pytest.FixtureRequest) -> list[str]:
     return HISTORIES[request.param]
 
 
-@pytest.fixture(params=[True, False], ids=["by due time", "by expiry"])
+@pytest.fixture(
+    params=[
+        pytest.param(True, id="by due time"),
+        # A table of the former form.
+        pytest.param(False, id="by expiry", marks=pytest.mark.slow),
+    ]
+)
 def queries(request: pytest.FixtureRequest) -> Queries:
     return Queries(TABLE.sql, is_due=request.param)
 

@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_each_kind_of_call_works_and_none_fails_while_connections_are_replaced(tmp_path: Path) -> None:
     program = tmp_path / "client"
     cache = ROOT / ".cache" / "go"

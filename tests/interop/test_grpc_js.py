@@ -32,6 +32,7 @@ def node() -> tuple[str, Path]:
     return str(programs / "node"), directory / "node_modules"
 
 
+@pytest.mark.slow
 def test_each_kind_of_call_works_and_none_fails_while_connections_are_replaced(
     node: tuple[str, Path],
 ) -> None:

@@ -26,6 +26,7 @@ async def test_no_call_fails_while_connections_are_replaced(address: str) -> Non
     await call_often(address)
 
 
+@pytest.mark.slow
 def test_no_blocking_call_fails_while_connections_are_replaced(address: str) -> None:
     # Callers share a connection, so that it is replaced while others have calls under way.
     with ThreadPoolExecutor(8) as threads:

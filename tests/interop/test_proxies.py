@@ -71,6 +71,7 @@ def proxying(name: str, nodes: list[str], directory: Path) -> Iterator[str]:
             process.terminate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PROXIES))
 async def test_each_kind_of_call_works_and_none_fails_while_connections_are_replaced(
     name: str, postgres_dsn: str, tmp_path: Path

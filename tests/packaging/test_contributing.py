@@ -132,6 +132,7 @@ def test_the_engine_passes_the_whole_contract_suite(sources: Path) -> None:
     assert len(passed) == len(re.findall(r"^async def test_\w+\(engine: Engine\)", suite, re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_the_sources_still_pass_the_checks_of_style_types_and_imports(sources: Path) -> None:
     # `make check` but for the stubs, whose compiler would be fetched for the copy.
     run("make", "lint", "type", "imports", *IN_COPY)

@@ -25,6 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_our_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     tops = {name.partition("/")[0] for name in names}
@@ -33,6 +34,7 @@ def test_the_wheel_holds_our_packages_and_nothing_else(wheel: zipfile.ZipFile) -
     assert not [name for name in names if "test" in name or name.endswith(".proto")]
 
 
+@pytest.mark.slow
 def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     sources = {
         path.relative_to(base).as_posix()
@@ -44,6 +46,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert sources <= set(wheel.namelist())
 
 
+@pytest.mark.slow
 def test_the_scripts_of_redis_are_shipped(wheel: zipfile.ZipFile) -> None:
     directory = ROOT / "mnemosyned" / "storage" / "redis" / "scripts"
     scripts = {path.relative_to(ROOT).as_posix() for path in directory.glob("*.lua")}
@@ -52,11 +55,13 @@ def test_the_scripts_of_redis_are_shipped(wheel: zipfile.ZipFile) -> None:
     assert scripts <= set(wheel.namelist())
 
 
+@pytest.mark.slow
 def test_types_are_shipped(wheel: zipfile.ZipFile) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(wheel.namelist())
     assert "mnemosynerpc/session_pb2.pyi" in wheel.namelist()
 
 
+@pytest.mark.slow
 def test_the_command_is_installed_and_no_index_takes_the_application(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     (metadata,) = [name for name in wheel.namelist() if name.endswith("METADATA")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import pytest
 from simulation.world import World, false_deaths
 
 from cluster.member import EventKind
@@ -66,6 +67,7 @@ def test_swim_first_probes_a_failed_member_after_e_over_e_minus_one_periods() ->
     assert abs(mean - expected) < 3 * error, f"{mean:.3f} ± {error:.3f} periods, not {expected:.3f}"
 
 
+@pytest.mark.slow
 def test_lifeguard_first_declares_a_failed_member_of_128_dead_after_twelve_seconds() -> None:
     """Lifeguard, table V: a median of 12.45 s."""
     took_s = []
@@ -91,6 +93,7 @@ def slow_members(settings: Settings, seed: int) -> int:
     return len(deaths)
 
 
+@pytest.mark.slow
 def test_slow_members_kill_at_most_one_in_fifty_of_those_that_they_kill_in_swim() -> None:
     """Lifeguard, table IV: 1.53 % of SWIM's false positives; and what we run with is no worse."""
     swim = slow_members(SWIM, 1)

@@ -14,6 +14,7 @@ from simulation.world import World
 SIMULATE = Path(__file__).parents[1] / "bench" / "simulate.py"
 
 
+@pytest.mark.slow
 def test_a_thousand_nodes_live_for_a_minute_in_twenty_seconds_and_agree() -> None:
     began_s = time.process_time()
     world = World(1)

@@ -3,16 +3,19 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
+from functools import cache
 
 import pytest
 
 from mnemosyned.observe.printable import printable, printable_block, printable_json, printable_value
 
-STRANGE = "".join(
-    chr(number)
-    for number in range(sys.maxunicode + 1)
-    if unicodedata.category(chr(number)) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-)
+
+@cache
+def strange() -> str:
+    """Every character of these categories; not made when the module is only collected."""
+    categories = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    characters = (chr(number) for number in range(sys.maxunicode + 1))
+    return "".join(one for one in characters if unicodedata.category(one) in categories)
 
 
 def test_what_people_write_stays_as_it_is() -> None:
@@ -30,14 +33,14 @@ def test_what_is_not_printable_is_escaped(character: str, escape: str) -> None:
 
 
 def test_no_control_or_format_character_is_left() -> None:
-    assert printable(STRANGE).isascii()
-    assert printable_json(json.dumps(STRANGE, ensure_ascii=False)).isascii()
+    assert printable(strange()).isascii()
+    assert printable_json(json.dumps(strange(), ensure_ascii=False)).isascii()
 
 
 def test_json_means_the_same() -> None:
-    strange = STRANGE.encode("utf-8", "ignore").decode()
+    text = strange().encode("utf-8", "ignore").decode()
 
-    assert json.loads(printable_json(json.dumps({"a": strange}, ensure_ascii=False))) == {"a": strange}
+    assert json.loads(printable_json(json.dumps({"a": text}, ensure_ascii=False))) == {"a": text}
 
 
 def test_each_line_of_a_block_is_indented_and_printable() -> None:
