@@ -15,8 +15,9 @@ PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 # Most of a test is waiting, for daemons and for time-outs: so more workers than cores. A worker that has no
 # tests left takes some of another's.
 WORKERS := -n 6 --dist worksteal
-# What tests/matrix.py and the tests themselves leave to `make test-all`.
+# What `make test` leaves to `make test-rest`: tests/matrix.py says which combinations of engines.
 SHORT := -m 'not slow and not matrix'
+REST := -m 'slow or matrix'
 # Whole clusters under load, with deadlines of a second: one at a time, they have the processors for themselves.
 LABORATORY := tests/faults/test_faults.py
 # A test starts hundreds of daemons, and each would compile the sources again where the environment forbids
@@ -24,7 +25,7 @@ LABORATORY := tests/faults/test_faults.py
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help run cluster node test test-all coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
+.PHONY: help run cluster node test test-rest test-all coverage check fmt lint type imports proto proto-check docs bench touches hops flood stalls idle workers drill redteam redteam-short faults simulate leases fuzz soak wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +34,7 @@ run: $(VENV)/run.stamp ## start a daemon with a database of its own, ready to tr
 	@$(BIN)/mnemosyned -log.environment=development -postgres.address=embedded: -redis.address=embedded: -mongodb.address=embedded: $(ARGS)
 
 cluster: $(VENV)/run.stamp ## start three nodes with a database of their own, ready to try
-	@$(BIN)/python deploy/local_cluster.py
+	@$(BIN)/python deploy/local_cluster.py $(ARGS)
 
 node: $(VENV)/run.stamp ## start a node of that cluster again: N=2 for the second
 	@$(BIN)/python deploy/local_cluster.py node $(N)
@@ -46,9 +47,11 @@ else
 	$(BIN)/python -m pytest $(SHORT) $(LABORATORY)
 endif
 
-test-all: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## every test, on all combinations of engines: before a merge
-	$(BIN)/python -m pytest $(WORKERS) --ignore=$(LABORATORY)
-	$(BIN)/python -m pytest $(LABORATORY)
+test-rest: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## what `make test` leaves out
+	$(BIN)/python -m pytest $(WORKERS) $(REST) --ignore=$(LABORATORY)
+	$(BIN)/python -m pytest $(REST) $(LABORATORY)
+
+test-all: test test-rest ## every test, on all combinations of engines: before a merge
 
 coverage: $(VENV)/dev.stamp $(SECANTUSDB_VENV)/stamp ## the tests again, with the lines and branches they leave out
 	$(BIN)/coverage erase

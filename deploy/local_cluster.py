@@ -1,11 +1,13 @@
-"""Three nodes and a PostgreSQL on this machine, for trying out.
+"""Three nodes and a storage of their own on this machine, for trying out.
 
 `make cluster` runs them until Ctrl-C, or until the terminal is closed. `make node N=2` starts the second one
-again after it has died. Both work in the directory of the embedded PostgreSQL:
+again after it has died. `make cluster ARGS=-storage=redis` gives each node this flag, and any other. The
+private server is this process's child, and the nodes share it. What both commands need is in
+`~/.local/share/mnemosyned/cluster`:
 
-    cluster.ports    the nodes' ports; locked by the process that runs the cluster
-    cluster.secret   the nodes' secret; a cluster makes its own
-    cluster.log      the nodes' log
+    running.json   the nodes' ports and flags; locked by the process that runs the cluster
+    secret         the nodes' secret; a cluster makes its own
+    log            the nodes' log
 
 CLUSTER_PORTS in the environment replaces the ports, as in `make cluster CLUSTER_PORTS=9080,9082,9084`.
 """
@@ -13,6 +15,7 @@ CLUSTER_PORTS in the environment replaces the ports, as in `make cluster CLUSTER
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import secrets
 import signal
@@ -20,18 +23,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn, TextIO
 
+from mnemosyned import settings
+from mnemosyned.config.flags import ConfigError
 from mnemosyned.embedded.address import data_directory
-from mnemosyned.embedded.programs import EmbeddedError
-from mnemosyned.embedded.server import EmbeddedPostgres
+from mnemosyned.sessions.store import StorageRefused
+from mnemosyned.storage.engines import PrivateServer, StorageConfig
 
 _PORTS: Final = "8080,8082,8084"
 _NODES: Final = 3
+# As `make run` has them: the chosen engine's counts.
+_PRIVATE: Final = ("-postgres.address=embedded:", "-redis.address=embedded:")
 _LOOK_AGAIN_S: Final = 0.2
 _WELCOME: Final = """
 three nodes of one cluster; their log is {log}
@@ -48,26 +55,47 @@ _STOPPING: Final = "stopping {}: they finish the calls in flight, for at most 10
 
 
 def main(arguments: list[str]) -> int:
-    """Run the cluster; as `node NUMBER`, one node of a cluster that runs already."""
+    """Run the cluster, each node with these flags; as `node NUMBER`, a node of one that runs already."""
     try:
-        directory = data_directory("embedded:", os.environ)
-        return _run_node(directory, arguments[1:]) if arguments else _run_cluster(directory)
-    except EmbeddedError as exc:
-        return _complain(f"embedded PostgreSQL: {exc}")
+        files = _Files.within(data_directory("embedded:", os.environ, "cluster"))
+        if arguments[:1] == ["node"]:
+            return _run_node(files, arguments[1:])
+        return _run_cluster(files, arguments)
+    except (ConfigError, StorageRefused) as exc:
+        return _complain(str(exc))
     except KeyboardInterrupt:  # before there was a node
         return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Files:
-    ports: Path
+    running: Path
     secret: Path
     log: Path
 
     @classmethod
     def within(cls, directory: Path) -> _Files:
-        ports, secret, log = (directory / f"cluster.{name}" for name in ("ports", "secret", "log"))
-        return cls(ports=ports, secret=secret, log=log)
+        return cls(running=directory / "running.json", secret=directory / "secret", log=directory / "log")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cluster:
+    """What its nodes have in common."""
+
+    ports: Sequence[int]
+    flags: Sequence[str]
+
+    def command(self, port: int, files: _Files) -> list[str]:
+        """Return the command of the node with this port."""
+        own = {
+            "port": port,
+            "cluster.listen": _address(port),
+            "cluster.seeds": ",".join(map(_address, self.ports)),
+            "cluster.secret.file": files.secret,
+        }
+        # Of a flag that is given twice, the last one counts.
+        flags = [*_PRIVATE, *self.flags, *(f"-{name}={value}" for name, value in own.items())]
+        return [sys.executable, "-m", "mnemosyned", *flags]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +109,7 @@ class _Node:
         return f"node {self.number} ({_address(self.port)}, pid {self.process.pid})"
 
 
-def _run_cluster(directory: Path) -> int:
+def _run_cluster(files: _Files, flags: list[str]) -> int:
     """Run until Ctrl-C, or until no node is left. When a node dies, only the other nodes react."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
@@ -89,23 +117,47 @@ def _run_cluster(directory: Path) -> int:
     numbers = os.environ.get("CLUSTER_PORTS", _PORTS).split(",")
     if len(numbers) != _NODES or not all(number.isdecimal() for number in numbers):
         return _complain("CLUSTER_PORTS must be three numbers, as in 8080,8082,8084")
-    ports, files = [int(number) for number in numbers], _Files.within(directory)
-    with EmbeddedPostgres.start(directory) as server, files.ports.open("a") as claim:
-        if not _has_claimed(claim, ports):
+    cluster = _Cluster(ports=[int(number) for number in numbers], flags=flags)
+    files.running.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with files.running.open("a") as claim:
+        if not _has_claimed(claim, cluster):
             return _complain("a cluster runs already; `make node N=2` starts a node of it again")
         files.secret.touch(mode=0o600)
         files.secret.write_text(secrets.token_hex(32) + "\n")
-        nodes: list[_Node] = []
+        server = _storage_of(flags)
         try:
-            with files.log.open("ab") as log:
-                nodes += _started(ports, _environ(server.dsn, files, ports), log)
-            _welcome(nodes, files)
-            _watch(nodes, files)
-        except KeyboardInterrupt:
-            return 0
+            return _run_nodes(cluster, files)
         finally:
-            _stop([node for node in nodes if node.process.poll() is None])
-            _tell_of_others(nodes)
+            if server is not None:
+                server.stop()
+
+
+def _storage_of(flags: list[str]) -> PrivateServer | None:
+    """Start the private server of the engine that the flags choose; None: it has none, or has an address.
+
+    Raises:
+        ConfigError: a flag is wrong, or the engine keeps sessions for one node only.
+        StorageRefused: the server cannot be run.
+    """
+    config = settings.parse([*_PRIVATE, *flags], os.environ)
+    engine = config[StorageConfig].engine
+    if not engine.capabilities.is_shared:
+        raise ConfigError(f"flag -storage: {engine.name} is for one node; a cluster shares its sessions")
+    return engine.start_server(config)
+
+
+def _run_nodes(cluster: _Cluster, files: _Files) -> int:
+    nodes: list[_Node] = []
+    try:
+        with files.log.open("ab") as log:
+            nodes += _started(cluster, files, log)
+        _welcome(nodes, files)
+        _watch(nodes, files)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop([node for node in nodes if node.process.poll() is None])
+        _tell_of_others(nodes)
     return _complain("no node is left")
 
 
@@ -115,22 +167,23 @@ def _hang_up(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _has_claimed(file: TextIO, ports: Iterable[int]) -> bool:
+def _has_claimed(file: TextIO, cluster: _Cluster) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    # A flag may hold a secret.
+    os.fchmod(file.fileno(), 0o600)
     file.truncate(0)
-    file.write(_joined(ports))
+    json.dump(asdict(cluster), file)
     file.flush()
     return True
 
 
-def _started(ports: Iterable[int], environ: dict[str, str], log: BinaryIO) -> Iterable[_Node]:
-    for number, port in enumerate(ports, start=1):
+def _started(cluster: _Cluster, files: _Files, log: BinaryIO) -> Iterable[_Node]:
+    for number, port in enumerate(cluster.ports, start=1):
         process = subprocess.Popen(
-            _command(port),
-            env=environ,
+            cluster.command(port, files),
             stdout=subprocess.DEVNULL,
             stderr=log,
             # In a session of its own: Ctrl-C is this process's to pass on.
@@ -190,60 +243,38 @@ def _tell_of_others(nodes: list[_Node]) -> None:
             _say(f"{_address(node.port)} still runs, now without a database: stop `make node` there\n")
 
 
-def _run_node(directory: Path, arguments: list[str]) -> int:
-    files = _Files.within(directory)
-    ports = _ports_of_running(files.ports)
-    if not ports:
+def _run_node(files: _Files, arguments: list[str]) -> int:
+    cluster = _running(files.running)
+    if cluster is None:
         return _complain("no cluster runs here; start one with `make cluster`")
-    port_by_number = {str(number): port for number, port in enumerate(ports, start=1)}
+    port_by_number = {str(number): port for number, port in enumerate(cluster.ports, start=1)}
     number = "".join(arguments)
     if number not in port_by_number:
-        return _complain(f"which node? say `make node N=2`, with N from 1 to {len(ports)}")
+        return _complain(f"which node? say `make node N=2`, with N from 1 to {len(cluster.ports)}")
     port = port_by_number[number]
     if _is_served(port):
         return _complain(f"node {number} runs already: {_address(port)} is in use")
-    server = EmbeddedPostgres.start(directory)
-    if server.is_owner:
-        server.stop()
-        return _complain("the cluster has just ended; start one with `make cluster`")
-    return _become_node(port, _environ(server.dsn, files, ports))
+    return _become([*cluster.command(port, files), "-log.environment=development"])
 
 
-def _become_node(port: int, environ: dict[str, str]) -> NoReturn:
+def _become(command: list[str]) -> NoReturn:
     """Replace this process by the node, so that Ctrl-C is the node's own to obey."""
-    command = [*_command(port), "-log.environment=development"]
-    os.execve(command[0], command, environ)  # noqa: S606  # this project's own program
+    os.execv(command[0], command)  # noqa: S606  # this project's own program
 
 
-def _ports_of_running(path: Path) -> list[int]:
+def _running(path: Path) -> _Cluster | None:
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return []
+        return None
     except BlockingIOError:
-        return [int(port) for port in path.read_text().split(",")]
-    return []
-
-
-def _environ(dsn: str, files: _Files, ports: Iterable[int]) -> dict[str, str]:
-    return os.environ | {
-        "MNEMOSYNED_POSTGRES_ADDRESS": dsn,
-        "MNEMOSYNED_CLUSTER_SEEDS": ",".join(map(_address, ports)),
-        "MNEMOSYNED_CLUSTER_SECRET_FILE": str(files.secret),
-    }
-
-
-def _command(port: int) -> list[str]:
-    return [sys.executable, "-m", "mnemosyned", f"-port={port}", f"-cluster.listen={_address(port)}"]
+        return _Cluster(**json.loads(path.read_text()))
+    return None
 
 
 def _address(port: int) -> str:
     return f"127.0.0.1:{port}"
-
-
-def _joined(ports: Iterable[int]) -> str:
-    return ",".join(map(str, ports))
 
 
 def _is_served(port: int) -> bool:

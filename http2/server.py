@@ -1,7 +1,8 @@
 """The decisions of a server about one connection: streams, limits, time-outs, and how it ends. Pure.
 
 The protocol class (mnemosyned/transport/h2_connection.py) passes in what has arrived and what time it is,
-does what it is told, and sends `output()`. Everything that can be decided wrongly is decided here.
+does what it is told, and sends `output()`. Everything that can be decided wrongly is decided here, and in the
+parts of a connection: answers.py, request_bytes.py, outbox.py, admission.py and purse.py.
 
 A stream
 --------
@@ -35,7 +36,7 @@ The bounds
     streams at once                           | further ones wait (admission.py)
     bytes of requests that are not complete   | the stream is `is_refused`, and its bytes are dropped
     bytes of one block of headers             | ENHANCE_YOUR_CALM, by the library
-    held bytes of answers                     | complete streams wait (`may_begin`) until the peer reads
+    held bytes of answers                     | complete streams wait (answers.py) until the peer reads
     frames without use (purse.py)             | ENHANCE_YOUR_CALM
     time until the preface, or a frame's end  | the connection ends
     time without a part of an open request    | CANCEL for the stream
@@ -44,20 +45,19 @@ The bounds
 
 Rules for editing:
 
-- `receive`, `answer` and `output` run for each call. Measure a change of them (tests/bench/echo.py).
+- `receive`, `Answers.whole` and `output` run for each call. Measure a change of them (tests/bench/echo.py).
 - The library must never see a RST_STREAM for an open stream: `cancel` in core.py says why.
 - No clock, no loop, no log.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
 from http2.admission import Admission, AdmissionFull
+from http2.answers import Answers
 from http2.core import (
     CANCEL,
     CLOSE_AFTER_STREAMS,
@@ -79,9 +79,10 @@ from http2.core import (
     server_core,
 )
 from http2.frames import CLIENT_PREFACE, RST_STREAM_BYTES, FrameScanner, MalformedFrame, reset_at
-from http2.outbox import Headers, Outbox, Tally
+from http2.outbox import Tally
 from http2.purse import Purse
-from http2.stream import STREAM_BYTES, ServerLimits, Stream
+from http2.request_bytes import RequestBytes
+from http2.stream import ServerLimits, Stream
 
 _HIGHEST_STREAM: Final = 2**31 - 1
 
@@ -108,27 +109,21 @@ class ServerConnection(Generic[S]):
 
     __slots__ = (
         "_admission",
-        "_admission_bytes",
         "_chunk",
         "_core",
-        "_counted_bytes",
         "_highest_id",
         "_is_worn_out",
         "_last_id",
         "_limits",
         "_may_refuse",
         "_opened",
-        "_outbox",
         "_output",
-        "_paused_since_s",
         "_phase",
         "_phase_s",
         "_purse",
-        "_request_bytes",
-        "_request_total",
         "_scanner",
         "_stream_type",
-        "_waiting",
+        "answers",
         "begun_s",
         "echoes",
         "has_preface",
@@ -136,6 +131,7 @@ class ServerConnection(Generic[S]):
         "is_over",
         "moved_s",
         "reason",
+        "requests",
         "streams",
     )
 
@@ -154,25 +150,27 @@ class ServerConnection(Generic[S]):
         )
         self._limits = limits
         self._scanner = FrameScanner(preface_bytes=len(CLIENT_PREFACE))
-        self._outbox = Outbox(self._core, unsent_total)
-        self._request_total = request_total
         self._stream_type = stream_type
-        self._waiting: deque[S] = deque()  # complete, and not begun because too much is unsent
         self._admission = Admission()
         self._chunk = 0
         self._may_refuse = False  # there may be a reason to refuse a new stream
         self._opened = 0
         self._highest_id = 0  # of any stream that the peer has opened
         self._last_id = 0  # of those that were accepted
-        self._request_bytes = 0  # of bodies
-        self._counted_bytes = 0  # the same and what else requests cost, as in the total
-        self._admission_bytes = 0  # of what waits, as counted
         self._purse = Purse(now_s)
         self._phase = Phase.OPEN
         self._is_worn_out = False
         self._phase_s = now_s
-        self._paused_since_s: float | None = None
         self.streams: dict[int, S] = {}  # accepted, and not forgotten
+        self.requests = RequestBytes(self.streams, request_total, max_body_bytes=limits.max_request_bytes)
+        self.answers = Answers(
+            self._core,
+            self._purse,
+            self.streams,
+            self.requests,
+            unsent_total=unsent_total,
+            max_unsent_bytes=limits.max_unsent_bytes,
+        )
         self.has_preface = False
         self.is_half_closed = False  # the peer sends no more
         self.is_over = False  # send the last output, then close
@@ -203,7 +201,7 @@ class ServerConnection(Generic[S]):
                 or len(self.streams) + scanner.requests > self._limits.max_streams
             ):
                 part = self._cut(part, news, now_s)
-                self._count_admission()
+                self.requests.count_admission(self._admission.size_bytes)
             if part:
                 self._core.receive_data(part)
                 self._take_events(news, now_s)
@@ -216,7 +214,7 @@ class ServerConnection(Generic[S]):
             self._fail("protocol", None)
         if scanner.overhead:
             frames, scanner.overhead = scanner.overhead, 0
-            if not self._purse.pay(frames, now_s, sent_bytes=self._outbox.sent_bytes):
+            if not self._purse.pay(frames, now_s, sent_bytes=self.answers.sent_bytes):
                 self._fail("flood", ENHANCE_YOUR_CALM)
         if self._opened > RETIRE_AFTER_STREAMS:
             if self._phase is Phase.OPEN:
@@ -237,7 +235,7 @@ class ServerConnection(Generic[S]):
                 self._wear_out(now_s)
             except ProtocolViolated:
                 self._fail("protocol", None)
-            self._count_admission()
+            self.requests.count_admission(self._admission.size_bytes)
         return news
 
     def end_input(self) -> list[S]:
@@ -295,7 +293,7 @@ class ServerConnection(Generic[S]):
                     # It is answered, refused or reset.
                     continue
                 if stream.body or stream.is_refused:
-                    self._append(stream, event.data)
+                    self.requests.append(stream, event.data)
                 else:
                     stream.body = event.data
                 if stream.chunk != chunk:
@@ -350,193 +348,30 @@ class ServerConnection(Generic[S]):
         elif data == _GOODBYE and self._phase is Phase.RETIRING:
             self._close(now_s)
 
-    def _append(self, stream: S, data: bytes) -> None:
-        """Add to a body that comes in several parts, unless a bound is passed."""
-        if stream.is_refused:
-            return
-        self._count_body(stream)
-        if self._request_bytes + len(data) > self._limits.max_request_bytes:
-            self.take_body(stream)
-            stream.is_refused = True
-            return
-        if isinstance(stream.body, bytes):
-            stream.body = bytearray(stream.body)
-        stream.body += data
-        self._count_body(stream)
-
-    def _count_body(self, stream: S) -> None:
-        # The first part of a body is not counted until a second one comes: most bodies come as one.
-        more_bytes = len(stream.body) - stream.counted_body_bytes
-        stream.counted_body_bytes += more_bytes
-        self._request_bytes += more_bytes
-        self.count(stream, more_bytes)
-
-    def count_incomplete(self, stream: S) -> None:
-        """Count what a request holds that is not complete, or waits: itself, and the first part of its body.
-
-        Most requests come whole in one chunk, and are never counted.
-        """
-        if not stream.is_counted and stream.id in self.streams:
-            stream.is_counted = True
-            self.count(stream, STREAM_BYTES)
-        self._count_body(stream)
-
-    def count(self, stream: S, size_bytes: int) -> None:
-        """Count more bytes of a request in the total, or with a number below zero fewer."""
-        if stream.id in self.streams:
-            stream.counted_bytes += size_bytes
-            self._counted_bytes += size_bytes
-            self._request_total.size_bytes += size_bytes
-
-    def _count_admission(self) -> None:
-        """Take into the totals what waits before it is any request's."""
-        more_bytes = self._admission.size_bytes - self._admission_bytes
-        if more_bytes:
-            self._admission_bytes += more_bytes
-            self._request_total.size_bytes += more_bytes
-
-    def take_body(self, stream: S) -> bytes | bytearray:
-        """Return what has arrived of a body since it was last taken."""
-        body, stream.body = stream.body, b""
-        if stream.counted_body_bytes:
-            self._count_body(stream)
-        return body
-
     def _reset(self, stream_id: int, news: list[S]) -> None:
         stream = self.streams.get(stream_id)
         if stream is not None:
-            self._forget(stream)
+            self.answers.forget(stream)
             stream.is_reset = True
             if stream.chunk != self._chunk:
                 stream.chunk = self._chunk
                 news.append(stream)
 
-    def _forget(self, stream: S) -> None:
-        if stream.counted_bytes:
-            self.take_body(stream)
-            self.count(stream, -stream.counted_bytes)
-        del self.streams[stream.id]
-        if self._outbox:
-            self._outbox.drop(stream.id)
-
-    # What is answered.
-
-    def may_begin(self, stream: S) -> bool:
-        """Tell whether work on a complete request may begin; if not, `next_waiting` returns it later."""
-        if self._outbox.unsent_bytes <= self._limits.max_unsent_bytes:
-            return True
-        self._waiting.append(stream)
-        return False
-
-    def next_waiting(self) -> S | None:
-        """Return a complete request that had to wait, if work on it may begin now."""
-        while self._waiting and self._outbox.unsent_bytes <= self._limits.max_unsent_bytes:
-            stream = self._waiting.popleft()
-            if not stream.is_reset:
-                return stream
-        return None
-
-    def answer(self, stream: S, headers: Headers, body: bytes, trailers: Headers, now_s: float) -> None:
-        """Answer a stream, whole and with status 200, of which nothing was answered before."""
-        sender = self._core.stream(stream.id)
-        sender.send_response(200, headers)
-        self._purse.answers += 1
-        if self._outbox.fits(sender, stream.id, len(body)):
-            sender.send_data(body)
-            sender.end_message(trailers)
-            if stream.is_complete and not stream.counted_bytes:
-                # Nothing is held of it, so this is all that there is to forget.
-                del self.streams[stream.id]
-            else:
-                self._forget_answered(stream)
-        else:
-            stream.is_answered = stream.is_ended = True
-            self._outbox.hold(sender, stream.id, (body,), now_s)
-            self._outbox.end(stream.id, trailers)
-
-    def answer_head(self, stream: S, status: int, headers: Headers, *, ends: bool = False) -> None:
-        """Begin an answer; `ends`: that is all of it."""
-        self._core.stream(stream.id).send_response(status, headers, ends)
-        self._purse.answers += 1
-        stream.is_answered = True
-        if ends:
-            self._forget_answered(stream)
-
-    def answer_part(self, stream: S, pieces: Sequence[bytes], now_s: float) -> None:
-        """Send a part of an answer's body, or hold it."""
-        sender = self._core.stream(stream.id)
-        self._purse.answers += 1
-        if self._outbox.fits(sender, stream.id, sum(map(len, pieces))):
-            for piece in pieces:
-                sender.send_data(piece)
-        else:
-            self._outbox.hold(sender, stream.id, pieces, now_s)
-
-    def answer_end(self, stream: S, trailers: Headers | None) -> None:
-        """End an answer, after what is held of it."""
-        if self._outbox.end(stream.id, trailers):
-            stream.is_ended = True
-        else:
-            self._core.stream(stream.id).end_message(trailers)
-            self._forget_answered(stream)
-
-    def unsent_of(self, stream: S) -> int:
-        """Return how many bytes of an answer are held."""
-        return self._outbox.unsent_of(stream.id)
-
     def cancel(self, stream: S, code: int = CANCEL) -> None:
         """End a stream without an answer, or in the middle of it."""
         if stream.id in self.streams:
             self._core.stream(stream.id).reset(code)
-            self._forget(stream)
+            self.answers.forget(stream)
             stream.is_reset = True
 
-    def _forget_answered(self, stream: S) -> None:
-        if not stream.is_complete:
-            # The peer need not send the rest of its request (RFC 9113, section 8.1).
-            self._core.stream(stream.id).reset(NO_ERROR)
-        self._forget(stream)
-
     # What is sent.
-
-    @property
-    def unsent_bytes(self) -> int:
-        """How many bytes of answers are held."""
-        return self._outbox.unsent_bytes
-
-    @property
-    def has_held(self) -> bool:
-        """Whether anything is held."""
-        return bool(self._outbox)
-
-    def still_since_s(self) -> float:
-        """Return since when the peer has taken nothing of some answer; infinity if nothing is held."""
-        return self._outbox.still_since_s()
-
-    def pause(self, now_s: float) -> None:
-        """Hold all answers from now on: the transport has enough."""
-        self._paused_since_s = now_s
-        self._outbox.pause(True)
-
-    def resume(self) -> None:
-        """Go on: the transport takes more."""
-        self._paused_since_s = None
-        self._outbox.pause(False)
 
     def output(self, now_s: float) -> tuple[bytes, list[S]]:
         """Return what to send now, and the streams of which with it all parts are framed.
 
         While it returns bytes and the transport takes them, there may be more.
         """
-        emptied: list[S] = []
-        if self._outbox:
-            for stream_id in self._outbox.pump(now_s):
-                stream = self.streams[stream_id]
-                if stream.is_ended:
-                    self._forget_answered(stream)
-                else:
-                    emptied.append(stream)
-        self._outbox.begin_turn()
+        emptied = self.answers.turn(now_s)
         data = self._core.data_to_send()
         if self._output:
             data, self._output = self._output + data, b""
@@ -545,18 +380,6 @@ class ServerConnection(Generic[S]):
         ):
             self.is_over = True
         return data, emptied
-
-    @property
-    def request_bytes(self) -> int:
-        """How many bytes of requests are held that are not complete, or wait."""
-        return self._counted_bytes + self._admission_bytes
-
-    def incomplete_since_s(self) -> float:
-        """Return when the oldest of these requests arrived; infinity if there is none."""
-        since_s = min(
-            (stream.arrived_s for stream in self.streams.values() if stream.counted_bytes), default=math.inf
-        )
-        return min(since_s, self.begun_s) if self._admission_bytes else since_s
 
     def ask_echo(self) -> None:
         """Send a PING; `echoes` counts its answer, which comes behind all that was sent before it."""
@@ -594,14 +417,12 @@ class ServerConnection(Generic[S]):
     def _too_late(self, now_s: float) -> tuple[str, int] | None:
         """Return the reason and the code if the connection ends for what did not come in time."""
         limits = self._limits
-        partial_since_s, paused_since_s = self._scanner.partial_since_s, self._paused_since_s
+        partial_since_s = self._scanner.partial_since_s
         if not self.has_preface and now_s - self.begun_s > limits.preface_s:
             return "preface_timeout", PROTOCOL_ERROR
         if partial_since_s is not None and now_s - partial_since_s > limits.frame_s:
             return "frame_timeout", PROTOCOL_ERROR
-        if paused_since_s is not None and now_s - paused_since_s > limits.send_s:
-            return "send_timeout", CANCEL
-        if self._outbox.is_stuck_since(now_s - limits.send_s):
+        if self.answers.is_stuck_since(now_s - limits.send_s):
             return "send_timeout", CANCEL
         return None
 
@@ -624,8 +445,7 @@ class ServerConnection(Generic[S]):
 
     def _reset_late(self, now_s: float) -> list[S]:
         limits = self._limits
-        stuck = self._outbox.stuck_since(now_s - limits.send_s)
-        late = [self.streams[stream_id] for stream_id in stuck]
+        late = self.answers.stuck_since(now_s - limits.send_s)
         late += [
             stream
             for stream in self.streams.values()
@@ -661,9 +481,9 @@ class ServerConnection(Generic[S]):
     def abandon(self) -> None:
         """Forget all that is held: the connection is gone."""
         self.is_over = True
-        self._outbox.clear()
+        self.answers.clear()
         self._admission = Admission()
-        self._count_admission()
+        self.requests.count_admission(self._admission.size_bytes)
         for stream in list(self.streams.values()):
-            self._forget(stream)
+            self.answers.forget(stream)
             stream.is_reset = True

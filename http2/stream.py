@@ -42,7 +42,7 @@ class Stream:
     is_ended = False  # its answer is complete, but may be held
     is_reset = False  # by the peer, or for a bound: work for it may stop
     work: Any = None  # the protocol class's own: what works for it
-    # For ServerConnection: how much counts as incomplete, how much of that is `body`, and whether
+    # For RequestBytes: how much counts as incomplete, how much of that is `body`, and whether
     # STREAM_BYTES are in it.
     counted_bytes = 0
     counted_body_bytes = 0

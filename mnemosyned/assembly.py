@@ -39,12 +39,8 @@ from mnemosyned.api.health import SERVICE_NAME as HEALTH
 from mnemosyned.api.health import Health
 from mnemosyned.api.session_manager import LocalRouter, Router
 from mnemosyned.node_config import ClusterConfig
-from mnemosyned.observe.metrics import (
-    AuthMetrics,
-    GuessCollector,
-    RpcCollector,
-    UpkeepMetrics,
-)
+from mnemosyned.observe.collectors import GuessCollector, RpcCollector
+from mnemosyned.observe.metrics import AuthMetrics, UpkeepMetrics
 from mnemosyned.security.config import GuessConfig, TlsConfig
 from mnemosyned.security.tls import ClientAuth, TlsFiles
 from mnemosyned.session_parts import new_sessions

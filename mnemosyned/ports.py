@@ -36,7 +36,7 @@ from mnemosyned.admin.health import PROBE_TIMEOUT_S, NodeHealth
 from mnemosyned.admin.server import AdminServer
 from mnemosyned.assembly import GRPC_ENGINES
 from mnemosyned.node_config import ClusterConfig, split_address
-from mnemosyned.observe.metrics import ConnectionCollector
+from mnemosyned.observe.collectors import ConnectionCollector
 from mnemosyned.place import unix_host
 from mnemosyned.security.config import TlsConfig
 from mnemosyned.security.file_reloader import FilesUnusable

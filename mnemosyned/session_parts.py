@@ -13,7 +13,8 @@ from cache.read_through import ReadThrough
 from cluster.lease import Lease
 from cluster.mirrors import Grants
 from mnemosyned.node_config import ClusterConfig
-from mnemosyned.observe.metrics import CacheCollector, LeaseCollector, SessionCollector, UpkeepMetrics
+from mnemosyned.observe.collectors import CacheCollector, LeaseCollector, SessionCollector
+from mnemosyned.observe.metrics import UpkeepMetrics
 from mnemosyned.observe.mirror_metrics import MirrorCollector
 from mnemosyned.sessions.coherence import Coherence
 from mnemosyned.sessions.config import CacheConfig, bag_limits, lifetime

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 from clusters import SECRET, free_ports
@@ -22,8 +21,10 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from probes import code_of
 from processes import Daemon, mnemosyned
 from secrecy import CANARY
+from waiting import until
 
 NEW = StartRequest(session=Session(subject_id="user:1", refresh_token="r", bag={"k": CANARY}))
 
@@ -34,23 +35,6 @@ class Server(Protocol):
     def start(self) -> object: ...
 
     def kill(self) -> None: ...
-
-
-def code_of(call: Callable[[Any], object], request: object) -> grpc.StatusCode | None:
-    """Make a call; return how it has failed, or None."""
-    try:
-        call(request)
-    except grpc.RpcError as exc:
-        code: grpc.StatusCode = exc.code()
-        return code
-    return None
-
-
-def wait_until(is_met: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not is_met():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -82,14 +66,14 @@ def assert_sessions_survive(flags: Sequence[str], server: Server, *, query: str,
         kept, ended = (stub.Start(NEW).session.access_token for _ in range(2))
         assert stub.Abandon(AbandonRequest(access_token=ended)).value
         server.kill()
-        assert code_of(stub.Get, GetRequest(access_token=kept)) is grpc.StatusCode.UNAVAILABLE
-        wait_until(lambda: first.http("/healthr")[0] == 503)
+        assert code_of(lambda: stub.Get(GetRequest(access_token=kept))) is grpc.StatusCode.UNAVAILABLE
+        until(lambda: first.http("/healthr")[0] == 503)
         assert outage in first.http("/healthr")[1]
         server.start()
-        wait_until(lambda: first.http("/healthr")[0] == 200)
+        until(lambda: first.http("/healthr")[0] == 200)
 
         assert dict(stub.Get(GetRequest(access_token=kept)).session.bag) == {"k": CANARY}
-        assert code_of(stub.Get, GetRequest(access_token=ended)) is grpc.StatusCode.NOT_FOUND
+        assert code_of(lambda: stub.Get(GetRequest(access_token=ended))) is grpc.StatusCode.NOT_FOUND
         assert query in first.http("/metrics")[1]
         assert first.stop() == 0
 

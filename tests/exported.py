@@ -9,15 +9,17 @@ from peering import peering
 from cache.read_through import CacheCounters
 from mnemosyned.admin.cluster import ClusterCollector
 from mnemosyned.api.guessing import GuessCounts
-from mnemosyned.observe.metrics import (
-    AuthMetrics,
+from mnemosyned.observe.collectors import (
     CacheCollector,
     ConnectionCollector,
     GuessCollector,
     LeaseCollector,
-    QueryMetrics,
     RpcCollector,
     SessionCollector,
+)
+from mnemosyned.observe.metrics import (
+    AuthMetrics,
+    QueryMetrics,
     UpkeepMetrics,
     new_registry,
     show_build,

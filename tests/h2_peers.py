@@ -45,7 +45,7 @@ class Server:
             sent += output
             admitted = self.http.admit(self.now_s)
             self._take(admitted)
-            waiting = self.http.next_waiting()
+            waiting = self.http.answers.next_waiting()
             if waiting is not None:
                 self._begin(waiting)
             if not (output or admitted or waiting):
@@ -64,7 +64,7 @@ class Server:
     def answer(self, stream: Stream, body: bytes = b"answer") -> None:
         self.answered.append(stream.id)
         self.held.pop(stream.id, None)
-        self.http.answer(stream, OK, body, TRAILERS, self.now_s)
+        self.http.answers.whole(stream, OK, body, TRAILERS, self.now_s)
 
     def _take(self, news: list[Stream]) -> None:
         for stream in news:
@@ -72,8 +72,8 @@ class Server:
                 self.was_reset.append(stream.id)
                 self.held.pop(stream.id, None)
             elif stream.is_refused and not stream.is_answered:
-                self.http.answer_head(stream, 200, [(b"grpc-status", b"8")], ends=True)
-            elif stream.is_complete and self.http.may_begin(stream):
+                self.http.answers.head(stream, 200, [(b"grpc-status", b"8")], ends=True)
+            elif stream.is_complete and self.http.answers.may_begin(stream):
                 self._begin(stream)
 
     def _begin(self, stream: Stream) -> None:

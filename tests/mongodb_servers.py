@@ -1,4 +1,4 @@
-"""Servers of MongoDB's protocol for the tests: children of this process, on free ports, with their own data.
+"""Servers of MongoDB's protocol for the tests.
 
 No MongoDB can be installed from Debian or PyPI. SecantusDB, which speaks its protocol, takes its place: a
 process of its own, from an environment of its own that `make` keeps. It is slow, and not what production
@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 import pymongo
 import pytest
+from child_servers import ChildServer
 from pymongo.errors import PyMongoError
-from redis_servers import free_port
 
 # As in the Makefile.
 VERSION: Final = "0.7.0b3"
@@ -35,36 +34,26 @@ needs_mongodb: Final = pytest.mark.skipif(not PROGRAM.exists(), reason=MISSING)
 
 
 @dataclass
-class MongoServer:
+class MongoServer(ChildServer):
     """A replica set of one member."""
 
-    directory: Path
     options: tuple[str, ...] = ()
     tls: str = ""  # the options of an address for TLS
-    port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         host, options = ("localhost", f"?{self.tls}") if self.tls else ("127.0.0.1", "")
         return f"mongodb://{host}:{self.port}/test{options}"
 
-    @property
-    def log(self) -> str:
-        return (self.directory / "log").read_text()
-
     def start(self) -> Self:
         """Start it, with the data that it has, and wait until it answers."""
         self.directory.mkdir(exist_ok=True)
         command = [PROGRAM, "--port", str(self.port), "--storage-path", self.directory / "data"]
         # Its own configuration files are nobody's business.
-        environ = os.environ | {"HOME": str(self.directory)}
-        with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, *self.options], stdout=log, stderr=log, cwd=self.directory, env=environ
-            )
+        self.run([*command, *self.options], os.environ | {"HOME": str(self.directory)})
         deadline_s = time.monotonic() + _READY_S
         while True:
+            assert self.process is not None
             assert self.process.poll() is None, self.log
             with suppress(PyMongoError):
                 self.command({"ping": 1}, timeout_ms=1000)
@@ -86,8 +75,8 @@ class MongoServer:
 
     def signal(self, number: int) -> None:
         """Send a signal; after SIGSTOP all its threads stand."""
+        super().signal(number)
         assert self.process is not None
-        self.process.send_signal(number)
         stat = Path(f"/proc/{self.process.pid}/stat")
         while number == signal.SIGSTOP and stat.read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.01)
@@ -98,15 +87,3 @@ class MongoServer:
         self.process.terminate()
         self.process.wait(20)
         self.process = None
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(20)
-            self.process = None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()

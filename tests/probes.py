@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,16 @@ def stub_of(address: str, credentials: grpc.ChannelCredentials | None = None) ->
     )
     with channel:
         yield SessionManagerStub(channel)
+
+
+def code_of(call: Callable[[], object]) -> grpc.StatusCode:
+    """Make a call; return the status with which it has ended."""
+    try:
+        call()
+    except grpc.RpcError as exc:
+        code: grpc.StatusCode = exc.code()  # type: ignore[attr-defined]  # it is a call too
+        return code
+    return grpc.StatusCode.OK
 
 
 def is_answered(address: str, timeout_s: float = 2.0) -> bool:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from child_servers import free_port
 from hiredis import Reader, pack_command
-from redis_servers import PASSWORD, RedisServer, free_port, programs, until
+from redis_servers import PASSWORD, RedisServer, programs
+from waiting import until
 
 SLOTS: Final = 16384
 _NODE_TIMEOUT_MS: Final = 2000

@@ -1,12 +1,11 @@
-"""Servers of Redis for the tests: children of this process, on free ports, with their data in a directory."""
+"""Servers of Redis for the tests."""
 
 from __future__ import annotations
 
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Final, Self
 
 import pytest
+from child_servers import ChildServer, free_port
 from secrecy import CANARY
+from waiting import until
 
 PASSWORD: Final = f"{CANARY}-the-password-of-redis"
 # Where a server of each kind comes from.
@@ -42,30 +43,17 @@ needs_redis: Final = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @dataclass
-class RedisServer:
+class RedisServer(ChildServer):
     """A server with a password, or another program of its binary with the same interface."""
 
-    directory: Path
     program: str
     settings: dict[str, str] = field(default_factory=dict)
-    port: int = field(default_factory=free_port)
     is_sentinel: bool = False
-    process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         return f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
-
-    @property
-    def log(self) -> str:
-        return (self.directory / "log").read_text()
 
     def start(self) -> Self:
         """Start it, with the data that it has, and wait until it answers."""
@@ -93,9 +81,7 @@ class RedisServer:
         # A Sentinel writes what it knows into its own.
         if not (self.is_sentinel and path.exists()):
             path.write_text("\n".join(lines) + "\n")
-        with (self.directory / "log").open("ab") as log:
-            command = [self.program, str(path), *(["--sentinel"] if self.is_sentinel else [])]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.directory)
+        self.run([self.program, path, *(["--sentinel"] if self.is_sentinel else [])])
 
     def until_ready(self) -> None:
         deadline_s = time.monotonic() + _READY_S
@@ -117,23 +103,6 @@ class RedisServer:
                 connection.recv(100)
             connection.sendall(_packed(*words))
             return connection.recv(2**20)
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """End it at once, as the end of its machine would, but for what the system still writes."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(20)
-            self.process = None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
 
 def _packed(*words: str) -> bytes:
@@ -180,13 +149,6 @@ class Watched:
                 for sentinel in self.sentinels
             )
         )
-
-
-def until(is_met: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + _READY_S
-    while not is_met():
-        assert time.monotonic() < deadline_s, "not within 20 s"
-        time.sleep(0.02)
 
 
 @contextmanager

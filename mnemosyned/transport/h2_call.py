@@ -50,6 +50,10 @@ class Way(Protocol):
         """Send one message of a streaming answer, or hold it."""
         ...
 
+    def flush_soon(self) -> None:
+        """Write within this turn of the event loop, together with what else is answered in it."""
+        ...
+
     def count(self, call: Call, size_bytes: int) -> None:
         """Count more bytes of a call's request that wait, or with a number below zero fewer."""
         ...

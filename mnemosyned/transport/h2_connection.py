@@ -1,19 +1,12 @@
-"""One connection of a client, on the daemon's event loop: HTTP/2 by http2/, gRPC here.
+"""One connection of a client, on the daemon's event loop: bytes come in and go out, and it ends.
 
     transport ── bytes ──> Connection.data_received ──> ServerConnection (http2/server.py) decides
                                                             |  Call: new, complete, with a part, or reset
                                                             v
-         ┌── handler ─── invoke_unary (call.py) <── only_message (frame.py)
-         |
-         ├── at once ──────────> `answer` ──┐
-         ├── a Later ────────────> `answer` ──┤
-         └── a coroutine: task ─> `answer` ─┴──> `_flush` ── bytes ──> transport
+    transport <── bytes ── `_flush` <────────────────── Calls (h2_calls.py) begins and answers
 
-This module does what `ServerConnection` decides, and turns a request of HTTP/2 into a call of gRPC and its
-outcome into an answer. A cached Get is answered within `data_received`, without a task or a thread. What is
-answered in one turn of the event loop is written at once.
-
-A call that must wait gets a task, which is cancelled when the client resets the stream or is gone.
+This module does what `ServerConnection` decides about the connection. What is answered in one turn of the
+event loop is written at once.
 
 How a connection ends
 ---------------------
@@ -30,74 +23,31 @@ A client that speaks something else than HTTP/2 gets an answer if it is HTTP/1 (
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from typing import Any, Final, cast
+from typing import Final, cast
 
-from aio import later, slices
-from aio.later import Later
-from aio.slices import SlicesFull
-from aio.steps import Steps
 from http2.frames import CLIENT_PREFACE
-from http2.messages import HEADER_BYTES, announced_bytes, framed, head, only_message
-from http2.outbox import Headers
 from http2.server import ServerConnection
-from mnemosyned.errors import MessageTooLarge, MnemosyneError, Overloaded, Unimplemented
 from mnemosyned.security.certificates import names_of
 from mnemosyned.transport import http1
-from mnemosyned.transport.call import (
-    UNKNOWN_METHOD,
-    ClientGone,
-    Failure,
-    Outcome,
-    fail,
-    failure_of,
-    invoke_stream,
-    invoke_unary,
-    refuse,
-)
 from mnemosyned.transport.engine import NO_LINGER, UNIX_PEER, host_port
 from mnemosyned.transport.h2_backlog import AT_ONCE_BYTES
-from mnemosyned.transport.h2_call import (
-    CONTENT_TYPE,
-    GRPC,
-    Call,
-    StreamWork,
-    UnaryWork,
-    failure_headers,
-    frame_reader,
-    is_grpc_type,
-    owner_trailers,
-    status_headers,
-)
+from mnemosyned.transport.h2_call import Call, StreamWork
+from mnemosyned.transport.h2_calls import Calls, cancel
 from mnemosyned.transport.h2_server import Server
 from mnemosyned.transport.input_age import InputAge
-from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 
-log = logging.getLogger(__name__)
-
-_OK_HEAD: Final[Headers] = [CONTENT_TYPE]
-_OK_TRAILERS: Final[Headers] = [(b"grpc-status", b"0")]
-
-_ANSWERS: Final = (bytes, tuple, Failure)
 _LINGER_S: Final = 2.0
 _LONG_S: Final = 0.05  # a wait of input that is told to its calls
 _AGE_JITTER: Final = 0.1
 _HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a pause
-
-_SHARED_BYTES: Final = 64 * 1024  # from here on a message is sent in pieces, and not copied
-
-_TOO_MANY_LARGE: Final = "mnemosyned: too many large requests are waiting"
-_INCOMPLETE: Final = "mnemosyned: too many requests are incomplete"
-_PLAIN_TEXT: Final = b"mnemosyned speaks gRPC here; its admin pages are on the next port\n"
 
 
 class Connection(asyncio.Protocol):
@@ -107,10 +57,9 @@ class Connection(asyncio.Protocol):
         """`forget` is called when the connection is gone."""
         self._server = server
         self._forget = forget
-        self._unary = server.unary
-        self._max_message_bytes = server.max_message_bytes
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # before anything else
         self._http: ServerConnection[Call] = None  # type: ignore[assignment]  # with the transport
+        self._calls: Calls = None  # type: ignore[assignment]  # with the transport
         self._loop = asyncio.get_running_loop()
         self._first = b""  # before it is known whether the client speaks HTTP/2
         self._is_http2 = False
@@ -146,6 +95,7 @@ class Connection(asyncio.Protocol):
             unsent_total=server.unsent_total,
             request_total=server.request_total,
         )
+        self._calls = Calls(server, self._http)
         server.connections.add(self)
         server.stats.open = len(server.connections)
         self._note_stall()
@@ -197,7 +147,7 @@ class Connection(asyncio.Protocol):
         calls = self._http.receive(data, now_s)
         if self._age.since_s != math.inf or self._http.has_admission:
             self._note_age(calls, now_s)
-        self._take(calls, now_s)
+        self._calls.take(calls, self, now_s)
         self._flush(now_s)
 
     def _note_age(self, calls: list[Call], now_s: float) -> None:
@@ -224,19 +174,19 @@ class Connection(asyncio.Protocol):
             return False
         # A client that has shut its side may still wait for answers.
         for call in self._http.end_input():
-            self._cancel(call)
+            cancel(call)
         self._flush()
         return bool(self._http.streams)
 
     def pause_writing(self) -> None:
         """Hold answers from now on."""
         self._is_writable = False
-        self._http.pause(time.monotonic())
+        self._http.answers.pause(time.monotonic())
 
     def resume_writing(self) -> None:
         """Go on sending."""
         self._is_writable = True
-        self._http.resume()
+        self._http.answers.resume()
         self._flush(time.monotonic())
 
     def connection_lost(self, _exc: Exception | None) -> None:
@@ -246,8 +196,7 @@ class Connection(asyncio.Protocol):
         server.connections.discard(self)
         server.stats.open = len(server.connections)
         server.stats.ended[self._http.reason or "client"] += 1
-        for call in list(self._http.streams.values()):
-            self._cancel(call)
+        self._calls.cancel_all()
         self._http.abandon()
         self._forget()
         self.closed.set()
@@ -257,20 +206,20 @@ class Connection(asyncio.Protocol):
     @property
     def unsent_bytes(self) -> int:
         """How many bytes of answers the client has not taken."""
-        return self._http.unsent_bytes
+        return self._http.answers.unsent_bytes
 
     @property
     def request_bytes(self) -> int:
         """How many bytes of requests are held that are not complete, or wait."""
-        return self._http.request_bytes
+        return self._http.requests.size_bytes
 
     def incomplete_since_s(self) -> float:
         """Return when the oldest of these requests arrived; infinity if there is none."""
-        return self._http.incomplete_since_s()
+        return self._http.requests.since_s(self._http.begun_s)
 
     def still_since_s(self) -> float:
         """Return since when the client has taken nothing of some answer; infinity if nothing waits."""
-        return self._http.still_since_s()
+        return self._http.answers.still_since_s()
 
     def retire(self, reason: str) -> None:
         """Ask the client to open no more streams, and close when those that are open are answered."""
@@ -282,16 +231,7 @@ class Connection(asyncio.Protocol):
     def expel(self, reason: str) -> None:
         """Answer what is open with UNAVAILABLE, and close."""
         now_s = time.monotonic()
-        failure = failure_of(Overloaded(reason))
-        for call in list(self._http.streams.values()):
-            self._cancel(call)
-            if not call.is_answered:
-                self._send_failure(call, failure)
-            elif isinstance(call.work, StreamWork) and not call.is_ended:
-                # A reset would look like the client's own cancelling.
-                self._http.answer_end(call, status_headers(failure))
-            else:
-                self._http.cancel(call)
+        self._calls.expel(reason)
         self._http.is_over = True
         self._flush(now_s)
 
@@ -304,7 +244,7 @@ class Connection(asyncio.Protocol):
         if self._age.is_late(now_s):
             self.retire("ping_timeout")
         for call in self._http.check(now_s):
-            self._cancel(call)
+            cancel(call)
         if self._http.is_overdue(now_s):
             self.expel("mnemosyned: the connection is too old")
         elif self._is_http2 or self._http.reason:
@@ -314,8 +254,7 @@ class Connection(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """Close at once, whatever is unsent."""
         self._http.reason = reason
-        for call in list(self._http.streams.values()):
-            self._cancel(call)
+        self._calls.cancel_all()
         self._http.abandon()
         self._drop()
 
@@ -327,208 +266,23 @@ class Connection(asyncio.Protocol):
             )
         self._transport.abort()
 
-    # Calls.
-
-    def _take(self, calls: list[Call], now_s: float) -> None:
-        for call in calls:
-            if call.is_complete and call.work is None and not call.is_reset:
-                if self._http.may_begin(call):
-                    self._begin(call, now_s)
-            else:
-                self._take_part(call)
-
-    def _begin(self, call: Call, now_s: float) -> None:
-        """Answer a complete request, at once or by a task."""
-        call.connection = self
-        method = self._unary.get(call.target)
-        if method is None or not call.is_grpc:
-            self._begin_other(call)
-            return
-        message = only_message(call.body)
-        limit_bytes = method.max_message_bytes or self._max_message_bytes
-        if message is None or len(message) > limit_bytes:
-            try:
-                size_bytes = len(call.body)
-                steps = self._reading_only(call, limit_bytes)
-                next(steps)
-            except StopIteration as end:
-                message = end.value
-            except MnemosyneError as exc:
-                self._refuse_body(method, call, exc)
-                return
-            else:
-                call.work = UnaryWork(self._loop.create_task(self._read_on(method, call, steps, size_bytes)))
-                return
-        outcome = invoke_unary(method, message, call)
-        if isinstance(outcome, bytes):
-            trailers = _OK_TRAILERS if not call.owner else _ok_trailers(call)
-            self._http.answer(call, _OK_HEAD, framed(outcome), trailers, now_s)
-        elif isinstance(outcome, Failure | tuple):
-            self._answer(call, outcome)
-        else:
-            self._answer_later(call, outcome)
-
-    def _answer_later(self, call: Call, outcome: Later[Outcome] | Coroutine[Any, Any, Outcome]) -> None:
-        if isinstance(outcome, Later):
-            call.work = outcome
-            outcome.then(partial(self._take_later, call))
-        else:
-            call.work = UnaryWork(self._loop.create_task(self._finish(call, outcome)))
-
-    def _take_later(self, call: Call, outcome: later.Outcome[Outcome]) -> None:
-        """Answer a call, or go on with it, whose outcome was not known at once."""
-        if isinstance(outcome, _ANSWERS):
-            self._answer(call, outcome)
-            self._flush_soon()
-        elif not isinstance(outcome, BaseException):
-            self._answer_later(call, outcome)
-
-    async def _read_on(self, method: UnaryMethod, call: Call, steps: Steps[bytes], size_bytes: int) -> None:
-        """Read a message that takes more than a step, and answer its call."""
-        outcome: Outcome | Later[Outcome] | Coroutine[Any, Any, Outcome]
-        try:
-            message = await slices.of_loop().run(steps, size_bytes=size_bytes)
-        except SlicesFull:
-            outcome = self._refused(method, call, Overloaded(_TOO_MANY_LARGE))
-        except MnemosyneError as exc:
-            outcome = self._refused(method, call, exc)
-        else:
-            outcome = invoke_unary(method, message, call)
-        self._answer(call, await outcome if isinstance(outcome, Coroutine | Later) else outcome)
-        self._flush_soon()
-
-    async def _finish(self, call: Call, working: Coroutine[Any, Any, Outcome]) -> None:
-        self._answer(call, await working)
-        self._flush_soon()
-
-    def _answer(self, call: Call, outcome: Outcome) -> None:
-        if call.is_reset or call.is_answered:
-            return
-        now_s = time.monotonic()
-        if isinstance(outcome, bytes) and len(outcome) < _SHARED_BYTES:
-            self._http.answer(call, _OK_HEAD, framed(outcome), _ok_trailers(call), now_s)
-        elif isinstance(outcome, Failure):
-            self._send_failure(call, outcome)
-        else:
-            # In pieces, so that they are not copied before they are sent, which may be a while.
-            pieces = (outcome,) if isinstance(outcome, bytes) else outcome
-            self._http.answer_head(call, 200, _OK_HEAD)
-            self._http.answer_part(call, (head(pieces), *pieces), now_s)
-            self._http.answer_end(call, _ok_trailers(call))
-            self._server.relieve()
-
-    def _take_part(self, call: Call) -> None:
-        """Take the beginning of a request, a part of one that streams, or a reset."""
-        if call.is_reset:
-            self._cancel(call)
-        elif isinstance(call.work, StreamWork):
-            call.work.feed(bytes(self._http.take_body(call)))
-            self._server.relieve_requests()
-        elif call.work is None and not call.is_answered:
-            call.connection = self
-            method = self._unary.get(call.target)
-            self._http.count_incomplete(call)
-            if method is None:
-                self._begin_other(call)
-            elif call.body or call.is_refused:
-                self._check_incomplete(method, call)
-            self._server.relieve_requests()
-
-    def _check_incomplete(self, method: UnaryMethod, call: Call) -> None:
-        """Refuse a request as soon as it is known to be too large; its rest need not come."""
-        limit_bytes = method.max_message_bytes or self._max_message_bytes
-        if call.is_refused:
-            self._refuse_body(method, call, Overloaded(_INCOMPLETE))
-        elif announced_bytes(call.body) > HEADER_BYTES + limit_bytes:
-            text = f"mnemosyned: message is larger than {limit_bytes} bytes"
-            self._refuse_body(method, call, MessageTooLarge(text))
-
-    def _reading_only(self, call: Call, limit_bytes: int) -> Steps[bytes]:
-        """Return the message of a body that is compressed, too large or damaged. Raises what is wrong."""
-        if call.is_refused:
-            raise Overloaded(_INCOMPLETE)
-        return frame_reader(call, limit_bytes).reading_only(self._http.take_body(call))
-
-    def _refuse_body(self, method: UnaryMethod, call: Call, exc: MnemosyneError) -> None:
-        self._send_failure(call, self._refused(method, call, exc))
-
-    def _refused(self, method: UnaryMethod, call: Call, exc: MnemosyneError) -> Failure:
-        # `invoke_unary` was not reached, so the call is counted here: `fail` counts it out.
-        method.stats.begin()
-        return fail(method, call, exc, time.perf_counter())
-
-    def _begin_other(self, call: Call) -> None:
-        """Begin a call whose method streams, or refuse what is no call of ours."""
-        stream = self._server.streams.get(call.target)
-        if call.method != b"POST":
-            self._answer_plainly(call, 405, [(b"allow", b"POST")])
-        elif not is_grpc_type(call.header(b"content-type") or b""):
-            self._answer_plainly(call, 415, [(b"accept-post", GRPC)])
-        elif not call.is_grpc:
-            method = self._unary.get(call.target)
-            if method is None:
-                self._send_failure(call, refuse(call, call.objection()))
-            else:
-                self._refuse_body(method, call, call.objection())
-        elif stream is None:
-            self._send_failure(call, refuse(call, Unimplemented(UNKNOWN_METHOD)))
-        else:
-            limit_bytes = stream.max_message_bytes or self._max_message_bytes
-            self._http.count_incomplete(call)
-            work = StreamWork(call, frame_reader(call, limit_bytes))
-            work.feed(bytes(self._http.take_body(call)))
-            call.work = work
-            work.task = self._loop.create_task(self._run_stream(stream, call, work))
-
-    async def _run_stream(self, method: StreamMethod, call: Call, work: StreamWork) -> None:
-        try:
-            failure = await invoke_stream(method, work.messages(), call, work.send)
-        except ClientGone:
-            return
-        if call.is_reset:
-            return
-        if failure is not None and not call.is_answered:
-            self._send_failure(call, failure)
-        else:
-            if not call.is_answered:
-                self._http.answer_head(call, 200, _OK_HEAD)
-            self._http.answer_end(call, _OK_TRAILERS if failure is None else status_headers(failure))
-        self._flush_soon()
+    # What a call asks for (Way).
 
     def send_part(self, call: Call, message: bytes) -> None:
-        """Send one message of a streaming answer, or hold it."""
-        if not call.is_answered:
-            self._http.answer_head(call, 200, _OK_HEAD)
-        self._http.answer_part(call, (framed(message),), time.monotonic())
+        """See Way."""
+        self._calls.send_part(call, message)
         self._flush()
 
     def count(self, call: Call, size_bytes: int) -> None:
-        """Count more bytes of a call's request that wait, or with a number below zero fewer."""
-        self._http.count(call, size_bytes)
+        """See Way."""
+        self._http.requests.count(call, size_bytes)
 
     def unsent_of(self, call: Call) -> int:
-        """Return how many bytes of a call's answer wait."""
-        return self._http.unsent_of(call)
+        """See Way."""
+        return self._http.answers.unsent_of(call)
 
-    def _send_failure(self, call: Call, failure: Failure) -> None:
-        headers = failure_headers(failure)
-        if call.owner:
-            headers = [*headers, *owner_trailers(call.owner)]
-        self._http.answer_head(call, 200, headers, ends=True)
-
-    def _answer_plainly(self, call: Call, status: int, headers: Headers) -> None:
-        self._http.answer_head(call, status, [(b"content-type", b"text/plain"), *headers])
-        self._http.answer_part(call, (_PLAIN_TEXT,), time.monotonic())
-        self._http.answer_end(call, None)
-
-    def _cancel(self, call: Call) -> None:
-        if call.work is not None:
-            call.work.cancel()
-
-    # Bytes.
-
-    def _flush_soon(self) -> None:
-        """Write within this turn of the event loop, together with what else is answered in it."""
+    def flush_soon(self) -> None:
+        """See Way."""
         if not self._http.streams:
             # Nothing else will be answered.
             self._flush()
@@ -536,10 +290,22 @@ class Connection(asyncio.Protocol):
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
 
+    @property
+    def certificate_names(self) -> tuple[str, ...]:
+        """See Way."""
+        if self._certificate_names is None:
+            tls = self._transport.get_extra_info("ssl_object")
+            certificate = tls.getpeercert(binary_form=True) if tls is not None else None
+            pem = ssl.DER_cert_to_PEM_cert(certificate) if certificate else ""
+            self._certificate_names = names_of(pem) if pem else ()
+        return self._certificate_names
+
+    # Bytes.
+
     def _flush(self, now_s: float = 0.0) -> None:
         """Write what there is; a client that is behind with reading gets it in its turn."""
         self._flush_is_due = False
-        if self._http.has_held:
+        if self._http.answers.has_held:
             self._server.backlog.put_sender(self)
         else:
             self._write(now_s or time.monotonic())
@@ -560,7 +326,7 @@ class Connection(asyncio.Protocol):
                 if isinstance(call.work, StreamWork):
                     call.work.wake()
             has_more = self._begin_waiting(now_s)
-            if http.has_held and (has_more or (output and self._is_writable)):
+            if http.answers.has_held and (has_more or (output and self._is_writable)):
                 self._server.backlog.put_sender(self)
                 break
         if http.is_over:
@@ -571,18 +337,17 @@ class Connection(asyncio.Protocol):
         admitted = self._http.admit(now_s)
         if admitted:
             self._note_age(admitted, now_s)
-        self._take(admitted, now_s)
-        waiting = self._http.next_waiting()
+        self._calls.take(admitted, self, now_s)
+        waiting = self._http.answers.next_waiting()
         if waiting is not None:
-            self._begin(waiting, now_s)
+            self._calls.begin(waiting, self, now_s)
         return bool(admitted) or waiting is not None
 
     def _close(self) -> None:
         if self._closing_since_s is not None or self._transport.is_closing():
             return
         self._closing_since_s = time.monotonic()
-        for call in list(self._http.streams.values()):
-            self._cancel(call)
+        self._calls.cancel_all()
         self._http.abandon()
         if self._is_writable and self._transport.can_write_eof() and not self._http.is_half_closed:
             self._transport.write_eof()
@@ -607,17 +372,3 @@ class Connection(asyncio.Protocol):
         self._http.is_over = True
         self._close()
         return False
-
-    @property
-    def certificate_names(self) -> tuple[str, ...]:
-        """See Call."""
-        if self._certificate_names is None:
-            tls = self._transport.get_extra_info("ssl_object")
-            certificate = tls.getpeercert(binary_form=True) if tls is not None else None
-            pem = ssl.DER_cert_to_PEM_cert(certificate) if certificate else ""
-            self._certificate_names = names_of(pem) if pem else ()
-        return self._certificate_names
-
-
-def _ok_trailers(call: Call) -> Headers:
-    return [*_OK_TRAILERS, *owner_trailers(call.owner)] if call.owner else _OK_TRAILERS

@@ -12,7 +12,7 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from probes import OPTIONS, UNKNOWN, dialled, is_answered
 from processes import Daemon
+from waiting import until
 
 from mnemosyned.security.api_keys import Role, line_of, new_key
 
@@ -53,13 +54,6 @@ OF_GRPCIO = ["ECONNABORTED", "EMFILE", "ENFILE", "EPROTO"]
 def failures_of(daemon: Daemon) -> float:
     samples = [line for line in daemon.http("/metrics")[1].splitlines() if "accept_failures_total{" in line]
     return sum(float(line.rpartition(" ")[2]) for line in samples)
-
-
-def wait_until(is_met: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 15
-    while not is_met():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
 
 
 @contextmanager
@@ -249,7 +243,7 @@ def test_connections_stay_below_a_low_limit_of_files(engine: str) -> None:
         (warning,) = [json.loads(one) for one in daemon.lines if '"open_files_limit_too_low"' in one]
         process = psutil.Process(daemon.process.pid)
         held = [idle.enter_context(dialled(daemon.address)) for _ in range(1100)]
-        wait_until(lambda: process.num_fds() >= warning["allowed"])
+        until(lambda: process.num_fds() >= warning["allowed"])
         for _ in range(20):
             known.Exists(UNKNOWN, timeout=5)
         assert daemon.http("/healthz")[0] == 200

@@ -166,7 +166,7 @@ def test_three_nodes_on_one_machine_go_on_when_one_is_killed(tmp_path: Path) -> 
             process.send_signal(signal.SIGINT)
 
     search(welcome, "what make cluster prints")
-    search((tmp_path / "mnemosyned/postgres/cluster.log").read_text(), "the log of make cluster")
+    search((tmp_path / "mnemosyned/cluster/log").read_text(), "the log of make cluster")
     assert process.returncode == 0
     assert re.search(r"\d{2,} reads, \d+ at the owner, 0 failed", out.splitlines()[-1].rpartition("\r")[2])
     wait_until_gone(tmp_path)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from faults.history import Kind, Operation, Outcome
 from faults.recorder import Recorder
 from mnemosynerpc.session_pb2 import AbandonRequest, ExistsRequest, GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from probes import code_of
 from processes import Daemon
 from replicas import Replicas, comes_back, execute, kill, promote, replicas, rewind, until_true
 
@@ -272,14 +273,6 @@ def read(daemon: Daemon, token: str) -> None:
 def exists(daemon: Daemon, token: str) -> bool:
     with daemon.stub() as stub:
         return bool(stub.Exists(ExistsRequest(access_token=token), timeout=PATIENCE_S).value)
-
-
-def code_of(call: Callable[[], object]) -> grpc.StatusCode:
-    try:
-        call()
-    except grpc.RpcError as error:
-        return error.code()  # type: ignore[attr-defined,no-any-return]  # it is a call too
-    return grpc.StatusCode.OK
 
 
 def is_ready(daemon: Daemon) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from probes import dialled
 from processes import Daemon
+from waiting import until
 
 ENGINES = ["h2", "grpcio"]
 STALL_S = 3  # a port that is silent for longer ends the life of the process
@@ -28,14 +28,7 @@ def test_a_daemon_without_a_file_left_answers_its_probes(engine: str) -> None:
         with ExitStack() as stack:
             for _ in range(limit):
                 stack.enter_context(dialled(daemon.address))
-            wait_until(lambda: len(list(files.iterdir())) >= limit - 2)
+            until(lambda: len(list(files.iterdir())) >= limit - 2)
             until_s = time.monotonic() + 2 * STALL_S
             while time.monotonic() < until_s:
                 assert daemon.http("/healthz")[0] == 200
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 from clusters import free_ports
 from environments import ROOT
+from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import mnemosyned, wait_until_gone
+from redis_servers import needs_redis
 from secrecy import search
 
 SCRIPT = str(ROOT / "deploy" / "local_cluster.py")
@@ -53,11 +57,13 @@ class Program:
 
 
 @contextmanager
-def running_cluster(tmp_path: Path) -> Iterator[tuple[Program, dict[str, str], list[int], list[int]]]:
+def running_cluster(
+    tmp_path: Path, *flags: str
+) -> Iterator[tuple[Program, dict[str, str], list[int], list[int]]]:
     """Run a cluster on ports of its own: the program, its environment, the ports, the nodes' processes."""
     ports = free_ports(3)
     environ = {"XDG_DATA_HOME": str(tmp_path), "CLUSTER_PORTS": ",".join(map(str, ports))}
-    program = Program(environ)
+    program = Program(environ, *flags)
     try:
         pids = [int(program.wait_for(rf":{port}  pid ").split()[-1]) for port in ports]
         program.wait_for("stop them all")
@@ -66,7 +72,7 @@ def running_cluster(tmp_path: Path) -> Iterator[tuple[Program, dict[str, str], l
     finally:
         if program.process.poll() is None:
             program.end(signal.SIGINT, signal.SIGINT)
-        search((tmp_path / "mnemosyned/postgres/cluster.log").read_text(), "the log of make cluster")
+        search((tmp_path / "mnemosyned/cluster/log").read_text(), "the log of make cluster")
         wait_until_gone(tmp_path)
 
 
@@ -75,6 +81,18 @@ def wait_for_nodes(port: int, count: int) -> None:
     while f"{count} nodes" not in mnemosyned("cluster", "check", "-node", f"127.0.0.1:{port}")[1]:
         assert time.monotonic() < deadline_s
         time.sleep(0.1)
+
+
+def start_session(port: int) -> str:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        new = StartRequest(session=Session(subject_id="user:17"))
+        return SessionManagerStub(channel).Start(new, timeout=5).session.access_token
+
+
+def get_session(port: int, token: str) -> str:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        request = GetRequest(access_token=token)
+        return SessionManagerStub(channel).Get(request, timeout=5).session.subject_id
 
 
 def run(environ: dict[str, str], *arguments: str) -> tuple[int, str]:
@@ -98,6 +116,36 @@ def test_a_node_that_dies_is_named_and_can_be_started_again(tmp_path: Path) -> N
     assert "stopping 2 nodes: they finish the calls in flight, for at most 10 s" in end[1]
 
 
+@needs_redis
+def test_all_nodes_get_the_flags_and_share_the_storage_that_they_choose(tmp_path: Path) -> None:
+    # A flag may hold a secret, and a node that is started again has the same.
+    with running_cluster(tmp_path, "-storage=redis", "-guess.limit=77") as (_, environ, ports, pids):
+        os.kill(pids[1], signal.SIGKILL)
+        node = Program(environ, "node", "2")
+        log = node.wait_for('"configuration"|configuration ')
+        node.wait_for("stop it  Ctrl-C")
+        token = start_session(ports[0])
+        found = {get_session(port, token) for port in ports}
+        node.end(signal.SIGINT)
+        mode = (tmp_path / "mnemosyned/cluster/running.json").stat().st_mode
+
+    assert "77" in log
+    assert found == {"user:17"}
+    assert mode & 0o077 == 0
+    assert (tmp_path / "mnemosyned/redis/data").exists()
+    assert not (tmp_path / "mnemosyned/postgres").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"), [("-storage=memory", "memory is for one node"), ("-cache.ttl=x", "flag -cache.ttl")]
+)
+def test_a_flag_with_which_no_cluster_can_run_is_one_line(tmp_path: Path, flag: str, reason: str) -> None:
+    code, out = run({"XDG_DATA_HOME": str(tmp_path)}, flag)
+
+    assert (code, len(out.splitlines())) == (1, 1)
+    assert reason in out
+
+
 def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, _, _, pids):
         os.kill(pids[0], signal.SIGSTOP)
@@ -115,7 +163,7 @@ def test_a_terminal_that_closes_stops_all_nodes_cleanly(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, _, _, pids):
         # The kernel and the shell may both send it.
         code, end = cluster.end(signal.SIGHUP, signal.SIGHUP)
-        log = (tmp_path / "mnemosyned/postgres/cluster.log").read_text()
+        log = (tmp_path / "mnemosyned/cluster/log").read_text()
 
     assert code == 0
     assert "stopping 3 nodes" in end

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from poolers import needs_pgbouncer, pooled
 from processes import Daemon
 from secrecy import CANARY
+from waiting import until
 
 from mnemosyned.embedded.server import EmbeddedPostgres
 
@@ -43,13 +43,6 @@ def execute(dsn: str, sql: str) -> list[asyncpg.Record]:
 
 def end_connections(admin: str, user: str) -> None:
     execute(admin, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{user}'")  # noqa: S608
-
-
-def until(condition: Callable[[], object], within_s: float = 15) -> None:
-    end_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end_s, "it has not come to that in time"
-        time.sleep(0.05)
 
 
 class Secret:

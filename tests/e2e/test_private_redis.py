@@ -6,8 +6,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -16,6 +14,7 @@ from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon
 from redis_servers import needs_redis
+from waiting import until
 
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.redis.private_server import find_program
@@ -47,13 +46,6 @@ def is_there(stub: SessionManagerStub, token: str) -> bool:
         return False
 
 
-def wait_until(is_met: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 15
-    while not is_met():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-
-
 def test_it_keeps_sessions_is_shared_restarted_and_ends_with_its_daemon(tmp_path: Path) -> None:
     directory = tmp_path / "redis"
     flags = ("-storage=redis", f"-redis.address=embedded:{directory}", "-cache.ttl=0")
@@ -64,7 +56,7 @@ def test_it_keeps_sessions_is_shared_restarted_and_ends_with_its_daemon(tmp_path
             (server,) = servers_on(directory)
             os.kill(server, signal.SIGKILL)
             owner.wait_for("private_server_died")
-            wait_until(lambda: is_there(stub, token))
+            until(lambda: is_there(stub, token))
             assert guest.stop() == 0
         assert owner.stop() == 0
     assert servers_on(directory) == []
@@ -72,7 +64,7 @@ def test_it_keeps_sessions_is_shared_restarted_and_ends_with_its_daemon(tmp_path
     with Daemon(*flags) as owner, owner.serving().stub() as stub:
         assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
         owner.process.kill()
-        wait_until(lambda: servers_on(directory) == [])
+        until(lambda: servers_on(directory) == [])
 
 
 def test_without_a_program_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from processes import Daemon
+from waiting import until
 
 SECRET = "hunter2-on-the-command-line"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -19,12 +18,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0")
-
-
-def wait_for(is_met: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
-    while not is_met():
-        assert time.monotonic() < deadline_s
 
 
 @pytest.mark.parametrize(
@@ -72,13 +65,13 @@ def test_a_commands_title_shows_neither_secret_nor_token(arguments: list[str], s
             env=os.environ | {"MNEMOSYNED_CLUSTER_LISTEN": node},
             stderr=subprocess.DEVNULL,
         ) as process:
-            wait_for(lambda: command_line(process.pid) == f"mnemosyned cluster {shown}")
+            until(lambda: command_line(process.pid) == f"mnemosyned cluster {shown}")
             process.kill()
 
 
 def test_the_secrets_are_hidden_before_anything_else_is_done() -> None:
     with Daemon("-storage=memory", f"-cluster.secret={SECRET}") as daemon:
-        wait_for(lambda: command_line(daemon.process.pid).startswith("mnemosyned"))
+        until(lambda: command_line(daemon.process.pid).startswith("mnemosyned"))
         # Long before the modules of the daemon are there, among them this one.
         maps = Path(f"/proc/{daemon.process.pid}/maps").read_text()
 

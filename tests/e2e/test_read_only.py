@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 from mnemosynerpc.session_pb2 import ExistsRequest, GetRequest, Session, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from probes import code_of
 from processes import Daemon
 from replicas import Replicas, execute, kill, promote, replicas, set_read_only
+from waiting import until
 
 from mnemosyned.embedded.server import EmbeddedPostgres
 
@@ -29,23 +31,8 @@ FLAGS = (
 BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'mnemosyned'"
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, condition
-        time.sleep(0.05)
-
-
 def start(stub: SessionManagerStub) -> str:
     return str(stub.Start(StartRequest(session=Session(subject_id="s")), timeout=10).session.access_token)
-
-
-def code_of(call: Callable[[], object]) -> grpc.StatusCode:
-    try:
-        call()
-    except grpc.RpcError as error:
-        return error.code()  # type: ignore[attr-defined,no-any-return]  # it is a call too
-    return grpc.StatusCode.OK
 
 
 def is_ready(daemon: Daemon) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-import grpc
 import pytest
+from grpc import StatusCode
 from mnemosynerpc.session_pb2 import GetRequest, Session, SetValueRequest, StartRequest
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from probes import code_of
 from processes import Daemon
 from replicas import execute
+from waiting import until
 
 TABLE = "mnemosyne.session"
 # What is done to the table, and what the reason says. The SQL of the reason mends it.
@@ -42,23 +43,8 @@ HARMLESS = (
 )
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, condition
-        time.sleep(0.05)
-
-
 def start(stub: SessionManagerStub) -> str:
     return str(stub.Start(StartRequest(session=Session(subject_id="s")), timeout=10).session.access_token)
-
-
-def code_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except grpc.RpcError as error:
-        return str(error.code().name)  # type: ignore[attr-defined]  # it is a call too
-    return "OK"
 
 
 class Tabled(Daemon):
@@ -94,7 +80,7 @@ def test_a_changed_table_is_told_with_the_sql_that_mends_it(daemon: Tabled, post
             for mending in daemon.reason.partition("This SQL mends it: ")[2].split("; "):
                 execute(postgres_dsn, mending)
             until(lambda: daemon.is_ready)
-            assert code_of(lambda: start(stub)) == "OK", statement
+            assert code_of(lambda: start(stub)) is StatusCode.OK, statement
 
 
 def test_changes_that_do_no_harm_fail_no_call(daemon: Tabled, postgres_dsn: str) -> None:
@@ -127,10 +113,10 @@ def test_a_dropped_table_is_made_again_and_no_copy_of_a_lost_session_is_served(
         line = daemon.wait_for("table_made_again")
         until(lambda: daemon.is_ready)
 
-        assert code == "UNAVAILABLE"
+        assert code is StatusCode.UNAVAILABLE
         assert (line["level"], line["sessions"]) == ("error", "all are gone")
-        assert code_of(lambda: stub.Get(GetRequest(access_token=token))) == "NOT_FOUND"
-        assert code_of(lambda: stub.Get(GetRequest(access_token=start(stub)))) == "OK"
+        assert code_of(lambda: stub.Get(GetRequest(access_token=token))) is StatusCode.NOT_FOUND
+        assert code_of(lambda: stub.Get(GetRequest(access_token=start(stub)))) is StatusCode.OK
 
 
 @pytest.mark.parametrize(
@@ -156,9 +142,9 @@ def test_copies_of_sessions_end_with_the_rows_of_the_table(
     with daemon.stub() as stub:
         token = start(stub)
         execute(postgres_dsn, *statements)
-        until(lambda: code_of(lambda: stub.Get(GetRequest(access_token=token))) == "NOT_FOUND", 5)
+        until(lambda: code_of(lambda: stub.Get(GetRequest(access_token=token))) is StatusCode.NOT_FOUND, 5)
 
-        assert code_of(lambda: stub.Get(GetRequest(access_token=start(stub)))) == "OK"
+        assert code_of(lambda: stub.Get(GetRequest(access_token=start(stub)))) is StatusCode.OK
         assert daemon.is_ready
 
 
@@ -178,4 +164,4 @@ def test_a_database_that_is_renamed_or_dropped_is_awaited(daemon: Tabled, postgr
         execute(others, renamed)
         until(lambda: daemon.is_ready)
         with daemon.stub() as stub:
-            assert code_of(lambda: start(stub)) == "OK"
+            assert code_of(lambda: start(stub)) is StatusCode.OK

@@ -10,8 +10,9 @@ from typing import Final, Protocol, TypeAlias
 
 from mongodb_servers import MongoServer
 from redis_clusters import redis_cluster
-from redis_servers import RedisServer, programs, until
+from redis_servers import RedisServer, programs
 from replicas import execute, kill, promote, standby_of, until_true
+from waiting import until
 
 from mnemosyned.embedded.probes import servers_on
 from mnemosyned.embedded.server import EmbeddedPostgres

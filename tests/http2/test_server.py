@@ -137,7 +137,7 @@ def test_a_request_answered_before_its_end_need_not_be_completed() -> None:
     server = Server()
     server.receive(PREFACE + open_request(1))
 
-    server.http.answer_head(server.http.streams[1], 200, [(b"grpc-status", b"8")], ends=True)
+    server.http.answers.head(server.http.streams[1], 200, [(b"grpc-status", b"8")], ends=True)
     sent = server.flush()
 
     assert resets_of(sent) == [(1, NO_ERROR)]
@@ -212,11 +212,11 @@ def test_a_request_that_waited_and_was_reset_is_not_begun() -> None:
 def test_nothing_is_framed_in_a_pause() -> None:
     server = Server()
     server.receive(PREFACE + request(1, headers=HOLD))
-    server.http.pause(server.now_s)
+    server.http.answers.pause(server.now_s)
     server.answer(server.held[1], bytes(1000))
 
     assert len(server.flush()) < 100
-    server.http.resume()
+    server.http.answers.resume()
     assert len(server.flush()) > 1000
 
 
@@ -239,21 +239,21 @@ def test_a_request_counts_in_the_total_until_it_is_forgotten() -> None:
     [stream] = server.http.streams.values()
     assert server.incomplete.size_bytes == 0
 
-    server.http.count_incomplete(stream)
-    server.http.count_incomplete(stream)
+    server.http.requests.count_incomplete(stream)
+    server.http.requests.count_incomplete(stream)
     assert server.incomplete.size_bytes == STREAM_BYTES + 900
-    server.http.take_body(stream)
+    server.http.requests.take_body(stream)
     assert server.incomplete.size_bytes == STREAM_BYTES
     server.receive(frame(DATA, 0, 1, bytes(50)) + frame(DATA, 0, 1, bytes(50)))
-    server.http.count(stream, 10)
+    server.http.requests.count(stream, 10)
     assert server.incomplete.size_bytes == STREAM_BYTES + 110
-    assert server.http.request_bytes == STREAM_BYTES + 110
-    assert server.http.incomplete_since_s() == server.now_s
+    assert server.http.requests.size_bytes == STREAM_BYTES + 110
+    assert server.http.requests.since_s(server.http.begun_s) == server.now_s
 
     server.http.cancel(stream)
-    server.http.count(stream, -10)
+    server.http.requests.count(stream, -10)
     assert server.incomplete.size_bytes == 0
-    assert server.http.incomplete_since_s() == math.inf
+    assert server.http.requests.since_s(server.http.begun_s) == math.inf
 
 
 def test_requests_beyond_the_limit_of_streams_count_in_the_total() -> None:
@@ -518,7 +518,7 @@ def test_an_answer_must_be_taken_or_its_stream_is_reset() -> None:
 def test_a_long_pause_ends_the_connection() -> None:
     server = Server(LIMITS)
     server.receive(PREFACE)
-    server.http.pause(server.now_s)
+    server.http.answers.pause(server.now_s)
 
     server.pass_time(6)
 

@@ -104,7 +104,7 @@ async def test_all_writes_succeed_where_every_transaction_is_serializable(
 async def test_a_bag_that_is_changed_and_changed_back_takes_the_change(postgres_dsn: str) -> None:
     (store,) = await opened(postgres_dsn, 1)
     await store.start([new("a", bag=bag.encode({"k": "old"}))])
-    store._values.forget(b"a")
+    store._values.bags.take(b"a")
     connection = await asyncpg.connect(postgres_dsn)
     # Another version of the row, and the same bag: a touch, or a Go daemon that wrote it twice.
     await connection.execute(f"UPDATE {TABLE.sql} SET expire_at = expire_at + interval '1 s'")  # noqa: S608  # quoted

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
-from redis_servers import PACKAGES, PASSWORD, RedisServer, free_port, needs_redis, programs, redis_server
+from child_servers import free_port
+from redis_servers import PACKAGES, PASSWORD, RedisServer, needs_redis, programs, redis_server
 from stores import BAG, lookups, new, new_redis_store
 
-from mnemosyned.errors import StorageUnavailable
+from mnemosyned.errors import DeadlineExceeded, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, ValueChange
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.redis.link import Command
@@ -90,6 +91,43 @@ async def test_sessions_that_have_expired_leave_no_key_behind(server: RedisServe
         assert await keys(store) == OURS
 
 
+async def test_ten_thousand_sessions_that_have_expired_leave_no_memory_behind(server: RedisServer) -> None:
+    async with opened(server.url) as store:
+        # Buffers that these bring stay.
+        await expired(store, 1000)
+        before = await used_bytes(store)
+
+        most = await expired(store, 10_000)
+
+        assert most > before + 10_000 * 300
+        await until_used_bytes(store, before * 1.05)
+        assert await keys(store) == OURS
+
+
+async def expired(store: RedisStore, count: int) -> int:
+    """Start sessions that have expired at once, and clean up; return how much memory was used between."""
+    for at in range(0, count, 500):
+        fields = {"subject_id": f"s{at}", "refresh_token": f"r{at}", "ttl_us": 1, "bag": b""}
+        await started(store, *(f"t{number}" for number in range(at, at + 500)), **fields)
+    most = await used_bytes(store)
+    while await store.clean_up(limit=1000):
+        pass
+    return most
+
+
+async def used_bytes(store: RedisStore) -> int:
+    (info,) = await sent(store, ("INFO", "memory"))
+    assert isinstance(info, bytes)
+    return int(info.partition(b"used_memory:")[2].split()[0])
+
+
+async def until_used_bytes(store: RedisStore, most: float) -> None:
+    """Wait for the server, which shrinks the table of its keys in steps."""
+    async with asyncio.timeout(20):
+        while await used_bytes(store) > most:
+            await asyncio.sleep(0.05)
+
+
 async def test_sessions_that_are_ended_leave_no_key_behind(server: RedisServer) -> None:
     async with opened(server.url) as store:
         await started(store, *"abcdefgh", subject_id="a", refresh_token="r")
@@ -112,6 +150,18 @@ async def test_all_that_is_stored_of_a_session_ends_by_itself_if_no_daemon_runs(
     for ms in lasting:
         assert isinstance(ms, int)
         assert 86_400_000 < ms < 86_400_000 + 61_000
+
+
+async def test_an_index_lasts_as_long_as_the_last_of_its_sessions(server: RedisServer) -> None:
+    hour_ms = 3_600_000
+    async with opened(server.url) as store:
+        for token, hours in (("a", 2), ("b", 5), ("c", 1)):
+            await started(store, token, subject_id="s", refresh_token="r", ttl_us=hours * hour_ms * 1000)
+        lasting = await sent(store, ("PTTL", "test:u:s"), ("PTTL", "test:r:r"))
+
+    for ms in lasting:
+        assert isinstance(ms, int)
+        assert 29 * hour_ms - 60_000 < ms < 29 * hour_ms + 1000
 
 
 async def test_an_index_forgets_sessions_that_the_server_has_lost(server: RedisServer) -> None:
@@ -204,6 +254,58 @@ async def test_many_writers_of_one_bag_lose_nothing_though_they_are_on_many_node
 
     assert isinstance(values, dict)
     assert len(values) == 6 * 15 + 1
+
+
+async def test_a_remembered_bag_is_changed_by_one_script_and_no_change_of_another_node_is_lost(
+    server: RedisServer,
+) -> None:
+    async with opened(server.url) as one, opened(server.url) as other:
+        await started(one, "t", bag=b"")
+
+        assert await read_scripts(one, "a") == ({"a": "v"}, 0)
+        assert await read_scripts(one, "b") == ({"a": "v", "b": "v"}, 0)
+        assert await read_scripts(other, "c") == ({"a": "v", "b": "v", "c": "v"}, 1)
+        assert await read_scripts(one, "d") == ({"a": "v", "b": "v", "c": "v", "d": "v"}, 1)
+
+
+async def test_what_fails_on_a_remembered_bag_is_tried_on_the_stored_one(server: RedisServer) -> None:
+    async with opened(server.url) as one, opened(server.url) as other:
+        await started(one, "t", bag=b"")
+        await read_scripts(one, "a")
+        await other.abandon([Abandonment(access_token="t")])
+        await started(other, "t", bag=b"")
+
+        # The remembered bag is full.
+        assert await read_scripts(one, "b", max_entries=1) == ({"b": "v"}, 1)
+        await other.abandon([Abandonment(access_token="t")])
+        result, _ = await read_scripts(one, "c")
+        assert isinstance(result, SessionNotFound)
+
+
+async def test_a_change_of_a_remembered_bag_is_not_done_too_late(server: RedisServer) -> None:
+    async with opened(server.url) as store:
+        await started(store, "t", bag=b"")
+        late_us = await store.now_us() - 1
+        changes = [
+            ValueChange(access_token="t", key="a", value="v", not_after_us=late_us),
+            ValueChange(access_token="t", key="b", value="v"),
+        ]
+        late, done = await store.set_values(changes)
+
+        assert isinstance(late, DeadlineExceeded)
+        assert done == {"b": "v"}
+
+
+async def read_scripts(store: RedisStore, key: str, **limits: int) -> tuple[object, float]:
+    """Set a key of the session t; return the result, and how many scripts have read the bag."""
+
+    def count() -> float:
+        return store._pool._failures._metrics._queries.labels("read_bags")._value.get()
+
+    before = count()
+    change = ValueChange(access_token="t", key=key, value="v", **limits)
+    (result,) = await store.set_values([change])
+    return result, count() - before
 
 
 async def test_a_bag_that_another_has_claimed_is_written_when_the_claim_ends(server: RedisServer) -> None:

@@ -16,8 +16,9 @@ import pytest
 from faults.laboratory import FAKETIME
 from redis_callers import Caller, assert_nothing_is_lost, calling
 from redis_clusters import RedisCluster, call, redis_cluster
-from redis_servers import PACKAGES, RedisServer, needs_redis, programs, until
+from redis_servers import PACKAGES, RedisServer, needs_redis, programs
 from stores import lookups, new, new_cluster_store
+from waiting import until
 
 from cluster.lease import LEASE_US, Renewal, stretched
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable

@@ -13,8 +13,9 @@ from certificates import Authority
 from redis_callers import assert_nothing_is_lost, calling
 from redis_clusters import RedisCluster, call, joining
 from redis_clusters import redis_cluster as running
-from redis_servers import PASSWORD, needs_redis, programs, until
+from redis_servers import PASSWORD, needs_redis, programs
 from stores import lookups, new, new_cluster_store
+from waiting import until
 
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.model import Criteria, Session

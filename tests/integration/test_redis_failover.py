@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from child_servers import free_port
 from redis_callers import assert_nothing_is_lost, calling, until_it_takes_writes
-from redis_servers import Watched, free_port, needs_redis, watched
+from redis_servers import Watched, needs_redis, watched
 from stores import lookups, new, new_redis_store
 
 from cluster.lease import Renewal

@@ -96,11 +96,11 @@ class Queries:
         """
         self.is_due = is_due
         self.is_plain = identity is not None
-        version, bag_version, reading = _XMIN, "xmin", READING
-        if self.is_plain:
-            # The bag is its own version, as it is for bags that are remembered. On PostgreSQL it would cost:
-            # a large one is sent twice (1.2 times as long for 100 kB, twice for 1 MB).
-            version, bag_version, reading = _PLAIN_VERSION, "bag", PLAIN_READING
+        version = _PLAIN_VERSION if self.is_plain else _XMIN
+        # A bag may be its own version, as it is for bags that are remembered. On PostgreSQL it would cost:
+        # a large one is sent twice (1.2 times as long for 100 kB, twice for 1 MB).
+        bag_version = "bag" if self.is_plain else "xmin"
+        reading = PLAIN_READING if self.is_plain else READING
         self.walks: Walks = WalksByDueTime(table) if is_due else WalksByExpiry(table, reading)
         # Storage.now_us. It does not touch the table, so the clock is known while that is locked.
         self.now = Query("now", "SELECT clock_timestamp() AS now")
@@ -122,12 +122,7 @@ class Queries:
         self.rename_one = _rename(table)
         self.stored_from = _stored_from(table, reading, version)
         self.remove_unchanged = _remove_unchanged(table, version)
-        # RenamableStore.stored_keys_after: a range of the primary key. It goes on from the last key instead
-        # of by OFFSET, so each page costs the same, and renamings meanwhile neither repeat nor hide others.
-        self.stored_keys_after = Query(
-            "stored_keys",
-            f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
-        )
+        self.stored_keys_after = _stored_keys_after(table)
 
 
 def _identity(table: str, stored: str | None) -> Query:
@@ -378,6 +373,18 @@ def _rename(table: str, locking: str = "") -> Query:
         # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         f"AND there.{LIVE}) AS is_there FROM asked ORDER BY number",
+    )
+
+
+def _stored_keys_after(table: str) -> Query:
+    """RenamableStore.stored_keys_after: a range of the primary key. Parameters: a key, how many.
+
+    It goes on from the last key instead of by OFFSET, so each page costs the same, and renamings meanwhile
+    neither repeat nor hide others.
+    """
+    return Query(
+        "stored_keys",
+        f"SELECT access_token FROM {table} WHERE access_token > $1 ORDER BY access_token LIMIT $2",
     )
 
 

@@ -197,7 +197,7 @@ class PostgresStore:
             for row in rows:
                 found = session_of(row)
                 if isinstance(found, Session):
-                    self._values.remember(row["access_token"], found.bag)
+                    self._values.bags.add(row["access_token"], found.bag)
                 loaded[row["access_token"]] = found if isinstance(found, Session) else found.error()
                 if row["is_behind"]:
                     loaded[row["access_token"]] = StorageUnavailable("mnemosyned: storage: read-only")
@@ -353,7 +353,7 @@ class PostgresStore:
         row_by_token = {row["access_token"].decode(): row for row in rows}
         for new in firsts:
             if row_by_token[new.access_token]["expire_at"] is not None:
-                self._values.remember(new.access_token.encode(), new.bag)
+                self._values.bags.add(new.access_token.encode(), new.bag)
         return [
             started(new, row_by_token[new.access_token])
             if first_by_token[new.access_token] is new
@@ -366,7 +366,7 @@ class PostgresStore:
         latest_us: dict[bytes, int] = {}
         for ending in endings:
             token = ending.access_token.encode()
-            self._values.forget(token)
+            self._values.bags.take(token)
             latest_us[token] = max(ending.not_after_us, latest_us.get(token, 0))
         rows = await self._pool.fetch(
             self._queries.abandon, list(latest_us), list(latest_us.values()), passing=ITEM_FAULTS

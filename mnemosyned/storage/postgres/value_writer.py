@@ -14,7 +14,6 @@ read and made in the next round. So is a change that fails on a remembered bag.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -25,6 +24,7 @@ from mnemosyned.sessions.model import ValueChange
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS
 from mnemosyned.storage.postgres.queries import Queries, Query
 from mnemosyned.storage.postgres.repeats import ROLLED_BACK
+from mnemosyned.storage.remembered import Remembered
 from mnemosyned.storage.value_changes import Changed, Outcome, changing
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 _QUICK_ROUNDS: Final = 4
 # If this process is stalled between the two, PostgreSQL ends the transaction after this time.
 _LOCKED_MS: Final = 500
-# A remembered bag is sent with the one that replaces it.
-_MAX_KNOWN_BYTES: Final = 1024
-_MAX_MEMORY_BYTES: Final = 8 * 1024**2
-_ENTRY_BYTES: Final = 250  # Python objects around a token and its bag
 
 Tried = tuple[list[Outcome], set[bytes]]
 
@@ -53,24 +49,7 @@ class ValueWriter:
         """`queries`: of either form of the table, which have these statements in common."""
         self._pool = pool
         self.queries = queries
-        self._known: OrderedDict[bytes, bytes] = OrderedDict()
-        self._known_bytes = 0
-
-    def remember(self, token: bytes, bag: bytes) -> None:
-        """Remember a session's bag, as the row has it."""
-        self.forget(token)
-        if len(bag) > _MAX_KNOWN_BYTES:
-            return
-        self._known[token] = bag
-        self._known_bytes += len(token) + len(bag) + _ENTRY_BYTES
-        while self._known_bytes > _MAX_MEMORY_BYTES:
-            self.forget(next(iter(self._known)))
-
-    def forget(self, token: bytes) -> None:
-        """Forget a session's bag: it costs no more than a read."""
-        bag = self._known.pop(token, None)
-        if bag is not None:
-            self._known_bytes -= len(token) + len(bag) + _ENTRY_BYTES
+        self.bags = Remembered()  # as the rows have them
 
     async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
         """Apply the changes, in order; see SessionStore.set_values.
@@ -95,15 +74,17 @@ class ValueWriter:
         return [results.get(at) or DeadlineExceeded() for at in range(len(changes))]
 
     async def _try_known(self, changes: Sequence[ValueChange]) -> Tried:
-        known = {token: self._known[token] for token in map(_token, changes) if token in self._known}
+        known: dict[bytes, bytes] = {}
+        for token in map(_token, changes):
+            # Until it is written: otherwise a batch that fails would leave what may be no more.
+            bag = self.bags.take(token)
+            if bag is not None:
+                known[token] = bag
         # The clock is compared when the row is locked.
         before = {token: {"bag": bag, "now": 0} for token, bag in known.items()}
         changed = await in_slices(changing([one for one in changes if _token(one) in known], before))
         failed = {outcome.token for outcome in changed.outcomes if outcome.is_failure}
         bags = {token: bag for token, bag in changed.bags.items() if token not in failed}
-        for token in known:
-            # Until it is written: otherwise a batch that fails would leave what may be no more.
-            self.forget(token)
         fetch = partial(self._pool.fetch, passing=ITEM_FAULTS)
         written = await self._write(self.queries.write_known, Changed(changed.outcomes, bags), known, fetch)
         outcomes = iter(changed.outcomes)
@@ -159,7 +140,7 @@ class ValueWriter:
             rows = await fetch(writing, tokens, [before[token] for token in tokens], bags, limits)
             written.update(row["access_token"] for row in rows)
         for token in written:
-            self.remember(token, changed.bags[token])
+            self.bags.add(token, changed.bags[token])
         return written
 
 

@@ -87,6 +87,10 @@ _MEANINGS: Final = {
     "WRONGTYPE": ("a key has another type", "another program writes keys under -redis.prefix"),
     "UNKILLABLE": ("another script blocks the server", "see its log"),
 }
+_LACKS_COMMAND: Final = (
+    "the server lacks a command",
+    "Redis 7.0 or later, or Valkey, is needed, without rename-command",
+)
 _ERR: Final = {
     "max number of clients reached": ("the server has no connection left", "see maxclients"),
     _NO_DATABASE: (
@@ -94,7 +98,8 @@ _ERR: Final = {
         "see the database in the address, and `databases`",
     ),
     _NO_CLUSTER: ("it is no node of a Redis Cluster", "write redis:// in the address"),
-    "unknown command": ("the server lacks a command", "Redis 7.0 or later, or Valkey, is needed"),
+    "unknown command": _LACKS_COMMAND,
+    "Unknown Redis command": _LACKS_COMMAND,  # in a script
     "without any password configured": ("the server has no password", "leave it out of the address"),
 }
 _NOT_REPLICATED: Final = (

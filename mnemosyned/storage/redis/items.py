@@ -26,7 +26,7 @@ from mnemosyned.sessions.model import (
 )
 from mnemosyned.sessions.store import StoredSession
 from mnemosyned.storage.redis import scripts
-from mnemosyned.storage.redis.records import new_body, session_of, stored_name
+from mnemosyned.storage.redis.records import new_body, session_of, stored_name, without_expiry
 from mnemosyned.storage.redis.scripts import Script
 from mnemosyned.storage.redis.value_writer import ValueWriter
 
@@ -56,7 +56,8 @@ class Items:
 
     def __init__(self, pool: ItemPool, *, timeout_s: float) -> None:
         self._pool = pool
-        self.set_values = ValueWriter(pool, timeout_s=timeout_s).apply
+        values = ValueWriter(pool, timeout_s=timeout_s)
+        self.set_values, self._remembered = values.apply, values.records
 
     async def start(self, sessions: Sequence[NewSession]) -> list[Session | MnemosyneError]:
         """See SessionStore."""
@@ -66,7 +67,11 @@ class Items:
             for at, new in enumerate(sessions)
         ]
         expiries = await self._pool.each(scripts.START, (), items, is_write=True)
-        return [_started(new, expiry) for new, expiry in zip(sessions, expiries, strict=True)]
+        started = [_started(new, expiry) for new, expiry in zip(sessions, expiries, strict=True)]
+        for result, (token, *_, body) in zip(started, items, strict=True):
+            if isinstance(result, Session):
+                self._remembered.add(token.encode(), without_expiry(body))
+        return started
 
     async def load(self, lookups: Sequence[Lookup]) -> list[Session | MnemosyneError]:
         """See SessionStore; one script for all lookups with the same times, which today are all of them."""
@@ -79,7 +84,9 @@ class Items:
             head = (ttl_us, ttl_us - touch_interval_us, MAX_BAG_BYTES)
             replies = await self._pool.each(scripts.LOAD, head, names)
             for at, (token,), record in zip(places, names, replies, strict=True):
-                loaded[at] = _loaded(token, record)
+                loaded[at] = found = _loaded(token, record)
+                if isinstance(found, Session):
+                    self._remembered.add(token.encode(), record)
         return [loaded[at] for at in range(len(lookups))]
 
     async def exist(self, tokens: Sequence[str]) -> list[bool | MnemosyneError]:

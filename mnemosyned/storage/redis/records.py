@@ -52,6 +52,11 @@ def body_with_bag(record: bytes, version: bytes, bag: bytes) -> bytes:
     return b"".join((version, lengths, record[_HEAD.size : end], bag))
 
 
+def without_expiry(body: bytes) -> bytes:
+    """Return a record whose expiry is not known."""
+    return b"0" * _EXPIRY_BYTES + body
+
+
 def version_of(record: bytes) -> bytes:
     """Return what changes with the bag."""
     return record[_EXPIRY_BYTES : _EXPIRY_BYTES + _VERSION_BYTES]

@@ -1,8 +1,12 @@
 """SetValue in Redis: a bag is changed here, and written if its version is still the one that was read.
 
     round        reads the bags                   writes a bag where
-    4 quick      with one script                  its version is the same, and nobody else has claimed it
+    known        from memory, without a script    its version is the same, and nobody else has claimed it
+    4 quick      with one script                  the same
     claiming     the same, and claims the bags    the same
+
+The memory need not be right: a bag that was changed meanwhile has another version, and the change is read and
+made in the next round. So is a change that fails on a remembered bag.
 
 No lock is held between reading and writing. A writer far from the server could lose every round to nearer
 ones: after four it claims the bags that it reads, for at most half a second, and others lose their rounds
@@ -21,6 +25,7 @@ from aio.slices import in_slices
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.model import MAX_BAG_BYTES, ValueChange
 from mnemosyned.storage.redis import records, scripts
+from mnemosyned.storage.remembered import Remembered
 from mnemosyned.storage.value_changes import Changed, Outcome, changing
 
 if TYPE_CHECKING:
@@ -33,16 +38,17 @@ _MAX_PAUSE_S: Final = 0.02
 
 
 class ValueWriter:
-    """Sets keys of bags; gives up what it could not write within `timeout_s`."""
+    """Sets keys of bags, and remembers small ones; gives up what it could not write within `timeout_s`."""
 
     def __init__(self, pool: ItemPool, *, timeout_s: float) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
+        self.records = Remembered()  # of which the expiry does not count
 
     async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
         """Apply the changes, in order; see SessionStore.set_values."""
-        results: dict[int, dict[str, str] | MnemosyneError] = {}
-        left = list(range(len(changes)))
+        results = dict(enumerate(await self._try_known(changes)))
+        left = [at for at, result in results.items() if result is None]
         until_s = asyncio.get_running_loop().time() + self._timeout_s
         rounds, claim = 0, b""
         while left and (rounds <= _QUICK_ROUNDS or asyncio.get_running_loop().time() < until_s):
@@ -51,12 +57,36 @@ class ValueWriter:
             if rounds >= _QUICK_ROUNDS:
                 claim = claim or secrets.token_bytes(16)
             batch = [changes[at] for at in left]
-            tried = zip(left, await self._try(batch, claim), strict=True)
-            results |= {at: result for at, result in tried if result is not None}
-            left = [at for at in left if at not in results]
+            results |= zip(left, await self._try(batch, claim), strict=True)
+            left = [at for at in left if results[at] is None]
             rounds += 1
         locked = StorageUnavailable("mnemosyned: storage: the session is locked by another writer")
-        return [results.get(at, locked) for at in range(len(changes))]
+        return [locked if result is None else result for result in results.values()]
+
+    async def _try_known(
+        self, changes: Sequence[ValueChange]
+    ) -> list[dict[str, str] | MnemosyneError | None]:
+        """Run the round that reads nothing; return the results, None where the bag must be read."""
+        tokens = [change.access_token.encode() for change in changes]
+        before: dict[bytes, dict[str, Any]] = {}
+        for token in tokens:
+            # Until it is written: otherwise a script that fails would leave what may be no more.
+            record = self.records.take(token)
+            if record is not None:
+                # The clock is compared when it is written.
+                before[token] = {"now": 0, "record": record, "bag": records.bag_of(record)}
+        if not before:
+            return [None] * len(changes)
+        known = [change for change, token in zip(changes, tokens, strict=True) if token in before]
+        changed = await in_slices(changing(known, before))
+        # A failure on a bag that is remembered proves nothing.
+        for outcome in changed.outcomes:
+            if outcome.is_failure:
+                changed.bags.pop(outcome.token, None)
+        written = await self._write(changed, before, b"")
+        outcomes = iter(changed.outcomes)
+        tried = [next(outcomes) if token in before else None for token in tokens]
+        return [_result(one, written) if one and one.token in written else None for one in tried]
 
     async def _try(
         self, changes: Sequence[ValueChange], claim: bytes
@@ -90,14 +120,22 @@ class ValueWriter:
         limits_us = changed.limits_us()
         written: dict[bytes, MnemosyneError | bool] = {}
         for tokens in changed.portions():
-            items: list[tuple[str | bytes | int, ...]] = []
-            for token in tokens:
-                record, version = before[token]["record"], secrets.token_bytes(8)
-                body = records.body_with_bag(record, version, changed.bags[token])
-                items.append((token, records.version_of(record), limits_us[token], body))
+            versions = secrets.token_bytes(8 * len(tokens))
+            bodies = {
+                token: records.body_with_bag(
+                    before[token]["record"], versions[8 * at : 8 * at + 8], changed.bags[token]
+                )
+                for at, token in enumerate(tokens)
+            }
+            items = [
+                (token, records.version_of(before[token]["record"]), limits_us[token], body)
+                for token, body in bodies.items()
+            ]
             flags = await self._pool.each(scripts.WRITE_BAGS, (claim,), items, is_write=True)
-            for token, flag in zip(tokens, flags, strict=True):
+            for (token, body), flag in zip(bodies.items(), flags, strict=True):
                 written[token] = flag if isinstance(flag, MnemosyneError) else bool(flag)
+                if written[token] is True:
+                    self.records.add(token, records.without_expiry(body))
         return written
 
 

@@ -7,7 +7,20 @@ from typing import Final
 
 from results import Curve, Result
 
-from rows import cached, idle, large, latency, listing, moving, nodes, redis, storage, workers
+from rows import (
+    cached,
+    idle,
+    large,
+    latency,
+    listing,
+    moving,
+    nodes,
+    redis,
+    redis_expiry,
+    redis_large,
+    storage,
+    workers,
+)
 from rows.setting import Bench
 
 __all__ = ["ROWS", "Bench"]
@@ -25,6 +38,8 @@ ROWS: Final[dict[str, Callable[[Bench], Iterator[Result | Curve]]]] = {
     "alone": storage.one_caller,
     "large": large.large_table,
     "redis": redis.busy,
+    "redis-expiry": redis_expiry.expiry,
+    "redis-large": redis_large.many_sessions,
     "list": listing.pages,
     "depth": listing.deep_pages,
     "touches": listing.under_touches,

@@ -31,7 +31,7 @@ def there_and_back(bench: Bench) -> Iterator[Result]:
         raise Skipped("it needs redis-server")
     count = bench.scaled(100_000)
     postgres = ["-storage=postgres", f"-postgres.address={bench.postgres()}"]
-    redis = ["-storage=redis", f"-redis.address={bench.redis()}"]
+    redis = ["-storage=redis", f"-redis.address={bench.redis().url}"]
     _seconds("check", *postgres)
     asyncio.run(_fill(postgres[1].partition("=")[2], count))
     rates: dict[str, list[float]] = {}

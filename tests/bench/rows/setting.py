@@ -14,15 +14,18 @@ from itertools import count as counting
 from itertools import cycle
 from pathlib import Path
 
+from child_servers import free_port
 from clusters import Cluster
-from common import SERVER_CORE, free_port, pin
+from common import SERVER_CORE, pin
 from load import Outcome, Request, closed, request
 from mnemosynerpc.session_pb2 import GetRequest, Session, StartRequest
 from processes import Daemon
-from redis_servers import redis_server
+from redis_clusters import RedisCluster, redis_cluster
+from redis_servers import RedisServer, redis_server
 
 from mnemosyned.embedded.server import EmbeddedPostgres
 
+REDIS_SETTINGS = {"zset-max-listpack-value": "160"}
 ECHO = Path(__file__).parents[1] / "echo.py"
 
 
@@ -62,11 +65,15 @@ class Bench:
         server = self._stack.enter_context(EmbeddedPostgres.start(self.directory / "postgres"))
         return server.dsn
 
-    def redis(self) -> str:
-        """Start a Redis as docs/redis.md advises, on the load's core; return its address."""
+    def redis(self, name: str = "redis", **settings: str) -> RedisServer:
+        """Start a Redis as docs/redis.md advises, on the load's core."""
+        return self._stack.enter_context(redis_server(self.directory / name, **REDIS_SETTINGS, **settings))
+
+    def redis_cluster(self) -> RedisCluster:
+        """Start three primaries with the same settings, on the load's core."""
         return self._stack.enter_context(
-            redis_server(self.directory / "redis", **{"zset-max-listpack-value": "160"})
-        ).url
+            redis_cluster(self.directory / "redis cluster", replicas=0, **REDIS_SETTINGS)
+        )
 
     def daemon(self, *flags: str) -> Daemon:
         """Start a daemon on the server's core, with its lease."""

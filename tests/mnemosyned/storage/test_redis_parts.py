@@ -185,6 +185,13 @@ def lost(cause: OSError) -> LostConnection:
             "ACL",
         ),
         (BaseParser.parse_error("ERR unknown command 'hunter2'"), "ERR: the server lacks a command", "7.0"),
+        (
+            BaseParser.parse_error(
+                "ERR Unknown Redis command called from script script: 1, on @user_script:1."
+            ),
+            "ERR: the server lacks a command",
+            "rename-command",
+        ),
         (BaseParser.parse_error("ERR hunter2"), "ERR: the server refuses a command", ""),
         (
             BaseParser.parse_error("ERR max number of clients reached"),

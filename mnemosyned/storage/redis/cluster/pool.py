@@ -33,8 +33,8 @@ from mnemosyned.storage.addresses import AddressError
 from mnemosyned.storage.redis import scripts
 from mnemosyned.storage.redis.address import Address, parse
 from mnemosyned.storage.redis.cluster import slots
-from mnemosyned.storage.redis.cluster import topology as topologies
 from mnemosyned.storage.redis.cluster.admission import Admission
+from mnemosyned.storage.redis.cluster.asking import replies_of, topology_of
 from mnemosyned.storage.redis.cluster.clocks import Clocks
 from mnemosyned.storage.redis.cluster.primary import Call, Primary, Surroundings
 from mnemosyned.storage.redis.cluster.topology import Host, Topology
@@ -50,7 +50,7 @@ from mnemosyned.storage.redis.faults import (
     moved_to,
     name_of,
 )
-from mnemosyned.storage.redis.link import Command, Link, open_link
+from mnemosyned.storage.redis.link import Link, open_link
 from mnemosyned.storage.redis.records import stored_name
 from mnemosyned.storage.redis.server import Sending
 
@@ -116,7 +116,7 @@ class ClusterPool:
         self.admission.forget()
         try:
             address = self._address
-            await self._take(await _asked(address, address.hosts, self._options.connect_timeout_s))
+            await self._take(await topology_of(address, address.hosts, self._options.connect_timeout_s))
         except FAULTS as exc:
             raise self.refused(exc) or self._failures.unavailable("connect", exc) from exc
 
@@ -153,7 +153,7 @@ class ClusterPool:
         address, found = _read(text), None
         if self._address is not None:
             try:
-                found = await _asked(address, address.hosts, self._options.connect_timeout_s)
+                found = await topology_of(address, address.hosts, self._options.connect_timeout_s)
                 await self._check_buckets(address, found)
             except FAULTS as exc:
                 raise StorageRefused(f"Redis at {address}: {name_of(exc)}; {hint_of(exc)}") from exc
@@ -173,7 +173,7 @@ class ClusterPool:
         if host is None:
             raise Uncovered(f"slot {self.home.slot} has no primary")
         question = ("GET", f"{self.home.prefix}buckets")
-        (count,) = await _replies(address, host, self._options.connect_timeout_s, [question])
+        (count,) = await replies_of(address, host, self._options.connect_timeout_s, [question])
         if isinstance(count, Exception):
             raise count
         if count is not None and int(count) != len(self.buckets) > 0:
@@ -209,7 +209,7 @@ class ClusterPool:
             others = [*self._topology.primaries, *self._topology.replicas, *address.hosts]
             hosts = dict.fromkeys([*random.sample(well, len(well)), *random.sample(others, len(others))])
             try:
-                found = await _asked(address, list(hosts), self._options.connect_timeout_s / 4)
+                found = await topology_of(address, list(hosts), self._options.connect_timeout_s / 4)
                 if self._address is address:
                     await self._take(found)
             except FAULTS as exc:
@@ -392,51 +392,11 @@ class ClusterPool:
         return error
 
 
-async def _asked(address: Address, hosts: Sequence[Host], timeout_s: float) -> Topology:
-    """Ask one node after the other for the slots. Raises redis-py's errors, OSError, TimeoutError."""
-    failure: Exception = Uncovered("no node of the cluster tells its slots")
-    second_best: Topology | None = None
-    for host in hosts:
-        try:
-            questions = ("CLUSTER", "SLOTS"), ("CLUSTER", "INFO")
-            slots_reply, info = await _replies(address, host, timeout_s, questions)
-            found = _topology(slots_reply, info, host)
-        except FAULTS as exc:
-            # Each node has users of its own: another one may take us.
-            failure = failure if is_refusal(failure) else exc
-            continue
-        if b"cluster_state:ok" in info:
-            return found
-        second_best = second_best or found
-    if second_best is None:
-        raise failure
-    return second_best
-
-
-async def _replies(address: Address, host: Host, timeout_s: float, commands: Sequence[Command]) -> list[Any]:
-    async with asyncio.timeout(timeout_s):
-        link = await open_link(address, host, address.login, 0)
-        try:
-            return await link.call(commands)
-        finally:
-            await link.close()
-
-
 def _may_repeat(reply: Exception, passed_s: float, timeout_s: float) -> bool:
     """Tell whether a script has not been done, and it is worth to send it once more."""
     return is_not_done(reply) and passed_s < (
         timeout_s if is_elsewhere(reply) else min(_PATIENCE_S, timeout_s)
     )
-
-
-def _topology(reply: Any, info: Any, host: Host) -> Topology:  # noqa: ANN401  # as the replies have it
-    for one in (reply, info):
-        if isinstance(one, Exception):
-            raise one
-    try:
-        return topologies.parse(reply, host)
-    except (ValueError, TypeError, IndexError, AttributeError):
-        raise Uncovered("a node tells its slots in an unknown form") from None
 
 
 def _read(text: str) -> Address:

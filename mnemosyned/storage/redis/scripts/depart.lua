@@ -20,7 +20,7 @@ for at = 2, #ARGV, 3 do
             if expiry > now and expiry < math.huge then
                 kept = struct.pack('>I4', #new) .. new .. ARGV[at + 2] .. raw
                 redis.call('HSET', left, old, kept)
-                lasts(left, expiry)
+                lasts(left, lasts_ms(expiry), false)
                 -- For whereabouts.lua, for longer than any call takes.
                 redis.call('SET', P .. 'd:' .. old, ARGV[at + 2], 'PX', 60000)
                 remove(old, subject, refresh)

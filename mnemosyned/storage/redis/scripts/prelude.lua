@@ -51,28 +51,35 @@ local function is_live(name)
     return expiry ~= nil and expiry > now
 end
 
+-- When the keys of a session end by themselves: a day after it.
 local function lasts_ms(expiry)
     return string.format('%.0f', math.ceil(expiry / 1000) + DAY_MS)
 end
 
--- Has a key end a day after a session, and no sooner than it did before.
-local function lasts(key, expiry)
-    -- GT does not set the first expiry of a key.
-    if redis.call('PEXPIREAT', key, lasts_ms(expiry), 'GT') == 0 then
-        redis.call('PEXPIREAT', key, lasts_ms(expiry), 'NX')
+-- Has a key end at this time (lasts_ms), and no sooner than it did before. NX sets the first expiry of a key, and
+-- GT another one: what is likely comes first.
+local function lasts(key, ms, is_new)
+    local likely, other = 'GT', 'NX'
+    if is_new then
+        likely, other = other, likely
+    end
+    if redis.call('PEXPIREAT', key, ms, likely) == 0 then
+        redis.call('PEXPIREAT', key, ms, other)
     end
 end
 
-local function put(key, name, expiry)
-    redis.call('ZADD', key, digits(expiry), name)
-    lasts(key, expiry)
+local function put(key, name, score, ms)
+    -- An index that did not have the name is often new.
+    local added = redis.call('ZADD', key, score, name)
+    lasts(key, ms, added == 1)
 end
 
 local function index(name, expiry, subject, refresh)
-    redis.call('ZADD', P .. 'x', digits(expiry), name)
-    put(P .. 'u:' .. subject, name, expiry)
+    local score, ms = digits(expiry), lasts_ms(expiry)
+    redis.call('ZADD', P .. 'x', score, name)
+    put(P .. 'u:' .. subject, name, score, ms)
     if refresh ~= '' then
-        put(P .. 'r:' .. refresh, name, expiry)
+        put(P .. 'r:' .. refresh, name, score, ms)
     end
 end
 
