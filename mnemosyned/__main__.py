@@ -80,6 +80,7 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _check(config: Config) -> int:
+    lean_imports.load()
     from mnemosyned import configured_files
 
     try:

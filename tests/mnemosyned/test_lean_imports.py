@@ -30,3 +30,9 @@ def test_what_was_hidden_can_be_imported_later() -> None:
 
 def test_what_was_imported_before_stays() -> None:
     assert _python("import redis\n" + LOAD + "print(sys.modules['redis'] is redis)") == "True\n"
+
+
+def test_a_check_of_the_configuration_imports_no_more_than_a_start() -> None:
+    check = "import sys\nfrom mnemosyned.__main__ import _main\n_main(['-storage=memory', '-check-config'])\n"
+
+    assert _python(check + "print('redis' in sys.modules)").splitlines()[-1] == "False"
