@@ -8,6 +8,8 @@ in pieces, and all callers share the one that is large.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Final, TypeAlias
 
 from aio.units import NS_PER_US, US_PER_S
@@ -78,6 +80,19 @@ class Heads(dict[int, bytes]):
     def __missing__(self, length: int) -> bytes:
         head = self[length] = self._tag + varint(length)
         return head
+
+    def before(self, texts: Sequence[bytes]) -> Iterable[bytes]:
+        """Return what stands before each text; without end if all have one length, as tokens mostly have."""
+        lengths = set(map(len, texts))
+        return repeat(self[lengths.pop()]) if len(lengths) == 1 else map(self.__getitem__, map(len, texts))
+
+
+class TextHeads(Heads):
+    """What stands before a text; an empty one is no field."""
+
+    def __init__(self, tag: bytes) -> None:
+        super().__init__(tag)
+        self[0] = b""
 
 
 def _end_of_varint(encoded: bytes, start: int) -> int:

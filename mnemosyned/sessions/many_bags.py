@@ -7,6 +7,7 @@ has many bags costs a third of it. If anything is wrong in it, `bag.py` finds in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
@@ -24,7 +25,7 @@ def are_ordinary(bags: Sequence[bytes]) -> bool:
     """Tell whether each bag is one of which `bag.is_ordinary` is true."""
     if max(map(len, bags), default=0) > SHORT_BYTES:
         return False
-    joined = b"".join([part for one in bags for part in (_HEADS[len(one)], one)])
+    joined = b"".join(chain.from_iterable(zip(_HEADS.before(bags), bags, strict=False)))
     try:
         parsed = _Bags.FromString(joined)
     except DecodeError:

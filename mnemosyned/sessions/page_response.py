@@ -6,7 +6,8 @@ session. Every other part is encoded session by session, as are Gets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Final
 
 from aio.steps import STEP_BYTES, Steps
@@ -20,6 +21,7 @@ from mnemosyned.sessions.encoded import (
     TOKEN_TAG,
     ExpiryField,
     Heads,
+    TextHeads,
     encoded_fields,
     varint,
 )
@@ -33,10 +35,10 @@ _NEXT_TOKEN_TAG: Final = b"\x22"  # field 4 of ListResponse, length-delimited
 _PAGE_FIELDS_BYTES: Final = 20
 # Of ordinary sessions, which are short.
 _SESSION_HEADS: Final = Heads(SESSION_TAG)
-_TOKEN_HEADS: Final = Heads(TOKEN_TAG)
-_SUBJECT_HEADS: Final = Heads(SUBJECT_TAG)
-_CLIENT_HEADS: Final = Heads(CLIENT_TAG)
-_REFRESH_HEADS: Final = Heads(REFRESH_TAG)
+_TOKEN_HEADS: Final = TextHeads(TOKEN_TAG)
+_SUBJECT_HEADS: Final = TextHeads(SUBJECT_TAG)
+_CLIENT_HEADS: Final = TextHeads(CLIENT_TAG)
+_REFRESH_HEADS: Final = TextHeads(REFRESH_TAG)
 
 
 class PageResponse:
@@ -105,20 +107,19 @@ class PageResponse:
 
 
 def _encoded(sessions: SessionColumns) -> bytes:
-    encoded = map(
-        b"".join,
-        zip(
-            _fields(_TOKEN_HEADS, sessions.tokens),
-            _fields(_SUBJECT_HEADS, sessions.subject_ids),
-            _fields(_CLIENT_HEADS, sessions.subject_clients),
-            _fields(_REFRESH_HEADS, sessions.refresh_tokens),
-            sessions.bags,
-            expiry_fields(sessions.expiries_us),
-            strict=True,
-        ),
+    columns = (
+        *_field(_TOKEN_HEADS, sessions.tokens),
+        *_field(_SUBJECT_HEADS, sessions.subject_ids),
+        *_field(_CLIENT_HEADS, sessions.subject_clients),
+        *_field(_REFRESH_HEADS, sessions.refresh_tokens),
+        sessions.bags,
+        expiry_fields(sessions.expiries_us),
     )
-    return b"".join([piece for one in encoded for piece in (_SESSION_HEADS[len(one)], one)])
+    # Not strict: what stands before texts of one length has no end.
+    encoded = list(map(b"".join, zip(*columns, strict=False)))
+    return b"".join(chain.from_iterable(zip(_SESSION_HEADS.before(encoded), encoded, strict=False)))
 
 
-def _fields(heads: Heads, texts: Sequence[bytes]) -> list[bytes]:
-    return [heads[len(text)] + text if text else b"" for text in texts]
+def _field(heads: TextHeads, texts: Sequence[bytes]) -> Sequence[Iterable[bytes]]:
+    """Return what a field adds to each session, as columns: what stands before the text, and the text."""
+    return (heads.before(texts), texts) if any(texts) else ()

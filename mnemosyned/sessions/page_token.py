@@ -21,8 +21,8 @@ import binascii
 import json
 from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b, sha256
+from dataclasses import dataclass, field, fields, replace
+from hashlib import blake2b
 from typing import Final
 
 from mnemosyned.errors import InvalidArgument
@@ -31,31 +31,33 @@ from mnemosyned.sessions.model import MAX_LIST_LIMIT, Criteria
 from mnemosyned.sessions.store import KeyedPage, Page
 from mnemosyned.sessions.token import MAX_TOKEN_BYTES
 
+SALT_BYTES: Final = 8
 _DIGEST_BYTES: Final = 8
 _COUNT_BYTES: Final = 2
 # The digest of the token, the number of digests and their salt.
-_HEAD_BYTES: Final = _DIGEST_BYTES + _COUNT_BYTES + _DIGEST_BYTES
+_HEAD_BYTES: Final = _DIGEST_BYTES + _COUNT_BYTES + SALT_BYTES
 # A damaged row may have a longer key than a token may be.
 _MAX_START_BYTES: Final = MAX_TOKEN_BYTES + 2
 _MAX_BYTES: Final = _HEAD_BYTES + MAX_LIST_LIMIT * _DIGEST_BYTES + _MAX_START_BYTES
 _MAX_CHARACTERS: Final = 4 * (_MAX_BYTES + 2) // 3
 _FORM: Final = b"list 1"  # another one makes all former tokens invalid
+_CRITERIA: Final = tuple(one.name for one in fields(Criteria))
+_IN_ONE_FORM: Final = json.JSONEncoder(sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
     """The sessions of a first page, by digests of what List has shown as their tokens.
 
-    The salt follows from all of them: so nobody can choose tokens of which one hides the other.
+    The salt is random: so nobody can choose tokens of which one hides the other.
     """
 
-    salt: bytes = b"\0" * _DIGEST_BYTES
+    salt: bytes = b"\0" * SALT_BYTES
     digests: bytes = b""
 
     @classmethod
-    def of(cls, tokens: Sequence[bytes]) -> Shown:
+    def of(cls, tokens: Sequence[bytes], salt: bytes) -> Shown:
         """Return those with these tokens."""
-        salt = sha256(b"\0".join(tokens)).digest()[:_DIGEST_BYTES]
         digest_of = _digester(salt)
         return cls(salt=salt, digests=b"".join([digest_of(one) for one in tokens]))
 
@@ -102,11 +104,12 @@ class PageToken:
             return cls()
         raw = b"" if len(text) > _MAX_CHARACTERS else _decoded(text)
         content = raw[_DIGEST_BYTES:]
-        start_at = _COUNT_BYTES + _DIGEST_BYTES * (1 + int.from_bytes(content[:_COUNT_BYTES]))
+        digests_at = _COUNT_BYTES + SALT_BYTES
+        start_at = digests_at + _DIGEST_BYTES * int.from_bytes(content[:_COUNT_BYTES])
         if raw[:_DIGEST_BYTES] != _digest_of(criteria, content) or len(content) < start_at:
             raise InvalidArgument("mnemosyned: page_token is none of this query")
-        salt, digests_at = content[_COUNT_BYTES:][:_DIGEST_BYTES], _COUNT_BYTES + _DIGEST_BYTES
-        return cls(start=content[start_at:], shown=Shown(salt=salt, digests=content[digests_at:start_at]))
+        shown = Shown(salt=content[_COUNT_BYTES:digests_at], digests=content[digests_at:start_at])
+        return cls(start=content[start_at:], shown=shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +124,14 @@ class Following:
 NOTHING: Final = Following(most_bytes=0, token=lambda _: "")
 
 
-def after_first(criteria: Criteria, page: Page) -> Following:
-    """Return what follows a page by expiry that begins with the first session."""
+def after_first(criteria: Criteria, page: Page, *, salt: bytes) -> Following:
+    """Return what follows a page by expiry that begins with the first session; `salt`: random SALT_BYTES."""
     found = page.sessions
 
     def token(count: int) -> str:
         if count == len(found) and page.is_last:
             return ""
-        shown = Shown.of(tokens_of(found[:count]))
+        shown = Shown.of(tokens_of(found[:count]), salt)
         return PageToken(shown=shown).encode(criteria)
 
     return Following(most_bytes=_most_bytes(len(found), 0), token=token)
@@ -163,8 +166,8 @@ def _most_bytes(digests: int, start_bytes: int) -> int:
 
 def _digest_of(criteria: Criteria, content: bytes) -> bytes:
     # By the criteria that are given, so that the form stays when others are added.
-    given = {name: value for name, value in asdict(criteria).items() if value is not None}
-    query = json.dumps(given, sort_keys=True).encode()
+    given = {name: value for name in _CRITERIA if (value := getattr(criteria, name)) is not None}
+    query = _IN_ONE_FORM.encode(given).encode()
     parts = (_FORM, len(query).to_bytes(4), query, content)
     return blake2b(b"".join(parts), digest_size=_DIGEST_BYTES).digest()
 

@@ -14,6 +14,7 @@ Rules for editing:
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -294,7 +295,9 @@ class SessionService:
                     self._page_response(keyed, max_bytes, page_token.after_keyed(criteria, place, keyed))
                 )
             page = await self._listing.page(criteria, offset=offset, limit=limit, max_bytes=max_bytes)
-            following = page_token.NOTHING if offset else page_token.after_first(criteria, page)
+            following = page_token.NOTHING
+            if not offset:
+                following = page_token.after_first(criteria, page, salt=os.urandom(page_token.SALT_BYTES))
             return await in_slices(self._page_response(page, max_bytes, following))
 
     def _page_response(

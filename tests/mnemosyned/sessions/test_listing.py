@@ -83,7 +83,7 @@ class Setup:
         return [one.access_token for one in page.sessions]
 
     async def walked(self, criteria: Criteria = EVERYTHING, *, shown: Sequence[str] = ()) -> list[str]:
-        token = PageToken(shown=Shown.of([one.encode() for one in shown]))
+        token = PageToken(shown=Shown.of([one.encode() for one in shown], salt=b"8 bytes."))
         page = await self.listing.walk(criteria, token=token, limit=100, max_bytes=MAX_PAGE_BYTES)
         tokens = [one.access_token for one in page.sessions]
         assert [key.decode() for key in page.keys] == tokens

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -21,6 +22,7 @@ from mnemosyned.sessions.page_token import (
 from mnemosyned.sessions.store import KeyedPage, Page
 
 EVERYTHING = Criteria()
+SALT = b"8 bytes."
 OTHERS = [
     Criteria(refresh_token="r"),
     Criteria(subject_id="r"),
@@ -43,7 +45,7 @@ def parsed(text: str, criteria: Criteria = EVERYTHING) -> PageToken:
 @pytest.mark.parametrize("start", [b"", b"\0\xff", b"a" * 4098])
 @pytest.mark.parametrize("shown", [[], [b"a"], [b"t%d" % number for number in range(1000)]])
 def test_a_token_is_read_as_it_was_written(start: bytes, shown: list[bytes]) -> None:
-    token = PageToken(start=start, shown=Shown.of(shown))
+    token = PageToken(start=start, shown=Shown.of(shown, SALT))
 
     assert parsed(token.encode(EVERYTHING)) == token
 
@@ -73,7 +75,9 @@ def test_what_no_page_had_is_refused(text: str) -> None:
 
 
 def test_a_changed_token_is_refused_wherever_it_was_changed() -> None:
-    raw = urlsafe_b64decode(PageToken(start=b"key.", shown=Shown.of([b"a", b"b"])).encode(EVERYTHING) + "==")
+    raw = urlsafe_b64decode(
+        PageToken(start=b"key.", shown=Shown.of([b"a", b"b"], SALT)).encode(EVERYTHING) + "=="
+    )
     for at in range(len(raw)):
         changed = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
         for one in (changed, raw[:at]):
@@ -92,23 +96,25 @@ def test_a_forged_token_with_a_count_beyond_its_end_is_refused(content: bytes) -
 
 def test_what_was_shown_is_known_and_nothing_else() -> None:
     shown = [b"t%d" % number for number in range(1000)] + [b"\xff"]
-    is_shown = parsed(PageToken(shown=Shown.of(shown)).encode(EVERYTHING)).shown.finder()
+    is_shown = parsed(PageToken(shown=Shown.of(shown, SALT)).encode(EVERYTHING)).shown.finder()
 
     assert all(map(is_shown, shown))
     assert not any(is_shown(b"u%d" % number) for number in range(10_000))
     assert not PageToken().shown.finder()(b"t1")
 
 
-def test_the_salt_follows_from_all_that_was_shown() -> None:
-    one, other = Shown.of([b"a", b"b"]), Shown.of([b"a", b"c"])
+def test_what_is_shown_looks_different_with_each_salt() -> None:
+    one, other = (Shown.of([b"a", b"b"], salt) for salt in (b"01234567", b"01234568"))
 
-    assert one.salt != other.salt
     assert one.digests[:8] != other.digests[:8]
+    assert one.digests[8:] != other.digests[8:]
+    assert all(map(one.finder(), [b"a", b"b"]))
+    assert not any(map(replace(one, salt=other.salt).finder(), [b"a", b"b"]))
 
 
 def test_no_first_page_has_a_token_that_has_a_whole_token_of_a_session() -> None:
     tokens = [os.urandom(64).hex() for _ in range(10)]
-    following = after_first(EVERYTHING, Page(sessions=[*map(session, tokens)], is_cut=False))
+    following = after_first(EVERYTHING, Page(sessions=[*map(session, tokens)], is_cut=False), salt=SALT)
     raw = urlsafe_b64decode(following.token(10) + "===")
 
     assert not any(token.encode()[:8] in raw for token in tokens)
@@ -134,18 +140,18 @@ def test_the_last_first_page_has_no_token() -> None:
     found = [session("a"), session("b")]
     last = Page(sessions=found, is_cut=False, is_last=True)
 
-    assert after_first(EVERYTHING, last).token(2) == ""
+    assert after_first(EVERYTHING, last, salt=SALT).token(2) == ""
     # The response is full before.
-    assert after_first(EVERYTHING, last).token(1)
-    assert after_first(EVERYTHING, Page(sessions=found, is_cut=False)).token(2)
-    assert after_first(EVERYTHING, Page(sessions=[], is_cut=False, is_last=True)).token(0) == ""
+    assert after_first(EVERYTHING, last, salt=SALT).token(1)
+    assert after_first(EVERYTHING, Page(sessions=found, is_cut=False), salt=SALT).token(2)
+    assert after_first(EVERYTHING, Page(sessions=[], is_cut=False, is_last=True), salt=SALT).token(0) == ""
     assert NOTHING.token(2) == ""
 
 
 def test_a_page_goes_on_where_its_response_ended() -> None:
     keys = [b"a1", b"b2", b"c3"]
     page = KeyedPage(sessions=[session(key.decode()) for key in keys], keys=keys, next_key=b"d", is_cut=False)
-    token = PageToken(start=b"a", shown=Shown.of([b"z"]))
+    token = PageToken(start=b"a", shown=Shown.of([b"z"], SALT))
     following = after_keyed(EVERYTHING, token, page)
     starts = [parsed(following.token(count)).start for count in (1, 2, 3)]
 
@@ -160,7 +166,7 @@ def test_a_token_is_never_longer_than_was_said_before() -> None:
     for count in (0, 1, 10, 1000):
         tokens = [os.urandom(64).hex() for _ in range(count)]
         page = Page(sessions=[*map(session, tokens)], is_cut=False)
-        following = after_first(EVERYTHING, page)
+        following = after_first(EVERYTHING, page, salt=SALT)
         token = parsed(following.token(count))
         assert len(following.token(count)) <= following.most_bytes
         keys = [b"k" * 4097]
