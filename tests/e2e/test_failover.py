@@ -240,6 +240,7 @@ async def test_a_primary_that_has_lost_its_standby_is_left_for_the_one_that_was_
     await until(lambda: execute(pair.primary.dsn, BACKENDS)[0][0] == 0)
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_user_does_not_matter_where_another_takes_writes(tmp_path: Path) -> None:
     with (
         EmbeddedPostgres.start(tmp_path / "one") as one,

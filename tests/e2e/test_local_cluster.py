@@ -146,6 +146,7 @@ def test_a_flag_with_which_no_cluster_can_run_is_one_line(tmp_path: Path, flag: 
     assert reason in out
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, _, _, pids):
         os.kill(pids[0], signal.SIGSTOP)
@@ -159,6 +160,7 @@ def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pids[0]}").exists()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_stops_all_nodes_cleanly(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, _, _, pids):
         # The kernel and the shell may both send it.
