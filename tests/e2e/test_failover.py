@@ -163,6 +163,7 @@ def _told_failures(daemon: Daemon) -> int:
     return written + sum(line.get("left_out", 0) for line in lines if line["msg"].startswith("rpc_failed"))
 
 
+@pytest.mark.slow
 async def test_a_former_primary_that_comes_back_is_neither_written_to_nor_read_from(
     pair: Replicas, cluster: Cluster
 ) -> None:

@@ -99,6 +99,7 @@ def run(environ: dict[str, str], *arguments: str) -> tuple[int, str]:
     return Program(environ, *arguments).end()
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_is_named_and_can_be_started_again(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, environ, ports, pids):
         os.kill(pids[1], signal.SIGKILL)
@@ -173,6 +174,7 @@ def test_a_terminal_that_closes_stops_all_nodes_cleanly(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (_, environ, _, _):
         answers = [run(environ, *words.split()) for words in ("node 2", "node 4", "node", "")]

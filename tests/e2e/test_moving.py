@@ -139,6 +139,7 @@ def test_a_session_of_the_old_client_is_read_with_its_token_after_the_move(
         assert legacy(python, daemon, token) == (token, content)
 
 
+@pytest.mark.slow
 async def test_a_session_of_the_go_daemon_keeps_its_bag(
     postgres_dsn: str, postgres_flags: list[str], redis_flags: list[str], tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ async def test_a_session_of_the_go_daemon_keeps_its_bag(
         assert dict(answer.bag) == {"k": "v", "a": "b"}
 
 
+@pytest.mark.slow
 def test_hashed_tokens_move_with_their_key_alone(
     postgres_flags: list[str], redis_flags: list[str], key_flags: list[str], tmp_path: Path
 ) -> None:
