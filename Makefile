@@ -14,7 +14,7 @@ SECANTUSDB_VENV := .cache/secantusdb-$(SECANTUSDB)
 PROTOC := $(PROTOC_VENV)/bin/python -m grpc_tools.protoc
 # Most of a test is waiting, for daemons and for time-outs: so more workers than cores. A worker that has no
 # tests left takes some of another's.
-WORKERS := -n 6 --dist worksteal
+WORKERS := -n 5 --dist worksteal
 # What `make test` leaves to `make test-rest`: tests/matrix.py says which combinations of engines.
 SHORT := -m 'not slow and not matrix'
 REST := -m 'slow or matrix'

@@ -81,6 +81,7 @@ def test_an_idle_connection_is_ended_after_the_time_that_is_set(engine: str) -> 
         assert goaway_after_s(daemon.address) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_forwarded_calls_do_not_fail_when_connections_of_peers_age(
     engine: str, postgres_dsn: str

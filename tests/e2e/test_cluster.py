@@ -115,6 +115,7 @@ async def test_no_call_fails_when_a_node_is_killed(make_cluster: MakeCluster, en
     assert loss.removed_s < 4.0
 
 
+@pytest.mark.slow
 async def test_no_call_fails_while_a_node_stands_still(make_cluster: MakeCluster) -> None:
     cluster = await started(make_cluster(5))
     loss = await scenarios.lose(cluster, cluster.names[1], number=signal.SIGSTOP, hold_s=7.0)

@@ -163,6 +163,7 @@ def _told_failures(daemon: Daemon) -> int:
     return written + sum(line.get("left_out", 0) for line in lines if line["msg"].startswith("rpc_failed"))
 
 
+@pytest.mark.slow
 async def test_a_former_primary_that_comes_back_is_neither_written_to_nor_read_from(
     pair: Replicas, cluster: Cluster
 ) -> None:
@@ -240,6 +241,7 @@ async def test_a_primary_that_has_lost_its_standby_is_left_for_the_one_that_was_
     await until(lambda: execute(pair.primary.dsn, BACKENDS)[0][0] == 0)
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_user_does_not_matter_where_another_takes_writes(tmp_path: Path) -> None:
     with (
         EmbeddedPostgres.start(tmp_path / "one") as one,

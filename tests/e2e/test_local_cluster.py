@@ -99,6 +99,7 @@ def run(environ: dict[str, str], *arguments: str) -> tuple[int, str]:
     return Program(environ, *arguments).end()
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_is_named_and_can_be_started_again(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, environ, ports, pids):
         os.kill(pids[1], signal.SIGKILL)
@@ -146,6 +147,7 @@ def test_a_flag_with_which_no_cluster_can_run_is_one_line(tmp_path: Path, flag: 
     assert reason in out
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, _, _, pids):
         os.kill(pids[0], signal.SIGSTOP)
@@ -159,6 +161,7 @@ def test_a_second_ctrl_c_kills_nodes_that_do_not_stop(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pids[0]}").exists()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_closes_stops_all_nodes_cleanly(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (cluster, _, _, pids):
         # The kernel and the shell may both send it.
@@ -171,6 +174,7 @@ def test_a_terminal_that_closes_stops_all_nodes_cleanly(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as (_, environ, _, _):
         answers = [run(environ, *words.split()) for words in ("node 2", "node 4", "node", "")]

@@ -36,6 +36,7 @@ def flags(server: MongoServer) -> tuple[str, ...]:
     return ("-storage=mongodb", f"-mongodb.address={server.url}")
 
 
+@pytest.mark.slow
 def test_a_daemon_survives_a_restart_of_the_server_and_the_server_one_of_the_daemon(
     server: MongoServer,
 ) -> None:

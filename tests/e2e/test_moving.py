@@ -139,6 +139,7 @@ def test_a_session_of_the_old_client_is_read_with_its_token_after_the_move(
         assert legacy(python, daemon, token) == (token, content)
 
 
+@pytest.mark.slow
 async def test_a_session_of_the_go_daemon_keeps_its_bag(
     postgres_dsn: str, postgres_flags: list[str], redis_flags: list[str], tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ async def test_a_session_of_the_go_daemon_keeps_its_bag(
         assert dict(answer.bag) == {"k": "v", "a": "b"}
 
 
+@pytest.mark.slow
 def test_hashed_tokens_move_with_their_key_alone(
     postgres_flags: list[str], redis_flags: list[str], key_flags: list[str], tmp_path: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_sessions_move_from_a_cluster_through_postgres_to_mongodb_unchanged(
     get_all(path[-1], tokens)
 
 
+@pytest.mark.slow
 def test_export_and_import_may_be_piped(postgres_flags: list[str], redis_flags: list[str]) -> None:
     tokens = start(postgres_flags)
 
@@ -399,6 +402,7 @@ def test_the_commands_explain_themselves(command: str) -> None:
     assert out.startswith(f"usage: mnemosyned {command}")
 
 
+@pytest.mark.slow
 def test_other_sessions_are_left_until_they_may_be_replaced(exported: Path, redis_flags: list[str]) -> None:
     (token, *_) = [
         json.loads(line)["session"]["access_token"] for line in exported.read_text().splitlines()[1:-1]
@@ -424,6 +428,7 @@ def test_other_sessions_are_left_until_they_may_be_replaced(exported: Path, redi
         assert not stub.Exists(ExistsRequest(access_token=other)).value
 
 
+@pytest.mark.slow
 def test_sessions_of_running_daemons_are_added_to_and_never_changed(
     file: Path, postgres_flags: list[str]
 ) -> None:

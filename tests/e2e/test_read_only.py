@@ -100,6 +100,7 @@ def _is_awaited_at_the_start(server: EmbeddedPostgres) -> None:
         until(lambda: is_ready(daemon))
 
 
+@pytest.mark.slow
 def test_a_database_that_is_read_only_for_new_connections_is_left_when_that_ends(
     server: EmbeddedPostgres,
 ) -> None:
@@ -141,6 +142,7 @@ def test_of_several_hosts_the_one_to_write_to_is_found_wherever_it_is(pair: Repl
         assert execute(pair.standby.dsn, BACKENDS)[0][0] >= 1
 
 
+@pytest.mark.slow
 def test_a_standby_alone_is_read_from_unless_the_address_forbids_it(pair: Replicas) -> None:
     url = pair.url(pair.primary, pair.standby)
     strict = pair.url(pair.primary, pair.standby, query="?target_session_attrs=read-write")

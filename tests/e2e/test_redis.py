@@ -47,6 +47,7 @@ def test_nodes_on_redis_see_each_others_writes_at_once(server: RedisServer) -> N
             change_here_and_read_there(here, there, number)
 
 
+@pytest.mark.slow
 def test_commands_work_on_redis(server: RedisServer, tmp_path: Path) -> None:
     hashed, tokens = hashing(flags(server), tmp_path), started(flags(server), 3)
     assert_migrates(hashed, tokens)

@@ -69,6 +69,7 @@ def count_of_coherent_calls(here: SessionManagerStub, there: SessionManagerStub,
     return count
 
 
+@pytest.mark.slow
 def test_commands_work_on_a_cluster(cluster: RedisCluster, tmp_path: Path) -> None:
     flags = ("-storage=redis", f"-redis.address={cluster.url}", "-redis.prefix=commands:")
     hashed = hashing(flags, tmp_path)

@@ -465,7 +465,9 @@ def look_at_titles(run: Run, pids: list[int]) -> None:
             run.saw("title", path.read_bytes())
 
 
-@pytest.mark.parametrize("log", ["production", "development", "stackdriver"])
+@pytest.mark.parametrize(
+    "log", ["production", "development", pytest.param("stackdriver", marks=pytest.mark.slow)]
+)
 def test_no_output_beside_an_embedded_server_holds_a_secret(tmp_path: Path, log: str) -> None:
     directory, (port,) = tmp_path / "pg", free_ports(1)
     flags = [f"-port={port}", f"-log.environment={log}", "-log.level=debug"]

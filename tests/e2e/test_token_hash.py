@@ -124,6 +124,7 @@ def test_a_migration_that_reaches_no_storage_says_so(key_file: Path) -> None:
     assert complaint == "mnemosyned: storage: unavailable"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_it_is_turned_on_and_its_key_changed_in_a_cluster_without_a_failed_call(
     postgres_dsn: str, tmp_path: Path

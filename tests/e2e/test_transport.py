@@ -34,7 +34,7 @@ SEND_TIMEOUT_S = 5
 TCP_ESTABLISHED = 1  # tcp(7): the first byte of TCP_INFO
 
 
-@pytest.mark.parametrize("cache", ["cached", "cold"])
+@pytest.mark.parametrize("cache", ["cached", pytest.param("cold", marks=pytest.mark.slow)])
 def test_large_answers_that_are_not_read_cost_little_and_end_their_connections(
     cache: str, postgres_dsn: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

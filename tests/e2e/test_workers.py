@@ -216,6 +216,7 @@ def _connections(pid: int) -> int:
     return len(sockets & established)
 
 
+@pytest.mark.slow
 async def test_no_retried_call_fails_when_one_worker_after_the_other_is_killed(start: Start) -> None:
     daemon = start().serving()
     await leased(daemon)
@@ -294,6 +295,7 @@ async def test_a_worker_that_gets_sigterm_alone_is_started_again_and_loses_no_ca
     assert [one["end"] for one in events(daemon, "worker_ended")] == ["exit code 0"]
 
 
+@pytest.mark.slow
 async def test_a_worker_that_stands_still_does_not_keep_the_daemon_from_ending(start: Start) -> None:
     daemon = start("-drain.timeout=100ms").serving()
     await leased(daemon)
@@ -400,6 +402,7 @@ def test_what_keeps_the_workers_from_starting_is_said_once(start: Start) -> None
     assert json.loads(daemon.lines[-1]) == failure
 
 
+@pytest.mark.slow
 async def test_a_worker_that_cannot_be_started_again_ends_the_daemon(start: Start) -> None:
     (port,) = free_ports(1)
     peers = f"127.0.0.1:{port}"

@@ -85,7 +85,7 @@ class History:
                 self.violations.append(f"saw {seen} after {least} was acknowledged")
 
 
-@pytest.mark.parametrize("cache_ms", [0, 3, 5000])
+@pytest.mark.parametrize("cache_ms", [0, pytest.param(3, marks=pytest.mark.slow), 5000])
 async def test_no_read_sees_what_an_acknowledged_write_replaced(postgres_dsn: str, cache_ms: int) -> None:
     options = PostgresOptions(dsn=postgres_dsn, pool_size=8, connect_timeout_s=5, statement_timeout_s=5)
     store = PostgresStore(
