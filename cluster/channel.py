@@ -372,15 +372,16 @@ class ChannelStream:
 
     def take_news(self, stream: ClientStream) -> None:
         """See Work."""
-        self._received += stream.take_body()
+        body = stream.take_body()
         has_ended = stream.is_complete or stream.reset_code is not None
         # Before the answer is given: it may bring the next message.
         self._is_over |= has_ended
         waiter = self._waiter
         if waiter is None or waiter.done():
+            self._received += body
             return
         try:
-            message = _first_message(self._received)
+            message = self._message_with(body)
         except CallFailed as exc:
             waiter.set_exception(exc)
             return
@@ -388,6 +389,16 @@ class ChannelStream:
             waiter.set_result(message)
         elif has_ended:
             waiter.set_exception(_failure(stream) or ConnectionLost("the server has ended the stream"))
+
+    def _message_with(self, body: bytes | bytearray) -> bytes | None:
+        """Return the message that these bytes complete; None: more must come. Raises CallFailed."""
+        if not self._received:
+            # Most answers come as a whole.
+            message = only_message(body)
+            if message is not None:
+                return message
+        self._received += body
+        return _first_message(self._received)
 
     def finish(self) -> None:
         """Tell the server that no further message comes; what it says to that is not awaited."""

@@ -43,6 +43,7 @@ from http2.core import (
 from http2.outbox import Headers, Outbox, Tally
 
 _MAX_CONCURRENT_STREAMS: Final = 3
+_OF_STREAMS: Final = (Data, Response, EndOfMessage, RstStream)
 _UNKNOWN_MAX_STREAMS: Final = 100  # RFC 9113, section 6.5.2, recommends that servers accept as many
 
 
@@ -176,9 +177,13 @@ class ClientConnection:
         self._outbox.pause(is_paused)
 
     def _take_events(self, news: list[ClientStream]) -> None:
+        next_event = self._core.next_event
         while True:
-            event = self._core.next_event()
-            if isinstance(event, Data | Response | EndOfMessage | RstStream):
+            event = next_event()
+            # Before the others: a stream of many messages has hardly anything else.
+            if event is NEED_DATA:
+                return
+            if isinstance(event, _OF_STREAMS):
                 stream = self.streams.get(event.stream_id)
                 if stream is None:
                     continue
@@ -186,8 +191,6 @@ class ClientConnection:
                 if stream.chunk != self._chunk:
                     stream.chunk = self._chunk
                     news.append(stream)
-            elif event is NEED_DATA:
-                return
             elif isinstance(event, Settings):
                 self._max_streams = dict(event.params).get(_MAX_CONCURRENT_STREAMS, self._max_streams)
             elif isinstance(event, GoAway):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aio.deadline import Deadline
 
@@ -17,6 +16,14 @@ CLOCK_ERROR_US: Final = 50_000
 _MS_PER_S: Final = 1000
 
 
+class Arrival(NamedTuple):
+    """When a batch of forwarded calls came, and from which node: the same for all of them."""
+
+    storage_us: int  # on the storage's clock
+    at_s: float  # on `time.monotonic()`
+    peer: str
+
+
 class ForwardedCall:
     """A client's call that another node has forwarded; `peer` is that node, for the log. A Call.
 
@@ -26,16 +33,15 @@ class ForwardedCall:
     - `grant` is what it gets.
     """
 
-    __slots__ = ("_begun_s", "_item", "grant", "is_retry", "mirror_for", "peer")
+    __slots__ = ("_arrived_s", "_item", "grant", "is_retry", "mirror_for", "peer")
 
     certificate_names: tuple[str, ...] = ()
     owner: str | None = None  # the entry node says it
 
-    def __init__(self, item: pb.Item, peer: str) -> None:
+    def __init__(self, item: pb.Item, arrival: Arrival, *, is_retry: bool) -> None:
         self._item = item
-        self.peer = peer
-        self._begun_s = time.monotonic()
-        self.is_retry = bool(item.retried_method)
+        _, self._arrived_s, self.peer = arrival
+        self.is_retry = is_retry
         self.mirror_for = item.mirror_for
         self.grant: Grant | None = None
 
@@ -43,7 +49,7 @@ class ForwardedCall:
     def deadline(self) -> Deadline:
         """See Call. A call that the cache answers never asks."""
         return Deadline(
-            self._begun_s + self._item.timeout_ms / _MS_PER_S,
+            self._arrived_s + self._item.timeout_ms / _MS_PER_S,
             not_after_us=self._item.deadline_us - CLOCK_ERROR_US,
         )
 

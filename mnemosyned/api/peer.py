@@ -80,7 +80,7 @@ from cluster.peers import SERVICE_NAME
 from cluster.wire import max_request_bytes
 from http2.status import StatusCode
 from mnemosyned.api import session_manager
-from mnemosyned.api.forwarded import CLOCK_ERROR_US, ForwardedCall
+from mnemosyned.api.forwarded import CLOCK_ERROR_US, Arrival, ForwardedCall
 from mnemosyned.api.parsing import parsed
 from mnemosyned.errors import (
     DeadlineExceeded,
@@ -106,6 +106,7 @@ _ITEM_OVERHEAD_BYTES: Final = 64 * 1024
 # Below the largest message that the entry node accepts, or the whole batch would fail. The entry node gets
 # the answers beyond this limit from the storage.
 _MAX_RESPONSE_BYTES: Final = 32 * 1024**2
+_METHOD_PREFIX: Final = f"/{session_manager.SERVICE_NAME}/"
 _BUGS: Final = LogRateLimiter(10)
 
 _Handler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
@@ -275,22 +276,24 @@ class PeerService:
         self._check_origin(batch.origin)
         answers = pb.Answers()
         add = answers.answers.add
-        works = [self._begin(item, add(), call) for item in batch.items]
+        arrival = Arrival(self._storage_now_us(), time.monotonic(), call.peer)
+        works = [self._begin(item, add(), arrival) for item in batch.items]
         waiting = [work for work in works if work is not None]
         return _gathered(waiting, answers) if waiting else _response(answers)
 
-    def _begin(self, item: pb.Item, answer: pb.Answer, call: Call) -> Coroutine[Any, Any, None] | None:
+    def _begin(self, item: pb.Item, answer: pb.Answer, arrival: Arrival) -> Coroutine[Any, Any, None] | None:
         """Fill an item's answer in if the cache has it, otherwise return what does so."""
-        name = item.retried_method or item.method
-        method = self._calls.unary.get(f"/{session_manager.SERVICE_NAME}/{name}")
+        retried_name = item.retried_method
+        name = retried_name or item.method
+        method = self._calls.unary.get(_METHOD_PREFIX + name)
         if method is None:
             _fail(answer, item, Unimplemented(f"mnemosyned: unknown method {name[:100]}"))
             return None
-        if self._storage_now_us() > item.deadline_us + CLOCK_ERROR_US:
+        if arrival.storage_us > item.deadline_us + CLOCK_ERROR_US:
             # Begun now, a write could follow the one that the entry node has done itself.
             _fail(answer, item, DeadlineExceeded())
             return None
-        forwarded = ForwardedCall(item, call.peer)
+        forwarded = ForwardedCall(item, arrival, is_retry=bool(retried_name))
         try:
             response = method.handle(item.message, forwarded)
         except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status

@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Final
 
 from aio.steps import STEP_BYTES, Steps, finished
-from http2.messages import HEADER_BYTES
+from http2.messages import HEADER_BYTES, only_message
 from mnemosyned.errors import InvalidArgument, MalformedMessage, MessageTooLarge, Unimplemented
 
 ACCEPTED_ENCODINGS: Final = b"identity,deflate,gzip"
@@ -150,6 +150,11 @@ class FrameReader:
 
     def feed(self, body: bytes) -> list[bytes]:
         """Take bytes in; return the messages that they complete. Raises as the class says."""
+        if not self._buffer and len(body) <= self._max_message_bytes:
+            # Most messages come as a whole.
+            message = only_message(body)
+            if message is not None:
+                return [message]
         self._buffer += body
         messages = []
         while (framed := self._next()) is not None:

@@ -37,9 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("flags", nargs="*", help="of the daemons, after --")
     options = parser.parse_args()
-    for package in PACKAGES:
-        # As an installed daemon is.
-        compileall.compile_dir(ROOT / package, quiet=1)
+    compile_packages()
     with tempfile.TemporaryDirectory() as directory, EmbeddedPostgres.start(Path(directory)) as server:
         starts_s = [start_s(server.dsn) for _ in range(STARTS)]
         print(f"start to ready, without peers: {statistics.median(starts_s):.3f} s, median of {STARTS}")
@@ -53,6 +51,12 @@ def main() -> None:
             }
             pids["PostgreSQL"] = family(server_pid(directory)) or bare
             report(pids, seconds=options.seconds, rounds=options.rounds)
+
+
+def compile_packages() -> None:
+    """Compile the modules, as those of an installed daemon are: otherwise each start may do it."""
+    for package in PACKAGES:
+        compileall.compile_dir(ROOT / package, quiet=1)
 
 
 def start_s(dsn: str) -> float:

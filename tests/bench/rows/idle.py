@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from idle import SETTLING_S, resident_mb, spent, start_s
+from idle import SETTLING_S, compile_packages, resident_mb, spent, start_s
 from results import Result
 
 from rows.setting import Bench
@@ -13,6 +13,7 @@ from rows.setting import Bench
 
 def idle_nodes(bench: Bench) -> Iterator[Result]:
     """An idle node of three: share of a core, and memory; and the start of a node without peers."""
+    compile_packages()
     dsn = bench.postgres()
     starts = [start_s(dsn) for _ in range(bench.rounds + 2)]
     yield Result(name="start to ready", unit="s", values=starts, goal=0.15)
