@@ -33,7 +33,7 @@ class ForwardedCall:
     - `grant` is what it gets.
     """
 
-    __slots__ = ("_arrived_s", "_item", "grant", "is_retry", "mirror_for", "peer")
+    __slots__ = ("_arrived_s", "_deadline", "_item", "grant", "is_retry", "mirror_for", "peer")
 
     certificate_names: tuple[str, ...] = ()
     owner: str | None = None  # the entry node says it
@@ -41,6 +41,7 @@ class ForwardedCall:
     def __init__(self, item: pb.Item, arrival: Arrival, *, is_retry: bool) -> None:
         self._item = item
         _, self._arrived_s, self.peer = arrival
+        self._deadline: Deadline | None = None  # once it was asked for, which a call that waits does twice
         self.is_retry = is_retry
         self.mirror_for = item.mirror_for
         self.grant: Grant | None = None
@@ -48,10 +49,12 @@ class ForwardedCall:
     @property
     def deadline(self) -> Deadline:
         """See Call. A call that the cache answers never asks."""
-        return Deadline(
-            self._arrived_s + self._item.timeout_ms / _MS_PER_S,
-            not_after_us=self._item.deadline_us - CLOCK_ERROR_US,
-        )
+        if self._deadline is None:
+            self._deadline = Deadline(
+                self._arrived_s + self._item.timeout_ms / _MS_PER_S,
+                not_after_us=self._item.deadline_us - CLOCK_ERROR_US,
+            )
+        return self._deadline
 
     def metadata(self, key: str) -> str | None:
         """See Call."""
