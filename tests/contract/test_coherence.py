@@ -207,7 +207,7 @@ async def test_where_rings_agree_the_owner_of_a_session_changes_it_without_a_wor
         await until_they_serve_copies(one, other)
         # Each has seen the ring of the other in the storage.
         await until(lambda: one.keeper.lease.agrees and other.keeper.lease.agrees)
-        # A call that this process is too busy to answer in time is made where it came in, and that node tells.
+        # A call that this process is too busy to answer in time is made where it came in: that node tells.
         for _ in range(3):
             told.clear()
             for token in await start(one, 16):

@@ -253,7 +253,11 @@ def test_a_server_that_refuses_the_user_does_not_matter_where_another_takes_writ
         assert started(daemon)
 
 
-BACKENDS: Final = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'mnemosyned'"
+# A commit that waits for a standby does not notice that its client is gone.
+BACKENDS: Final = (
+    "SELECT count(*) FROM pg_stat_activity "
+    "WHERE application_name = 'mnemosyned' AND wait_event IS DISTINCT FROM 'SyncRep'"
+)
 
 
 def started(daemon: Daemon) -> str:
