@@ -31,6 +31,7 @@ from typing import BinaryIO, Final, NoReturn, TextIO
 
 from mnemosyned import settings
 from mnemosyned.config.flags import ConfigError
+from mnemosyned.config.help import actions_in
 from mnemosyned.embedded.address import data_directory
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.engines import PrivateServer, StorageConfig
@@ -139,7 +140,12 @@ def _storage_of(flags: list[str]) -> PrivateServer | None:
         ConfigError: a flag is wrong, or the engine keeps sessions for one node only.
         StorageRefused: the server cannot be run.
     """
-    config = settings.parse([*_PRIVATE, *flags], os.environ)
+    actions = actions_in(flags)
+    config = settings.parse([*_PRIVATE, *([] if actions else flags)], os.environ)
+    if config[settings.RunConfig].only_checks:
+        actions.add("check-config")
+    if actions:
+        raise ConfigError(f"-{min(actions)} is for mnemosyned itself: no node would run")
     engine = config[StorageConfig].engine
     if not engine.capabilities.is_shared:
         raise ConfigError(f"flag -storage: {engine.name} is for one node; a cluster shares its sessions")

@@ -138,7 +138,13 @@ def test_all_nodes_get_the_flags_and_share_the_storage_that_they_choose(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("flag", "reason"), [("-storage=memory", "memory is for one node"), ("-cache.ttl=x", "flag -cache.ttl")]
+    ("flag", "reason"),
+    [
+        ("-storage=memory", "memory is for one node"),
+        ("-cache.ttl=x", "flag -cache.ttl"),
+        ("-help", "-help is for mnemosyned itself"),
+        ("--check-config", "-check-config is for mnemosyned itself"),
+    ],
 )
 def test_a_flag_with_which_no_cluster_can_run_is_one_line(tmp_path: Path, flag: str, reason: str) -> None:
     code, out = run({"XDG_DATA_HOME": str(tmp_path)}, flag)
