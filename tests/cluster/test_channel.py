@@ -440,3 +440,29 @@ async def test_a_name_with_addresses_of_both_families_is_dialled_at_the_one_that
 
     assert await call(channel) == b"answer"
     await channel.close()
+
+
+async def test_a_part_of_an_answer_that_looks_like_an_answer_is_a_part(
+    server: Server, channel: Channel
+) -> None:
+    inner = framed(b"inner")
+    outer = framed(b"begins " + inner)
+    begun = asyncio.Event()
+
+    def begin(connection: Connection, stream_id: int) -> None:
+        connection.http.send_headers(stream_id, HEAD)
+        connection.http.send_data(stream_id, outer[: -len(inner)])
+        begun.set()
+
+    server.on_request = begin
+    stream = channel.open_stream(PATH, lambda _: [])
+    await stream.open(timeout_s=5)
+    answer = stream.ask(b"question", timeout_s=5)
+    await begun.wait()
+    await until(lambda: len(stream._received) > 0)
+    (connection,) = server.connections
+    connection.http.send_data(1, inner)
+    connection.flush()
+
+    assert await answer == b"begins " + inner
+    stream.cancel()

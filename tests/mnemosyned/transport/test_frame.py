@@ -98,6 +98,19 @@ def test_a_frame_that_announces_too_much_is_refused_before_it_arrives() -> None:
         reader().feed(b"\0\0\0\0\x65")
 
 
+def test_a_message_that_came_whole_and_is_too_large_is_refused() -> None:
+    with pytest.raises(MessageTooLarge):
+        reader().feed(framed(b"x" * 101))
+
+
+def test_a_part_that_looks_like_a_message_is_a_part() -> None:
+    frames, inner = reader(), framed(b"inner")
+    outer = framed(b"begins " + inner)
+
+    assert frames.feed(outer[: -len(inner)]) == []
+    assert frames.feed(inner) == [b"begins " + inner]
+
+
 def test_a_message_that_unpacks_to_too_much_is_refused() -> None:
     with pytest.raises(MessageTooLarge):
         reader(b"gzip").feed(compressed(gzip.compress(b"x" * 101)))
