@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +21,10 @@ from redis_clusters import RedisCluster, call
 from redis_servers import RedisServer
 from secrecy import CANARY
 
+from mnemosyned.errors import MnemosyneError
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag, token_hash
-from mnemosyned.sessions.model import Lookup, NewSession, Session
+from mnemosyned.sessions.model import ChangedBag, Lookup, NewSession, Session
 from mnemosyned.sessions.store import FullStore
 from mnemosyned.storage import engines
 from mnemosyned.storage.memory import MemoryStore
@@ -49,12 +50,20 @@ TOUCH_INTERVAL_US = 6_000_000
 ODD_TABLE: Final = Table(schema="odd schema", name='a"table')
 
 
+def bags(
+    results: Sequence[ChangedBag | MnemosyneError],
+) -> list[dict[str, str] | MnemosyneError]:
+    """Return the bags of results of `set_values`, and what has failed."""
+    return [result.values if isinstance(result, ChangedBag) else result for result in results]
+
+
 @dataclass
 class Engine:
     store: FullStore  # if the engine cannot rename, the suites call no more than an EngineStore has
     # Moves a session's expiry by seconds, as time would; by its stored key.
     shift: Callable[[str, float], Awaitable[None]]
     named: Callable[[str], str] = str
+    tells_changes: bool = True  # the result of a change has the session
 
     async def shift_expiry(self, token: str, seconds: float) -> None:
         await self.shift(self.named(token), seconds)

@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 from aio.batcher import Batcher, BatchLimits
 from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound
 from mnemosyned.sessions.coherence import Coherence, Written
-from mnemosyned.sessions.model import Abandonment, NewSession, Session, ValueChange
+from mnemosyned.sessions.model import Abandonment, ChangedBag, NewSession, Session, ValueChange
 from mnemosyned.sessions.store import SessionStore
 
 Loaded = TypeVar("Loaded")
@@ -43,7 +43,7 @@ class BatchedStore(Generic[Loaded]):
         self._starts: Batcher[NewSession, Written[Session]] = Batcher(
             self._start, limits=_WRITES, full=_overloaded, size_bytes=NewSession.size_bytes
         )
-        self._changes: Batcher[ValueChange, Written[dict[str, str]]] = Batcher(
+        self._changes: Batcher[ValueChange, Written[ChangedBag]] = Batcher(
             self._set_values, limits=_WRITES, full=_overloaded, size_bytes=ValueChange.size_bytes
         )
         self._abandonments: Batcher[Abandonment, Written[bool]] = Batcher(
@@ -64,7 +64,7 @@ class BatchedStore(Generic[Loaded]):
 
     async def set_value(self, change: ValueChange) -> dict[str, str]:
         """Set one key; return the whole bag. Raises SessionNotFound."""
-        return await (await self._changes.submit(change)).outcome()
+        return (await (await self._changes.submit(change)).outcome()).values
 
     async def abandon(self, ending: Abandonment) -> None:
         """End a session. Raises SessionNotFound."""
@@ -83,7 +83,7 @@ class BatchedStore(Generic[Loaded]):
             tokens, self._store.start(sessions), drop=self._coherence.drop_made
         )
 
-    async def _set_values(self, changes: Sequence[ValueChange]) -> Sequence[Written[dict[str, str]]]:
+    async def _set_values(self, changes: Sequence[ValueChange]) -> Sequence[Written[ChangedBag]]:
         tokens = [change.access_token for change in changes]
         return await self._coherence.around_write(tokens, self._store.set_values(changes))
 

@@ -120,6 +120,16 @@ class ValueChange:
         return len(self.access_token) + len(self.key) + len(self.value)
 
 
+# Not frozen: one is made for each change, and a frozen one takes three times as long. Nothing changes one.
+@dataclass(slots=True)
+class ChangedBag:
+    """What a change has led to."""
+
+    values: dict[str, str] = field(repr=False)  # the bag after this change
+    # The session after the last change of its token in the batch; None: the engine does not tell.
+    session: Session | None = field(repr=False, default=None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandonment:
     """A session to be ended."""

@@ -24,6 +24,7 @@ from mnemosyned.sessions.columns import Found
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
+    ChangedBag,
     Criteria,
     DamagedSession,
     Lookup,
@@ -106,10 +107,15 @@ class SessionStore(Protocol):
         """Tell which tokens have a live session; extends none."""
         ...
 
-    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
-        """Set keys of bags, in order; each result is the bag after its own change.
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
+        """Set keys of bags, in order; each result has the bag after its own change.
 
         Concurrent changes to different keys of one session never lose each other.
+        A result may tell the session too, if that takes no further look: as the storage had it at one moment
+        between the call and its return, when all changes of its token in the batch were done. Only its expiry
+        may have moved on since it was found. Its bag is as this daemon writes it. An engine that does not
+        know which of several changes was the last may tell different sessions for one token: a caller takes
+        none.
         An item's failure: SessionNotFound, InvalidArgument (the bag would be too large), CorruptSession.
         """
         ...

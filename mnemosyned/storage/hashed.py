@@ -26,6 +26,7 @@ from mnemosyned.sessions.columns import Found, SessionColumns
 from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
+    ChangedBag,
     Criteria,
     Lookup,
     NewSession,
@@ -83,9 +84,15 @@ class HashedStore:
         """See SessionStore."""
         return await self._found(tokens, tokens, self._stored_key, self._store.exist)
 
-    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """See SessionStore."""
-        return await self._found_for(changes, self._store.set_values)
+        results = await self._found_for(changes, self._store.set_values)
+        return [
+            ChangedBag(result.values, replace(result.session, access_token=change.access_token))
+            if isinstance(result, ChangedBag) and result.session is not None
+            else result
+            for change, result in zip(changes, results, strict=True)
+        ]
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""

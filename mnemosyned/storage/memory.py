@@ -39,6 +39,7 @@ from mnemosyned.sessions.model import (
     MAX_BAG_BYTES,
     MAX_PAGE_BYTES,
     Abandonment,
+    ChangedBag,
     Criteria,
     DamagedSession,
     Lookup,
@@ -98,9 +99,14 @@ class MemoryStore:
         """See SessionStore."""
         return [self._live(token) is not None for token in tokens]
 
-    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """See SessionStore; one after the other, so no change can lose another."""
-        return [await self._set_value(change) for change in changes]
+        results = [await self._set_value(change) for change in changes]
+        changed = [result for result in results if isinstance(result, ChangedBag)]
+        last = {one.session.access_token: one.session for one in changed if one.session is not None}
+        for one in changed:
+            one.session = None if one.session is None else last[one.session.access_token]
+        return results
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -246,7 +252,7 @@ class MemoryStore:
         self._touch(lookup.access_token, expires_at_us)
         return self._session_by_token[lookup.access_token]
 
-    async def _set_value(self, change: ValueChange) -> dict[str, str] | MnemosyneError:
+    async def _set_value(self, change: ValueChange) -> ChangedBag | MnemosyneError:
         while True:
             if self._wall_us() >= change.not_after_us:
                 return DeadlineExceeded()
@@ -266,8 +272,9 @@ class MemoryStore:
                 return exc
             # It may have been extended, changed or ended between two slices.
             if self._session_by_token.get(change.access_token) is session:
-                self._session_by_token[change.access_token] = replace(session, bag=stored)
-                return values
+                changed = replace(session, bag=stored)
+                self._session_by_token[change.access_token] = changed
+                return ChangedBag(values, changed)
 
     def _abandon(self, ending: Abandonment) -> bool | MnemosyneError:
         if self._wall_us() >= ending.not_after_us:

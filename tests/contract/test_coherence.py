@@ -27,7 +27,7 @@ from cluster.ring import Ring
 from cluster.view import View
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions import model as session
-from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, ValueChange
+from mnemosyned.sessions.model import Abandonment, ChangedBag, Lookup, NewSession, ValueChange
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable
@@ -57,7 +57,7 @@ class HeldStore(MemoryStore):
         await self._answer_of_a_write()
         return started
 
-    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         changed = await super().set_values(changes)
         await self._answer_of_a_write()
         return changed

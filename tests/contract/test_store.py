@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import stores
-from stores import TTL_US, Engine, lookups, new
+from stores import TTL_US, Engine, bags, lookups, new
 
 from mnemosyned.errors import (
     DeadlineExceeded,
@@ -17,7 +17,15 @@ from mnemosyned.errors import (
     SessionNotFound,
 )
 from mnemosyned.sessions import bag, token_hash
-from mnemosyned.sessions.model import Abandonment, Criteria, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    ChangedBag,
+    Criteria,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage import engines
 from mnemosyned.storage.hashed import HashedStore
@@ -152,13 +160,12 @@ async def test_existence_is_told_and_changes_nothing(engine: Engine) -> None:
 
 async def test_values_are_set_in_order_within_a_batch(engine: Engine) -> None:
     token = (await started(engine, bag=bag.encode({"a": "1"}))).access_token
-    results = await engine.store.set_values(
-        [
-            ValueChange(access_token=token, key="b", value="2"),
-            ValueChange(access_token="absent", key="b", value="2"),
-            ValueChange(access_token=token, key="a", value="3"),
-        ]
-    )
+    changes = [
+        ValueChange(access_token=token, key="b", value="2"),
+        ValueChange(access_token="absent", key="b", value="2"),
+        ValueChange(access_token=token, key="a", value="3"),
+    ]
+    results = bags(await engine.store.set_values(changes))
 
     assert results[0] == {"a": "1", "b": "2"}
     assert isinstance(results[1], SessionNotFound)
@@ -180,15 +187,62 @@ async def test_concurrent_writers_of_different_keys_lose_nothing(engine: Engine)
 
 async def test_a_bag_that_grows_too_large_is_refused_and_the_others_are_set(engine: Engine) -> None:
     token = (await started(engine, bag=b"")).access_token
-    large, small = await engine.store.set_values(
-        [
-            ValueChange(access_token=token, key="large", value="x" * 4_000_000),
-            ValueChange(access_token=token, key="small", value="x"),
-        ]
-    )
+    changes = [
+        ValueChange(access_token=token, key="large", value="x" * 4_000_000),
+        ValueChange(access_token=token, key="small", value="x"),
+    ]
+    large, small = bags(await engine.store.set_values(changes))
 
     assert isinstance(large, InvalidArgument)
     assert small == {"small": "x"}
+
+
+async def test_a_change_tells_the_session_as_it_is_loaded_then(engine: Engine) -> None:
+    given = NewSession(
+        access_token="t",
+        subject_id="ż",
+        subject_client="client",
+        refresh_token="r",
+        bag=bag.encode({"a": "1"}),
+        ttl_us=TTL_US,
+    )
+    started_one, _ = await engine.store.start([given, new("bare", bag=b"")])
+    assert isinstance(started_one, Session)
+    # The bag is read in the first round, and known in the second.
+    for value in ("2", "3"):
+        await engine.shift_expiry("t", -1)
+        tokens = ("t", "bare", "t", "bare")
+        changes = [
+            ValueChange(access_token=token, key=key, value=value)
+            for token, key in zip(tokens, "bbcc", strict=True)
+        ]
+        results = await engine.store.set_values(changes)
+        loaded = await engine.store.load(lookups("t", "bare"))
+
+        told = [result.session for result in results if isinstance(result, ChangedBag)]
+        if not engine.tells_changes:
+            assert told == [None] * 4
+            continue
+        assert told == loaded * 2
+        assert isinstance(told[0], Session)
+        assert bag.decode(told[0].bag) == {"a": "1", "b": value, "c": value}
+        assert told[0].subject_id == "ż"
+        assert told[0].expires_at_us < started_one.expires_at_us
+
+
+async def test_a_change_tells_the_session_that_has_the_token_now(engine: Engine) -> None:
+    token = (await started(engine, bag=b"")).access_token
+    change = ValueChange(access_token=token, key="k", value="v")
+    await engine.store.set_values([change])
+    await engine.store.abandon(endings(token))
+    # With the bag that the engine may remember of the former session.
+    await engine.store.start([new(token, subject_id="another", bag=bag.encode({"k": "v"}))])
+    (result,) = await engine.store.set_values([change])
+
+    assert isinstance(result, ChangedBag)
+    if engine.tells_changes:
+        assert isinstance(result.session, Session)
+        assert result.session.subject_id == "another"
 
 
 async def test_setting_a_value_does_not_extend(engine: Engine) -> None:
@@ -469,13 +523,12 @@ async def test_a_late_item_of_a_batch_harms_no_other(engine: Engine) -> None:
     starts = await store.start(
         [replace(new("late"), not_after_us=late_us), replace(new("x"), not_after_us=soon_us)]
     )
-    values = await store.set_values(
-        [
-            ValueChange(access_token=token, key="a", value="1", not_after_us=soon_us),
-            ValueChange(access_token=token, key="b", value="2", not_after_us=late_us),
-            ValueChange(access_token=token, key="c", value="3"),
-        ]
-    )
+    changes = [
+        ValueChange(access_token=token, key="a", value="1", not_after_us=soon_us),
+        ValueChange(access_token=token, key="b", value="2", not_after_us=late_us),
+        ValueChange(access_token=token, key="c", value="3"),
+    ]
+    values = bags(await store.set_values(changes))
     ends = await store.abandon([Abandonment(access_token="x", not_after_us=soon_us), *endings("absent")])
 
     assert [type(result) for result in starts] == [DeadlineExceeded, Session]

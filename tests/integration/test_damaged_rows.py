@@ -28,6 +28,7 @@ from mnemosyned.commands.check import check_all
 from mnemosyned.errors import CorruptSession
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.bag import DEFAULT_LIMITS
+from mnemosyned.sessions.model import ValueChange
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 
@@ -260,6 +261,8 @@ async def test_bytes_that_are_no_text_in_a_database_without_an_encoding_harm_onl
     sql = await asyncpg.connect(dsn)
     await sql.execute(f"UPDATE {TABLE.sql} SET subject_id = E'\\xff' WHERE access_token = 'bad'")  # noqa: S608
     bad, sound = await store.load(lookups("bad", "sound"))
+    changes = [ValueChange(access_token=token, key="k", value="v") for token in ("bad", "sound")]
+    unchanged, changed = await store.set_values(changes)
     await sql.close()
     await store.close()
     await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
@@ -267,3 +270,5 @@ async def test_bytes_that_are_no_text_in_a_database_without_an_encoding_harm_onl
 
     assert isinstance(bad, CorruptSession)
     assert sound.subject_id == "ż"  # type: ignore[union-attr]
+    assert isinstance(unchanged, CorruptSession)
+    assert changed.values["k"] == "v"  # type: ignore[union-attr]

@@ -10,12 +10,12 @@ from typing import Any
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
-from stores import TTL_US, lookups
+from stores import TTL_US, bags, lookups
 
 from mnemosyned.errors import DeadlineExceeded
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.model import Abandonment, Criteria, NewSession, Session, ValueChange
+from mnemosyned.sessions.model import Abandonment, ChangedBag, Criteria, NewSession, Session, ValueChange
 from mnemosyned.storage.postgres.address_in_use import PostgresOptions
 from mnemosyned.storage.postgres.pool import PostgresPool
 from mnemosyned.storage.postgres.schema import Table
@@ -81,12 +81,12 @@ async def test_a_change_that_gets_its_lock_too_late_is_not_made(
         await until_waiting(postgres_dsn)
         await until_late(store, not_after_us)
         # Behind the locked one: whoever repeats it now must not be overwritten later.
-        (repeated,) = await store.set_values([ValueChange(access_token="other", key="k", value="2")])
+        (repeated,) = bags(await store.set_values([ValueChange(access_token="other", key="k", value="2")]))
     results = await late
     loaded = [one for one in await store.load(lookups(*TOKENS)) if isinstance(one, Session)]
 
     assert repeated == {"k": "2"}
-    assert [type(one) for one in results] == [dict, DeadlineExceeded, DeadlineExceeded]
+    assert [type(one) for one in results] == [ChangedBag, DeadlineExceeded, DeadlineExceeded]
     assert [bag.decode(one.bag) for one in loaded] == [{"k": "1"}, {}, {"k": "2"}]
 
 
@@ -176,7 +176,7 @@ async def test_writers_of_one_bag_on_many_connections_lose_nothing(store: Postgr
     results = await asyncio.gather(*(store.set_values([change]) for change in changes))
     (loaded,) = await store.load(lookups("first"))
 
-    assert all(isinstance(result, dict) for (result,) in results)
+    assert all(isinstance(result, ChangedBag) for (result,) in results)
     assert isinstance(loaded, Session)
     assert bag.decode(loaded.bag) == {str(number): "v" for number in range(40)}
 
@@ -196,7 +196,7 @@ async def test_a_row_that_another_holds_for_good_fails_alone(store: PostgresStor
     async with held(postgres_dsn, LOCKED):
         results = await store.set_values(changes)
 
-    assert [isinstance(result, dict) for result in results] == [True, False, True]
+    assert [isinstance(result, ChangedBag) for result in results] == [True, False, True]
     assert "locked by another writer" in str(results[1])
 
 
@@ -215,7 +215,7 @@ async def test_a_writer_far_from_the_database_gets_its_turn(store: PostgresStore
         count = 0
         while not is_over.is_set():
             (result,) = await store.set_values([ValueChange(access_token="first", key=key, value=str(count))])
-            assert isinstance(result, dict)
+            assert isinstance(result, ChangedBag)
             count += 1
         return count
 
@@ -229,7 +229,7 @@ async def test_a_writer_far_from_the_database_gets_its_turn(store: PostgresStore
     await far.close()
     (loaded,) = await store.load(lookups("first"))
 
-    assert all(isinstance(result, dict) for result in results), results
+    assert all(isinstance(result, ChangedBag) for result in results), results
     assert isinstance(loaded, Session)
     assert bag.decode(loaded.bag) == {"far": "9", "a": str(counts[0] - 1), "b": str(counts[1] - 1)}
 

@@ -21,11 +21,19 @@ from mongodb_servers import MongoServer, needs_mongodb
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import AutoReconnect, ServerSelectionTimeoutError
 from secrecy import CANARY
-from stores import BAG, TTL_US, lookups, new, new_mongodb_store
+from stores import BAG, TTL_US, bags, lookups, new, new_mongodb_store
 
 from cluster.lease import Renewal
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
-from mnemosyned.sessions.model import Abandonment, Criteria, DamagedSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    ChangedBag,
+    Criteria,
+    DamagedSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.mongodb import store as store_module
 from mnemosyned.storage.mongodb.client import Database
@@ -182,8 +190,10 @@ async def test_what_others_have_written_harms_no_other_session(store: MongoStore
         assert {"a", "b"} <= {one.access_token for one in found if isinstance(one, Session)}
     assert len(page.sessions) == len(tokens) - 2  # the two whose expiry is none
     assert {one.stored_key for one in stored} == set(tokens)
-    values = await store.set_values([ValueChange(access_token=token, key="k", value="v") for token in tokens])
-    assert [isinstance(one, dict) for one in values] == [isinstance(one, Session) for one in loaded]
+    changed = await store.set_values(
+        [ValueChange(access_token=token, key="k", value="v") for token in tokens]
+    )
+    assert [isinstance(one, ChangedBag) for one in changed] == [isinstance(one, Session) for one in loaded]
     assert sorted(await store.remove_unchanged(damaged)) == sorted(set(DAMAGED) - {"a list for a version"})
     assert await are_there(store, "a", "b") == [True, True]
 
@@ -214,12 +224,12 @@ async def test_many_writers_of_one_bag_lose_nothing_though_they_are_on_many_node
         async def write(store: MongoStore, node: int) -> None:
             for number in range(8):
                 change = ValueChange(access_token="a", key=f"{node}/{number}", value="v")
-                (values,) = await store.set_values([change])
+                (values,) = bags(await store.set_values([change]))
                 assert isinstance(values, dict)
                 assert values[change.key] == "v"
 
         await asyncio.gather(*(write(store, node) for node, store in enumerate((one, two, three))))
-        (values,) = await one.set_values([ValueChange(access_token="a", key="last", value="v")])
+        (values,) = bags(await one.set_values([ValueChange(access_token="a", key="last", value="v")]))
 
     assert isinstance(values, dict)
     assert len(values) == 3 * 8 + 1
@@ -231,7 +241,8 @@ async def test_a_bag_that_another_has_claimed_is_written_when_the_claim_ends(sto
     claim = {"o": b"stalled", "l": Int64(until_us)}
     await collection_of(store).update_one({"_id": "a"}, {"$set": claim})
 
-    assert await store.set_values([ValueChange(access_token="a", key="k", value="v")]) == [{"k": "v"}]
+    change = ValueChange(access_token="a", key="k", value="v")
+    assert bags(await store.set_values([change])) == [{"k": "v"}]
     assert await store.now_us() >= until_us
     assert {"o", "l"}.isdisjoint((await documents(store))["a"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from stores import lookups, new, new_postgres_store
+from stores import bags, lookups, new, new_postgres_store
 
 from cluster.lease import Renewal
 from mnemosyned.sessions import bag
@@ -110,7 +110,7 @@ async def test_a_bag_that_is_changed_and_changed_back_takes_the_change(postgres_
     await connection.execute(f"UPDATE {TABLE.sql} SET expire_at = expire_at + interval '1 s'")  # noqa: S608  # quoted
     await connection.close()
 
-    (values,) = await store.set_values([ValueChange(access_token="a", key="k", value="new")])
+    (values,) = bags(await store.set_values([ValueChange(access_token="a", key="k", value="new")]))
     assert values == {"k": "new"}
     await closed([store])
 

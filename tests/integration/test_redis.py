@@ -13,7 +13,7 @@ import pytest
 from certificates import Authority
 from child_servers import free_port
 from redis_servers import PACKAGES, PASSWORD, RedisServer, needs_redis, programs, redis_server
-from stores import BAG, lookups, new, new_redis_store
+from stores import BAG, bags, lookups, new, new_redis_store
 
 from mnemosyned.errors import DeadlineExceeded, SessionNotFound, StorageUnavailable
 from mnemosyned.sessions.model import Abandonment, Criteria, Session, ValueChange
@@ -243,12 +243,12 @@ async def test_many_writers_of_one_bag_lose_nothing_though_they_are_on_many_node
     async def write(store: RedisStore, node: int) -> None:
         for number in range(15):
             change = ValueChange(access_token="a", key=f"{node}/{number}", value="v")
-            (values,) = await store.set_values([change])
+            (values,) = bags(await store.set_values([change]))
             assert isinstance(values, dict)
             assert values[change.key] == "v"
 
     await asyncio.gather(*(write(store, node) for node, store in enumerate(stores)))
-    (values,) = await stores[0].set_values([ValueChange(access_token="a", key="last", value="v")])
+    (values,) = bags(await stores[0].set_values([ValueChange(access_token="a", key="last", value="v")]))
     for store in stores:
         await store.close()
 
@@ -291,7 +291,7 @@ async def test_a_change_of_a_remembered_bag_is_not_done_too_late(server: RedisSe
             ValueChange(access_token="t", key="c", value="v", not_after_us=late_us),
             ValueChange(access_token="t", key="b", value="v"),
         ]
-        late, done = await store.set_values(changes)
+        late, done = bags(await store.set_values(changes))
 
         assert isinstance(late, DeadlineExceeded)
         assert done == {"a": "v", "b": "v"}
@@ -305,7 +305,7 @@ async def read_scripts(store: RedisStore, key: str, **limits: int) -> tuple[obje
 
     before = count()
     change = ValueChange(access_token="t", key=key, value="v", **limits)
-    (result,) = await store.set_values([change])
+    (result,) = bags(await store.set_values([change]))
     return result, count() - before
 
 
@@ -314,7 +314,8 @@ async def test_a_bag_that_another_has_claimed_is_written_when_the_claim_ends(ser
         await started(store, "a", bag=b"")
         await sent(store, ("SET", "test:w:a", "of a process that was stalled", "PX", 300))
 
-        assert await store.set_values([ValueChange(access_token="a", key="k", value="v")]) == [{"k": "v"}]
+        change = ValueChange(access_token="a", key="k", value="v")
+        assert bags(await store.set_values([change])) == [{"k": "v"}]
 
 
 async def test_without_memory_sessions_can_be_read_and_ended_and_not_begun(server: RedisServer) -> None:

@@ -14,7 +14,7 @@ from stores import lookups, new, new_postgres_store
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.model import Abandonment, Session, Touch, ValueChange
+from mnemosyned.sessions.model import Abandonment, ChangedBag, Session, Touch, ValueChange
 from mnemosyned.storage.postgres import session_settings
 from mnemosyned.storage.postgres.address_in_use import PostgresOptions
 from mnemosyned.storage.postgres.pool import PostgresPool
@@ -111,7 +111,7 @@ async def test_every_write_succeeds_where_transactions_are_serializable(
     changed = await asyncio.gather(*(change(number) for number in range(16)))
     (after,) = await stores[0].load(lookups("a"))
 
-    assert [one for one in changed if not isinstance(one, dict)] == []
+    assert [one for one in changed if not isinstance(one, ChangedBag)] == []
     assert isinstance(after, Session)
     assert bag.decode(after.bag).keys() == {"large", *(f"k{number}" for number in range(16))}
     await asyncio.gather(*(store.close() for store in stores))

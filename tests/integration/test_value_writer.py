@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
-from stores import TTL_US
+from stores import TTL_US, bags
 
 from mnemosyned.errors import InvalidArgument, SessionNotFound
 from mnemosyned.observe.metrics import QueryMetrics
@@ -37,7 +37,7 @@ class Node:
 
     async def set(self, key: str, value: str = "v", *, max_entries: int = 100) -> object:
         change = ValueChange(access_token="t", key=key, value=value, max_entries=max_entries)
-        (result,) = await self.store.set_values([change])
+        (result,) = bags(await self.store.set_values([change]))
         return result
 
 

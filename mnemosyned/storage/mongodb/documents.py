@@ -151,12 +151,6 @@ def session_of(shown: dict[str, Any]) -> Session | DamagedSession:
     )
 
 
-def bag_of(shown: dict[str, Any]) -> bytes | None:
-    """Return the bag; None if the session is damaged."""
-    found = session_of(shown)
-    return found.bag if isinstance(found, Session) else None
-
-
 def is_text(text: str) -> bool:
     """Tell whether a string can be sent to MongoDB again: it was UTF-8 there."""
     if text.isascii():

@@ -42,7 +42,16 @@ from mnemosyned.errors import (
     SessionNotFound,
     StorageUnavailable,
 )
-from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    ChangedBag,
+    Criteria,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import Deletion, Renaming, StorageRefused, StoredSession
 from mnemosyned.storage.mongodb import documents, renaming, schema, server_check, starting, trial
 from mnemosyned.storage.mongodb.filters import both, matching
@@ -158,7 +167,7 @@ class MongoStore:
         live = await self._walks.live_of(tokens, "exist")
         return [token in live for token in tokens]
 
-    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """See SessionStore; a command that reads, one for each bag, and more if others change the same."""
         return await self._values.apply(changes)
 

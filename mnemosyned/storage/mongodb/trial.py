@@ -12,7 +12,16 @@ from typing import Final
 from cluster.lease import Renewal
 from mnemosyned.errors import DeadlineExceeded
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    ChangedBag,
+    Criteria,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import FullStore, Renaming, StorageRefused
 
 _TTL_US: Final = 10_000_000
@@ -31,7 +40,7 @@ async def run(store: FullStore) -> None:
     refused = NewSession(access_token=late, subject_id=subject, ttl_us=_TTL_US, not_after_us=1)
     started, too_late = await store.start([new, refused])
     (loaded,) = await store.load([Lookup(access_token=one, ttl_us=2 * _TTL_US, touch_interval_us=0)])
-    (values,) = await store.set_values([ValueChange(access_token=one, key="k", value="v")])
+    (changed,) = await store.set_values([ValueChange(access_token=one, key="k", value="v")])
     moved = await store.touch([Touch(access_token=one, expires_at_us=0)])
     renamed = await store.rename([Renaming(old=one, new=two)])
     page = await store.find(Criteria(subject_id=subject), offset=0, limit=2)
@@ -50,7 +59,8 @@ async def run(store: FullStore) -> None:
         and isinstance(too_late, DeadlineExceeded)
         and isinstance(loaded, Session)
         and loaded.expires_at_us > started.expires_at_us
-        and values == {"k": "v"}
+        and isinstance(changed, ChangedBag)
+        and changed.values == {"k": "v"}
         and moved == renamed == ended == [True]
         and [found.access_token for found in page.sessions] == deletion.stored_keys == [two]
         and walked.keys == [two.encode()]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from bson import Int64
@@ -22,7 +23,7 @@ from bson import Int64
 from aio.slices import in_slices
 from aio.units import NEVER_US
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
-from mnemosyned.sessions.model import ValueChange
+from mnemosyned.sessions.model import ChangedBag, Session, ValueChange
 from mnemosyned.storage.mongodb import documents
 from mnemosyned.storage.value_changes import Changed, Outcome, changing
 
@@ -47,11 +48,11 @@ class ValueWriter:
         self._walks = walks
         self._timeout_s = timeout_s
 
-    async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def apply(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """Apply the changes, in order; see SessionStore.set_values."""
         time_s = asyncio.get_running_loop().time
         until_s = time_s() + self._timeout_s
-        results: dict[int, dict[str, str] | MnemosyneError] = {}
+        results: dict[int, ChangedBag | MnemosyneError] = {}
         left = list(range(len(changes)))
         rounds, round_s, claim = 0, 0.0, b""
         while left and (rounds <= _QUICK_ROUNDS or time_s() < until_s):
@@ -63,8 +64,10 @@ class ValueWriter:
             outcomes, written = await self._try([changes[at] for at in left], claim, is_begun=bool(rounds))
             round_s = time_s() - begun_s
             for at, outcome in zip(left, outcomes, strict=True):
-                if outcome.is_failure or outcome.token in written:
+                if isinstance(outcome.result, MnemosyneError):
                     results[at] = outcome.result
+                elif outcome.token in written:
+                    results[at] = ChangedBag(outcome.result, written[outcome.token])
             left = [at for at in left if at not in results]
             rounds += 1
         locked = StorageUnavailable("mnemosyned: storage: the session is locked by another writer")
@@ -72,8 +75,8 @@ class ValueWriter:
 
     async def _try(
         self, changes: Sequence[ValueChange], claim: bytes, *, is_begun: bool
-    ) -> tuple[list[Outcome], set[bytes]]:
-        """Run one round; return the outcomes, and the tokens whose bags were written."""
+    ) -> tuple[list[Outcome], dict[bytes, Session]]:
+        """Run one round; return the outcomes, and the sessions whose bags were written."""
         tokens = list({change.access_token: None for change in changes})
         if claim:
             await self._pool.run_each(
@@ -81,15 +84,25 @@ class ValueWriter:
             )
         shown = await self._walks.those_of(tokens, "read_bags", is_begun=is_begun)
         found = {token.encode(): one for token, one in shown.items() if documents.is_live(one)}
+        sessions = {token: documents.session_of(one) for token, one in found.items()}
         before = {
-            token: {"bag": documents.bag_of(one), "now": documents.now_us(one)}
-            for token, one in found.items()
+            token: {
+                "bag": session.bag if isinstance(session, Session) else None,
+                "now": documents.now_us(found[token]),
+            }
+            for token, session in sessions.items()
         }
         changed = await in_slices(changing(changes, before), is_urgent=bool(claim))
-        return changed.outcomes, await self._write(changed, found, claim, is_begun=is_begun)
+        written = await self._write(changed, found, claim, is_begun=is_begun)
+        # No other field has changed: the version would have changed with it. The expiry moves only forward.
+        return changed.outcomes, {
+            token: replace(session, bag=changed.bags[token])
+            for token in written
+            if isinstance(session := sessions[token], Session)
+        }
 
     async def _write(
-        self, changed: Changed, found: dict[bytes, Document], claim: bytes, *, is_begun: bool
+        self, changed: Changed, found: Mapping[bytes, Document], claim: bytes, *, is_begun: bool
     ) -> set[bytes]:
         limits_us = changed.limits_us()
         tokens = list(changed.bags)

@@ -114,8 +114,8 @@ class Queries:
         # The last round of SessionStore.set_values: the rows stay locked until the same transaction has
         # written them.
         self.lock_bags = _read_bags(table, "ORDER BY access_token FOR NO KEY UPDATE", version=bag_version)
-        self.write_bags = _write_bags(table, is_known=self.is_plain)
-        self.write_known = _write_bags(table, is_known=True)
+        self.write_bags = _write_bags(table, reading, is_known=self.is_plain)
+        self.write_known = _write_bags(table, reading, is_known=True)
         self.abandon = _abandon(table)
         self.touch = _touch(table)
         self.rename = _rename(table, "SKIP LOCKED")
@@ -265,12 +265,12 @@ def _read_bags(table: str, locking: str = "", *, version: str = "xmin") -> Query
     )
 
 
-def _write_bags(table: str, *, is_known: bool = False) -> Query:
+def _write_bags(table: str, reading: Reading, *, is_known: bool = False) -> Query:
     """The second half of SessionStore.set_values: write each bag whose row is as it was.
 
     Parameters: tokens, the versions that were read, bags, limits in time. `is_known`: the bags of before in
     place of the versions, where no read came first. Index: the primary key. Locks: the rows that still fit,
-    in token order. Returned are the tokens of the rows that were written.
+    in token order. Returned are the rows that were written, without their bags; of damaged rows, the key.
 
     If two nodes have changed one bag, the second waits for the lock of the first. The recheck then finds
     another `xmin` or bag, and the row drops out: no change is lost, and the second node reads again.
@@ -280,15 +280,16 @@ def _write_bags(table: str, *, is_known: bool = False) -> Query:
         kind, column, live = "bytea", "bag", f"AND held.{LIVE} "
     return Query(
         "set_value_update",
-        "WITH unchanged AS MATERIALIZED (SELECT held.access_token, new.bag, not_after "
+        "WITH unchanged AS MATERIALIZED (SELECT held.access_token AS token, new.bag AS new_bag, not_after "
         f"FROM {table} AS held JOIN unnest($1::bytea[], $2::{kind}[], $3::bytea[], $4::timestamptz[]) "
         "AS new (access_token, before, bag, not_after) "
         f"ON held.access_token = new.access_token AND held.{column} = new.before {live}AND held.{ASKED} "
-        "ORDER BY held.access_token FOR NO KEY UPDATE OF held) "
+        "ORDER BY held.access_token FOR NO KEY UPDATE OF held), "
         # The clock is compared here and not in `unchanged`, whose conditions are checked before the lock.
-        f"UPDATE {table} AS held SET bag = unchanged.bag FROM unchanged "
-        f"WHERE held.access_token = unchanged.access_token AND held.{ASKED} "
-        "AND clock_timestamp() < not_after RETURNING held.access_token",
+        f"written AS (UPDATE {table} AS held SET bag = new_bag FROM unchanged "
+        f"WHERE held.access_token = token AND held.{ASKED} AND clock_timestamp() < not_after "
+        f"RETURNING access_token, refresh_token, subject_id, subject_client, expire_at, {DAMAGE} AS damage) "
+        f"SELECT access_token, {reading.readable}, expire_at, damage FROM written",
     )
 
 

@@ -46,6 +46,16 @@ def session_of(row: Record) -> Session | DamagedSession:
     )
 
 
+def changed_session(row: Record, bag: bytes) -> Session | None:
+    """Return the session of a row into which this bag was written; None: it is damaged."""
+    # By their places, as the statement has them: by name it takes twice as long.
+    key, refresh, subject, client, expires_at_us, damage = row
+    if damage is not None:
+        return None
+    found = _session(key, refresh, subject, client, bag, expires_at_us)
+    return found if isinstance(found, Session) else None
+
+
 def _session(  # noqa: PLR0917  # a row's columns, and keywords take longer
     key: bytes, refresh: bytes | None, subject: bytes, client: bytes | None, bag: bytes, expires_at_us: int
 ) -> Session | DamagedSession:

@@ -36,6 +36,7 @@ from mnemosyned.sessions.model import (
     MAX_BAG_BYTES,
     MAX_PAGE_BYTES,
     Abandonment,
+    ChangedBag,
     Criteria,
     Lookup,
     NewSession,
@@ -193,7 +194,7 @@ class PostgresStore:
                 if len(lookups) > 1:
                     raise
                 # A database without an encoding (SQL_ASCII) may hold any bytes, and does not send them.
-                return [CorruptSession("mnemosyned: storage: a field is not UTF-8")]
+                return [_not_utf8()]
             for row in rows:
                 found = session_of(row)
                 if isinstance(found, Session):
@@ -221,9 +222,18 @@ class PostgresStore:
         found = {row["access_token"] for row in rows}
         return [token.encode() in found for token in tokens]
 
-    async def set_values(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """See SessionStore; 1 statement for bags that are remembered, 2 for others, and at most 11."""
-        return await _isolating(self._values.apply, changes)
+        return await _isolating(self._set_values, changes)
+
+    async def _set_values(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
+        try:
+            return await self._values.apply(changes)
+        except asyncpg.DataError:
+            if len(changes) > 1:
+                raise
+            # As for a load: the row's fields are in the answer, and nothing that was sent is a text.
+            return [_not_utf8()]
 
     async def abandon(self, endings: Sequence[Abandonment]) -> list[bool | MnemosyneError]:
         """See SessionStore."""
@@ -407,6 +417,10 @@ async def _isolating(
             return [_item_error(exc)]
         alone = [_isolating(run, [item]) for item in items]
         return [result for results in await asyncio.gather(*alone) for result in results]
+
+
+def _not_utf8() -> CorruptSession:
+    return CorruptSession("mnemosyned: storage: a field is not UTF-8")
 
 
 def _item_error(exc: Exception) -> MnemosyneError:

@@ -19,7 +19,15 @@ import asyncpg
 
 from aio.units import NEVER_US
 from mnemosyned.errors import MnemosyneError
-from mnemosyned.sessions.model import Abandonment, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    ChangedBag,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import FullStore, Renaming
 from mnemosyned.storage.postgres.faults import is_of_the_table
 from mnemosyned.storage.postgres.read_only import ReadOnlyServer
@@ -112,7 +120,7 @@ async def _try_all(store: FullStore) -> str:
     if loaded.expires_at_us < later_us:
         return "a session could not be extended"
     (changed,) = await store.set_values([ValueChange(access_token=token, key="k", value="v")])
-    if changed != {"k": "v"}:
+    if not isinstance(changed, ChangedBag) or changed.values != {"k": "v"}:
         return "a bag could not be changed"
     touched = await store.touch([Touch(access_token=token, expires_at_us=later_us + _HOUR_US)])
     renaming = await store.rename([Renaming(old=token, new=renamed)])

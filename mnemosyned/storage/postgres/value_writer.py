@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 from aio.slices import in_slices
 from mnemosyned.errors import DeadlineExceeded, MnemosyneError
-from mnemosyned.sessions.model import ValueChange
+from mnemosyned.sessions.model import ChangedBag, Session, ValueChange
 from mnemosyned.storage.postgres.faults import ITEM_FAULTS
 from mnemosyned.storage.postgres.queries import Queries, Query
 from mnemosyned.storage.postgres.repeats import ROLLED_BACK
+from mnemosyned.storage.postgres.rows import changed_session
 from mnemosyned.storage.remembered import Remembered
 from mnemosyned.storage.value_changes import Changed, Outcome, changing
 
@@ -39,7 +40,8 @@ _QUICK_ROUNDS: Final = 4
 # If this process is stalled between the two, PostgreSQL ends the transaction after this time.
 _LOCKED_MS: Final = 500
 
-Tried = tuple[list[Outcome], set[bytes]]
+Written = dict[bytes, Session | None]  # what is stored now under the tokens; None: it is damaged
+Tried = tuple[list[Outcome], Written]
 
 
 class ValueWriter:
@@ -51,7 +53,7 @@ class ValueWriter:
         self.queries = queries
         self.bags = Remembered()  # as the rows have them
 
-    async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def apply(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """Apply the changes, in order; see SessionStore.set_values.
 
         - A failed change (no session, late, bag too large) has its result after the read.
@@ -59,13 +61,15 @@ class ValueWriter:
         - Any other change lost its row to another writer, and goes into the next round.
         - The last round locks the rows first (`_try_locked`). It can be lost only if the time is up.
         """
-        results: dict[int, dict[str, str] | MnemosyneError] = {}
+        results: dict[int, ChangedBag | MnemosyneError] = {}
         left = list(range(len(changes)))
         for attempt in (self._try_known, *[self._try_quick] * _QUICK_ROUNDS, self._try_locked):
             outcomes, written = await attempt([changes[at] for at in left])
             for at, outcome in zip(left, outcomes, strict=True):
-                if outcome.is_failure or outcome.token in written:
+                if isinstance(outcome.result, MnemosyneError):
                     results[at] = outcome.result
+                elif outcome.token in written:
+                    results[at] = ChangedBag(outcome.result, written[outcome.token])
             left = [at for at in left if at not in results]
             if not left:
                 break
@@ -130,15 +134,17 @@ class ValueWriter:
         changed: Changed,
         before: Mapping[bytes, object],
         fetch: Callable[..., Awaitable[list[Record]]],
-    ) -> set[bytes]:
-        """Write the bags whose rows are as `before` says; return the tokens of those that were written."""
+    ) -> Written:
+        """Write the bags whose rows are as `before` says; return the sessions that were written."""
         limits_us = changed.limits_us()
-        written: set[bytes] = set()
+        written: Written = {}
         for tokens in changed.portions():
             bags = [changed.bags[token] for token in tokens]
             limits = [limits_us[token] for token in tokens]
             rows = await fetch(writing, tokens, [before[token] for token in tokens], bags, limits)
-            written.update(row["access_token"] for row in rows)
+            for row in rows:
+                token = row["access_token"]
+                written[token] = changed_session(row, changed.bags[token])
         for token in written:
             self.bags.add(token, changed.bags[token])
         return written

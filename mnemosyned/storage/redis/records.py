@@ -106,12 +106,6 @@ def session_of(key: str, record: Any) -> Session | DamagedSession:  # noqa: ANN4
         return DamagedSession(access_token=key, reason="its record has no valid head")
 
 
-def bag_of(record: Any) -> bytes | None:  # noqa: ANN401  # as the reply has it
-    """Return the bag of a record; None if it is damaged."""
-    found = session_of("", record)
-    return found.bag if isinstance(found, Session) else None
-
-
 def pairs_of(replies: Sequence[Any]) -> list[tuple[bytes, Any]]:
     """Return names and records that follow each other."""
     return list(zip(replies[::2], replies[1::2], strict=True))

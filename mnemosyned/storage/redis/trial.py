@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from cluster.lease import Renewal
 from mnemosyned.sessions import bag
-from mnemosyned.sessions.model import Abandonment, Criteria, Lookup, NewSession, Session, Touch, ValueChange
+from mnemosyned.sessions.model import (
+    Abandonment,
+    ChangedBag,
+    Criteria,
+    Lookup,
+    NewSession,
+    Session,
+    Touch,
+    ValueChange,
+)
 from mnemosyned.sessions.store import FullStore, Renaming, StorageRefused
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ async def run(pool: RedisPool | SpacePool, store_on: Callable[[RedisPool], FullS
     new = NewSession(access_token="one", subject_id=_SUBJECT, refresh_token=_SUBJECT, ttl_us=_TTL_US)  # noqa: S106  # no secret
     (started,) = await store.start([new])
     (loaded,) = await store.load([Lookup(access_token="one", ttl_us=2 * _TTL_US, touch_interval_us=0)])  # noqa: S106  # likewise
-    (values,) = await store.set_values([ValueChange(access_token="one", key="k", value="v")])  # noqa: S106  # likewise
+    (changed,) = await store.set_values([ValueChange(access_token="one", key="k", value="v")])  # noqa: S106  # likewise
     moved = await store.touch([Touch(access_token="one", expires_at_us=0)])  # noqa: S106  # likewise
     renamed = await store.rename([Renaming(old="one", new="two")])
     page = await store.find(Criteria(subject_id=_SUBJECT), offset=0, limit=2)
@@ -67,7 +76,8 @@ async def run(pool: RedisPool | SpacePool, store_on: Callable[[RedisPool], FullS
         isinstance(started, Session)
         and isinstance(loaded, Session)
         and loaded.expires_at_us > started.expires_at_us
-        and values == {"k": "v"}
+        and isinstance(changed, ChangedBag)
+        and changed.values == {"k": "v"}
         and moved == renamed == ended == [True]
         and [found.access_token for found in page.sessions] == deletion.stored_keys == ["two"]
         and isinstance(page.sessions[0], Session)

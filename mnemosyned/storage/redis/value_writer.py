@@ -19,11 +19,12 @@ import asyncio
 import random
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aio.slices import in_slices
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
-from mnemosyned.sessions.model import MAX_BAG_BYTES, ValueChange
+from mnemosyned.sessions.model import MAX_BAG_BYTES, ChangedBag, Session, ValueChange
 from mnemosyned.storage.redis import records, scripts
 from mnemosyned.storage.remembered import Remembered
 from mnemosyned.storage.value_changes import Changed, Outcome, changing
@@ -36,6 +37,9 @@ _CLAIMED_MS: Final = 500
 # Writers that have lost a round do not begin the next one together.
 _MAX_PAUSE_S: Final = 0.02
 
+# Whether a bag was written, or what has failed; a session: it was, and that is stored now.
+_Written: TypeAlias = Session | bool | MnemosyneError
+
 
 class ValueWriter:
     """Sets keys of bags, and remembers small ones; gives up what it could not write within `timeout_s`."""
@@ -46,7 +50,7 @@ class ValueWriter:
         # Not of what is started or read: that would cost each Start and Get more than it spares a SetValue.
         self._records = Remembered()  # that were written here; their expiries do not count
 
-    async def apply(self, changes: Sequence[ValueChange]) -> list[dict[str, str] | MnemosyneError]:
+    async def apply(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError]:
         """Apply the changes, in order; see SessionStore.set_values."""
         results = dict(enumerate(await self._try_known(changes)))
         left = [at for at, result in results.items() if result is None]
@@ -64,9 +68,7 @@ class ValueWriter:
         locked = StorageUnavailable("mnemosyned: storage: the session is locked by another writer")
         return [locked if result is None else result for result in results.values()]
 
-    async def _try_known(
-        self, changes: Sequence[ValueChange]
-    ) -> list[dict[str, str] | MnemosyneError | None]:
+    async def _try_known(self, changes: Sequence[ValueChange]) -> list[ChangedBag | MnemosyneError | None]:
         """Run the round that reads nothing; return the results, None where the bag must be read."""
         tokens = [change.access_token.encode() for change in changes]
         before: dict[bytes, dict[str, Any]] = {}
@@ -75,7 +77,7 @@ class ValueWriter:
             record = self._records.take(token)
             if record is not None:
                 # The clock is compared when it is written.
-                before[token] = {"now": 0, "record": record, "bag": records.bag_of(record)}
+                before[token] = _as_it_was(token, record, 0)
         if not before:
             return [None] * len(changes)
         known = [change for change, token in zip(changes, tokens, strict=True) if token in before]
@@ -91,7 +93,7 @@ class ValueWriter:
 
     async def _try(
         self, changes: Sequence[ValueChange], claim: bytes
-    ) -> list[dict[str, str] | MnemosyneError | None]:
+    ) -> list[ChangedBag | MnemosyneError | None]:
         """Run one round; return the results, None where another writer has won."""
         tokens = list({change.access_token.encode(): None for change in changes})
         found = await self._pool.each(
@@ -104,7 +106,7 @@ class ValueWriter:
                 failed[token] = reply
             elif reply is not None:
                 now_us, record = reply
-                before[token] = {"now": now_us, "record": record, "bag": records.bag_of(record)}
+                before[token] = _as_it_was(token, record, now_us)
         readable = [change for change in changes if change.access_token.encode() not in failed]
         changed = await in_slices(changing(readable, before), is_urgent=bool(claim))
         written = await self._write(changed, before, claim)
@@ -116,10 +118,10 @@ class ValueWriter:
 
     async def _write(
         self, changed: Changed, before: dict[bytes, dict[str, Any]], claim: bytes
-    ) -> dict[bytes, MnemosyneError | bool]:
-        """Write the bags; tell of each token whether its bag was written, or what has failed."""
+    ) -> dict[bytes, _Written]:
+        """Write the bags; return what has become of each token."""
         limits_us = changed.limits_us()
-        written: dict[bytes, MnemosyneError | bool] = {}
+        written: dict[bytes, _Written] = {}
         for tokens in changed.portions():
             versions = secrets.token_bytes(8 * len(tokens))
             bodies = {
@@ -132,20 +134,32 @@ class ValueWriter:
                 (token, records.version_of(before[token]["record"]), limits_us[token], body)
                 for token, body in bodies.items()
             ]
-            flags = await self._pool.each(scripts.WRITE_BAGS, (claim,), items, is_write=True)
-            for (token, body), flag in zip(bodies.items(), flags, strict=True):
-                written[token] = flag if isinstance(flag, MnemosyneError) else bool(flag)
-                if written[token] is True:
+            expiries = await self._pool.each(scripts.WRITE_BAGS, (claim,), items, is_write=True)
+            for (token, body), expiry in zip(bodies.items(), expiries, strict=True):
+                written[token] = _written(before[token]["session"], changed.bags[token], expiry)
+                if isinstance(expiry, bytes):
                     self._records.add(token, records.without_expiry(body))
         return written
 
 
-def _result(
-    outcome: Outcome, written: Mapping[bytes, MnemosyneError | bool]
-) -> dict[str, str] | MnemosyneError | None:
-    if outcome.is_failure:
+def _as_it_was(token: bytes, record: Any, now_us: int) -> dict[str, Any]:  # noqa: ANN401  # as the reply has it
+    found = records.session_of(token.decode(), record)
+    session = found if isinstance(found, Session) else None
+    bag = None if session is None else session.bag
+    return {"now": now_us, "record": record, "session": session, "bag": bag}
+
+
+def _written(before: Session, bag: bytes, expiry: bytes | int | MnemosyneError) -> _Written:
+    if not isinstance(expiry, bytes):
+        return bool(expiry) if isinstance(expiry, int) else expiry
+    # No other field has changed: the version would have changed with it.
+    return replace(before, bag=bag, expires_at_us=int(expiry)) if expiry.isdigit() else True
+
+
+def _result(outcome: Outcome, written: Mapping[bytes, _Written]) -> ChangedBag | MnemosyneError | None:
+    if isinstance(outcome.result, MnemosyneError):
         return outcome.result
-    flag = written[outcome.token]
-    if isinstance(flag, MnemosyneError):
-        return flag
-    return outcome.result if flag else None
+    found = written[outcome.token]
+    if isinstance(found, MnemosyneError):
+        return found
+    return ChangedBag(outcome.result, found if isinstance(found, Session) else None) if found else None

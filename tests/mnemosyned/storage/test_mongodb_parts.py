@@ -74,7 +74,6 @@ def test_a_damaged_document_is_called_so(fields: dict[str, Any], reason: str) ->
 
     assert isinstance(found, DamagedSession)
     assert found.reason == reason
-    assert (documents.bag_of(shown(**fields)) is None) is True
 
 
 def test_a_document_that_is_too_long_is_not_read() -> None:
