@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from aio.deadline import NO_DEADLINE, Deadline
 from aio.slices import in_slices
-from aio.steps import STEP_BYTES, STEP_ITEMS, Steps, cut
+from aio.steps import STEP_ITEMS, Steps, cut
 from aio.units import NEVER_US
 from cache.lru import Slot
 from cache.read_through import ReadThrough
@@ -51,7 +52,6 @@ from mnemosyned.sessions.model import (
     MAX_PAGE_BYTES,
     Abandonment,
     Criteria,
-    DamagedSession,
     Lookup,
     NewSession,
     Session,
@@ -76,8 +76,6 @@ NEGATIVE_BYTES: Final = 350
 
 # What the cache keeps for a token: its session, or that there is none.
 Loaded: TypeAlias = Slot[EncodedSession] | Slot[None]
-# What the storage has answered, checked; in the class, `list` is a method.
-_Checked: TypeAlias = list[Session | MnemosyneError]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +102,8 @@ class SessionService:
     ) -> None:
         self.counts = SessionCounts()
         self.bag_limits = rules.bag_limits
-        self._stored_limits = rules.bag_limits.of_stored()
         self._damage_log = damage_log
+        self._checking = partial(damage_log.checking, limits=rules.bag_limits.of_stored())
         self.lifetime = rules.lifetime
         self._store = store
         self._cache = cache
@@ -310,7 +308,7 @@ class SessionService:
             columns = SessionColumns.of(part)
             if columns is not None and damage.are_ordinary(columns) and response.add_ordinary(columns):
                 continue
-            checked = yield from self._all_checked((one.access_token, damage.nameable(one)) for one in part)
+            checked = yield from self._checking((one.access_token, damage.nameable(one)) for one in part)
             yield from response.add(checked)
             if response.is_full:
                 break
@@ -379,38 +377,8 @@ class SessionService:
     async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
         found = await self._store.load([self._lookup(token) for token in tokens])
-        checked = await in_slices(self._all_checked(zip(tokens, found, strict=True)))
+        checked = await in_slices(self._checking(zip(tokens, found, strict=True)))
         return [self._loaded(token, one, asked_us) for token, one in zip(tokens, checked, strict=True)]
-
-    def _all_checked(
-        self, found: Iterable[tuple[str, Session | DamagedSession | MnemosyneError]]
-    ) -> Steps[_Checked]:
-        """Check what the storage has answered for these tokens; damage is the failure of one item."""
-        checked: _Checked = []
-        unchecked_bytes = 0
-        for number, (token, one) in enumerate(found, start=1):
-            unchecked_bytes += len(one.bag) if isinstance(one, Session) else 0
-            if number % STEP_ITEMS == 0 or unchecked_bytes > STEP_BYTES:
-                unchecked_bytes = 0
-                yield
-            if isinstance(one, Session) and damage.is_ordinary(one):
-                checked.append(one)
-            else:
-                checked.append((yield from self._checking(token, one)))
-        return checked
-
-    def _checking(
-        self, token: str, found: Session | DamagedSession | MnemosyneError
-    ) -> Steps[Session | MnemosyneError]:
-        try:
-            if isinstance(found, Session):
-                return (yield from damage.checking(found, self._stored_limits))
-            error = found.error() if isinstance(found, DamagedSession) else found
-        except CorruptSession as exc:
-            error = exc
-        if isinstance(error, CorruptSession):
-            self._damage_log.add(token, error)
-        return error
 
     def _lookup(self, token: str) -> Lookup:
         lifetime = self.lifetime
