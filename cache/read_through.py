@@ -8,6 +8,12 @@ The fence. A load that began before a write may return what the write replaced:
 `drop` is called when a write has ended, successfully or not. It closes the gate of every fill under way for
 that key. The old value then reaches the callers that asked before the write ended, but never the cache.
 
+The fill of a writer. A write that learns the new value may put it. It opens a fill before it begins, and
+spares that fill when it drops the key. Another write that has ended meanwhile has closed the fill:
+
+    one write:       begin_fill ── commit ──────────────────────────── drop(t, but=fill) ── put: refused
+    another one:                        commit ── drop(t) closes the gate ── acknowledged
+
 Generations. The owner of the cache may lose the right to some keys, and get it back. It counts these changes
 in `generation`, and `keeps` tells whether it has had the right to a key ever since a generation. A value from
 before is then served on; any other is as good as not there. So a change costs no walk through all keys.
@@ -67,10 +73,10 @@ class Fill(Generic[Value]):
 
     __slots__ = ("_cache", "_generation", "_is_open", "_key", "is_making")
 
-    def __init__(self, cache: ReadThrough[Value], key: str, *, is_making: bool) -> None:
+    def __init__(self, cache: ReadThrough[Value], key: str, generation: int, *, is_making: bool) -> None:
         self._cache = cache
         self._key = key
-        self._generation = cache.generation
+        self._generation = generation
         self._is_open = cache.may_fill()
         self.is_making = is_making
 
@@ -179,9 +185,13 @@ class ReadThrough(Generic[Value]):
         work.add_done_callback(keep)
         return work
 
-    def begin_fill(self, key: str, *, is_making: bool = False) -> Fill[Value]:
-        """Open a fill before the value is read or made; use it as a context manager."""
-        fill = Fill(self, key, is_making=is_making)
+    def begin_fill(self, key: str, *, is_making: bool = False, generation: int | None = None) -> Fill[Value]:
+        """Open a fill before the value is read or made; use it as a context manager.
+
+        `generation` is that in which the cache's owner had the right to the key, if that was before.
+        """
+        since = self.generation if generation is None else generation
+        fill = Fill(self, key, since, is_making=is_making)
         self._fills.setdefault(key, set()).add(fill)
         if self._observer is not None:
             self._observer.added(key)
@@ -201,10 +211,11 @@ class ReadThrough(Generic[Value]):
             del self._fills[key]
             self._report_if_unused(key)
 
-    def drop(self, key: str) -> None:
-        """Forget the key, and keep fills under way from bringing its value back."""
+    def drop(self, key: str, *, but: Fill[Value] | None = None) -> None:
+        """Forget the key, and keep fills under way from bringing its value back, `but` the writer's own."""
         for fill in self._fills.get(key, ()):
-            fill.close()
+            if fill is not but:
+                fill.close()
         self._forget(key)
 
     def made(self, key: str) -> None:

@@ -290,6 +290,11 @@ async def _set_value(service: SessionService, request: SetValueRequest, call: Ca
     return await in_slices(_bag_response(values))
 
 
+async def _set_value_uncached(service: SessionService, request: SetValueRequest, call: Call) -> bytes:
+    values = await service.set_value_uncached(request.access_token, request.key, request.value, call.deadline)
+    return await in_slices(_bag_response(values))
+
+
 def _bag_response(values: dict[str, str]) -> Steps[bytes]:
     """Encode a SetValueResponse; its field is a map, so it is one part of the bag after the other."""
     parts: list[bytes] = []
@@ -349,8 +354,8 @@ def _session_token(request: StartRequest) -> str:
     return request.session.access_token
 
 
-# Abandon, SetValue, List and Delete have one form for two or three: their use cases go to the storage in any
-# case, and drop the copies of this node and of others (sessions/coherence.py).
+# Abandon, List and Delete have one form for two or three: their use cases go to the storage in any case, and
+# drop the copies of this node and of others (sessions/coherence.py). So does SetValue, but it may leave one.
 RPCS: Final = {
     rpc.name: rpc
     for rpc in (
@@ -395,8 +400,8 @@ RPCS: Final = {
             name="SetValue",
             request_type=SetValueRequest,
             handle=_set_value,
-            handle_uncached=_set_value,
-            retry=_set_value,
+            handle_uncached=_set_value_uncached,
+            retry=_set_value_uncached,
             token=_own_token,
             is_write=True,
         ),

@@ -8,8 +8,9 @@ from typing import Final, Generic, TypeVar
 
 from aio.batcher import Batcher, BatchLimits
 from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound
+from mnemosyned.sessions.changed_copies import Change, ChangedCopies
 from mnemosyned.sessions.coherence import Coherence, Written
-from mnemosyned.sessions.model import Abandonment, ChangedBag, NewSession, Session, ValueChange
+from mnemosyned.sessions.model import Abandonment, ChangedBag, NewSession, Session
 from mnemosyned.sessions.store import SessionStore
 
 Loaded = TypeVar("Loaded")
@@ -35,16 +36,18 @@ class BatchedStore(Generic[Loaded]):
         *,
         load: Callable[[Sequence[str]], Awaitable[Sequence[Loaded | MnemosyneError]]],
         coherence: Coherence,
+        changed_copies: ChangedCopies,
     ) -> None:
         self._store = store
         self._coherence = coherence
+        self._changed_copies = changed_copies
         self._loads: Batcher[str, Loaded] = Batcher(load, limits=_READS, full=_overloaded)
         self._existences: Batcher[str, bool] = Batcher(store.exist, limits=_READS, full=_overloaded)
         self._starts: Batcher[NewSession, Written[Session]] = Batcher(
             self._start, limits=_WRITES, full=_overloaded, size_bytes=NewSession.size_bytes
         )
-        self._changes: Batcher[ValueChange, Written[ChangedBag]] = Batcher(
-            self._set_values, limits=_WRITES, full=_overloaded, size_bytes=ValueChange.size_bytes
+        self._changes: Batcher[Change, Written[ChangedBag]] = Batcher(
+            self._set_values, limits=_WRITES, full=_overloaded, size_bytes=Change.size_bytes
         )
         self._abandonments: Batcher[Abandonment, Written[bool]] = Batcher(
             self._abandon, limits=_WRITES, full=_overloaded
@@ -62,7 +65,7 @@ class BatchedStore(Generic[Loaded]):
         """Store a session. Raises SessionAlreadyExists."""
         return await (await self._starts.submit(session)).outcome()
 
-    async def set_value(self, change: ValueChange) -> dict[str, str]:
+    async def set_value(self, change: Change) -> dict[str, str]:
         """Set one key; return the whole bag. Raises SessionNotFound."""
         return (await (await self._changes.submit(change)).outcome()).values
 
@@ -83,9 +86,14 @@ class BatchedStore(Generic[Loaded]):
             tokens, self._store.start(sessions), drop=self._coherence.drop_made
         )
 
-    async def _set_values(self, changes: Sequence[ValueChange]) -> Sequence[Written[ChangedBag]]:
-        tokens = [change.access_token for change in changes]
-        return await self._coherence.around_write(tokens, self._store.set_values(changes))
+    async def _set_values(self, changes: Sequence[Change]) -> Sequence[Written[ChangedBag]]:
+        with self._changed_copies.begin(changes) as copies:
+            return await self._coherence.around_write(
+                [change.token for change in changes],
+                self._store.set_values([change.change for change in changes]),
+                drop=copies.drop,
+                keep=copies.keep,
+            )
 
     async def _abandon(self, endings: Sequence[Abandonment]) -> Sequence[Written[bool]]:
         tokens = [ending.access_token for ending in endings]

@@ -15,7 +15,8 @@ nodes' copies. Every write goes through this module, around its call of the stor
 The rules:
 
 1. This node's copies are dropped as soon as the store has answered, before any caller gets the answer. They
-   are dropped also when the store failed, because the write may have been done.
+   are dropped also when the store failed, because the write may have been done. A copy of what the write has
+   left may take their place in the same step (`changed_copies.py`).
 2. A write is acknowledged when the `Settler` says that no other node serves what was before it. When all is
    well it says so at once (`cluster/lease.py` has its rules).
 3. If nothing proves that, the caller is told that the outcome is unknown.
@@ -49,7 +50,7 @@ from mnemosyned.sessions import token_hash
 from mnemosyned.sessions.token_index import drop
 
 if TYPE_CHECKING:
-    from cache.read_through import ReadThrough
+    from cache.read_through import Fill, ReadThrough
     from mnemosyned.sessions.encoded import EncodedSession
     from mnemosyned.sessions.mirrors import Mirrors
     from mnemosyned.sessions.store import Deletion
@@ -145,12 +146,13 @@ class Coherence:
         store_call: Awaitable[Sequence[Result | MnemosyneError]],
         *,
         drop: Callable[[str], None] | None = None,
+        keep: Callable[[Sequence[Result | MnemosyneError]], None] | None = None,
         is_end: bool = False,
     ) -> list[Written[Result]]:
         """Await a batch of writes to these tokens' sessions, and settle it by the rules above.
 
-        `drop` replaces `drop_copy` for this node's own cache. `is_end` is whether the writes end the
-        sessions. It must run in a task that no caller cancels.
+        `drop` replaces `drop_copy` for this node's own cache. `keep` gets the results in the same step, after
+        that. `is_end` is whether the writes end the sessions. It must run in a task that no caller cancels.
         """
         end = self._begin_end() if is_end else None
         try:
@@ -159,6 +161,8 @@ class Coherence:
             settling = self._settle(tokens, drop or self.drop_copy)
             if end is not None:
                 _when_settled(settling, end)
+        if keep is not None:
+            keep(results)
         return [Written(result, settling) for result in results]
 
     async def have_ends_settled(self) -> bool:
@@ -192,9 +196,12 @@ class Coherence:
         if self._mirrors is not None:
             self._mirrors.drop([token])
 
-    def drop_copy(self, key: str) -> None:
-        """Drop this node's copies of one session, its mirror too, named by its token or its stored key."""
-        drop(self._cache, self._index, key)
+    def drop_copy(self, key: str, *, but: Fill[EncodedSession] | None = None) -> None:
+        """Drop this node's copies of one session, its mirror too, named by its token or its stored key.
+
+        The fill `but` of its token stays open.
+        """
+        drop(self._cache, self._index, key, but=but)
         if self._mirrors is not None:
             self._mirrors.drop([key])
 

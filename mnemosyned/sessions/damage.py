@@ -61,6 +61,11 @@ def checking(session: Session, limits: BagLimits) -> Steps[Session]:
 
 def is_ordinary(session: Session) -> bool:
     """Tell whether `checked` returns the session as it is; the quick answer for nearly all."""
+    return has_ordinary_fields(session) and bag.is_ordinary(session.bag)
+
+
+def has_ordinary_fields(session: Session) -> bool:
+    """Tell the same of a session whose bag this daemon has just written."""
     return (
         # A character takes four bytes at most.
         len(session.subject_id) <= _SHORT_TEXT
@@ -69,7 +74,6 @@ def is_ordinary(session: Session) -> bool:
         and "\0" not in session.subject_id
         and "\0" not in session.subject_client
         and 0 <= session.expires_at_us <= MAX_EXPIRY_US
-        and bag.is_ordinary(session.bag)
     )
 
 

@@ -2,8 +2,8 @@
 
 A Get that the cache can answer returns its response at once; everything that must wait returns a coroutine.
 
-A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`. They serve
-tokens that another node owns, whose copies only that node may keep.
+A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`,
+`set_value_uncached`. They serve tokens that another node owns, whose copies only that node may keep.
 
 Rules for editing:
 - A session enters the cache only through a fill that was opened before the session was read.
@@ -37,6 +37,7 @@ from mnemosyned.errors import (
 from mnemosyned.sessions import bag, damage, page_token
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore
+from mnemosyned.sessions.changed_copies import Change, ChangedCopies
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence
 from mnemosyned.sessions.columns import SessionColumns
@@ -111,7 +112,12 @@ class SessionService:
         self._listing = Listing(store, touches, touch_interval_us=rules.lifetime.touch_interval_us)
         self._coherence = coherence
         self._clock = clock
-        self._batched: BatchedStore[Loaded] = BatchedStore(store, load=self._load_slots, coherence=coherence)
+        self._batched: BatchedStore[Loaded] = BatchedStore(
+            store,
+            load=self._load_slots,
+            coherence=coherence,
+            changed_copies=ChangedCopies(cache, coherence, clock=clock, make_slot=self._slot),
+        )
         self._expiry_field = ExpiryField()
         self._pages = asyncio.Semaphore(_PAGES_AT_ONCE)
 
@@ -233,6 +239,19 @@ class SessionService:
             InvalidArgument: no key, or the bag would pass a limit.
             SessionNotFound: there is none.
         """
+        # As of now: the call may wait for other changes, and this node lose the session meanwhile.
+        generation = self._cache.generation if self.lifetime.cache_us else None
+        return await self._set_value(token, key, value, deadline, generation)
+
+    async def set_value_uncached(
+        self, token: str, key: str, value: str, deadline: Deadline = NO_DEADLINE
+    ) -> dict[str, str]:
+        """Do what `set_value` does, and keep no copy. Raises what `set_value` does."""
+        return await self._set_value(token, key, value, deadline, None)
+
+    async def _set_value(
+        self, token: str, key: str, value: str, deadline: Deadline, generation: int | None
+    ) -> dict[str, str]:
         check_token(token)
         if not key:
             raise InvalidArgument("mnemosyned: missing bag key")
@@ -246,7 +265,7 @@ class SessionService:
             max_key_bytes=self.bag_limits.key_bytes,
         )
         try:
-            return await self._batched.set_value(change)
+            return await self._batched.set_value(Change(change, generation))
         except CorruptSession as exc:
             self._damage_log.add(token, exc)
             raise

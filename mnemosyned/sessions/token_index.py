@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mnemosyned.sessions import token_hash
 
 if TYPE_CHECKING:
-    from cache.read_through import ReadThrough
+    from cache.read_through import Fill, ReadThrough
     from mnemosyned.sessions.encoded import EncodedSession
     from mnemosyned.sessions.token_hash import TokenHasher
 
@@ -44,13 +44,20 @@ class TokenIndex:
         return self._hasher.makes(stored_key)
 
 
-def drop(cache: ReadThrough[EncodedSession], index: TokenIndex | None, key: str) -> None:
+def drop(
+    cache: ReadThrough[EncodedSession],
+    index: TokenIndex | None,
+    key: str,
+    *,
+    but: Fill[EncodedSession] | None = None,
+) -> None:
     """Drop a cache's copies of one session, named by its token or its stored key; `index` is of the cache.
 
-    A hash that this node cannot find the token of may be of any token, so it drops everything.
+    A hash that this node cannot find the token of may be of any token, so it drops everything. The fill `but`
+    stays open where the token itself is given.
     """
     if not token_hash.is_hashed(key):
-        cache.drop(key)
+        cache.drop(key, but=but)
     elif index is None or not index.knows(key):
         cache.drop_everything()
     elif (token := index.find(key)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -209,9 +209,45 @@ async def test_a_session_that_is_written_to_again_and_again_has_no_mirror(trio: 
     assert trio.owner.keeper.counters.recalls == 1
 
 
+async def test_the_copy_that_a_set_value_leaves_is_granted_once_it_is_read_often(trio: Trio) -> None:
+    await set_value(trio.owner, trio.token)
+    assert trio.token in trio.owner.cache.lru
+    assert trio.token not in trio.reader.mirrors.cache.lru
+    for number in range(1, 4):
+        assert await trio.value(trio.reader) == "new"
+        assert (trio.token in trio.reader.mirrors.cache.lru) is (number == 3)
+
+
+async def test_a_mirror_that_is_granted_while_older_ones_are_recalled_is_recalled_in_turn(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, may_tell, begun = trio.owner.keeper, asyncio.Event(), asyncio.Event()
+    tell = keeper._tell
+
+    async def tell_later(nodes: Mapping[str, int], keys: Sequence[str] | None) -> list[str]:
+        begun.set()
+        await may_tell.wait()
+        return await tell(nodes, keys)
+
+    monkeypatch.setattr(keeper, "_tell", tell_later)
+    writing = asyncio.create_task(set_value(trio.owner, trio.token))
+    await begun.wait()
+    # The new copy is there, and is granted to another node.
+    for _ in range(3):
+        assert await trio.value(trio.third) == "new"
+    assert trio.token in trio.third.mirrors.cache.lru
+    may_tell.set()
+    await writing
+    assert trio.token not in trio.reader.mirrors.cache.lru
+    assert trio.token in trio.third.mirrors.cache.lru
+    await abandon(trio.owner, trio.token)
+
+    assert await trio.value(trio.third) is None
+
+
 async def test_a_write_that_the_owner_cannot_settle_alone_tells_every_node(trio: Trio) -> None:
     # Forwarded to nobody: the third node takes itself for alone, as after a failure of the owner.
-    await trio.third.service.set_value(trio.token, "k", "new")
+    await trio.third.service.set_value_uncached(trio.token, "k", "new")
 
     assert await trio.value(trio.reader) == "new"
     assert trio.reader.mirrors.counters.recalled == 1
