@@ -79,6 +79,15 @@ serve it itself from then on: a mirror. What is said of copies above holds for t
     round is over, no owner has an older copy. But a node that has dropped its mirror could have got it once
     more, from an owner that was told later. Between the rounds this node drops its own mirror, too.
 
+Copies of own writes
+--------------------
+22. A node may keep a copy of a session as the store's answer to its own write shows it, in the step in which
+    it drops the older one. It enters by a fill that was opened before the store was asked. That is allowed if
+    5 held when the call arrived, and the lease is valid when the fill is opened: a write may wait for others
+    in between. The right to the token is that of the call. A ring that gave the token away meanwhile counts,
+    though another one gave it back. Any other write to the token that ends here closes the fill, as 3 and 8
+    do.
+
 Why it holds
 ------------
 A write on a token commits at c; W decides at d >= c that it is settled, and acknowledges. Suppose that H
@@ -113,6 +122,11 @@ d. Again H has a lease by a renewal r, sent after d - LEASE.
       after d, it has a fill by that ring alone.
 (vii) W settled by 7, and saw no row of H, one without a ring, or one that had lapsed: as (iii). What H serves
       it asks for after d; the owner that answers serves no older copy then, by (i) to (iv).
+
+Copies of own writes. What the store answers it had at a moment after the fill was opened. So the copy is as
+one that was loaded then, by a call that 5 allows: the lease was valid, and the node has owned the token ever
+since the call arrived. A write from before that moment is in the copy. A write from after it also ends after
+it, here or on another node: it closes the fill, or drops the copy.
 
 A fill that was opened before H was told brings nothing: the answer with the grant may come later. That which
 was opened before a ring, or before another process of the granting node was seen, brings nothing that is

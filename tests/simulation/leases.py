@@ -58,6 +58,7 @@ COUNTED: Final = (
     "reads",
     "copies_served",
     "mirrors_served",
+    "writes_kept",
     "acknowledgements",
     "quick",
     "recalls",
@@ -99,6 +100,10 @@ RULES: Final = {
     "fills of mirrors": "19: a node that is told drops its mirror, and takes one that is on its way",
     "recall": "20: a write by 7 tells nobody",
     "second round": "21: a write by 8 tells all nodes once",
+    "fill of a write": "22: a writer keeps what it has written, though another write has ended since",
+    "right of a write": "22: a writer keeps what it has written, though it may serve no copy",
+    "lease of a write": "22: a write that has waited asks for its store without a lease, and is kept",
+    "generation of a write": "22: a write that has waited is kept by the ring of then, not that of its call",
     "missing row": "9: a node without a row has resigned, also if the store is another one",
 }
 
@@ -275,6 +280,12 @@ class Load:
     is_open: bool = True
 
 
+@dataclass(slots=True, eq=False)
+class WriteFill:
+    generation: int
+    is_open: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Granted:
     """What comes with the owner's answer, or is kept of it."""
@@ -308,6 +319,7 @@ class Node:
         self.stands_still_until_us = 0
         self.copies: dict[int, tuple[int, int]] = {}  # version and generation by token
         self.loads: dict[int, Load] = {}
+        self.write_fills: dict[int, list[WriteFill]] = {}
         self.rings = [NO_RING]  # the last one is routed by; from the last that was published for ACTIVATION
         self.ring_active_us: int | None = None
         self.generation = 0
@@ -482,6 +494,9 @@ class Node:
     def drop(self, token: int) -> None:
         self.copies.pop(token, None)
         self.drop_mirror(token)
+        if "fill of a write" not in self.world.without:
+            for fill in self.write_fills.get(token, ()):
+                fill.is_open = False
         if "closed fills" not in self.world.without:
             load = self.loads.pop(token, None)
             if load is not None:
@@ -499,6 +514,9 @@ class Node:
         for fills in self.mirror_fills.values():
             for fill in fills:
                 fill.is_open = False
+        for writes in self.write_fills.values():
+            for write in writes:
+                write.is_open = False
         for load in self.loads.values():
             load.is_open = False
         self.loads.clear()
@@ -615,14 +633,37 @@ class Node:
 
     # Writes.
 
-    def write(self, token: int, statement: Callable[[int], int]) -> Steps:
+    def write(
+        self, token: int, statement: Callable[[int], int], *, keeps: bool = False, wait_us: int = 0
+    ) -> Steps:
+        """Run a statement, after a wait for those before it, and settle it; keep a copy, or none."""
+        has_right = self.may_serve(token, self.now_us()) or "right of a write" in self.world.without
+        generation = self.generation
+        if wait_us:
+            yield wait_us
+        fill = self._write_fill(generation, may_keep=keeps and has_right)
+        self.write_fills.setdefault(token, []).append(fill)
         result = yield self.ask(statement, token)
         self.world.tell("%s wrote %d: %s", self, token, result)
+        self.write_fills[token].remove(fill)
+        self.drop(token)
+        if result is not None and fill.is_open:
+            self.world.writes_kept += 1
+            self.copies[token] = (result[0], fill.generation)
         is_settled = yield from self.settle(token)
         if result is None or not is_settled:
             self.world.unknown += 1
             return
         self.world.acknowledge(self, token, result[0])
+
+    def _write_fill(self, generation: int, *, may_keep: bool) -> WriteFill:
+        without = self.world.without
+        has_lease = self.lease.is_valid(self.now_us())
+        if "lease of a write" in without:
+            has_lease = True
+        if "generation of a write" in without:
+            generation = self.generation
+        return WriteFill(generation, may_keep and has_lease)
 
     def settle(self, token: int) -> Part:
         """See that no node serves what was before; False: that cannot be said."""
@@ -630,7 +671,6 @@ class Node:
         if not is_known:
             return False
         now_us = self.now_us()
-        self.drop(token)
         if "telling" in self.world.without:
             return True
         if self.lease.agrees and self.may_serve(token, now_us):
@@ -806,6 +846,7 @@ class World:
     copies_served: int = 0
     acknowledgements: int = 0
     mirrors_served: int = 0
+    writes_kept: int = 0  # copies of what their node has written
     quick: int = 0  # settled without telling anybody
     recalls: int = 0  # settled by telling those that have a grant
     bars: int = 0
@@ -995,8 +1036,12 @@ class World:
         # Who may have a copy has one.
         for node in self.nodes:
             node.enter(node.read, token)
+        keeps = statement == self.store.write and self.rng.random() < 0.5
+        # A batch before it may be slow.
+        wait_us = self.rng.randrange(self.rng.choice([5 * _MS, 5 * _MS, 5 * _MS, 4 * _S])) if keeps else 0
         for node in self._node_for(token):
-            node.later(self.rng.randrange(50 * _MS), node.go_on, node.write(token, statement))
+            writing = node.write(token, statement, keeps=keeps, wait_us=wait_us)
+            node.later(self.rng.randrange(50 * _MS), node.go_on, writing)
 
     def _change_ring(self) -> None:
         ring = self._some_ring()
