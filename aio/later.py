@@ -10,7 +10,7 @@ outcome of the one before, and returns its own:
 An outcome is a result, an exception, or a coroutine that goes on with the work. What a step raises is its
 outcome too. Steps run where the result becomes known, so they must be short, and may not wait.
 
-Whoever waits may cancel: the steps then get a CancelledError, and the source hears of it by `on_cancel`.
+Whoever waits may give up or cancel: the steps then get the reason, and the source hears of it by `on_cancel`.
 Only what comes first counts.
 """
 
@@ -88,9 +88,13 @@ class Later(Generic[T]):
 
     def cancel(self) -> None:
         """Take note that nobody waits any more."""
+        self.give_up(asyncio.CancelledError())
+
+    def give_up(self, reason: BaseException) -> None:
+        """Fail for a reason that is none of the source's, which is told that it is not waited for."""
         if not self._is_done:
             on_cancel = self.on_cancel
-            self.set_exception(asyncio.CancelledError())
+            self.set_exception(reason)
             if on_cancel is not None:
                 on_cancel()
 
@@ -128,6 +132,23 @@ def failed(exc: BaseException) -> Later[Any]:
     """Return a Later that has failed."""
     later: Later[Any] = Later()
     later.set_exception(exc)
+    return later
+
+
+def of_future(future: asyncio.Future[T]) -> Later[T]:
+    """Return a future's result as a Later, which cancels the future when it is cancelled itself."""
+    later: Later[T] = Later()
+    later.on_cancel = future.cancel
+
+    def take(future: asyncio.Future[T]) -> None:
+        if future.cancelled():
+            later.cancel()
+        elif (exc := future.exception()) is not None:
+            later.set_exception(exc)
+        else:
+            later.set_result(future.result())
+
+    future.add_done_callback(take)
     return later
 
 

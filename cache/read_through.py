@@ -26,8 +26,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
+from aio.later import Later
 from cache.lru import Lru, Slot
 from cache.singleflight import SingleFlight
 
@@ -158,12 +160,12 @@ class ReadThrough(Generic[Value]):
         self.counters.negative_hits += 1
         return True
 
-    async def load(self, key: str, fetch: Fetch[Value]) -> Value | None:
+    def load(self, key: str, fetch: Fetch[Value]) -> Later[Slot[Value] | Slot[None]]:
         """Return what `fetch` finds, kept if it has time left; concurrent callers share a fetch.
 
-        Raises what `fetch` raises; a failure is not kept.
+        Raises, at once or later, what `fetch` raises; a failure is not kept.
         """
-        return (await self._flights.run(key, lambda: self._fetched(key, fetch))).value
+        return self._flights.run(key, partial(self._fetched, key, fetch))
 
     def _fetched(self, key: str, fetch: Fetch[Value]) -> asyncio.Future[Slot[Value] | Slot[None]]:
         # In this order: a fetch that raises must leave no fill behind. It has not begun to read yet.

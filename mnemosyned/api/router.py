@@ -29,7 +29,8 @@ from google.protobuf.message import Message
 
 from aio.around import Around
 from aio.deadline import Deadline
-from aio.later import Outcome
+from aio.expiry import Expiry
+from aio.later import Later, Outcome
 from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
@@ -38,7 +39,7 @@ from cluster.timing import LEAST_TRY_S, MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
 from mnemosyned.api.forwarded import ForwardedCall
-from mnemosyned.api.session_manager import Gate, Response, Rpc
+from mnemosyned.api.session_manager import Gate, Response, Rpc, new_token
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.mirrors import Grant
 from mnemosyned.transport.call import Call, Encoded
@@ -54,10 +55,15 @@ if TYPE_CHECKING:
 # member may do it in the rest.
 _OWN_TRY_PART: Final = 0.6
 _OWN_TRY_S: Final = 2.0
+_NO_ANSWER: Final = "mnemosyned: storage: no answer in time"
 # A storage that answers refuses the write by then.
 _REFUSAL_S: Final = 0.03
 # Members that a call is sent to, one after the other.
 _MOST_ASKED: Final = 2
+# New tokens that are drawn for one of this node's own. A draw costs a thirtieth of a hop, and one of as many
+# as there are nodes succeeds: with more nodes than that it does not pay.
+_MOST_DRAWN: Final = 12
+_MOST_NODES: Final = 32
 _AT_ONCE: Final = (bytes, tuple)
 # Statuses by which a node says that it could not do the work. Another one perhaps can.
 _UNABLE: Final = frozenset(code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED))
@@ -91,6 +97,8 @@ class ClusterRouter:
         self._mirrors = mirrors
         self._is_away = is_away
         self._turn = 0
+        self._expiry = Expiry(_Limit.expire)
+        self._reads: set[Later[Encoded]] = set()  # calls that wait for this node's storage without a task
         self._waiting: set[asyncio.Task[Any]] = set()  # calls that wait for this node's storage
         self._leaving: set[asyncio.Task[Any]] = set()  # those that no longer shall
         self._trace_context = trace_context
@@ -105,7 +113,7 @@ class ClusterRouter:
         place = route(view, token, hops_left=1) if token else UNCACHED
         if isinstance(place, Forward):
             return self._handle_foreign(view, place.owner, rpc, request, call, token=token)
-        own = _OwnTry(call) if rpc.is_write and view.address_by_name else call
+        own = _OwnTry(call, self._expiry) if rpc.is_write and view.address_by_name else call
         if place.fill_cache and self._gate.is_open():
             response = rpc.handle(self._service, request, own)
         else:
@@ -115,7 +123,22 @@ class ClusterRouter:
         # As in transport/call.py, faster than asking for a Coroutine.
         if isinstance(response, bytes) or isinstance(response, tuple) or not view.address_by_name:  # noqa: SIM101
             return response
+        if isinstance(response, Later):
+            return self._read_here_or_elsewhere(rpc, request, call, response)
         return Around(response, partial(self._here_or_elsewhere, rpc, request, call, own))
+
+    def new_token(self) -> str:
+        """See Router.
+
+        A session that this node owns is started without a hop.
+        """
+        view, token = self._view(), new_token()
+        if view.routed and len(view.ring.nodes) <= _MOST_NODES:
+            for _ in range(_MOST_DRAWN - 1):
+                if view.owns(token):
+                    break
+                token = new_token()
+        return token
 
     def _handle_foreign(
         self, view: View, owner: str, rpc: Rpc, request: Message, call: Call, *, token: str
@@ -153,34 +176,56 @@ class ClusterRouter:
             await asyncio.sleep(max(0.0, own.until_s - time.monotonic()))
         return await self._elsewhere(rpc, request, call, is_retry=rpc.is_write)
 
+    def _read_here_or_elsewhere(
+        self, rpc: Rpc, request: Message, call: Call, response: Later[Encoded]
+    ) -> Response:
+        """Do for a read what `_here_or_elsewhere` does, without a task."""
+        if self._is_away() and self._members():
+            response.cancel()
+            return self._elsewhere(rpc, request, call)
+        self._reads.add(response)
+        return response.through(partial(self._read, rpc, request, call, response))
+
+    def _read(
+        self, rpc: Rpc, request: Message, call: Call, response: Later[Encoded], outcome: Outcome[Encoded]
+    ) -> Outcome[Encoded]:
+        self._reads.discard(response)
+        if isinstance(outcome, StorageUnavailable) and (isinstance(outcome, _Left) or self._members()):
+            return self._elsewhere(rpc, request, call)
+        return outcome
+
     async def _unless_left(self, response: Coroutine[Any, Any, Encoded], own: Call) -> Encoded:
         """Await what this node's storage answers. Raises _Left when it is not waited for."""
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
+        limit = own.limited(partial(self._leave, task)) if isinstance(own, _OwnTry) else None
         try:
-            if not isinstance(own, _OwnTry):
-                return await response
-            async with asyncio.timeout_at(own.left_at_s()) as own.limit:
-                return await response
-        except TimeoutError:
-            raise _Left("mnemosyned: storage: no answer in time") from None
+            return await response
         except asyncio.CancelledError:
-            # By `leave_storage`; or by the caller too, which counts.
+            # By `_leave`; or by the caller too, which counts.
             if task not in self._leaving or task.uncancel():
                 raise
-            raise _Left("mnemosyned: storage: no answer in time") from None
+            raise _Left(_NO_ANSWER) from None
         finally:
             self._waiting.discard(task)
             self._leaving.discard(task)
+            if limit is not None:
+                limit.leave = None
 
     def leave_storage(self) -> None:
         """Have the calls that wait for this node's storage ask another member: it does not answer."""
         if self._members():
-            self._leaving |= self._waiting
-            for task in self._waiting:
-                task.cancel()
-            self._waiting.clear()
+            for task in list(self._waiting):
+                self._leave(task)
+            for response in list(self._reads):
+                response.give_up(_Left(_NO_ANSWER))
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        if task in self._waiting:
+            self._waiting.discard(task)
+            self._leaving.add(task)
+            task.cancel()
 
     def _members(self) -> list[str]:
         """Return the members of the ring besides this node, another one first each time."""
@@ -328,19 +373,22 @@ class _OwnTry:
     Delete, has an end of its own: `deadline` is asked when it begins.
     """
 
-    __slots__ = ("_call", "certificate_names", "limit", "owner", "peer", "until_s")
+    __slots__ = ("_call", "_expiry", "_limit", "certificate_names", "owner", "peer", "until_s")
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, expiry: Expiry) -> None:
         self._call = call
+        self._expiry = expiry
+        self._limit: _Limit | None = None  # while the storage is awaited
         self.peer = call.peer
         self.certificate_names = call.certificate_names
         self.owner = call.owner
         self.until_s = 0.0  # nothing has begun
-        self.limit: asyncio.Timeout | None = None  # while the storage is awaited
 
-    def left_at_s(self) -> float | None:
-        """Return when a storage that has not answered is left, on the loop's clock; None: never."""
-        return self.until_s + _REFUSAL_S if self.until_s else None
+    def limited(self, leave: Callable[[], None]) -> _Limit:
+        """Have `leave` called when the storage has had its time, from the first part on, and not answered."""
+        self._limit = limit = _Limit(self._expiry, leave)
+        limit.extend(self.until_s)
+        return limit
 
     @property
     def deadline(self) -> Deadline:
@@ -348,13 +396,43 @@ class _OwnTry:
         left_s = self._call.deadline.of_write().left_s()
         limit = Deadline.in_s(_OWN_TRY_S if left_s is None else min(_OWN_TRY_PART * left_s, _OWN_TRY_S))
         self.until_s = limit.at_s
-        if self.limit is not None:
-            self.limit.reschedule(self.left_at_s())
+        if self._limit is not None:
+            self._limit.extend(limit.at_s)
         return limit
 
     def metadata(self, key: str) -> str | None:
         """See Call."""
         return self._call.metadata(key)
+
+
+class _Limit:
+    """When a storage that has not answered is left. Waits in an Expiry, without a timer of its own."""
+
+    __slots__ = ("_at_s", "_expiry", "leave")
+
+    def __init__(self, expiry: Expiry, leave: Callable[[], None]) -> None:
+        self._expiry = expiry
+        self._at_s = 0.0  # never
+        self.leave: Callable[[], None] | None = leave  # None: it has answered
+
+    def extend(self, until_s: float) -> None:
+        """Let the storage have until then for a part of the work that begins; 0: none has begun."""
+        is_waiting = self._at_s > 0
+        self._at_s = until_s + _REFUSAL_S if until_s else 0.0
+        if self._at_s and not is_waiting:
+            self._expiry.add(self, self._at_s - time.monotonic())
+
+    def done(self) -> bool:
+        """See Waiting."""
+        return self.leave is None
+
+    def expire(self) -> None:
+        """Leave, unless another part has begun meanwhile."""
+        left_s = self._at_s - time.monotonic()
+        if left_s > 0:
+            self._expiry.add(self, left_s)
+        elif self.leave is not None:
+            self.leave()
 
 
 class OwnerRouter:
@@ -388,6 +466,10 @@ class OwnerRouter:
             # At once is from the copy, which nothing has dropped since it was read (rule 17).
             call.grant = self._mirrors.grant(token, call.mirror_for)
         return response
+
+    def new_token(self) -> str:
+        """See Router. The entry node has chosen a token, unless it is of an early release."""
+        return new_token()
 
 
 def _taken(item: pb.Item, outcome: Outcome[pb.Answer]) -> bytes | _Unanswered:

@@ -3,7 +3,7 @@
     engine ── bytes ──> handler ── request, Rpc ──> router ── one of three ──> use case (sessions/service.py)
                        (`_handler`)                (`Router`) (`Rpc.handle` …)
 
-- The handler parses the request, and chooses a token for a Start that brings none.
+- The handler parses the request, and gives a Start that brings no token a new one of the router's.
 - The router decides on which node the call is handled. `LocalRouter` serves a node without peers;
   api/router.py has the two routers of a clustered node.
 - The `Rpc` says how a parsed request becomes a use case. It has three forms of it, and the router chooses:
@@ -42,6 +42,7 @@ import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 from google.protobuf.message import Message
@@ -81,11 +82,10 @@ _FALSE: Final = BoolValue(value=False).SerializeToString()
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 
-# A serialized response: at once where a cache has it, by a Later where another node has it, otherwise by a
-# coroutine. The first two save that coroutine, its task and the time-out around it.
-Handled: TypeAlias = Encoded | Coroutine[Any, Any, Encoded]
-Response: TypeAlias = Handled | Later[Encoded]
-Handle: TypeAlias = Callable[[SessionService, Any, Call], Handled]
+# A serialized response: at once where a cache has it, by a Later where a session is loaded or another node
+# has it, otherwise by a coroutine. The first two save that coroutine, its task and the time-out around it.
+Response: TypeAlias = Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]
+Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,10 @@ class Router(Protocol):
         """
         ...
 
+    def new_token(self) -> str:
+        """Return a token for a session that is to be started, if possible one of this node's own."""
+        ...
+
 
 class Gate(Protocol):
     """Tells whether copies may be served and kept."""
@@ -147,6 +151,10 @@ class LocalRouter:
             return rpc.handle(self._service, request, call)
         return rpc.handle_uncached(self._service, request, call)
 
+    def new_token(self) -> str:
+        """See Router."""
+        return new_token()
+
 
 def add_to(table: MethodTable, router: Router, *, max_entries: int) -> None:
     """Add the RPCs to a table: under their names, and two of them also under the Go daemon's older names.
@@ -162,7 +170,7 @@ def add_to(table: MethodTable, router: Router, *, max_entries: int) -> None:
 
 def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
     request_type = rpc.request_type
-    prepare = _with_token if rpc.name == "Start" else None
+    prepare = partial(_give_token, router) if rpc.name == "Start" else None
 
     def handle(message: bytes, call: Call) -> Response:
         if len(message) > AT_ONCE_BYTES:
@@ -187,14 +195,18 @@ def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
     return handle
 
 
-def _with_token(request: Any) -> None:  # noqa: ANN401  # a StartRequest
+def new_token() -> str:
+    """Return a token that nobody can guess."""
+    return generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
+
+
+def _give_token(router: Router, request: Any) -> None:  # noqa: ANN401  # a StartRequest
     """Choose a token if the request has none, where the call enters the cluster.
 
-    The token decides which node owns the session. A retry then has the same token, so that it finds what the
-    first try has stored.
+    A retry then has the same token, so that it finds what the first try has stored.
     """
     if request.HasField("session") and not request.session.access_token:
-        request.session.access_token = generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
+        request.session.access_token = router.new_token()
 
 
 def _context(router: Router) -> UnaryHandler:
@@ -211,19 +223,24 @@ def _context(router: Router) -> UnaryHandler:
     return context
 
 
-def _get(service: SessionService, request: GetRequest, _: Call) -> Handled:
-    return service.get(request.access_token)
+def _get(service: SessionService, request: GetRequest, call: Call) -> Response:
+    response = service.get(request.access_token)
+    if isinstance(response, Later):
+        service.bound(response, call.deadline)
+    return response
 
 
-def _get_uncached(service: SessionService, request: GetRequest, _: Call) -> Handled:
-    return service.get_uncached(request.access_token)
+def _get_uncached(service: SessionService, request: GetRequest, call: Call) -> Response:
+    response = service.get_uncached(request.access_token)
+    service.bound(response, call.deadline)
+    return response
 
 
 def _is_there(_service: SessionService, _token: str, _: EncodedSession) -> Encoded:
     return _TRUE
 
 
-def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Handled:
+def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Response:
     # None is "no cache knows", which only the storage can answer.
     is_there = service.exists_cached(request.access_token)
     if is_there is None:

@@ -1,6 +1,7 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns its response at once; everything that must wait returns a coroutine.
+A Get that the cache can answer returns its response at once, and one that must be loaded a Later. Everything
+else that must wait is a coroutine.
 
 A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`. They serve
 tokens that another node owns, whose copies only that node may keep.
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from functools import partial
+from typing import Final, TypeAlias
 
 from aio.deadline import NO_DEADLINE, Deadline
+from aio.expiry import Expiry
+from aio.later import Later, Outcome, of_future
 from aio.slices import in_slices
 from aio.steps import STEP_BYTES, STEP_ITEMS, Steps, cut
 from aio.units import NEVER_US
@@ -116,6 +120,7 @@ class SessionService:
         self._batched: BatchedStore[Loaded] = BatchedStore(store, load=self._load_slots, coherence=coherence)
         self._expiry_field = ExpiryField()
         self._pages = asyncio.Semaphore(_PAGES_AT_ONCE)
+        self._late = Expiry(_be_late)
 
     def not_after_us(self, deadline: Deadline) -> int:
         """Return the last instant on the storage's clock at which a write of the call may be done.
@@ -128,17 +133,23 @@ class SessionService:
             raise DeadlineExceeded
         return limit_us
 
+    def bound(self, response: Later[EncodedResponse], deadline: Deadline) -> None:
+        """Have a read fail with DeadlineExceeded when its caller waits no more."""
+        left_s = deadline.left_s()
+        if left_s is not None:
+            self._late.add(response, left_s)
+
     async def close(self) -> None:
         """Cancel the calls that still wait for the storage."""
         await self._coherence.close()
         await self._batched.close()
 
-    def get(self, token: str) -> EncodedResponse | Coroutine[Any, Any, EncodedResponse]:
+    def get(self, token: str) -> EncodedResponse | Later[EncodedResponse]:
         """Extend a session and return it as a response message.
 
         Raises:
             InvalidArgument: the token is no token.
-            SessionNotFound: at once, or by the coroutine.
+            SessionNotFound: at once, or later.
         """
         now_us = self._clock.now_us()
         encoded = self._cache.peek(token, now_us=now_us)
@@ -148,17 +159,17 @@ class SessionService:
             raise SessionNotFound
         return self._load(check_token(token), now_us)
 
-    async def get_uncached(self, token: str) -> EncodedResponse:
+    def get_uncached(self, token: str) -> Later[EncodedResponse]:
         """Do what `get` does from the storage, past both caches.
 
         Raises:
             InvalidArgument: the token is no token.
-            SessionNotFound: there is no live session.
+            SessionNotFound: later: there is no live session.
         """
-        asked_us = self._clock.now_us()
         # In a batch that begins after this call: a load that others share may have begun before another
         # node's write was acknowledged.
-        return self._answer((await self._batched.load(check_token(token))).value, token, asked_us)
+        loaded = of_future(self._batched.load(check_token(token)))
+        return loaded.through(partial(self._answer, token, self._clock.now_us()))
 
     def exists_cached(self, token: str) -> bool | None:
         """Tell whether there is a live session, if a cache knows; None: `exists` must be asked.
@@ -365,16 +376,20 @@ class SessionService:
         self.counts.ended_by_cause["expired"] += len(stored_keys)
         return len(stored_keys)
 
-    async def _load(self, token: str, asked_us: int) -> EncodedResponse:
+    def _load(self, token: str, asked_us: int) -> Later[EncodedResponse]:
         if not self.lifetime.cache_us:
-            return await self.get_uncached(token)
+            return self.get_uncached(token)
         # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
-        return self._answer(await self._cache.load(token, self._batched.load), token, asked_us)
+        return self._cache.load(token, self._batched.load).through(partial(self._answer, token, asked_us))
 
-    def _answer(self, encoded: EncodedSession | None, token: str, asked_us: int) -> EncodedResponse:
-        if encoded is None:
+    def _answer(self, token: str, asked_us: int, loaded: Outcome[Loaded]) -> EncodedResponse:
+        """Return the response of a session that was loaded, as a step of a Later."""
+        if not isinstance(loaded, Slot):
+            assert isinstance(loaded, BaseException)
+            raise loaded
+        if loaded.value is None:
             raise SessionNotFound
-        return self._extended(token, encoded, asked_us)
+        return self._extended(token, loaded.value, asked_us)
 
     async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
@@ -447,6 +462,10 @@ class SessionService:
 
     def _response(self, encoded: EncodedSession) -> EncodedResponse:
         return encoded.response(self._expiry_field.encode(encoded.expires_at_us))
+
+
+def _be_late(response: Later[EncodedResponse]) -> None:
+    response.give_up(DeadlineExceeded())
 
 
 def _check_startable(new: NewSession) -> None:
