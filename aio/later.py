@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
+
+from aio.around import Around
 
 if TYPE_CHECKING:
     from aio.tasks import Tasks
@@ -48,6 +51,10 @@ class Later(Generic[T]):
         else:
             self._steps.append(step)
         return cast("Later[U]", self)
+
+    def map(self, make: Callable[[T], U]) -> Later[U]:
+        """Have a result made into another one, also one that the work comes to with which it goes on."""
+        return self.through(partial(_mapped, make))
 
     def then(self, take: Callable[[Outcome[T]], None]) -> None:
         """Give the outcome to who waits for it; there is one."""
@@ -98,6 +105,12 @@ class Later(Generic[T]):
             if on_cancel is not None:
                 on_cancel()
 
+    def close(self) -> None:
+        """Cancel it, or close the work with which it would go on."""
+        self.cancel()
+        if isinstance(self._outcome, Coroutine):
+            self._outcome.close()
+
     def __await__(self) -> Generator[Any, Any, T]:
         if not self._is_done:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -121,6 +134,18 @@ class Later(Generic[T]):
             waiter.set_result(None)
 
 
+def _mapped(make: Callable[[T], U], outcome: Outcome[T]) -> Outcome[U]:
+    if isinstance(outcome, BaseException):
+        return outcome
+    if isinstance(outcome, Coroutine):
+        return Around(outcome, partial(_made, make))
+    return make(outcome)
+
+
+async def _made(make: Callable[[T], U], work: Coroutine[Any, Any, T]) -> U:
+    return make(await work)
+
+
 def _outcome_of(step: Callable[[Any], Any], outcome: Any) -> Any:  # noqa: ANN401  # of any types
     try:
         return step(outcome)
@@ -132,23 +157,6 @@ def failed(exc: BaseException) -> Later[Any]:
     """Return a Later that has failed."""
     later: Later[Any] = Later()
     later.set_exception(exc)
-    return later
-
-
-def of_future(future: asyncio.Future[T]) -> Later[T]:
-    """Return a future's result as a Later, which cancels the future when it is cancelled itself."""
-    later: Later[T] = Later()
-    later.on_cancel = future.cancel
-
-    def take(future: asyncio.Future[T]) -> None:
-        if future.cancelled():
-            later.cancel()
-        elif (exc := future.exception()) is not None:
-            later.set_exception(exc)
-        else:
-            later.set_result(future.result())
-
-    future.add_done_callback(take)
     return later
 
 

@@ -12,12 +12,11 @@ storage. The idea and the name are those of groupcache's `singleflight`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
-from aio.later import Later
+from aio.later import Later, Outcome
 
 T = TypeVar("T")
 
@@ -27,19 +26,15 @@ class _Flight(Generic[T]):
 
     __slots__ = ("waiting", "work")
 
-    def __init__(self, work: asyncio.Future[T]) -> None:
+    def __init__(self, work: Later[T]) -> None:
         self.work = work
         self.waiting: list[Later[T]] = []
 
-    def land(self, work: asyncio.Future[T]) -> None:
+    def land(self, outcome: Outcome[T]) -> None:
         """Give every caller the outcome."""
         waiting, self.waiting = self.waiting, []
-        exc = asyncio.CancelledError() if work.cancelled() else work.exception()
         for answer in waiting:
-            if exc is not None:
-                answer.set_exception(exc)
-            else:
-                answer.set_result(work.result())
+            answer.set_result(cast("T", outcome))
 
 
 class SingleFlight(Generic[T]):
@@ -55,14 +50,17 @@ class SingleFlight(Generic[T]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    def run(self, key: str, begin: Callable[[], asyncio.Future[T]]) -> Later[T]:
+    def run(self, key: str, begin: Callable[[], Later[T]]) -> Later[T]:
         """Return the outcome of the key's flight; `begin` begins one if there is none, and may raise."""
         flight = self._flights.get(key)
+        is_first = flight is None
         if flight is None:
-            flight = self._take_off(key, begin())
+            flight = self._flights[key] = _Flight(begin())
         answer: Later[T] = Later()
         answer.on_cancel = partial(self._leave, key, flight, answer)
         flight.waiting.append(answer)
+        if is_first:
+            flight.work.then(partial(self._land, key, flight))
         return answer
 
     def forget(self, key: str) -> None:
@@ -80,17 +78,9 @@ class SingleFlight(Generic[T]):
                 self._end(key, flight)
                 flight.work.cancel()
 
-    def _take_off(self, key: str, work: asyncio.Future[T]) -> _Flight[T]:
-        # The dictionary owns the work, and after `forget` its callers do.
-        flight = _Flight(work)
-        self._flights[key] = flight
-
-        def land(work: asyncio.Future[T]) -> None:
-            self._end(key, flight)
-            flight.land(work)
-
-        work.add_done_callback(land)
-        return flight
+    def _land(self, key: str, flight: _Flight[T], outcome: Outcome[T]) -> None:
+        self._end(key, flight)
+        flight.land(outcome)
 
     def _end(self, key: str, flight: _Flight[T]) -> None:
         # The key may have another flight already, begun after `forget`.

@@ -304,7 +304,7 @@ class PeerService:
         # As in transport/call.py, faster than asking for a Coroutine.
         if not (isinstance(response, bytes) or isinstance(response, tuple)):  # noqa: SIM101
             if isinstance(response, Later):
-                return response.through(partial(_fill_in, item, answer))
+                return response.through(partial(_fill_in, item, answer, forwarded))
             return Around(response, partial(_finish, item, answer, forwarded))
         answer.message = joined(response)
         if (grant := forwarded.grant) is not None:
@@ -363,7 +363,7 @@ def _as_status(exc: UnauthenticatedPeer) -> Unauthenticated:
 
 async def _gathered(waiting: list[Later[None] | Coroutine[Any, Any, None]], answers: pb.Answers) -> bytes:
     """Wait for all answers, which none of these raises; if the stream is cancelled, all of them are."""
-    reads = [work for work in waiting if isinstance(work, Later)]
+    laters = [work for work in waiting if isinstance(work, Later)]
     others = [work for work in waiting if not isinstance(work, Later)]
     try:
         if len(others) == 1:
@@ -373,11 +373,11 @@ async def _gathered(waiting: list[Later[None] | Coroutine[Any, Any, None]], answ
             # Together, so that the items share one batch of the storage.
             await asyncio.gather(*others)
         # These have begun.
-        for read in reads:
-            await read
+        for later in laters:
+            await later
     finally:
-        for read in reads:
-            read.cancel()
+        for later in laters:
+            later.close()
     return _response(answers)
 
 
@@ -398,15 +398,19 @@ _TOO_LARGE: Final = pb.Answer(
 )
 
 
-def _fill_in(item: pb.Item, answer: pb.Answer, outcome: Outcome[Encoded]) -> None:
-    """Fill the answer of a session in that was loaded."""
+def _fill_in(
+    item: pb.Item, answer: pb.Answer, call: ForwardedCall, outcome: Outcome[Encoded]
+) -> Outcome[None]:
+    """Fill an answer in that was not known at once, as a step of a Later."""
+    if isinstance(outcome, bytes | tuple):
+        answer.message = joined(outcome)
+        return None
     if isinstance(outcome, Exception):
         _fail(answer, item, outcome)
-    elif isinstance(outcome, BaseException):
+        return None
+    if isinstance(outcome, BaseException):
         raise outcome
-    else:
-        assert not isinstance(outcome, Coroutine)
-        answer.message = joined(outcome)
+    return Around(outcome, partial(_finish, item, answer, call))
 
 
 async def _finish(

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
@@ -39,6 +39,7 @@ from cluster.timing import LEAST_TRY_S, MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
 from mnemosyned.api.forwarded import ForwardedCall
+from mnemosyned.api.own_try import Limit, OwnTry
 from mnemosyned.api.session_manager import Gate, Response, Rpc, new_token
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.mirrors import Grant
@@ -51,20 +52,14 @@ if TYPE_CHECKING:
     from mnemosyned.sessions.mirrors import Mirrors
     from mnemosyned.sessions.service import SessionService
 
-# The storage does a write of this node only in this part of its caller's time, and so long at most: another
-# member may do it in the rest.
-_OWN_TRY_PART: Final = 0.6
-_OWN_TRY_S: Final = 2.0
 _NO_ANSWER: Final = "mnemosyned: storage: no answer in time"
-# A storage that answers refuses the write by then.
-_REFUSAL_S: Final = 0.03
 # Members that a call is sent to, one after the other.
 _MOST_ASKED: Final = 2
 # New tokens that are drawn for one of this node's own. A draw costs a thirtieth of a hop, and one of as many
 # as there are nodes succeeds: with more nodes than that it does not pay.
 _MOST_DRAWN: Final = 12
 _MOST_NODES: Final = 32
-_AT_ONCE: Final = (bytes, tuple)
+_ENCODED: Final = (bytes, tuple)
 # Statuses by which a node says that it could not do the work. Another one perhaps can.
 _UNABLE: Final = frozenset(code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED))
 
@@ -97,9 +92,10 @@ class ClusterRouter:
         self._mirrors = mirrors
         self._is_away = is_away
         self._turn = 0
-        self._expiry = Expiry(_Limit.expire)
-        self._reads: set[Later[Encoded]] = set()  # calls that wait for this node's storage without a task
-        self._waiting: set[asyncio.Task[Any]] = set()  # calls that wait for this node's storage
+        self._expiry = Expiry(Limit.expire)
+        # Calls that wait for this node's storage.
+        self._laters: set[Later[Encoded]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
         self._leaving: set[asyncio.Task[Any]] = set()  # those that no longer shall
         self._trace_context = trace_context
 
@@ -113,7 +109,7 @@ class ClusterRouter:
         place = route(view, token, hops_left=1) if token else UNCACHED
         if isinstance(place, Forward):
             return self._handle_foreign(view, place.owner, rpc, request, call, token=token)
-        own = _OwnTry(call, self._expiry) if rpc.is_write and view.address_by_name else call
+        own = OwnTry(call, self._expiry) if rpc.is_write and view.address_by_name else call
         if place.fill_cache and self._gate.is_open():
             response = rpc.handle(self._service, request, own)
         else:
@@ -123,9 +119,10 @@ class ClusterRouter:
         # As in transport/call.py, faster than asking for a Coroutine.
         if isinstance(response, bytes) or isinstance(response, tuple) or not view.address_by_name:  # noqa: SIM101
             return response
+        here = _Here(rpc, request, call, own)
         if isinstance(response, Later):
-            return self._read_here_or_elsewhere(rpc, request, call, response)
-        return Around(response, partial(self._here_or_elsewhere, rpc, request, call, own))
+            return self._later_here_or_elsewhere(here, response)
+        return Around(response, partial(self._here_or_elsewhere, here))
 
     def new_token(self) -> str:
         """See Router.
@@ -153,53 +150,66 @@ class ClusterRouter:
             return self._elsewhere(rpc, request, call, first=owner)
         return self._forward(view, owner, rpc, request, call, token=token, asked_us=now_us)
 
-    async def _here_or_elsewhere(
-        self, rpc: Rpc, request: Message, call: Call, own: Call, response: Coroutine[Any, Any, Encoded]
-    ) -> Encoded:
+    def _later_here_or_elsewhere(self, here: _Here, response: Later[Encoded]) -> Response:
+        """Do what `_here_or_elsewhere` does, without a task while all is well."""
+        if self._is_away() and self._members():
+            response.cancel()
+            return self._elsewhere(here.rpc, here.request, here.call)
+        limit = here.own.limited(partial(_leave, response)) if isinstance(here.own, OwnTry) else None
+        self._laters.add(response)
+        return response.through(partial(self._answered_here, here, response, limit))
+
+    def _answered_here(
+        self, here: _Here, response: Later[Encoded], limit: Limit | None, outcome: Outcome[Encoded]
+    ) -> Outcome[Encoded]:
+        self._laters.discard(response)
+        if limit is not None:
+            limit.leave = None
+        if isinstance(outcome, _ENCODED):
+            return outcome
+        if isinstance(outcome, DeadlineExceeded | StorageUnavailable):
+            return self._after_failure(here, outcome)
+        if not isinstance(outcome, BaseException):
+            # It is done, and waits for other nodes' copies.
+            return Around(outcome, partial(self._begun_here, here))
+        return outcome
+
+    async def _here_or_elsewhere(self, here: _Here, response: Coroutine[Any, Any, Encoded]) -> Encoded:
         """Return what this node's storage answers; without one, what that of another member does."""
         if self._is_away() and self._members():
             response.close()
-            return await self._elsewhere(rpc, request, call)
+            return await self._elsewhere(here.rpc, here.request, here.call)
+        return await self._begun_here(here, response)
+
+    async def _begun_here(self, here: _Here, response: Coroutine[Any, Any, Encoded]) -> Encoded:
         try:
-            return await self._unless_left(response, own)
-        except DeadlineExceeded:
-            if not rpc.is_write:
-                raise
+            return await self._unless_left(response, here.own)
+        except (DeadlineExceeded, StorageUnavailable) as exc:
+            failure = exc
+        return await self._after_failure(here, failure)
+
+    async def _after_failure(self, here: _Here, failure: DeadlineExceeded | StorageUnavailable) -> Encoded:
+        """Return what another try answers after the one of this node's storage. Raises the failure."""
+        rpc, request, call, own = here
+        if isinstance(failure, DeadlineExceeded):
+            left_s = call.deadline.left_s()
+            if not rpc.is_write or (left_s is not None and left_s < LEAST_TRY_S):
+                raise failure
             # The storage is slow: it refused the try as late, and has not done it. The caller may have time.
             return await self._here(rpc, request, call, is_retry=False)
-        except StorageUnavailable as exc:
-            if not (isinstance(exc, _Left) or self._members()):
-                raise
-            is_under_way = exc.is_under_way
-        if isinstance(own, _OwnTry) and is_under_way:
+        if not (isinstance(failure, _Left) or self._members()):
+            raise failure
+        if isinstance(own, OwnTry) and failure.is_under_way:
             # Otherwise this node's delayed write could be done after the retry, and so after the answer.
             await asyncio.sleep(max(0.0, own.until_s - time.monotonic()))
         return await self._elsewhere(rpc, request, call, is_retry=rpc.is_write)
-
-    def _read_here_or_elsewhere(
-        self, rpc: Rpc, request: Message, call: Call, response: Later[Encoded]
-    ) -> Response:
-        """Do for a read what `_here_or_elsewhere` does, without a task."""
-        if self._is_away() and self._members():
-            response.cancel()
-            return self._elsewhere(rpc, request, call)
-        self._reads.add(response)
-        return response.through(partial(self._read, rpc, request, call, response))
-
-    def _read(
-        self, rpc: Rpc, request: Message, call: Call, response: Later[Encoded], outcome: Outcome[Encoded]
-    ) -> Outcome[Encoded]:
-        self._reads.discard(response)
-        if isinstance(outcome, StorageUnavailable) and (isinstance(outcome, _Left) or self._members()):
-            return self._elsewhere(rpc, request, call)
-        return outcome
 
     async def _unless_left(self, response: Coroutine[Any, Any, Encoded], own: Call) -> Encoded:
         """Await what this node's storage answers. Raises _Left when it is not waited for."""
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
-        limit = own.limited(partial(self._leave, task)) if isinstance(own, _OwnTry) else None
+        limit = own.limited(partial(self._leave, task)) if isinstance(own, OwnTry) else None
         try:
             return await response
         except asyncio.CancelledError:
@@ -218,8 +228,8 @@ class ClusterRouter:
         if self._members():
             for task in list(self._waiting):
                 self._leave(task)
-            for response in list(self._reads):
-                response.give_up(_Left(_NO_ANSWER))
+            for response in list(self._laters):
+                _leave(response)
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         if task in self._waiting:
@@ -359,80 +369,24 @@ class _Left(StorageUnavailable):
     """A call no longer waits for this node's storage, which is in doubt but may do the work."""
 
 
+def _leave(response: Later[Encoded]) -> None:
+    response.give_up(_Left(_NO_ANSWER))
+
+
+class _Here(NamedTuple):
+    """A call that this node's storage is asked for; `own` is the same call, with its limits for a write."""
+
+    rpc: Rpc
+    request: Message
+    call: Call
+    own: Call
+
+
 class _Unanswered(Enum):
     """What is known of a call that a node has not answered."""
 
     UNSEEN = "unseen"  # it has not begun it
     UNKNOWN = "unknown"  # it may have done it, and does it no more
-
-
-class _OwnTry:
-    """A client's write, as this node's storage gets it first: with time left for a retry. A Call.
-
-    The storage does no part of it after `until_s`, on `time.monotonic()`. Each part, such as a step of a
-    Delete, has an end of its own: `deadline` is asked when it begins.
-    """
-
-    __slots__ = ("_call", "_expiry", "_limit", "certificate_names", "owner", "peer", "until_s")
-
-    def __init__(self, call: Call, expiry: Expiry) -> None:
-        self._call = call
-        self._expiry = expiry
-        self._limit: _Limit | None = None  # while the storage is awaited
-        self.peer = call.peer
-        self.certificate_names = call.certificate_names
-        self.owner = call.owner
-        self.until_s = 0.0  # nothing has begun
-
-    def limited(self, leave: Callable[[], None]) -> _Limit:
-        """Have `leave` called when the storage has had its time, from the first part on, and not answered."""
-        self._limit = limit = _Limit(self._expiry, leave)
-        limit.extend(self.until_s)
-        return limit
-
-    @property
-    def deadline(self) -> Deadline:
-        """See Call."""
-        left_s = self._call.deadline.of_write().left_s()
-        limit = Deadline.in_s(_OWN_TRY_S if left_s is None else min(_OWN_TRY_PART * left_s, _OWN_TRY_S))
-        self.until_s = limit.at_s
-        if self._limit is not None:
-            self._limit.extend(limit.at_s)
-        return limit
-
-    def metadata(self, key: str) -> str | None:
-        """See Call."""
-        return self._call.metadata(key)
-
-
-class _Limit:
-    """When a storage that has not answered is left. Waits in an Expiry, without a timer of its own."""
-
-    __slots__ = ("_at_s", "_expiry", "leave")
-
-    def __init__(self, expiry: Expiry, leave: Callable[[], None]) -> None:
-        self._expiry = expiry
-        self._at_s = 0.0  # never
-        self.leave: Callable[[], None] | None = leave  # None: it has answered
-
-    def extend(self, until_s: float) -> None:
-        """Let the storage have until then for a part of the work that begins; 0: none has begun."""
-        is_waiting = self._at_s > 0
-        self._at_s = until_s + _REFUSAL_S if until_s else 0.0
-        if self._at_s and not is_waiting:
-            self._expiry.add(self, self._at_s - time.monotonic())
-
-    def done(self) -> bool:
-        """See Waiting."""
-        return self.leave is None
-
-    def expire(self) -> None:
-        """Leave, unless another part has begun meanwhile."""
-        left_s = self._at_s - time.monotonic()
-        if left_s > 0:
-            self._expiry.add(self, left_s)
-        elif self.leave is not None:
-            self.leave()
 
 
 class OwnerRouter:
@@ -462,7 +416,7 @@ class OwnerRouter:
         if not (fills_cache and self._gate.is_open()):
             return rpc.handle_uncached(self._service, request, call)
         response = rpc.handle(self._service, request, call)
-        if call.mirror_for and rpc.returns_session and isinstance(response, _AT_ONCE):
+        if call.mirror_for and rpc.returns_session and isinstance(response, _ENCODED):
             # At once is from the copy, which nothing has dropped since it was read (rule 17).
             call.grant = self._mirrors.grant(token, call.mirror_for)
         return response

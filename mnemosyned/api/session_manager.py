@@ -225,13 +225,14 @@ def _context(router: Router) -> UnaryHandler:
 
 def _get(service: SessionService, request: GetRequest, call: Call) -> Response:
     response = service.get(request.access_token)
-    if isinstance(response, Later):
-        service.bound(response, call.deadline)
-    return response
+    return _in_time(service, response, call) if isinstance(response, Later) else response
 
 
 def _get_uncached(service: SessionService, request: GetRequest, call: Call) -> Response:
-    response = service.get_uncached(request.access_token)
+    return _in_time(service, service.get_uncached(request.access_token), call)
+
+
+def _in_time(service: SessionService, response: Later[Encoded], call: Call) -> Later[Encoded]:
     service.bound(response, call.deadline)
     return response
 
@@ -256,27 +257,50 @@ async def _exists_uncached(service: SessionService, request: ExistsRequest, _: C
     return _TRUE if await service.exists_uncached(request.access_token) else _FALSE
 
 
-async def _start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    return await service.start(await _new_session(service, request, call.deadline))
+def _start(service: SessionService, request: StartRequest, call: Call) -> Response:
+    return _started_by(service.start, service, request, call)
 
 
-async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    return await service.start_uncached(await _new_session(service, request, call.deadline))
+def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> Response:
+    return _started_by(service.start_uncached, service, request, call)
+
+
+def _started_by(
+    start: Callable[[NewSession], Later[Encoded]], service: SessionService, request: StartRequest, call: Call
+) -> Response:
+    stored = _stored_bag(service, request)
+    if stored is None:
+        return _start_large(start, service, request, call)
+    return _in_time(service, start(_new_session(service, request, stored, call.deadline)), call)
+
+
+async def _start_large(
+    start: Callable[[NewSession], Later[Encoded]], service: SessionService, request: StartRequest, call: Call
+) -> Encoded:
+    stored = await in_slices(service.bag_limits.encoding(request.session.bag))
+    return await start(_new_session(service, request, stored, call.deadline))
 
 
 async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    return await service.retry_start(await _new_session(service, request, call.deadline))
+    stored = _stored_bag(service, request)
+    if stored is None:
+        stored = await in_slices(service.bag_limits.encoding(request.session.bag))
+    return await service.retry_start(_new_session(service, request, stored, call.deadline))
 
 
-async def _new_session(service: SessionService, request: StartRequest, deadline: Deadline) -> NewSession:
+def _stored_bag(service: SessionService, request: StartRequest) -> bytes | None:
+    """Check a new session, and return the stored form of its bag; None: it is large."""
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
-    session = request.session
-    if not session.subject_id:
+    if not request.session.subject_id:
         raise InvalidArgument("mnemosyned: missing subject accessToken")
-    stored = service.bag_limits.encoded_at_once(session)
-    if stored is None:
-        stored = await in_slices(service.bag_limits.encoding(session.bag))
+    return service.bag_limits.encoded_at_once(request.session)
+
+
+def _new_session(
+    service: SessionService, request: StartRequest, stored: bytes, deadline: Deadline
+) -> NewSession:
+    session = request.session
     return NewSession(
         access_token=session.access_token,
         subject_id=session.subject_id,
@@ -289,8 +313,12 @@ async def _new_session(service: SessionService, request: StartRequest, deadline:
     )
 
 
-async def _abandon(service: SessionService, request: AbandonRequest, call: Call) -> bytes:
-    await service.abandon(request.access_token, call.deadline)
+def _abandon(service: SessionService, request: AbandonRequest, call: Call) -> Response:
+    ended = service.abandon(request.access_token, call.deadline).map(_is_done)
+    return _in_time(service, ended, call)
+
+
+def _is_done(_: None) -> Encoded:
     return _TRUE
 
 
@@ -298,7 +326,7 @@ async def _retry_abandon(service: SessionService, request: AbandonRequest, call:
     # The earlier try may have ended the session. The price: an Abandon of a token that never existed succeeds
     # when it is a retry, and is NOT_FOUND otherwise.
     with suppress(SessionNotFound):
-        await _abandon(service, request, call)
+        await service.abandon(request.access_token, call.deadline)
     return _TRUE
 
 

@@ -17,18 +17,19 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias
 
 from aio.deadline import NO_DEADLINE, Deadline
 from aio.expiry import Expiry
-from aio.later import Later, Outcome, of_future
+from aio.later import Later, Outcome
 from aio.slices import in_slices
 from aio.steps import STEP_BYTES, STEP_ITEMS, Steps, cut
 from aio.units import NEVER_US
 from cache.lru import Slot
-from cache.read_through import ReadThrough
+from cache.read_through import Fill, ReadThrough
 from mnemosyned.errors import (
     CorruptSession,
     DeadlineExceeded,
@@ -39,9 +40,9 @@ from mnemosyned.errors import (
 )
 from mnemosyned.sessions import bag, damage, page_token
 from mnemosyned.sessions.bag import BagLimits
-from mnemosyned.sessions.batched import BatchedStore
+from mnemosyned.sessions.batched import BatchedStore, settled
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.coherence import Coherence
+from mnemosyned.sessions.coherence import Coherence, Written
 from mnemosyned.sessions.columns import SessionColumns
 from mnemosyned.sessions.counts import SessionCounts
 from mnemosyned.sessions.damage_log import DamageLog
@@ -134,10 +135,12 @@ class SessionService:
         return limit_us
 
     def bound(self, response: Later[EncodedResponse], deadline: Deadline) -> None:
-        """Have a read fail with DeadlineExceeded when its caller waits no more."""
+        """Have a response fail with DeadlineExceeded when its caller waits no more, perhaps at once."""
         left_s = deadline.left_s()
-        if left_s is not None:
+        if left_s is not None and left_s > 0:
             self._late.add(response, left_s)
+        elif left_s is not None:
+            _be_late(response)
 
     async def close(self) -> None:
         """Cancel the calls that still wait for the storage."""
@@ -168,7 +171,7 @@ class SessionService:
         """
         # In a batch that begins after this call: a load that others share may have begun before another
         # node's write was acknowledged.
-        loaded = of_future(self._batched.load(check_token(token)))
+        loaded = self._batched.load(check_token(token))
         return loaded.through(partial(self._answer, token, self._clock.now_us()))
 
     def exists_cached(self, token: str) -> bool | None:
@@ -199,28 +202,40 @@ class SessionService:
         """
         return await self._batched.exists(check_token(token))
 
-    async def start(self, new: NewSession) -> EncodedResponse:
+    def start(self, new: NewSession) -> Later[EncodedResponse]:
         """Store a session and return it as a response message.
 
         Raises:
             InvalidArgument: a field cannot be stored.
-            SessionAlreadyExists: the token is in use.
+            SessionAlreadyExists: later: the token is in use.
         """
         _check_startable(new)
-        asked_us = self._clock.now_us()
-        with self._cache.begin_fill(new.access_token, is_making=True) as fill:
-            session = await self._batched.start(new)
-            self.counts.started += 1
-            slot = self._slot(session, asked_us)
-            fill.put(slot)
-        return self._response(slot.value)
+        asked_us, started = self._clock.now_us(), self._batched.start(new)
+        # The batch begins after this step.
+        fill = self._cache.begin_fill(new.access_token, is_making=True)
+        return started.through(partial(self._started, fill, asked_us)).through(settled)
 
-    async def start_uncached(self, new: NewSession) -> EncodedResponse:
+    def start_uncached(self, new: NewSession) -> Later[EncodedResponse]:
         """Do what `start` does, and leave the copy to the owner. Raises what `start` does."""
         _check_startable(new)
-        session = await self._batched.start(new)
-        self.counts.started += 1
-        return self._response(EncodedSession(session))
+        started = self._batched.start(new)
+        return started.through(partial(self._started, None, self._clock.now_us())).through(settled)
+
+    def _started(
+        self, fill: Fill[EncodedSession] | None, asked_us: int, outcome: Outcome[Written[Session]]
+    ) -> Written[EncodedResponse]:
+        """Keep the copy of a new session, also before the Start is settled: it is true from its commit on."""
+        with fill or nullcontext():
+            if not isinstance(outcome, Written):
+                assert isinstance(outcome, BaseException)
+                raise outcome
+            if isinstance(outcome.result, MnemosyneError):
+                return Written(outcome.result, outcome.settling)
+            self.counts.started += 1
+            slot = self._slot(outcome.result, asked_us)
+            if fill is not None:
+                fill.put(slot)
+        return Written(self._response(slot.value), outcome.settling)
 
     async def retry_start(self, new: NewSession) -> EncodedResponse:
         """Store a session past the cache, unless an earlier try of the same call has stored it.
@@ -264,10 +279,14 @@ class SessionService:
             self._damage_log.add(token, exc)
             raise
 
-    async def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> None:
-        """End a session. Raises SessionNotFound."""
+    def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> Later[None]:
+        """End a session. Raises SessionNotFound later."""
         ending = Abandonment(access_token=check_token(token), not_after_us=self.not_after_us(deadline))
-        await self._batched.abandon(ending)
+        return self._batched.abandon(ending).map(self._ended)
+
+    def _ended(self, was_there: bool) -> None:  # noqa: FBT001  # the result of an Abandon
+        if not was_there:
+            raise SessionNotFound
         self.counts.ended_by_cause["abandoned"] += 1
 
     async def list(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aio.later import Later, Outcome, begun, failed, of_future
+from aio.later import Later, Outcome, begun, failed
 from aio.tasks import Tasks
 
 
@@ -119,30 +119,6 @@ async def test_who_gives_up_says_why_and_the_source_hears_of_it() -> None:
     assert told == ["source"]
     with pytest.raises(LookupError, match="too late"):
         await later
-
-
-@pytest.mark.parametrize("outcome", ["result", "failure", "cancelled"])
-async def test_a_future_becomes_a_later(outcome: str) -> None:
-    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    later = of_future(future)
-    if outcome == "result":
-        future.set_result(1)
-        assert await later == 1
-    elif outcome == "failure":
-        future.set_exception(LookupError())
-        with pytest.raises(LookupError):
-            await later
-    else:
-        future.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await later
-
-
-async def test_a_future_is_cancelled_with_its_later() -> None:
-    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    of_future(future).cancel()
-
-    assert future.cancelled()
 
 
 async def test_a_caller_that_is_cancelled_as_the_outcome_comes_leaves_no_coroutine_behind() -> None:

@@ -4,9 +4,12 @@ import asyncio
 
 import pytest
 
+from aio.later import Later, begun
+from aio.tasks import Tasks
 from cache.lru import Lru, Slot
 from cache.read_through import Fetch, ReadThrough
 
+TASKS = Tasks("fetches")
 SOON_US, LATER_US, NEVER_US = 100, 200, 10**18
 
 
@@ -19,8 +22,8 @@ class Storage:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    def fetch(self, _: str) -> asyncio.Task[Slot[str] | Slot[None]]:
-        return asyncio.create_task(self._fetch())
+    def fetch(self, _: str) -> Later[Slot[str] | Slot[None]]:
+        return begun(self._fetch(), TASKS)
 
     async def _fetch(self) -> Slot[str] | Slot[None]:
         self.fetches += 1
@@ -118,7 +121,7 @@ async def test_a_failed_refresh_leaves_nothing_behind() -> None:
         raise OSError("storage is away")
 
     with pytest.raises(OSError, match="away"):
-        await loaded(cache, "k", lambda key: asyncio.create_task(fail(key)))
+        await loaded(cache, "k", lambda key: begun(fail(key), TASKS))
 
     assert cache.peek("k", now_us=LATER_US) is None
     assert cache.peek("k", now_us=SOON_US) == "old"

@@ -4,7 +4,11 @@ import asyncio
 
 import pytest
 
+from aio.later import Later, begun
+from aio.tasks import Tasks
 from cache.singleflight import SingleFlight
+
+TASKS = Tasks("flights")
 
 
 class Work:
@@ -13,8 +17,8 @@ class Work:
         self.was_cancelled = False
         self.gate = asyncio.Event()
 
-    def fly(self) -> asyncio.Task[int]:
-        return asyncio.create_task(self._fly())
+    def fly(self) -> Later[int]:
+        return begun(self._fly(), TASKS)
 
     async def _fly(self) -> int:
         self.begun += 1
@@ -58,7 +62,7 @@ async def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
         raise ValueError("crashed")
 
     results = await asyncio.gather(
-        *(flights.run("k", lambda: asyncio.create_task(crash())) for _ in range(3)), return_exceptions=True
+        *(flights.run("k", lambda: begun(crash(), TASKS)) for _ in range(3)), return_exceptions=True
     )
     work = Work()
     work.gate.set()
