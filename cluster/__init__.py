@@ -22,8 +22,8 @@ The shell around them performs, on asyncio. Read the pure modules first, in this
 
 Then the shell:
 
-9. `channel`: gRPC calls to one address, on http2/. `peers`: connections, calls and streams to other nodes.
-   `discovery`: from seeds to addresses.
+9. `connection`, `responses`, `channel`, `channel_stream`: gRPC calls to one address, on http2/. `peers`:
+   connections, calls and streams to other nodes. `discovery`: from seeds to addresses.
 10. `gossip`: the clock and the network of `swim`, and the current view. `event_log`: its lines in the log.
 11. `call_queue`, `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
 

@@ -34,7 +34,9 @@ from typing import Final, Protocol
 
 from aio.later import Later, Outcome, begun
 from aio.tasks import Tasks
-from cluster.channel import CallFailed, Channel, ChannelStream, ConnectionLost, IntroductionFailed, Wire
+from cluster.channel import Channel, IntroductionFailed
+from cluster.channel_stream import ChannelStream
+from cluster.connection import Connection
 from cluster.errors import (
     ClusterError,
     MalformedPacket,
@@ -46,6 +48,7 @@ from cluster.errors import (
 )
 from cluster.peer_auth import HELLO, METADATA_KEY, NO_KEY, NONCE_BYTES, PeerAuth, PeerKey, StreamMac
 from cluster.peerpb import peer_pb2 as pb
+from cluster.responses import CallFailed, ConnectionLost
 from cluster.timing import CHANNEL_GRACE_S, SILENCE_S
 from cluster.wire import parsed
 from http2.outbox import Headers
@@ -87,7 +90,7 @@ class CallStats(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Connection:
+class _PeerConnection:
     channel: Channel
     callee: str  # the name of the node there; empty for any node of the cluster
     answered_s: float  # when it was opened, or the peer last answered on it
@@ -118,7 +121,7 @@ class Peers:
         self._stats_by_method = stats_by_method
         self._server_name = server_name
         self._tls: ssl.SSLContext | None = None
-        self._connections: dict[tuple[str, ChannelKind], _Connection] = {}
+        self._connections: dict[tuple[str, ChannelKind], _PeerConnection] = {}
         self._is_closed = False
         self._closing = Tasks("peer_connection_close")
         self._opening = Tasks("peer_stream_open")
@@ -158,11 +161,11 @@ class Peers:
         with self._counted(address, channel_kind, method):
             channel = self._connection(address, channel_kind, callee).channel
             until_s = time.monotonic() + timeout_s
-            wire = await channel.ready(timeout_s)
-            key: PeerKey = wire.introduction
+            connection = await channel.ready(timeout_s)
+            key: PeerKey = connection.introduction
             signature = _signature(key, method, body)
             answer = await channel.call_on(
-                wire, _path(method), _metadata(signature), body, timeout_s=until_s - time.monotonic()
+                connection, _path(method), _metadata(signature), body, timeout_s=until_s - time.monotonic()
             )
             sealed = parsed(pb.SealedAnswer, answer)
             key.check_answer(signature, sealed.answer, sealed.seal)
@@ -199,7 +202,7 @@ class Peers:
         closing_channels = [connection.channel.close() for connection in connections]
         await asyncio.gather(*closing_channels, *closing, self._opening.close())
 
-    def _connection(self, address: str, channel_kind: ChannelKind, callee: str = "") -> _Connection:
+    def _connection(self, address: str, channel_kind: ChannelKind, callee: str = "") -> _PeerConnection:
         """Return the connection to an address; another node there than before gets another one."""
         connection = self._connections.get((address, channel_kind))
         if connection is not None and callee not in ("", connection.callee):
@@ -218,11 +221,11 @@ class Peers:
                 may_dial=self._may_dial,
                 unix_path=self.socket_at(address),
             )
-            connection = _Connection(channel, callee, answered_s=time.monotonic())
+            connection = _PeerConnection(channel, callee, answered_s=time.monotonic())
             self._connections[address, channel_kind] = connection
         return connection
 
-    async def _introduce(self, callee: str, channel: Channel, wire: Wire) -> PeerKey:
+    async def _introduce(self, callee: str, channel: Channel, connection: Connection) -> PeerKey:
         """Say Hello on a new connection; return the key for calls on it.
 
         The Hello names its callee. Otherwise a process that took over the address of a dead node could pass
@@ -240,13 +243,18 @@ class Peers:
             body = pb.HelloRequest(callee=callee).SerializeToString()
             greeting = self._auth.greeting(body, now_ms=_now_ms(), nonce=os.urandom(NONCE_BYTES))
             answer = await channel.call_on(
-                wire, _path(HELLO), _metadata(greeting), body, timeout_s=_HELLO_S, max_bytes=_MAX_HELLO_BYTES
+                connection,
+                _path(HELLO),
+                _metadata(greeting),
+                body,
+                timeout_s=_HELLO_S,
+                max_bytes=_MAX_HELLO_BYTES,
             )
             hello = parsed(pb.HelloResponse, answer)
             process, proof = hello.process, hello.proof
         if proof:
             return self._auth.key_for(process, proof, greeting=greeting)
-        objection = self._auth.objection_to_callee(wire.certificate_names, wire.host)
+        objection = self._auth.objection_to_callee(connection.certificate_names, connection.host)
         if objection:
             raise UnauthenticatedPeer(objection)
         return NO_KEY
@@ -358,7 +366,7 @@ class ForwardStream:
         `count` counts a batch in, and `tasks` open the stream.
         """
         self.address = address
-        self._stream: ChannelStream = channel.open_stream(_path("Forward"), self._open)
+        self._stream = ChannelStream(channel, _path("Forward"), self._open)
         self._batches, self._answers = StreamMac(None), StreamMac(None)
         self._is_current = is_current
         self._count = count
