@@ -22,8 +22,9 @@ The shell around them performs, on asyncio. Read the pure modules first, in this
 
 Then the shell:
 
-9. `connection`, `responses`, `channel`, `channel_stream`: gRPC calls to one address, on http2/. `peers`:
-   connections, calls and streams to other nodes. `discovery`: from seeds to addresses.
+9. `connection`, `responses`, `channel`, `channel_stream`: gRPC calls to one address, on http2/.
+   `signing`, `peer_failures`, `forward_stream`, `peers`: connections, calls and streams to other nodes.
+   `discovery`: from seeds to addresses. `failure_signs`: from lost connections to refused dials.
 10. `gossip`: the clock and the network of `swim`, and the current view. `event_log`: its lines in the log.
 11. `call_queue`, `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
 

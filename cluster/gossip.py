@@ -43,11 +43,12 @@ from cluster import discovery, wire
 from cluster.addresses import AddressRules
 from cluster.errors import ClusterError, MalformedPacket, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
+from cluster.failure_signs import is_refused
 from cluster.identity import Identity
 from cluster.introductions import Candidate, Introductions
 from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, Update
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, Peers, is_refused
+from cluster.peers import ChannelKind, Peers
 from cluster.swim import Settings, Swim
 from cluster.timing import GOSSIP_CALL_S, TRY_S
 from cluster.view import View, alone

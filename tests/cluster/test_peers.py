@@ -17,9 +17,11 @@ import pytest
 from clusters import free_ports
 
 from cluster.errors import PeerRefused, PeerTimeout, PeerUnproven, PeerUnreachable, UnauthenticatedPeer
+from cluster.failure_signs import is_refused
+from cluster.forward_stream import ForwardStream
 from cluster.peer_auth import METADATA_KEY, NO_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, ForwardStream, Peers, is_refused
+from cluster.peers import ChannelKind, Peers
 
 METHODS = ("Gossip", "Forward", "Invalidate")
 
