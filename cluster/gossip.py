@@ -14,7 +14,7 @@ From `start` to `leave` and `announce_left`, or to `close`:
 - `start` joins. Without seeds this node is a cluster of its own at once.
 - `answer` handles packets of other nodes. A sender that has not proved where it is gets an answer, is
   believed nothing, and is asked itself (introductions.py).
-- `probe` handles signs that a member may be dead. Such signs are
+- `probe` handles signs that a member may be dead (failure_signs.py). Such signs are
   a lost connection, a packet that was not delivered, and a forwarded call that failed (forward.py).
 - `leave` gives up this node's tokens, `announce_left` says that the process ends.
 
@@ -34,7 +34,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import Any, Final
 
@@ -43,7 +42,7 @@ from cluster import discovery, wire
 from cluster.addresses import AddressRules
 from cluster.errors import ClusterError, MalformedPacket, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
-from cluster.failure_signs import is_refused
+from cluster.failure_signs import MAX_CONNECTED, FailureSigns
 from cluster.identity import Identity
 from cluster.introductions import Candidate, Introductions
 from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, Update
@@ -65,12 +64,8 @@ _DRAIN_INBOX_S: Final = 0.02
 _JOIN_TIMEOUT_S: Final = 1.0
 _JOIN_RETRY_S: Final = (0.3, 15.0)  # the first pause between two rounds of asking, and the longest
 _LEAVE_TIMEOUT_S: Final = 1.0
-# Between two dials of one member: a process that ends may close its port later than its connections.
-_DIAL_PAUSE_S: Final = 0.25
 # Packets and dials under way. Beyond the bound a packet is dropped, as a network would: the protocol copes.
 _MAX_UNDER_WAY: Final = 512
-# Members to which a connection is held. In a larger cluster the rest are found out by probes alone.
-_MAX_CONNECTED: Final = 64
 _MAX_EVENTS: Final = 512
 # Claims of a table between two turns of the event loop, about 1 ms; and tables that wait for one another.
 _SLICE: Final = 64
@@ -141,9 +136,8 @@ class Gossip:
         self._due_s = 0.0  # when `_timer` fires
         self._ring_timer: asyncio.TimerHandle | None = None
         self._seen_changes = -1  # of the table, when `view` was last made or ordered
-        self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + _MAX_CONNECTED)
-        self._connections: dict[str, tuple[Member, asyncio.Task[None]]] = {}  # by name
-        self._dials: dict[str, bool] = {}  # by name, while under way: whether another dial is due
+        self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + MAX_CONNECTED)
+        self._signs = FailureSigns(self.swim, peers, self._tasks, perform=self._perform)
         self._seed_by_address: dict[str, str] = {}
         self._own_addresses: set[str] = {me.address, me.name}
         self.is_away = self._is_joining = self._is_closed = False  # away: it has withdrawn
@@ -242,11 +236,7 @@ class Gossip:
 
     def probe(self, name: str) -> None:
         """Find out soon whether a member is alive: its host may refuse a dial, else the member is probed."""
-        if name in self._dials:
-            # The port may have been open at the dial under way and be closed now.
-            self._dials[name] = True
-        elif self._tasks.spawn(self._dial(name)):
-            self._dials[name] = False
+        self._signs.probe(name)
 
     def withdraw(self) -> None:
         """Own nothing until `come_back`; this node goes on forwarding calls."""
@@ -374,7 +364,7 @@ class Gossip:
         self._ring_timer = None
         old = self.view
         self.view = next_view(old, self.swim.me, self.swim.table)
-        self._keep_connected(self._live_peers())
+        self._signs.keep_connected(self._live_peers())
         self._silent &= self.view.address_by_name.keys()
         ring = self.view.ring
         if ring.nodes != old.ring.nodes:
@@ -387,46 +377,6 @@ class Gossip:
         if view is self.view and view.former:
             self.view = settled(view)
             self._on_view(self.view)
-
-    def _keep_connected(self, members: Sequence[Member]) -> None:
-        """Hold a connection to each member: its loss is the first sign that a process ended."""
-        wanted = {member.name: member for member in members[:_MAX_CONNECTED]}
-        for name, (former, task) in list(self._connections.items()):
-            member = wanted.get(name)
-            if member is None or member.instance != former.instance or member.address != former.address:
-                del self._connections[name]
-                task.cancel()
-                # Another process listens there now, perhaps on another host of that name.
-                self._peers.forget(former.address)
-        for name, member in wanted.items():
-            if name not in self._connections:
-                connecting = self._peers.keep_connected(member.address, partial(self.probe, name))
-                # Without a task, beyond the bound, only probes find out that the member has died.
-                started = self._tasks.spawn(connecting)
-                if started is not None:
-                    self._connections[name] = (member, started)
-
-    async def _dial(self, name: str) -> None:
-        """Dial a member, and once more after a pause if there was another sign meanwhile.
-
-        - Refused: evidence against the member, because its host is up and its process is not.
-        - Connected, or no answer: the core probes the member soon, and decides by that.
-        """
-        try:
-            while (member := self.swim.table.get(name)) is not None and not member.is_gone:
-                self._dials[name] = False
-                refused = await is_refused(member.address, self._peers.socket_at(member.address))
-                now = time.monotonic()
-                if refused:
-                    self.swim.refused(name, now=now)
-                else:
-                    self.swim.dropped(name, now=now)
-                self._perform()
-                await asyncio.sleep(_DIAL_PAUSE_S)
-                if not self._dials[name]:
-                    return
-        finally:
-            del self._dials[name]
 
     async def _ask(self, candidate: Candidate) -> None:
         """Ask a candidate for its table: its answer proves where it is, and makes it a member."""

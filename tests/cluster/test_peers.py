@@ -283,12 +283,6 @@ async def test_a_process_of_the_same_daemon_is_called_through_its_socket_without
     assert await is_refused(setup.address, path)
 
 
-async def test_only_a_host_that_says_so_has_refused(setup: Setup) -> None:
-    assert not await is_refused(setup.address)
-    assert await is_refused(f"127.0.0.1:{free_ports(1)[0]}")
-    assert not await is_refused("no-such-host.invalid:80")
-
-
 @pytest.mark.parametrize("forges", ["no proof", "a guess"])
 async def test_a_process_that_proves_nothing_is_sent_nothing(setup: Setup, forges: str) -> None:
     setup.echo.forges = forges
