@@ -20,7 +20,8 @@ from redis_servers import PACKAGES, RedisServer, needs_redis, programs
 from stores import lookups, new, new_cluster_store
 from waiting import until
 
-from cluster.lease import LEASE_US, Renewal, stretched
+from cluster.lease import LEASE_US, stretched
+from cluster.node_row import Renewal
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.model import Criteria, Session
 from mnemosyned.sessions.store import StorageRefused
