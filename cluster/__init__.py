@@ -26,7 +26,8 @@ Then the shell:
 10. `connection`, `responses`, `channel`, `channel_stream`: gRPC calls to one address, on http2/.
     `signing`, `peer_failures`, `forward_stream`, `peers`: connections, calls and streams to other nodes.
     `discovery`: from seeds to addresses. `failure_signs`: from lost connections to refused dials.
-11. `gossip`: the clock and the network of `swim`, and the current view. `event_log`: its lines in the log.
+11. `core_timer`: the clock of `swim`. `gossip`: its network, and the current view. `event_log`: its lines in
+    the log.
 12. `call_queue`, `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
 
 Which file answers which question:

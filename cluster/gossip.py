@@ -1,6 +1,6 @@
-"""The shell around swim.py: one timer, the packets on the wire, the seeds, and the view that calls route by.
+"""The shell around swim.py: the packets on the wire, the seeds, and the view that calls route by.
 
-    timer, packets, seeds, signs of failure
+    timer (core_timer.py), packets, seeds, signs of failure (failure_signs.py)
                     |
                     v
           Swim (pure: decides)  --- take() --->  _perform: log events, send packets, set the timer,
@@ -14,7 +14,7 @@ From `start` to `leave` and `announce_left`, or to `close`:
 - `start` joins. Without seeds this node is a cluster of its own at once.
 - `answer` handles packets of other nodes. A sender that has not proved where it is gets an answer, is
   believed nothing, and is asked itself (introductions.py).
-- `probe` handles signs that a member may be dead (failure_signs.py). Such signs are
+- `probe` handles signs that a member may be dead. Such signs are
   a lost connection, a packet that was not delivered, and a forwarded call that failed (forward.py).
 - `leave` gives up this node's tokens, `announce_left` says that the process ends.
 
@@ -40,6 +40,7 @@ from typing import Any, Final
 from aio.tasks import Tasks
 from cluster import discovery, wire
 from cluster.addresses import AddressRules
+from cluster.core_timer import CoreTimer
 from cluster.errors import ClusterError, MalformedPacket, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
 from cluster.failure_signs import MAX_CONNECTED, FailureSigns
@@ -57,10 +58,6 @@ log = logging.getLogger(__name__)
 
 # A new view is made this long after a change, so that one burst of changes makes one ring.
 _RING_DEBOUNCE_S: Final = 0.05
-# A timer that fires this much late means that the event loop was stalled.
-_LAG_NOTICED_S: Final = 0.1
-# After a stall, packets that wait in the sockets are read for this long before any time-out fires.
-_DRAIN_INBOX_S: Final = 0.02
 _JOIN_TIMEOUT_S: Final = 1.0
 _JOIN_RETRY_S: Final = (0.3, 15.0)  # the first pause between two rounds of asking, and the longest
 _LEAVE_TIMEOUT_S: Final = 1.0
@@ -74,13 +71,11 @@ _MAX_TABLES_WAITING: Final = 8
 
 @dataclass(slots=True)
 class GossipCounters:
-    """Traffic and time of this node's gossip."""
+    """What this node's gossip has done."""
 
     packets: Counter[tuple[str, str]] = field(default_factory=Counter)  # by direction and kind
     payload_bytes: Counter[str] = field(default_factory=Counter)  # by direction
     ring_changes: int = 0
-    loop_lag_s: float = 0.0  # of the last tick
-    max_loop_lag_s: float = 0.0
     detections: int = 0  # deaths that this node found out itself
     detection_s_sum: float = 0.0
 
@@ -132,8 +127,7 @@ class Gossip:
         self._silent: set[str] = set()  # members that did not answer the last packet
         self._rng = rng
         self._refusals = RefusalLog()
-        self._timer: asyncio.TimerHandle | None = None
-        self._due_s = 0.0  # when `_timer` fires
+        self.timer = CoreTimer(self.swim, perform=self._perform)
         self._ring_timer: asyncio.TimerHandle | None = None
         self._seen_changes = -1  # of the table, when `view` was last made or ordered
         self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + MAX_CONNECTED)
@@ -267,9 +261,9 @@ class Gossip:
     async def close(self) -> None:
         """Stop without telling any member: as if the process had been killed."""
         self._is_closed = True
-        for timer in (self._timer, self._ring_timer):
-            if timer is not None:
-                timer.cancel()
+        self.timer.stop()
+        if self._ring_timer is not None:
+            self._ring_timer.cancel()
         await self._tasks.close()
 
     async def _announce(self) -> None:
@@ -319,41 +313,8 @@ class Gossip:
 
     def _set_timer(self) -> None:
         # Alone and without seeds there is no node to talk to, and no timer: an idle process sleeps.
-        if self._is_closed or (len(self.swim.table) == 1 and not self._seeds):
-            return
-        # A deadline that passed while there was no timer is due now. It is no sign of a stall.
-        due_s = max(self.swim.next_deadline(), time.monotonic())
-        if self._timer is not None:
-            if due_s >= self._due_s:
-                # The timer fires early and is set again then: cheaper than one more timer for each packet.
-                return
-            self._timer.cancel()
-        self._due_s = due_s
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(due_s - time.monotonic(), self._on_timer)
-
-    def _on_timer(self) -> None:
-        """Tick, but after a stall read first what arrived meanwhile.
-
-        The sockets may hold the very answers whose deadlines have passed.
-        """
-        now = time.monotonic()
-        lag_s = now - self._due_s
-        self.counters.loop_lag_s = lag_s
-        self.counters.max_loop_lag_s = max(self.counters.max_loop_lag_s, lag_s)
-        if lag_s > _LAG_NOTICED_S:
-            log.warning("loop_stalled", extra={"seconds": round(lag_s, 3)})
-            self.swim.stalled(lag_s)
-            self._timer = asyncio.get_running_loop().call_later(_DRAIN_INBOX_S, self._tick)
-            # A packet that arrives before `_tick` must not replace this timer by an earlier one.
-            self._due_s = 0.0
-            return
-        self._tick()
-
-    def _tick(self) -> None:
-        self._timer = None
-        self.swim.tick(now=time.monotonic())
-        self._perform()
+        if not self._is_closed and (len(self.swim.table) > 1 or self._seeds):
+            self.timer.set()
 
     def _swap_view(self) -> None:
         """Route by the members as they are now.
