@@ -38,9 +38,10 @@ from random import Random
 from typing import Any, Final
 
 from aio.tasks import Tasks
-from cluster import discovery, wire
+from cluster import wire
 from cluster.addresses import AddressRules
 from cluster.core_timer import CoreTimer
+from cluster.discovery import Seeds
 from cluster.errors import ClusterError, MalformedPacket, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
 from cluster.failure_signs import MAX_CONNECTED, FailureSigns
@@ -121,7 +122,7 @@ class Gossip:
         self._identity = identity
         self._origin = identity.message()
         self._peers = peers
-        self._seeds = seeds
+        self._seeds = Seeds(seeds, own=(me.address, me.name))
         self._on_view = on_view
         self.on_answering: Callable[[str], None] = lambda _: None  # gets who answers again
         self._silent: set[str] = set()  # members that did not answer the last packet
@@ -132,13 +133,11 @@ class Gossip:
         self._seen_changes = -1  # of the table, when `view` was last made or ordered
         self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + MAX_CONNECTED)
         self._signs = FailureSigns(self.swim, peers, self._tasks, perform=self._perform)
-        self._seed_by_address: dict[str, str] = {}
-        self._own_addresses: set[str] = {me.address, me.name}
         self.is_away = self._is_joining = self._is_closed = False  # away: it has withdrawn
 
     def start(self) -> None:
         """Join: without seeds as a cluster of its own at once, else as soon as a seed answers."""
-        if self._foreign_seeds():
+        if self._seeds.foreign():
             self._tasks.spawn(self._join())
         else:
             self.swim.activate(now=time.monotonic())
@@ -226,7 +225,7 @@ class Gossip:
         for member in self._live_peers():
             if member.address == address:
                 return member.name.rpartition(":")[0]
-        return self._seed_by_address.get(address, address).rpartition(":")[0]
+        return self._seeds.at(address).rpartition(":")[0]
 
     def probe(self, name: str) -> None:
         """Find out soon whether a member is alive: its host may refuse a dial, else the member is probed."""
@@ -293,7 +292,7 @@ class Gossip:
         if self.swim.wants_seeds:
             # After a partition all members of the other half may be forgotten. A seed's name may lead to one.
             self.swim.wants_seeds = False
-            if self._foreign_seeds() and not self._is_joining:
+            if self._seeds.foreign() and not self._is_joining:
                 self._tasks.spawn(self._rejoin())
         self._set_timer()
 
@@ -313,7 +312,7 @@ class Gossip:
 
     def _set_timer(self) -> None:
         # Alone and without seeds there is no node to talk to, and no timer: an idle process sleeps.
-        if not self._is_closed and (len(self.swim.table) > 1 or self._seeds):
+        if not self._is_closed and (len(self.swim.table) > 1 or self._seeds.names):
             self.timer.set()
 
     def _swap_view(self) -> None:
@@ -404,7 +403,7 @@ class Gossip:
         if answer is None:
             if send.packet.kind == Kind.SYNC and not send.packet.target:
                 # Only this node itself gives no answer to its own sync: the seed leads back here.
-                self._own_addresses.add(send.address)
+                self._seeds.leads_back(send.address)
             return
         self.counters.packets["in", answer.kind.name.lower()] += 1
         if len(table) > self.swim.settings.max_members:
@@ -426,7 +425,7 @@ class Gossip:
             is_alone = self.swim.table.live == 1 and not self.introductions
             if is_alone and not self.is_away and self.swim.me.phase == Phase.JOINING:
                 # Others of this daemon start together with this node: their silence is no news.
-                seeds = [seed for seed in self._seeds if not self._peers.socket_at(seed)]
+                seeds = [seed for seed in self._seeds.names if not self._peers.socket_at(seed)]
                 level = logging.WARNING if seeds else logging.DEBUG
                 log.log(level, "no_seed_answers", extra={"seeds": seeds})
                 self.swim.activate(now=time.monotonic())
@@ -441,8 +440,7 @@ class Gossip:
 
     async def _ask_seeds(self) -> bool:
         """Ask every seed that is no member; tell whether one is missing still."""
-        self._seed_by_address = await discovery.addresses(self._foreign_seeds())
-        found = list(self._seed_by_address)
+        found = await self._seeds.find()
         self._address_rules.know(found)
         before = self._tasks.running()
         self.swim.join(self._unknown(found))
@@ -454,12 +452,8 @@ class Gossip:
 
     def _unknown(self, addresses: Sequence[str]) -> list[str]:
         """Return the addresses that belong neither to a member nor to this node."""
-        known = {member.address for member in self._live_peers()} | self._own_addresses
-        return [address for address in addresses if address not in known]
-
-    def _foreign_seeds(self) -> list[str]:
-        # The seeds may name this node too, so that all nodes can have the same settings.
-        return [seed for seed in self._seeds if seed not in self._own_addresses]
+        known = {member.address for member in self._live_peers()}
+        return [one for one in addresses if one not in known and not self._seeds.is_own(one)]
 
     def _log_refusal(self, event: str, peer: str, text: str) -> None:
         self._refusals.write(event, peer, text, now=time.monotonic())
