@@ -76,7 +76,7 @@ from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
 from cluster.peer_auth import HELLO, METADATA_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import SERVICE_NAME
+from cluster.signing import SERVICE_NAME
 from cluster.wire import max_request_bytes
 from http2.status import StatusCode
 from mnemosyned.api import session_manager
