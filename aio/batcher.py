@@ -17,9 +17,10 @@ import copy
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from aio.expiry import Expiry
+from aio.later import Later
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,7 +48,7 @@ class QueueFull(Exception):
 class _Waiting(Generic[Item, Result]):
     item: Item
     size_bytes: int
-    answer: asyncio.Future[Result]
+    answer: Later[Result]
 
 
 class Batcher(Generic[Item, Result]):
@@ -76,8 +77,7 @@ class Batcher(Generic[Item, Result]):
         self._workers: set[asyncio.Task[None]] = set()
         self._running = 0  # batches under way
         self._is_gathering = False  # an eager item waits for a turn, to learn whether it is alone
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._expiry: Expiry | None = None  # of answers with a time-out
+        self._expiry = Expiry()  # of answers with a time-out
 
     async def submit(self, item: Item, *, timeout_s: float | None = None) -> Result:
         """Return the item's own result.
@@ -96,23 +96,18 @@ class Batcher(Generic[Item, Result]):
                 return await self._run_alone(item)
         answer = self.enqueue(item)
         if timeout_s is not None:
-            if self._expiry is None:
-                self._expiry = Expiry()
             self._expiry.add(answer, timeout_s)
         return await answer
 
-    def enqueue(self, item: Item) -> asyncio.Future[Result]:
-        """Return a future for the item's own result; cancelling it takes the item back.
+    def enqueue(self, item: Item) -> Later[Result]:
+        """Return the item's own result; cancelling it takes the item back.
 
         Raises:
             QueueFull: `max_waiting` items wait already; or what `full` makes.
         """
         if len(self._waiting) >= self._limits.max_waiting:
             raise self._full()
-        if self._loop is None:
-            # Once: before Python 3.12 it is a system call.
-            self._loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Result] = self._loop.create_future()
+        answer: Later[Result] = Later()
         size_bytes = 0 if self._size_bytes is None else self._size_bytes(item)
         self._waiting.append(_Waiting(item, size_bytes, answer))
         if self._running < self._limits.concurrency and not self._is_gathering:
@@ -150,8 +145,7 @@ class Batcher(Generic[Item, Result]):
         for waiting in self._waiting:
             waiting.answer.cancel()
         self._waiting.clear()
-        if self._expiry is not None:
-            self._expiry.close()
+        self._expiry.close()
 
     def _start_worker(self) -> None:
         # The set owns the task; it starts in the next turn of the loop, so that
@@ -207,36 +201,31 @@ def _cancelled_without_callers(
     """Have the work of a batch cancelled when all its callers are gone."""
     callers = len(batch)
 
-    def leave(answer: asyncio.Future[Result]) -> None:
+    def leave() -> None:
         nonlocal callers
-        callers -= answer.cancelled()
+        callers -= 1
         if not callers:
             work.cancel()
 
     for waiting in batch:
-        waiting.answer.add_done_callback(leave)
+        waiting.answer.on_cancel = leave
 
 
 def _settle(batch: list[_Waiting[Item, Result]], results: Sequence[Result | Exception]) -> None:
     assert len(results) == len(batch)
     for waiting, result in zip(batch, results, strict=True):
-        if waiting.answer.done():
-            continue
-        if isinstance(result, Exception):
-            waiting.answer.set_exception(result)
-        else:
-            waiting.answer.set_result(result)
+        # Also one that is an exception: it is the item's failure.
+        waiting.answer.set_result(cast("Result", result))
 
 
 def _abandon(batch: list[_Waiting[Item, Result]]) -> None:
     for waiting in batch:
-        waiting.answer.cancel()
+        waiting.answer.set_exception(asyncio.CancelledError())
 
 
 def _fail(batch: list[_Waiting[Item, Result]], exc: Exception) -> None:
     for waiting in batch:
-        if not waiting.answer.done():
-            waiting.answer.set_exception(own_copy(exc))
+        waiting.answer.set_exception(own_copy(exc))
 
 
 def own_copy(exc: Raised) -> Raised:

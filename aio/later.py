@@ -10,7 +10,7 @@ outcome of the one before, and returns its own:
 An outcome is a result, an exception, or a coroutine that goes on with the work. What a step raises is its
 outcome too. Steps run where the result becomes known, so they must be short, and may not wait.
 
-Whoever waits may cancel: the steps then get a CancelledError, and the source hears of it by `on_cancel`.
+Whoever waits may give up or cancel: the steps then get the reason, and the source hears of it by `on_cancel`.
 Only what comes first counts.
 """
 
@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast
+
+from aio.around import Around
 
 if TYPE_CHECKING:
     from aio.tasks import Tasks
@@ -48,6 +51,10 @@ class Later(Generic[T]):
         else:
             self._steps.append(step)
         return cast("Later[U]", self)
+
+    def map(self, make: Callable[[T], U]) -> Later[U]:
+        """Have a result made into another one, also one that the work comes to with which it goes on."""
+        return self.through(partial(_mapped, make))
 
     def then(self, take: Callable[[Outcome[T]], None]) -> None:
         """Give the outcome to who waits for it; there is one."""
@@ -88,11 +95,21 @@ class Later(Generic[T]):
 
     def cancel(self) -> None:
         """Take note that nobody waits any more."""
+        self.give_up(asyncio.CancelledError())
+
+    def give_up(self, reason: BaseException) -> None:
+        """Fail for a reason that is none of the source's, which is told that it is not waited for."""
         if not self._is_done:
             on_cancel = self.on_cancel
-            self.set_exception(asyncio.CancelledError())
+            self.set_exception(reason)
             if on_cancel is not None:
                 on_cancel()
+
+    def close(self) -> None:
+        """Cancel it, or close the work with which it would go on."""
+        self.cancel()
+        if isinstance(self._outcome, Coroutine):
+            self._outcome.close()
 
     def __await__(self) -> Generator[Any, Any, T]:
         if not self._is_done:
@@ -115,6 +132,18 @@ class Later(Generic[T]):
         self._outcome = outcome
         if not waiter.done():
             waiter.set_result(None)
+
+
+def _mapped(make: Callable[[T], U], outcome: Outcome[T]) -> Outcome[U]:
+    if isinstance(outcome, BaseException):
+        return outcome
+    if isinstance(outcome, Coroutine):
+        return Around(outcome, partial(_made, make))
+    return make(outcome)
+
+
+async def _made(make: Callable[[T], U], work: Coroutine[Any, Any, T]) -> U:
+    return make(await work)
 
 
 def _outcome_of(step: Callable[[Any], Any], outcome: Any) -> Any:  # noqa: ANN401  # of any types

@@ -29,17 +29,18 @@ Rules for editing:
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
+from aio.later import Later, Outcome
 from cache.lru import Lru, Slot
 from cache.singleflight import SingleFlight
 
 Value = TypeVar("Value")
 # Begins to read a key's value; the slot's value is None where there is none.
-Fetch: TypeAlias = Callable[[str], asyncio.Future[Slot[Value] | Slot[None]]]
+Fetch: TypeAlias = Callable[[str], Later[Slot[Value] | Slot[None]]]
 
 
 class KeyObserver(Protocol):
@@ -93,6 +94,13 @@ class Fill(Generic[Value]):
             self.put_negative(cast("Slot[None]", slot))
         else:
             self.put(cast("Slot[Value]", slot))
+
+    def end_with(self, found: Outcome[Slot[Value] | Slot[None]]) -> Outcome[Slot[Value] | Slot[None]]:
+        """Keep what was found, if anything was, before any caller has it; the last step of a fetch."""
+        with self:
+            if isinstance(found, Slot):
+                self.keep(found)
+        return found
 
     def put_negative(self, slot: Slot[None]) -> None:
         """Keep that there is no value, unless a write to the key has ended since the fill began."""
@@ -164,26 +172,17 @@ class ReadThrough(Generic[Value]):
         self.counters.negative_hits += 1
         return True
 
-    async def load(self, key: str, fetch: Fetch[Value]) -> Value | None:
+    def load(self, key: str, fetch: Fetch[Value]) -> Later[Slot[Value] | Slot[None]]:
         """Return what `fetch` finds, kept if it has time left; concurrent callers share a fetch.
 
-        Raises what `fetch` raises; a failure is not kept.
+        Raises, at once or later, what `fetch` raises; a failure is not kept.
         """
-        return (await self._flights.run(key, lambda: self._fetched(key, fetch))).value
+        return self._flights.run(key, partial(self._fetched, key, fetch))
 
-    def _fetched(self, key: str, fetch: Fetch[Value]) -> asyncio.Future[Slot[Value] | Slot[None]]:
+    def _fetched(self, key: str, fetch: Fetch[Value]) -> Later[Slot[Value] | Slot[None]]:
         # In this order: a fetch that raises must leave no fill behind. It has not begun to read yet.
         work = fetch(key)
-        fill = self.begin_fill(key)
-
-        def keep(work: asyncio.Future[Slot[Value] | Slot[None]]) -> None:
-            with fill:
-                if not work.cancelled() and work.exception() is None:
-                    fill.keep(work.result())
-
-        # Callbacks come in their order: the value is kept before any caller has it.
-        work.add_done_callback(keep)
-        return work
+        return work.through(self.begin_fill(key).end_with)
 
     def begin_fill(self, key: str, *, is_making: bool = False, generation: int | None = None) -> Fill[Value]:
         """Open a fill before the value is read or made; use it as a context manager.

@@ -12,45 +12,35 @@ storage. The idea and the name are those of groupcache's `singleflight`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, TypeVar, cast
+
+from aio.later import Later, Outcome
 
 T = TypeVar("T")
 
 
 class _Flight(Generic[T]):
-    """Work under way, and a future for each caller that waits for it.
-
-    A future of its own costs a caller half of what `asyncio.shield` costs, and most flights have one
-    caller.
-    """
+    """Work under way, and the callers that wait for it."""
 
     __slots__ = ("waiting", "work")
 
-    def __init__(self, work: asyncio.Future[T]) -> None:
+    def __init__(self, work: Later[T]) -> None:
         self.work = work
-        self.waiting: list[asyncio.Future[T]] = []
+        self.waiting: list[Later[T]] = []
 
-    def land(self, work: asyncio.Future[T]) -> None:
+    def land(self, outcome: Outcome[T]) -> None:
         """Give every caller the outcome."""
-        exc = None if work.cancelled() else work.exception()
-        for answer in self.waiting:
-            # A caller that was cancelled has taken its own future away, or its future is done.
-            if answer.done():
-                continue
-            if work.cancelled():
-                answer.cancel()
-            elif exc is not None:
-                answer.set_exception(exc)
-            else:
-                answer.set_result(work.result())
+        waiting, self.waiting = self.waiting, []
+        for answer in waiting:
+            answer.set_result(cast("T", outcome))
 
 
 class SingleFlight(Generic[T]):
     """One flight per key at a time.
 
-    A flight outlives a cancelled caller while another caller waits. When the last caller leaves, the
+    A flight outlives a caller that gives up while another caller waits. When the last caller leaves, the
     flight's work is cancelled, so that no work goes on without a caller.
     """
 
@@ -60,25 +50,18 @@ class SingleFlight(Generic[T]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def run(self, key: str, begin: Callable[[], asyncio.Future[T]]) -> T:
-        """Return the result of the key's flight, begun by `begin` if there is none.
-
-        Raises what the work raises.
-        """
+    def run(self, key: str, begin: Callable[[], Later[T]]) -> Later[T]:
+        """Return the outcome of the key's flight; `begin` begins one if there is none, and may raise."""
         flight = self._flights.get(key)
+        is_first = flight is None
         if flight is None:
-            flight = self._take_off(key, begin())
-        # Not through `asyncio.get_running_loop`: before Python 3.12, that is a system call.
-        answer: asyncio.Future[T] = flight.work.get_loop().create_future()
+            flight = self._flights[key] = _Flight(begin())
+        answer: Later[T] = Later()
+        answer.on_cancel = partial(self._leave, key, flight, answer)
         flight.waiting.append(answer)
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            flight.waiting.remove(answer)
-            if not flight.waiting and not flight.work.done():
-                self._end(key, flight)
-                flight.work.cancel()
-            raise
+        if is_first:
+            flight.work.then(partial(self._land, key, flight))
+        return answer
 
     def forget(self, key: str) -> None:
         """Let later callers begin new work; callers that have joined get the result of the old work."""
@@ -88,17 +71,16 @@ class SingleFlight(Generic[T]):
         """Do what `forget` does for every key."""
         self._flights.clear()
 
-    def _take_off(self, key: str, work: asyncio.Future[T]) -> _Flight[T]:
-        # The dictionary owns the work, and after `forget` its callers do.
-        flight = _Flight(work)
-        self._flights[key] = flight
+    def _leave(self, key: str, flight: _Flight[T], answer: Later[T]) -> None:
+        if answer in flight.waiting:
+            flight.waiting.remove(answer)
+            if not flight.waiting and not flight.work.done():
+                self._end(key, flight)
+                flight.work.cancel()
 
-        def land(work: asyncio.Future[T]) -> None:
-            self._end(key, flight)
-            flight.land(work)
-
-        work.add_done_callback(land)
-        return flight
+    def _land(self, key: str, flight: _Flight[T], outcome: Outcome[T]) -> None:
+        self._end(key, flight)
+        flight.land(outcome)
 
     def _end(self, key: str, flight: _Flight[T]) -> None:
         # The key may have another flight already, begun after `forget`.

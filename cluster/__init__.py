@@ -15,17 +15,20 @@ The shell around them performs, on asyncio. Read the pure modules first, in this
 3. `suspicion`, `dissemination`: how long a suspect has left; which updates go into a packet.
 4. `swim`: the membership protocol. It opens with the theory.
 5. `ring`, `view`, `view_change`, `routing`: from members to owners, and from a token to a place.
-6. `breaker`, `pending_invalidations`: what a node remembers of a peer that does not answer.
-7. `peer_auth`, `identity`, `introductions`, `addresses`, `wire`, `errors`: what is believed, and how it looks
+6. `node_row`, `lease`, `mirrors`: which copies a node may serve, and what a write waits for.
+7. `breaker`: what a node remembers of a peer that does not answer.
+8. `peer_auth`, `identity`, `introductions`, `addresses`, `wire`, `errors`: what is believed, and how it looks
    as bytes.
-8. `timing`: the constants that depend on one another, with their inequalities.
+9. `timing`: the constants that depend on one another, with their inequalities.
 
 Then the shell:
 
-9. `channel`: gRPC calls to one address, on http2/. `peers`: connections, calls and streams to other nodes.
-   `discovery`: from seeds to addresses.
-10. `gossip`: the clock and the network of `swim`, and the current view. `event_log`: its lines in the log.
-11. `call_queue`, `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
+10. `connection`, `responses`, `channel`, `channel_stream`: gRPC calls to one address, on http2/.
+    `signing`, `peer_failures`, `forward_stream`, `peers`: connections, calls and streams to other nodes.
+    `discovery`: from seeds to addresses. `failure_signs`: from lost connections to refused dials.
+11. `core_timer`: the clock of `swim`. `gossip`: its network, and the current view. `event_log`: its lines in
+    the log.
+12. `call_queue`, `owner`, `forward`: forwarded calls and invalidations, in batches, with deadlines.
 
 Which file answers which question:
 
@@ -38,12 +41,10 @@ Which file answers which question:
 - Where is a call forwarded? `forward.Forwarder.ask`. Where is it received? `mnemosyned/api/peer.py`.
 - Where is a deadline carried over a hop? `forward`, `ask` writes it into the item;
   `mnemosyned/api/peer.py` reads it.
-- When is a peer not asked? `owner.Owner.may_be_asked`, for the reasons in `breaker` and
-  `pending_invalidations`.
-- Which peers may hold a copy of a session? `routing.peers_with_copies`. Where are they told to drop it?
-  `forward.Forwarder.invalidate`.
-- What happens to copies while the ring changes? `view_change`, `view.View.has_settled`, `forward`,
-  `_hand_over`.
+- When is a peer not asked? `forward.Forwarder.may_ask`, for the reasons in `breaker`.
+- Which peers may hold a copy of a session? `lease.Lease.holders`. Where are they told to drop it?
+  `forward.Forwarder.tell`.
+- What happens to copies while the ring changes? `view_change`, and `former` of `view.View`.
 - When does a process become a member? `introductions`. Which addresses are dialled? `addresses`.
 - What does the cluster's secret protect? `peer_auth`. Why does a node refuse another one? `identity`.
 - How are nodes of two releases compatible? `wire`, and `proto/peer.proto`.

@@ -1,9 +1,9 @@
 """A channel to one address: gRPC calls over one connection of HTTP/2, dialled when it is needed.
 
-    call() ────────┐
-                   ├──> Channel ──> Wire (asyncio protocol) ──> ClientConnection (http2/client.py) ──> socket
-    open_stream() ─┘       |
-                           └── dials; after a failure not before a pause has passed
+    call() ───────────────────────────┐
+                                      ├──> Channel ──> Connection (connection.py) ──> socket
+    ChannelStream (channel_stream.py) ┘       |
+                                              └── dials; after a failure not before a pause has passed
 
 - A new connection is introduced before any call uses it: the owner of the channel finds out who is at the
   other end, by the certificate or by a call of its own. Without an introduction there is no connection.
@@ -18,7 +18,7 @@
 What a call can end with:
 
     an answer                                            | the message
-    another status than OK                               | CallFailed
+    another status than OK                               | CallFailed (responses.py)
     no connection, or it broke, or the server reset it   | ConnectionLost
     no introduction                                      | IntroductionFailed
     no answer in time                                    | TimeoutError; the stream is reset
@@ -36,36 +36,21 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Any, Final, cast
-from urllib.parse import unquote_to_bytes
+from typing import Any, Final
 
 from aio.expiry import Expiry
-from aio.later import Later, Outcome, failed
 from aio.tasks import Tasks
-from http2.client import ClientConnection, ClientStream, Work
-from http2.messages import HEADER_BYTES, announced_bytes, framed, only_message
+from cluster.connection import Connection
+from cluster.responses import MAX_MESSAGE_BYTES, ConnectionLost, UnaryResponse
+from http2.client import ClientStream, Work
+from http2.messages import framed
 from http2.outbox import Headers
-from http2.status import StatusCode, parse_status
 
 _CONNECT_S: Final = 1.0  # with the handshake of TLS
 _FIRST_PAUSE_S: Final = 0.1
 _LAST_PAUSE_S: Final = 1.0
 _JITTER: Final = 0.2
-_HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport, before it asks for a pause
-_MAX_MESSAGE_BYTES: Final = 64 * 1024**2
 _HEADERS: Final[Headers] = [(b"content-type", b"application/grpc"), (b"te", b"trailers")]
-
-
-class CallFailed(Exception):
-    """The server has answered with another status than OK."""
-
-    def __init__(self, code: StatusCode, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class ConnectionLost(Exception):
-    """There was no connection, or it ended before the answer; the text is for people."""
 
 
 class IntroductionFailed(Exception):
@@ -76,7 +61,7 @@ class IntroductionFailed(Exception):
         self.reason = reason
 
 
-async def _no_introduction(_channel: Channel, _wire: Wire) -> None:
+async def _no_introduction(_channel: Channel, _connection: Connection) -> None:
     pass
 
 
@@ -89,7 +74,7 @@ class Channel:
         *,
         tls: ssl.SSLContext | None = None,
         server_name: str = "",
-        introduce: Callable[[Channel, Wire], Awaitable[Any]] = _no_introduction,
+        introduce: Callable[[Channel, Connection], Awaitable[Any]] = _no_introduction,
         may_dial: Callable[[str], bool] = lambda _: True,
         unix_path: str = "",
     ) -> None:
@@ -109,8 +94,8 @@ class Channel:
         self._server_name = server_name
         self._introduce = introduce
         self._may_dial = may_dial
-        self._wire: Wire | None = None
-        self._retiring: set[Wire] = set()
+        self._connection: Connection | None = None
+        self._retiring: set[Connection] = set()
         self._dialling: asyncio.Task[None] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._dial_after_s = 0.0
@@ -127,74 +112,67 @@ class Channel:
         Raises CallFailed, ConnectionLost, IntroductionFailed or TimeoutError.
         """
         at_s = time.monotonic() + timeout_s
-        wire = await self.ready(timeout_s)
-        return await self.call_on(wire, path, metadata, message, timeout_s=at_s - time.monotonic())
+        connection = await self.ready(timeout_s)
+        return await self.call_on(connection, path, metadata, message, timeout_s=at_s - time.monotonic())
 
     async def call_on(  # a call's parts
         self,
-        wire: Wire,
+        connection: Connection,
         path: bytes,
         metadata: Headers,
         message: bytes,
         *,
         timeout_s: float,
-        max_bytes: int = _MAX_MESSAGE_BYTES,
+        max_bytes: int = MAX_MESSAGE_BYTES,
     ) -> bytes:
         """Return the answer to one message on a connection that `ready` has just returned.
 
         Nothing may be awaited in between. Raises as `call` does.
         """
-        answer: asyncio.Future[bytes] = wire.loop.create_future()
-        stream = wire.open(path, self._headers(metadata), _Unary(answer, max_bytes))
-        wire.send(stream, framed(message), is_last=True)
+        answer: asyncio.Future[bytes] = connection.loop.create_future()
+        stream = connection.open(path, self._headers(metadata), UnaryResponse(answer, max_bytes))
+        connection.send(stream, framed(message), is_last=True)
         self.expiry.add(answer, timeout_s)
         try:
             return await answer
         finally:
             # Nothing if the server has ended the stream.
-            wire.cancel(stream)
+            connection.cancel(stream)
 
-    def open_stream(self, path: bytes, open_with: Callable[[Any], Headers]) -> ChannelStream:
-        """Return a stream of messages; it is opened with the first of them.
-
-        `open_with` gets what the introduction of the stream's connection returned, and returns the metadata.
-        """
-        return ChannelStream(self, path, open_with)
-
-    def open_on(self, wire: Wire, path: bytes, metadata: Headers, work: Work) -> ClientStream:
+    def open_on(self, connection: Connection, path: bytes, metadata: Headers, work: Work) -> ClientStream:
         """Begin a request on a connection that `ready` has just returned."""
-        return wire.open(path, self._headers(metadata), work)
+        return connection.open(path, self._headers(metadata), work)
 
     async def until_lost(self) -> None:
         """Return when the connection is lost that there is, or that can be made."""
         while not self.is_closed:
             try:
-                wire = await self.ready(_CONNECT_S)
+                connection = await self.ready(_CONNECT_S)
             except (ConnectionLost, IntroductionFailed, TimeoutError):
                 await asyncio.sleep(max(self._dial_after_s - time.monotonic(), _FIRST_PAUSE_S))
             else:
-                await wire.lost.wait()
+                await connection.lost.wait()
                 return
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Close the connection; calls under way have so many seconds to finish, and are then lost."""
         self.is_closed = True
         await self._tasks.close()
-        wires = [*self._retiring] if self._wire is None else [*self._retiring, self._wire]
-        for wire in wires:
-            wire.retire()
+        connections = [*self._retiring] if self._connection is None else [*self._retiring, self._connection]
+        for connection in connections:
+            connection.retire()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                for wire in wires:
-                    await wire.lost.wait()
-        for wire in wires:
-            wire.abort()
+                for connection in connections:
+                    await connection.lost.wait()
+        for connection in connections:
+            connection.abort()
         self.expiry.close()
 
     def _headers(self, metadata: Headers) -> Headers:
         return [self._authority, *_HEADERS, *metadata]
 
-    async def ready(self, timeout_s: float) -> Wire:
+    async def ready(self, timeout_s: float) -> Connection:
         """Return a connection that takes a stream now.
 
         Raises:
@@ -202,29 +180,29 @@ class Channel:
             IntroductionFailed: the same, for a server that was not what the channel's owner wants.
             TimeoutError: none could be made in time, or the server takes no further stream yet.
         """
-        wire = self._wire
-        if wire is not None and wire.http.may_open:
-            return wire
+        connection = self._connection
+        if connection is not None and connection.http.may_open:
+            return connection
         async with asyncio.timeout(timeout_s):
             while True:
-                wire = self._current()
-                if wire is None:
+                connection = self._current()
+                if connection is None:
                     await self._dial()
-                elif wire.http.may_open:
-                    return wire
+                elif connection.http.may_open:
+                    return connection
                 else:
                     self._room.clear()
                     await self._room.wait()
 
-    def _current(self) -> Wire | None:
+    def _current(self) -> Connection | None:
         """Return the connection for new calls, if there is one; one that retires is set aside."""
-        wire = self._wire
-        if wire is not None and (wire.http.is_retiring or wire.http.is_over):
-            self._wire = None
-            if not wire.http.is_over:
-                self._retiring.add(wire)
-                wire.retire()
-        return self._wire
+        connection = self._connection
+        if connection is not None and (connection.http.is_retiring or connection.http.is_over):
+            self._connection = None
+            if not connection.http.is_over:
+                self._retiring.add(connection)
+                connection.retire()
+        return self._connection
 
     async def _dial(self) -> None:
         """Have a connection made, together with all others that want one. Raises ConnectionLost."""
@@ -235,15 +213,15 @@ class Channel:
         if self._dialling is not None:
             # Not awaited itself: the dial belongs to all calls that wait, and `close` may cancel it.
             await asyncio.wait([self._dialling])
-        if self._wire is None:
+        if self._connection is None:
             raise self._failure.with_traceback(None)
 
     async def _connect(self) -> None:
-        wire: Wire | None = None
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(_CONNECT_S):
-                wire = await self._dialled()
-                wire.introduction = await self._introduce(self, wire)
+                connection = await self._dialled()
+                connection.introduction = await self._introduce(self, connection)
         except Exception as exc:  # noqa: BLE001  # what `introduce` raises is for the calls that wait
             if isinstance(exc, OSError | TimeoutError | ConnectionLost):
                 self._failure = ConnectionLost(str(exc) or "no answer to the dial")
@@ -255,22 +233,22 @@ class Channel:
             self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
         else:
             self._pause_s, self._failure = _FIRST_PAUSE_S, ConnectionLost("the connection is lost")
-            wire.lost_to = self._lost
-            if not wire.lost.is_set():
-                self._wire = wire
+            connection.lost_to = self._lost
+            if not connection.lost.is_set():
+                self._connection = connection
         finally:
-            if wire is not None and self._wire is not wire:
-                wire.abort()
+            if connection is not None and self._connection is not connection:
+                connection.abort()
             self._dialling = None
 
-    async def _dialled(self) -> Wire:
+    async def _dialled(self) -> Connection:
         """Return a connection to the first address that takes one. Raises OSError or TimeoutError.
 
         A name may have addresses of both families, of which the server has or can be reached at only one.
         """
         if self.unix_path:
             loop = asyncio.get_running_loop()
-            return (await loop.create_unix_connection(lambda: Wire(self._room), self.unix_path))[1]
+            return (await loop.create_unix_connection(lambda: Connection(self._room), self.unix_path))[1]
         hosts = await self._resolved()
         for host in hosts[:-1]:
             with suppress(OSError, TimeoutError):
@@ -278,15 +256,15 @@ class Channel:
                     return await self._dialled_at(host)
         return await self._dialled_at(hosts[-1])
 
-    async def _dialled_at(self, host: str) -> Wire:
-        _, wire = await asyncio.get_running_loop().create_connection(
-            lambda: Wire(self._room),
+    async def _dialled_at(self, host: str) -> Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(self._room),
             host,
             self._port,
             ssl=self._tls,
             server_hostname=self._server_name if self._tls else None,
         )
-        return wire
+        return connection
 
     async def _resolved(self) -> list[str]:
         """Return the addresses to dial, of each family the first. Raises OSError."""
@@ -302,242 +280,10 @@ class Channel:
             return list(hosts.values())
         raise OSError(f"{self._host} stands for no address that may be a node's")
 
-    def _lost(self, wire: Wire) -> None:
-        self._retiring.discard(wire)
-        if self._wire is wire:
-            self._wire = None
-
-
-class ChannelStream:
-    """A stream on which each message is answered before the next is sent."""
-
-    def __init__(self, channel: Channel, path: bytes, open_with: Callable[[Any], Headers]) -> None:
-        self._channel = channel
-        self._path = path
-        self._open_with = open_with
-        self._wire: Wire | None = None
-        self._stream: ClientStream | None = None
-        self._waiter: Later[bytes] | None = None
-        self._received = bytearray()
-        self._is_over = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the server waits for a message, as far as is known, on a connection that will stay."""
-        return not self._is_over and (self._wire is None or not self._wire.http.is_retiring)
-
-    async def open(self, *, timeout_s: float) -> None:
-        """Open the stream, if it is not open yet. Raises as `ask` does."""
-        if self._stream is not None:
-            return
-        try:
-            wire = self._wire = await self._channel.ready(timeout_s)
-        except BaseException:
-            self.cancel()
-            raise
-        metadata = self._open_with(wire.introduction)
-        self._stream = self._channel.open_on(wire, self._path, metadata, self)
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether it was opened."""
-        return self._stream is not None
-
-    def ask(self, message: bytes, *, timeout_s: float) -> Later[bytes]:
-        """Send a message on an open stream, and return the next one that comes; a failure closes the stream.
-
-        The Later fails with:
-            CallFailed: the server has ended the stream with a status.
-            ConnectionLost: no connection, or it broke, or the server has ended the stream.
-            TimeoutError: no answer in time.
-        """
-        wire, stream = self._wire, self._stream
-        if self._is_over or wire is None or stream is None:
-            return failed(ConnectionLost("the stream is closed"))
-        waiter: Later[bytes] = Later()
-        answer = waiter.through(self._answered)
-        self._waiter = waiter
-        self._channel.expiry.add(waiter, timeout_s)
-        try:
-            wire.send(stream, framed(message), is_last=False)
-        except Exception as exc:  # noqa: BLE001  # as if it had come later
-            waiter.set_exception(exc)
-        return answer
-
-    def _answered(self, outcome: Outcome[bytes]) -> Outcome[bytes]:
-        self._waiter = None
-        if not isinstance(outcome, bytes):
-            self.cancel()
-        return outcome
-
-    def take_news(self, stream: ClientStream) -> None:
-        """See Work."""
-        body = stream.take_body()
-        has_ended = stream.is_complete or stream.reset_code is not None
-        # Before the answer is given: it may bring the next message.
-        self._is_over |= has_ended
-        waiter = self._waiter
-        if waiter is None or waiter.done():
-            self._received += body
-            return
-        try:
-            message = self._message_with(body)
-        except CallFailed as exc:
-            waiter.set_exception(exc)
-            return
-        if message is not None:
-            waiter.set_result(message)
-        elif has_ended:
-            waiter.set_exception(_failure(stream) or ConnectionLost("the server has ended the stream"))
-
-    def _message_with(self, body: bytes | bytearray) -> bytes | None:
-        """Return the message that these bytes complete; None: more must come. Raises CallFailed."""
-        if not self._received:
-            # Most answers come as a whole.
-            message = only_message(body)
-            if message is not None:
-                return message
-        self._received += body
-        return _first_message(self._received)
-
-    def finish(self) -> None:
-        """Tell the server that no further message comes; what it says to that is not awaited."""
-        self._is_over = True
-        if self._wire is not None and self._stream is not None:
-            self._wire.finish(self._stream)
-
-    def cancel(self) -> None:
-        """End the stream at once."""
-        self._is_over = True
-        if self._wire is not None and self._stream is not None:
-            self._wire.cancel(self._stream)
-
-
-class _Unary:
-    """Waits for the answer of one call."""
-
-    def __init__(self, answer: asyncio.Future[bytes], max_bytes: int) -> None:
-        self._answer = answer
-        self._max_bytes = max_bytes
-
-    def take_news(self, stream: ClientStream) -> None:
-        if self._answer.done():
-            return
-        if stream.is_complete or stream.reset_code is not None:
-            failure = _failure(stream)
-            message = only_message(stream.body)
-            if failure is not None:
-                self._answer.set_exception(failure)
-            elif message is None:
-                self._answer.set_exception(CallFailed(StatusCode.INTERNAL, "the answer is no message"))
-            else:
-                self._answer.set_result(message)
-        elif announced_bytes(stream.body) > self._max_bytes:
-            self._answer.set_exception(CallFailed(StatusCode.RESOURCE_EXHAUSTED, "the answer is too large"))
-
-
-class Wire(asyncio.Protocol):
-    """One connection: does what ClientConnection decides."""
-
-    def __init__(self, room: asyncio.Event) -> None:
-        self.introduction: Any = None  # what the channel's `introduce` returned
-        self.http = ClientConnection()
-        self.loop = asyncio.get_running_loop()
-        self.lost = asyncio.Event()
-        self.lost_to: Callable[[Wire], None] = lambda _: None
-        self._room = room
-        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # before anything else
-        self._is_writable = True
-
-    @property
-    def host(self) -> str:
-        """The address that was dialled."""
-        return str(self._transport.get_extra_info("peername", ("",))[0])
-
-    @property
-    def certificate_names(self) -> tuple[str, ...]:
-        """The names in the server's certificate, which was verified; empty without TLS."""
-        tls = self._transport.get_extra_info("ssl_object")
-        certificate = None if tls is None else tls.getpeercert()
-        names = certificate.get("subjectAltName", ()) if certificate else ()
-        return tuple(value for kind, value in names if kind in {"DNS", "IP Address"})
-
-    def open(self, path: bytes, headers: Headers, work: Work) -> ClientStream:
-        """Begin a request; `send` sends it."""
-        return self.http.open(path, headers, work)
-
-    def send(self, stream: ClientStream, part: bytes, *, is_last: bool) -> None:
-        """Send a part of a request."""
-        self.http.send(stream, part, time.monotonic())
-        if is_last:
-            self.http.finish(stream)
-        self._flush()
-
-    def finish(self, stream: ClientStream) -> None:
-        """End a request."""
-        self.http.finish(stream)
-        self._flush()
-
-    def cancel(self, stream: ClientStream) -> None:
-        """Reset a stream, if it is open."""
-        if stream.id in self.http.streams:
-            self.http.cancel(stream)
-            self._flush()
-            self._close_if_done()
-
-    def retire(self) -> None:
-        """Open no more streams, and close after the last."""
-        self.http.is_retiring = True
-        self._close_if_done()
-
-    def abort(self) -> None:
-        """Close at once."""
-        self._transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's own class does not derive from it
-        self._transport.set_write_buffer_limits(high=_HIGH_WATER_BYTES)
-
-    def data_received(self, data: bytes) -> None:
-        """Give the news of each stream to who waits for it."""
-        for stream in self.http.receive(data):
-            stream.work.take_news(stream)
-        self._room.set()
-        self._flush()
-        self._close_if_done()
-
-    def pause_writing(self) -> None:
-        """Hold requests from now on."""
-        self._is_writable = False
-        self.http.pause(is_paused=True)
-
-    def resume_writing(self) -> None:
-        """Go on sending."""
-        self._is_writable = True
-        self.http.pause(is_paused=False)
-        self._flush()
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        """Tell all who wait that nothing comes."""
-        for stream in self.http.lose():
-            stream.work.take_news(stream)
-        self.lost.set()
-        self._room.set()
-        self.lost_to(self)
-
-    def _flush(self) -> None:
-        while not self._transport.is_closing():
-            output = self.http.output(time.monotonic())
-            if not output:
-                break
-            self._transport.write(output)
-            if not self.http.unsent_bytes or not self._is_writable:
-                break
-
-    def _close_if_done(self) -> None:
-        if self.http.is_over or (self.http.is_retiring and not self.http.streams):
-            self._transport.close()
+    def _lost(self, connection: Connection) -> None:
+        self._retiring.discard(connection)
+        if self._connection is connection:
+            self._connection = None
 
 
 def _is_ip(host: str) -> bool:
@@ -546,31 +292,3 @@ def _is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _first_message(received: bytearray) -> bytes | None:
-    """Take the first message out of what has come; None: more must come. Raises CallFailed."""
-    if len(received) < HEADER_BYTES:
-        return None
-    end = announced_bytes(received[:HEADER_BYTES])
-    if received[0] or end > _MAX_MESSAGE_BYTES:
-        raise CallFailed(StatusCode.INTERNAL, "the answer is compressed or too large")
-    if len(received) < end:
-        return None
-    message = bytes(received[HEADER_BYTES:end])
-    del received[:end]
-    return message
-
-
-def _failure(stream: ClientStream) -> CallFailed | ConnectionLost | None:
-    """Return with what a stream has ended, unless that was OK."""
-    if stream.reset_code is not None:
-        return ConnectionLost(f"the stream was reset with code {stream.reset_code}")
-    # An answer that is a failure alone has its status in the only block of headers.
-    fields = dict(stream.headers) | dict(stream.trailers)
-    if b"grpc-status" not in fields:
-        return CallFailed(StatusCode.UNKNOWN, f"no answer of gRPC, but HTTP {stream.status}")
-    code = parse_status(fields[b"grpc-status"])
-    if code is StatusCode.OK:
-        return None
-    return CallFailed(code, unquote_to_bytes(fields.get(b"grpc-message", b"")).decode(errors="replace"))

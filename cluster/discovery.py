@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from typing import Final
 
@@ -18,6 +18,38 @@ log = logging.getLogger(__name__)
 _RESOLVE_TIMEOUT_S: Final = 2.0
 # More need not be asked: any node that answers knows all members.
 _MAX_ADDRESSES: Final = 64
+
+
+class Seeds:
+    """The seeds of one node: which of them lead to other nodes, and to which addresses."""
+
+    def __init__(self, names: Sequence[str], *, own: Iterable[str]) -> None:
+        """Resolve none yet; `own` are the names and addresses that are known to lead to this node."""
+        self.names = names
+        self._own = set(own)
+        self._by_address: dict[str, str] = {}
+
+    def foreign(self) -> list[str]:
+        """Return the seeds that are not known to lead to this node."""
+        # The seeds may name this node too, so that all nodes can have the same settings.
+        return [seed for seed in self.names if seed not in self._own]
+
+    async def find(self) -> list[str]:
+        """Return the addresses that these seeds stand for now."""
+        self._by_address = await addresses(self.foreign())
+        return list(self._by_address)
+
+    def leads_back(self, address: str) -> None:
+        """Take note that this node itself is at this address."""
+        self._own.add(address)
+
+    def is_own(self, address: str) -> bool:
+        """Tell whether this node itself is known to be at this address."""
+        return address in self._own
+
+    def at(self, address: str) -> str:
+        """Return the seed that stands for an address, or else the address itself."""
+        return self._by_address.get(address, address)
 
 
 async def addresses(seeds: Sequence[str]) -> dict[str, str]:

@@ -59,9 +59,10 @@ from aio.periodic import run_periodically
 from aio.tasks import Tasks
 from cluster.breaker import BreakerState
 from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.forward_stream import ForwardStream
 from cluster.owner import Owner
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, ForwardStream, Peers
+from cluster.peers import ChannelKind, Peers
 from cluster.timing import ANSWER_S, HALF_OPEN_S, LEAST_TRY_S, TELL_S, TRIAL_PERIOD_S, TRY_S
 from cluster.view import View
 from cluster.wire import parse_answers, parsed

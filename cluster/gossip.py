@@ -1,6 +1,6 @@
-"""The shell around swim.py: one timer, the packets on the wire, the seeds, and the view that calls route by.
+"""The shell around swim.py: the packets on the wire, the seeds, and the view that calls route by.
 
-    timer, packets, seeds, signs of failure
+    timer (core_timer.py), packets, seeds, signs of failure (failure_signs.py)
                     |
                     v
           Swim (pure: decides)  --- take() --->  _perform: log events, send packets, set the timer,
@@ -34,20 +34,22 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import Any, Final
 
 from aio.tasks import Tasks
-from cluster import discovery, wire
+from cluster import wire
 from cluster.addresses import AddressRules
+from cluster.core_timer import CoreTimer
+from cluster.discovery import Seeds
 from cluster.errors import ClusterError, MalformedPacket, PeerRefused, PeerUnproven, PeerUnreachable
 from cluster.event_log import RefusalLog, log_event
+from cluster.failure_signs import MAX_CONNECTED, FailureSigns
 from cluster.identity import Identity
 from cluster.introductions import Candidate, Introductions
 from cluster.member import Event, EventKind, Kind, Member, Packet, Phase, Send, Update
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, Peers, is_refused
+from cluster.peers import ChannelKind, Peers
 from cluster.swim import Settings, Swim
 from cluster.timing import GOSSIP_CALL_S, TRY_S
 from cluster.view import View, alone
@@ -57,19 +59,11 @@ log = logging.getLogger(__name__)
 
 # A new view is made this long after a change, so that one burst of changes makes one ring.
 _RING_DEBOUNCE_S: Final = 0.05
-# A timer that fires this much late means that the event loop was stalled.
-_LAG_NOTICED_S: Final = 0.1
-# After a stall, packets that wait in the sockets are read for this long before any time-out fires.
-_DRAIN_INBOX_S: Final = 0.02
 _JOIN_TIMEOUT_S: Final = 1.0
 _JOIN_RETRY_S: Final = (0.3, 15.0)  # the first pause between two rounds of asking, and the longest
 _LEAVE_TIMEOUT_S: Final = 1.0
-# Between two dials of one member: a process that ends may close its port later than its connections.
-_DIAL_PAUSE_S: Final = 0.25
 # Packets and dials under way. Beyond the bound a packet is dropped, as a network would: the protocol copes.
 _MAX_UNDER_WAY: Final = 512
-# Members to which a connection is held. In a larger cluster the rest are found out by probes alone.
-_MAX_CONNECTED: Final = 64
 _MAX_EVENTS: Final = 512
 # Claims of a table between two turns of the event loop, about 1 ms; and tables that wait for one another.
 _SLICE: Final = 64
@@ -78,13 +72,11 @@ _MAX_TABLES_WAITING: Final = 8
 
 @dataclass(slots=True)
 class GossipCounters:
-    """Traffic and time of this node's gossip."""
+    """What this node's gossip has done."""
 
     packets: Counter[tuple[str, str]] = field(default_factory=Counter)  # by direction and kind
     payload_bytes: Counter[str] = field(default_factory=Counter)  # by direction
     ring_changes: int = 0
-    loop_lag_s: float = 0.0  # of the last tick
-    max_loop_lag_s: float = 0.0
     detections: int = 0  # deaths that this node found out itself
     detection_s_sum: float = 0.0
 
@@ -130,26 +122,22 @@ class Gossip:
         self._identity = identity
         self._origin = identity.message()
         self._peers = peers
-        self._seeds = seeds
+        self._seeds = Seeds(seeds, own=(me.address, me.name))
         self._on_view = on_view
         self.on_answering: Callable[[str], None] = lambda _: None  # gets who answers again
         self._silent: set[str] = set()  # members that did not answer the last packet
         self._rng = rng
         self._refusals = RefusalLog()
-        self._timer: asyncio.TimerHandle | None = None
-        self._due_s = 0.0  # when `_timer` fires
+        self.timer = CoreTimer(self.swim, perform=self._perform)
         self._ring_timer: asyncio.TimerHandle | None = None
         self._seen_changes = -1  # of the table, when `view` was last made or ordered
-        self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + _MAX_CONNECTED)
-        self._connections: dict[str, tuple[Member, asyncio.Task[None]]] = {}  # by name
-        self._dials: dict[str, bool] = {}  # by name, while under way: whether another dial is due
-        self._seed_by_address: dict[str, str] = {}
-        self._own_addresses: set[str] = {me.address, me.name}
+        self._tasks = Tasks("gossip", max_tasks=_MAX_UNDER_WAY + MAX_CONNECTED)
+        self._signs = FailureSigns(self.swim, peers, self._tasks, perform=self._perform)
         self.is_away = self._is_joining = self._is_closed = False  # away: it has withdrawn
 
     def start(self) -> None:
         """Join: without seeds as a cluster of its own at once, else as soon as a seed answers."""
-        if self._foreign_seeds():
+        if self._seeds.foreign():
             self._tasks.spawn(self._join())
         else:
             self.swim.activate(now=time.monotonic())
@@ -237,15 +225,11 @@ class Gossip:
         for member in self._live_peers():
             if member.address == address:
                 return member.name.rpartition(":")[0]
-        return self._seed_by_address.get(address, address).rpartition(":")[0]
+        return self._seeds.at(address).rpartition(":")[0]
 
     def probe(self, name: str) -> None:
         """Find out soon whether a member is alive: its host may refuse a dial, else the member is probed."""
-        if name in self._dials:
-            # The port may have been open at the dial under way and be closed now.
-            self._dials[name] = True
-        elif self._tasks.spawn(self._dial(name)):
-            self._dials[name] = False
+        self._signs.probe(name)
 
     def withdraw(self) -> None:
         """Own nothing until `come_back`; this node goes on forwarding calls."""
@@ -276,9 +260,9 @@ class Gossip:
     async def close(self) -> None:
         """Stop without telling any member: as if the process had been killed."""
         self._is_closed = True
-        for timer in (self._timer, self._ring_timer):
-            if timer is not None:
-                timer.cancel()
+        self.timer.stop()
+        if self._ring_timer is not None:
+            self._ring_timer.cancel()
         await self._tasks.close()
 
     async def _announce(self) -> None:
@@ -308,7 +292,7 @@ class Gossip:
         if self.swim.wants_seeds:
             # After a partition all members of the other half may be forgotten. A seed's name may lead to one.
             self.swim.wants_seeds = False
-            if self._foreign_seeds() and not self._is_joining:
+            if self._seeds.foreign() and not self._is_joining:
                 self._tasks.spawn(self._rejoin())
         self._set_timer()
 
@@ -328,41 +312,8 @@ class Gossip:
 
     def _set_timer(self) -> None:
         # Alone and without seeds there is no node to talk to, and no timer: an idle process sleeps.
-        if self._is_closed or (len(self.swim.table) == 1 and not self._seeds):
-            return
-        # A deadline that passed while there was no timer is due now. It is no sign of a stall.
-        due_s = max(self.swim.next_deadline(), time.monotonic())
-        if self._timer is not None:
-            if due_s >= self._due_s:
-                # The timer fires early and is set again then: cheaper than one more timer for each packet.
-                return
-            self._timer.cancel()
-        self._due_s = due_s
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(due_s - time.monotonic(), self._on_timer)
-
-    def _on_timer(self) -> None:
-        """Tick, but after a stall read first what arrived meanwhile.
-
-        The sockets may hold the very answers whose deadlines have passed.
-        """
-        now = time.monotonic()
-        lag_s = now - self._due_s
-        self.counters.loop_lag_s = lag_s
-        self.counters.max_loop_lag_s = max(self.counters.max_loop_lag_s, lag_s)
-        if lag_s > _LAG_NOTICED_S:
-            log.warning("loop_stalled", extra={"seconds": round(lag_s, 3)})
-            self.swim.stalled(lag_s)
-            self._timer = asyncio.get_running_loop().call_later(_DRAIN_INBOX_S, self._tick)
-            # A packet that arrives before `_tick` must not replace this timer by an earlier one.
-            self._due_s = 0.0
-            return
-        self._tick()
-
-    def _tick(self) -> None:
-        self._timer = None
-        self.swim.tick(now=time.monotonic())
-        self._perform()
+        if not self._is_closed and (len(self.swim.table) > 1 or self._seeds.names):
+            self.timer.set()
 
     def _swap_view(self) -> None:
         """Route by the members as they are now.
@@ -373,7 +324,7 @@ class Gossip:
         self._ring_timer = None
         old = self.view
         self.view = next_view(old, self.swim.me, self.swim.table)
-        self._keep_connected(self._live_peers())
+        self._signs.keep_connected(self._live_peers())
         self._silent &= self.view.address_by_name.keys()
         ring = self.view.ring
         if ring.nodes != old.ring.nodes:
@@ -386,46 +337,6 @@ class Gossip:
         if view is self.view and view.former:
             self.view = settled(view)
             self._on_view(self.view)
-
-    def _keep_connected(self, members: Sequence[Member]) -> None:
-        """Hold a connection to each member: its loss is the first sign that a process ended."""
-        wanted = {member.name: member for member in members[:_MAX_CONNECTED]}
-        for name, (former, task) in list(self._connections.items()):
-            member = wanted.get(name)
-            if member is None or member.instance != former.instance or member.address != former.address:
-                del self._connections[name]
-                task.cancel()
-                # Another process listens there now, perhaps on another host of that name.
-                self._peers.forget(former.address)
-        for name, member in wanted.items():
-            if name not in self._connections:
-                connecting = self._peers.keep_connected(member.address, partial(self.probe, name))
-                # Without a task, beyond the bound, only probes find out that the member has died.
-                started = self._tasks.spawn(connecting)
-                if started is not None:
-                    self._connections[name] = (member, started)
-
-    async def _dial(self, name: str) -> None:
-        """Dial a member, and once more after a pause if there was another sign meanwhile.
-
-        - Refused: evidence against the member, because its host is up and its process is not.
-        - Connected, or no answer: the core probes the member soon, and decides by that.
-        """
-        try:
-            while (member := self.swim.table.get(name)) is not None and not member.is_gone:
-                self._dials[name] = False
-                refused = await is_refused(member.address, self._peers.socket_at(member.address))
-                now = time.monotonic()
-                if refused:
-                    self.swim.refused(name, now=now)
-                else:
-                    self.swim.dropped(name, now=now)
-                self._perform()
-                await asyncio.sleep(_DIAL_PAUSE_S)
-                if not self._dials[name]:
-                    return
-        finally:
-            del self._dials[name]
 
     async def _ask(self, candidate: Candidate) -> None:
         """Ask a candidate for its table: its answer proves where it is, and makes it a member."""
@@ -492,7 +403,7 @@ class Gossip:
         if answer is None:
             if send.packet.kind == Kind.SYNC and not send.packet.target:
                 # Only this node itself gives no answer to its own sync: the seed leads back here.
-                self._own_addresses.add(send.address)
+                self._seeds.leads_back(send.address)
             return
         self.counters.packets["in", answer.kind.name.lower()] += 1
         if len(table) > self.swim.settings.max_members:
@@ -514,7 +425,7 @@ class Gossip:
             is_alone = self.swim.table.live == 1 and not self.introductions
             if is_alone and not self.is_away and self.swim.me.phase == Phase.JOINING:
                 # Others of this daemon start together with this node: their silence is no news.
-                seeds = [seed for seed in self._seeds if not self._peers.socket_at(seed)]
+                seeds = [seed for seed in self._seeds.names if not self._peers.socket_at(seed)]
                 level = logging.WARNING if seeds else logging.DEBUG
                 log.log(level, "no_seed_answers", extra={"seeds": seeds})
                 self.swim.activate(now=time.monotonic())
@@ -529,8 +440,7 @@ class Gossip:
 
     async def _ask_seeds(self) -> bool:
         """Ask every seed that is no member; tell whether one is missing still."""
-        self._seed_by_address = await discovery.addresses(self._foreign_seeds())
-        found = list(self._seed_by_address)
+        found = await self._seeds.find()
         self._address_rules.know(found)
         before = self._tasks.running()
         self.swim.join(self._unknown(found))
@@ -542,12 +452,8 @@ class Gossip:
 
     def _unknown(self, addresses: Sequence[str]) -> list[str]:
         """Return the addresses that belong neither to a member nor to this node."""
-        known = {member.address for member in self._live_peers()} | self._own_addresses
-        return [address for address in addresses if address not in known]
-
-    def _foreign_seeds(self) -> list[str]:
-        # The seeds may name this node too, so that all nodes can have the same settings.
-        return [seed for seed in self._seeds if seed not in self._own_addresses]
+        known = {member.address for member in self._live_peers()}
+        return [one for one in addresses if one not in known and not self._seeds.is_own(one)]
 
     def _log_refusal(self, event: str, peer: str, text: str) -> None:
         self._refusals.write(event, peer, text, now=time.monotonic())

@@ -145,6 +145,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
+from cluster.node_row import Barred, NodeRow, Renewal, Renewed
+
 _MS: Final = 1000
 LEASE_US: Final = 1500 * _MS
 PERIOD_US: Final = 400 * _MS
@@ -165,52 +167,6 @@ def stretched(duration_us: int) -> int:
 
 # What has just begun on another node is over when `stretched` says so; a new owner waits at least as long.
 assert stretched(LEASE_US) <= ACTIVATION_US
-
-
-class Renewal(NamedTuple):
-    """What a node says of itself in its row."""
-
-    name: str
-    instance: int  # of one process, random
-    number: int  # grows with each renewal of an instance
-    ring: str  # the fingerprint of the ring it routes by; empty: it serves no copies
-    seen: int  # the epoch for which it has dropped every copy
-    replaces: tuple[int, int] = (0, 0)  # instance and number of a lapsed row that it may overwrite
-
-
-class NodeRow(NamedTuple):
-    """One row of the store."""
-
-    name: str
-    instance: int
-    number: int
-    ring: str
-    epoch: int  # grows with each bar
-    base: int  # the epoch that the row was made with: if it has it still, nobody has barred the node
-    seen: int
-    age_us: int = 0  # since its renewal, on the store's clock: for people only
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Another one after every renewal."""
-        return (self.instance, self.number)
-
-
-class Renewed(NamedTuple):
-    """The store's answer to a renewal, also to one that it has refused."""
-
-    rows: tuple[NodeRow, ...]  # of all nodes, as they are after the renewal
-    identity: str  # of the store: another one after a copy of it was promoted
-    clock_us: int  # the store's clock, microseconds since the epoch
-
-
-class Barred(NamedTuple):
-    """The store's answer to a bar."""
-
-    epoch: int
-    instance: int
-    number: int
-    identity: str
 
 
 class Answer(NamedTuple):

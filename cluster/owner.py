@@ -24,8 +24,8 @@ from aio.later import Later
 from cluster.breaker import Breaker
 from cluster.call_queue import CallQueue, Line
 from cluster.errors import ClusterError, PeerSkipped, PeerTimeout, PeerUnreachable
+from cluster.forward_stream import ForwardStream
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ForwardStream
 from cluster.timing import STREAM_GRACE_S, TRY_S
 
 # Some slices of what a connection sends (http2/outbox.py): a batch does not keep others waiting for long.

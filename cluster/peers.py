@@ -11,7 +11,7 @@ look dead because it is busy.
 Each connection begins with Hello, in which both ends prove that they know the cluster's secret
 (peer_auth.py). Nothing else is sent before, and no answer is taken that is not sealed.
 
-Every failure leaves this module as one of four errors (errors.py):
+Every failure leaves this module as one of four errors (peer_failures.py):
 
 - PeerUnreachable: there was no connection, or it broke. The host may refuse, so it is worth a dial.
 - PeerTimeout: no answer in time. If the connection was silent for SILENCE_S, it is replaced.
@@ -32,39 +32,23 @@ from enum import Enum
 from functools import partial
 from typing import Final, Protocol
 
-from aio.later import Later, Outcome, begun
+from aio.later import Outcome
 from aio.tasks import Tasks
-from cluster.channel import CallFailed, Channel, ChannelStream, ConnectionLost, IntroductionFailed, Wire
-from cluster.errors import (
-    ClusterError,
-    MalformedPacket,
-    PeerRefused,
-    PeerTimeout,
-    PeerUnproven,
-    PeerUnreachable,
-    UnauthenticatedPeer,
-)
-from cluster.peer_auth import HELLO, METADATA_KEY, NO_KEY, NONCE_BYTES, PeerAuth, PeerKey, StreamMac
+from cluster.channel import Channel
+from cluster.connection import Connection
+from cluster.errors import ClusterError, UnauthenticatedPeer
+from cluster.forward_stream import ForwardStream
+from cluster.peer_auth import HELLO, NO_KEY, NONCE_BYTES, PeerAuth, PeerKey
+from cluster.peer_failures import FAILURES, error_of
 from cluster.peerpb import peer_pb2 as pb
+from cluster.signing import metadata, now_ms, path, sign
 from cluster.timing import CHANNEL_GRACE_S, SILENCE_S
 from cluster.wire import parsed
-from http2.outbox import Headers
 from http2.status import StatusCode
 
-SERVICE_NAME: Final = "mnemosynepeer.Peer"
 _MAX_CONNECTIONS: Final = 4096  # two to each member of the largest usual cluster, and more
 _MAX_HELLO_BYTES: Final = 1024  # of an answer of who has proved nothing yet
 _HELLO_S: Final = 1.0  # no more than the dial that it belongs to (channel.py)
-# Dialling a member to learn whether its host refuses. Within one network a reset takes milliseconds.
-_DIAL_TIMEOUT_S: Final = 0.2
-# The peer is alive and says no. Everything else may be a broken connection or a peer that is about to end.
-_REFUSALS: Final = frozenset({
-    StatusCode.UNAUTHENTICATED,
-    StatusCode.PERMISSION_DENIED,
-    StatusCode.UNIMPLEMENTED,
-    StatusCode.RESOURCE_EXHAUSTED,
-    StatusCode.FAILED_PRECONDITION,
-})  # fmt: skip
 
 
 class ChannelKind(Enum):
@@ -87,7 +71,7 @@ class CallStats(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Connection:
+class _PeerConnection:
     channel: Channel
     callee: str  # the name of the node there; empty for any node of the cluster
     answered_s: float  # when it was opened, or the peer last answered on it
@@ -118,7 +102,7 @@ class Peers:
         self._stats_by_method = stats_by_method
         self._server_name = server_name
         self._tls: ssl.SSLContext | None = None
-        self._connections: dict[tuple[str, ChannelKind], _Connection] = {}
+        self._connections: dict[tuple[str, ChannelKind], _PeerConnection] = {}
         self._is_closed = False
         self._closing = Tasks("peer_connection_close")
         self._opening = Tasks("peer_stream_open")
@@ -158,11 +142,11 @@ class Peers:
         with self._counted(address, channel_kind, method):
             channel = self._connection(address, channel_kind, callee).channel
             until_s = time.monotonic() + timeout_s
-            wire = await channel.ready(timeout_s)
-            key: PeerKey = wire.introduction
-            signature = _signature(key, method, body)
+            connection = await channel.ready(timeout_s)
+            key: PeerKey = connection.introduction
+            signature = sign(key, method, body)
             answer = await channel.call_on(
-                wire, _path(method), _metadata(signature), body, timeout_s=until_s - time.monotonic()
+                connection, path(method), metadata(signature), body, timeout_s=until_s - time.monotonic()
             )
             sealed = parsed(pb.SealedAnswer, answer)
             key.check_answer(signature, sealed.answer, sealed.seal)
@@ -175,7 +159,7 @@ class Peers:
             address,
             connection.channel,
             is_current=lambda: self._connections.get((address, ChannelKind.CALLS)) is connection,
-            count=lambda: self._begun(address, ChannelKind.CALLS, "Forward"),
+            count=lambda: self._begun(address, ChannelKind.CALLS, "Forward").end,
             tasks=self._opening,
         )
 
@@ -199,7 +183,7 @@ class Peers:
         closing_channels = [connection.channel.close() for connection in connections]
         await asyncio.gather(*closing_channels, *closing, self._opening.close())
 
-    def _connection(self, address: str, channel_kind: ChannelKind, callee: str = "") -> _Connection:
+    def _connection(self, address: str, channel_kind: ChannelKind, callee: str = "") -> _PeerConnection:
         """Return the connection to an address; another node there than before gets another one."""
         connection = self._connections.get((address, channel_kind))
         if connection is not None and callee not in ("", connection.callee):
@@ -218,11 +202,11 @@ class Peers:
                 may_dial=self._may_dial,
                 unix_path=self.socket_at(address),
             )
-            connection = _Connection(channel, callee, answered_s=time.monotonic())
+            connection = _PeerConnection(channel, callee, answered_s=time.monotonic())
             self._connections[address, channel_kind] = connection
         return connection
 
-    async def _introduce(self, callee: str, channel: Channel, wire: Wire) -> PeerKey:
+    async def _introduce(self, callee: str, channel: Channel, connection: Connection) -> PeerKey:
         """Say Hello on a new connection; return the key for calls on it.
 
         The Hello names its callee. Otherwise a process that took over the address of a dead node could pass
@@ -238,15 +222,20 @@ class Peers:
         greeting = ""
         if self._auth.has_secret:
             body = pb.HelloRequest(callee=callee).SerializeToString()
-            greeting = self._auth.greeting(body, now_ms=_now_ms(), nonce=os.urandom(NONCE_BYTES))
+            greeting = self._auth.greeting(body, now_ms=now_ms(), nonce=os.urandom(NONCE_BYTES))
             answer = await channel.call_on(
-                wire, _path(HELLO), _metadata(greeting), body, timeout_s=_HELLO_S, max_bytes=_MAX_HELLO_BYTES
+                connection,
+                path(HELLO),
+                metadata(greeting),
+                body,
+                timeout_s=_HELLO_S,
+                max_bytes=_MAX_HELLO_BYTES,
             )
             hello = parsed(pb.HelloResponse, answer)
             process, proof = hello.process, hello.proof
         if proof:
             return self._auth.key_for(process, proof, greeting=greeting)
-        objection = self._auth.objection_to_callee(wire.certificate_names, wire.host)
+        objection = self._auth.objection_to_callee(connection.certificate_names, connection.host)
         if objection:
             raise UnauthenticatedPeer(objection)
         return NO_KEY
@@ -283,9 +272,9 @@ class Peers:
         self, failure: BaseException, address: str, channel_kind: ChannelKind
     ) -> tuple[StatusCode, BaseException]:
         """Take note of a failure; return its status, and what it is for the callers of this module."""
-        if not isinstance(failure, _FAILURES):
+        if not isinstance(failure, FAILURES):
             return StatusCode.CANCELLED, failure
-        code, error = _failure(failure)
+        code, error = error_of(failure)
         if code is StatusCode.DEADLINE_EXCEEDED:
             self._doubt(address, channel_kind)
         if isinstance(failure, ClusterError):
@@ -334,146 +323,3 @@ class _Count:
             return self.failed(outcome)
         self.answered()
         return outcome
-
-
-class ForwardStream:
-    """A stream to one peer, on which each batch is answered before the next is sent.
-
-    A stream costs half of what one call for each batch costs: its headers and its signature are sent once.
-    The messages have no numbers, so a stream whose answer was not read cannot be used again: it would give
-    one batch the answers of another. `ask` closes it after any failure.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        channel: Channel,
-        *,
-        is_current: Callable[[], bool],
-        count: Callable[[], _Count],
-        tasks: Tasks,
-    ) -> None:
-        """`is_current` tells whether the stream's connection is still in use, and not about to be closed.
-
-        `count` counts a batch in, and `tasks` open the stream.
-        """
-        self.address = address
-        self._stream: ChannelStream = channel.open_stream(_path("Forward"), self._open)
-        self._batches, self._answers = StreamMac(None), StreamMac(None)
-        self._is_current = is_current
-        self._count = count
-        self._tasks = tasks
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the peer, as far as is known, waits for a batch."""
-        return self._stream.is_open and self._is_current()
-
-    def ask(self, batch: bytes, *, timeout_s: float) -> Later[bytes]:
-        """Return the peer's answers to a serialized Batch; after a failure the stream is closed.
-
-        The Later fails with:
-            PeerUnreachable: no connection, or it broke, or the peer ended the stream.
-            PeerTimeout: no answer in time.
-            PeerRefused: the peer does not take this node for one of its cluster.
-            PeerUnproven: what answers there is not proved to be a node of this cluster.
-        """
-        count = self._count()
-        if self._stream.is_begun:
-            answer = self._ask(batch, timeout_s)
-        else:
-            answer = begun(self._open_and_ask(batch, timeout_s), self._tasks)
-        return answer.through(count.end)
-
-    def _ask(self, batch: bytes, timeout_s: float) -> Later[bytes]:
-        request = pb.ForwardRequest(batch=batch, seal=self._batches.seal(batch)).SerializeToString()
-        return self._stream.ask(request, timeout_s=timeout_s).through(self._checked)
-
-    async def _open_and_ask(self, batch: bytes, timeout_s: float) -> bytes:
-        until_s = time.monotonic() + timeout_s
-        await self._stream.open(timeout_s=timeout_s)
-        return await self._ask(batch, until_s - time.monotonic())
-
-    def _checked(self, response: Outcome[bytes]) -> Outcome[bytes]:
-        if not isinstance(response, bytes):
-            return response
-        try:
-            sealed = parsed(pb.ForwardResponse, response)
-            self._answers.check(sealed.seal, sealed.answers)
-        except ClusterError:
-            self._stream.cancel()
-            raise
-        return sealed.answers
-
-    def _open(self, key: PeerKey) -> Headers:
-        # An empty body, since no batch is there yet.
-        opening = _signature(key, "Forward", b"")
-        self._batches, self._answers = key.stream_macs(opening)
-        return _metadata(opening)
-
-    def end(self) -> None:
-        """Close the stream; no batch is under way on it."""
-        self._stream.finish()
-
-
-async def is_refused(address: str, unix_path: str = "") -> bool:
-    """Dial an address, or a socket on this host; tell whether the host says that no process listens there.
-
-    A host that is down, or a network that drops packets, gives no answer. That proves nothing.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(_DIAL_TIMEOUT_S):
-            if unix_path:
-                _, writer = await asyncio.open_unix_connection(unix_path)
-            else:
-                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-    except (ConnectionRefusedError, FileNotFoundError):
-        return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return False
-
-
-def _path(method: str) -> bytes:
-    return f"/{SERVICE_NAME}/{method}".encode()
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _signature(key: PeerKey, method: str, body: bytes) -> str:
-    return key.sign(method, body, now_ms=_now_ms(), nonce=os.urandom(NONCE_BYTES))
-
-
-def _metadata(signature: str) -> Headers:
-    return [(METADATA_KEY.encode(), signature.encode())] if signature else []
-
-
-_FAILURES: Final = (
-    CallFailed,
-    ConnectionLost,
-    IntroductionFailed,
-    MalformedPacket,
-    TimeoutError,
-    UnauthenticatedPeer,
-)
-
-
-def _failure(exc: BaseException) -> tuple[StatusCode, ClusterError]:
-    """Return the status to count for one of `_FAILURES`, and what it is for the callers of this module."""
-    if isinstance(exc, IntroductionFailed):
-        exc = exc.reason
-    if isinstance(exc, UnauthenticatedPeer | MalformedPacket):
-        return StatusCode.UNAUTHENTICATED, PeerUnproven(str(exc))
-    if isinstance(exc, TimeoutError):
-        return StatusCode.DEADLINE_EXCEEDED, PeerTimeout("no answer in time")
-    if not isinstance(exc, CallFailed):
-        return StatusCode.UNAVAILABLE, PeerUnreachable(str(exc))
-    if exc.code is StatusCode.DEADLINE_EXCEEDED:
-        return exc.code, PeerTimeout("no answer in time")
-    if exc.code in _REFUSALS:
-        return exc.code, PeerRefused(str(exc))
-    return exc.code, PeerUnreachable(f"{exc.code.name}: {exc}")

@@ -1,6 +1,6 @@
 """The decisions of a client about one connection. Pure.
 
-The protocol class (cluster/channel.py) passes in what has arrived, opens streams, and sends `output()`.
+The protocol class (cluster/connection.py) passes in what has arrived, opens streams, and sends `output()`.
 
 A stream
 --------

@@ -53,7 +53,8 @@ from cluster.identity import Identity
 from cluster.lease import ACTIVATION_US
 from cluster.member import Member, Phase, State
 from cluster.peer_auth import PROCESS_BYTES, PeerAuth
-from cluster.peers import SERVICE_NAME, Peers
+from cluster.peers import Peers
+from cluster.signing import SERVICE_NAME
 from cluster.swim import Settings
 from cluster.view import View, alone
 from mnemosyned.api.peer import METHODS, PeerService

@@ -112,7 +112,7 @@ def page(node: ClusterNode, query: Mapping[str, list[str]]) -> dict[str, object]
         "status": "starting" if gossip is None else gossip.swim.me.status,
         "ring": {"fingerprint": ring.fingerprint, "nodes": list(ring.nodes)},
         "health_score": 0 if gossip is None else gossip.swim.health_score,
-        "loop_lag_s": 0.0 if gossip is None else round(gossip.counters.max_loop_lag_s, 4),
+        "loop_lag_s": 0.0 if gossip is None else round(gossip.timer.max_lag_s, 4),
         "lease": {} if keeper is None else {"reason": keeper.reason(), "strangers": keeper.rows.strangers()},
         "members": [
             {
@@ -176,7 +176,7 @@ def _membership(gossip: Gossip) -> Iterator[Metric]:
     yield _counter("unproven", "Processes that did not prove where they are.", introductions.failed)
     yield _counter("ring_changes", "New rings.", gossip.counters.ring_changes)
     yield _gauge("health_score", "Lifeguard's local health: 0 is healthy, 8 is worst.", swim.health_score)
-    yield _gauge("loop_lag_seconds", "How late the last membership timer fired.", gossip.counters.loop_lag_s)
+    yield _gauge("loop_lag_seconds", "How late the last membership timer fired.", gossip.timer.lag_s)
     yield _counter("stalls", "Times that the event loop was stalled for over 100 ms.", swim.counters.stalls)
     probes = CounterMetricFamily(f"{_PREFIX}_probes", "Probes that ended.", labels=("result",))
     probes.add_metric(("acked",), swim.counters.probes_acked)

@@ -70,13 +70,13 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from aio.around import Around
-from aio.later import Later
+from aio.later import Later, Outcome
 from aio.rate_limit import LogRateLimiter, fields_of
 from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
 from cluster.peer_auth import HELLO, METADATA_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import SERVICE_NAME
+from cluster.signing import SERVICE_NAME
 from cluster.wire import max_request_bytes
 from http2.status import StatusCode
 from mnemosyned.api import session_manager
@@ -281,7 +281,9 @@ class PeerService:
         waiting = [work for work in works if work is not None]
         return _gathered(waiting, answers) if waiting else _response(answers)
 
-    def _begin(self, item: pb.Item, answer: pb.Answer, arrival: Arrival) -> Coroutine[Any, Any, None] | None:
+    def _begin(
+        self, item: pb.Item, answer: pb.Answer, arrival: Arrival
+    ) -> Later[None] | Coroutine[Any, Any, None] | None:
         """Fill an item's answer in if the cache has it, otherwise return what does so."""
         retried_name = item.retried_method
         name = retried_name or item.method
@@ -301,7 +303,8 @@ class PeerService:
             return None
         # As in transport/call.py, faster than asking for a Coroutine.
         if not (isinstance(response, bytes) or isinstance(response, tuple)):  # noqa: SIM101
-            assert not isinstance(response, Later)  # nothing is forwarded twice
+            if isinstance(response, Later):
+                return response.through(partial(_fill_in, item, answer, forwarded))
             return Around(response, partial(_finish, item, answer, forwarded))
         answer.message = joined(response)
         if (grant := forwarded.grant) is not None:
@@ -358,14 +361,23 @@ def _as_status(exc: UnauthenticatedPeer) -> Unauthenticated:
     return Unauthenticated(f"mnemosyned: {exc}")
 
 
-async def _gathered(waiting: list[Coroutine[Any, Any, None]], answers: pb.Answers) -> bytes:
-    if len(waiting) == 1:
-        # Without a task of its own, and the two turns of the loop that one takes.
-        await waiting[0]
-    else:
-        # Together, so that the items share one batch of the storage. None of them raises (`_finish`), so that
-        # `gather` never leaves one behind. If the stream is cancelled, `gather` cancels all of them.
-        await asyncio.gather(*waiting)
+async def _gathered(waiting: list[Later[None] | Coroutine[Any, Any, None]], answers: pb.Answers) -> bytes:
+    """Wait for all answers, which none of these raises; if the stream is cancelled, all of them are."""
+    laters = [work for work in waiting if isinstance(work, Later)]
+    others = [work for work in waiting if not isinstance(work, Later)]
+    try:
+        if len(others) == 1:
+            # Without a task of its own, and the two turns of the loop that one takes.
+            await others[0]
+        elif others:
+            # Together, so that the items share one batch of the storage.
+            await asyncio.gather(*others)
+        # These have begun.
+        for later in laters:
+            await later
+    finally:
+        for later in laters:
+            later.close()
     return _response(answers)
 
 
@@ -384,6 +396,21 @@ def _response(answers: pb.Answers) -> bytes:
 _TOO_LARGE: Final = pb.Answer(
     code=StatusCode.UNAVAILABLE.value, text="mnemosyned: the batch's answers are too large together"
 )
+
+
+def _fill_in(
+    item: pb.Item, answer: pb.Answer, call: ForwardedCall, outcome: Outcome[Encoded]
+) -> Outcome[None]:
+    """Fill an answer in that was not known at once, as a step of a Later."""
+    if isinstance(outcome, bytes | tuple):
+        answer.message = joined(outcome)
+        return None
+    if isinstance(outcome, Exception):
+        _fail(answer, item, outcome)
+        return None
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return Around(outcome, partial(_finish, item, answer, call))
 
 
 async def _finish(

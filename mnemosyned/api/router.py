@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
 from aio.around import Around
 from aio.deadline import Deadline
-from aio.later import Outcome
+from aio.expiry import Expiry
+from aio.later import Later, Outcome
 from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
@@ -38,7 +39,8 @@ from cluster.timing import LEAST_TRY_S, MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
 from mnemosyned.api.forwarded import ForwardedCall
-from mnemosyned.api.session_manager import Gate, Response, Rpc
+from mnemosyned.api.own_try import Limit, OwnTry
+from mnemosyned.api.session_manager import Gate, Response, Rpc, new_token
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.mirrors import Grant
 from mnemosyned.transport.call import Call, Encoded
@@ -50,15 +52,14 @@ if TYPE_CHECKING:
     from mnemosyned.sessions.mirrors import Mirrors
     from mnemosyned.sessions.service import SessionService
 
-# The storage does a write of this node only in this part of its caller's time, and so long at most: another
-# member may do it in the rest.
-_OWN_TRY_PART: Final = 0.6
-_OWN_TRY_S: Final = 2.0
-# A storage that answers refuses the write by then.
-_REFUSAL_S: Final = 0.03
+_NO_ANSWER: Final = "mnemosyned: storage: no answer in time"
 # Members that a call is sent to, one after the other.
 _MOST_ASKED: Final = 2
-_AT_ONCE: Final = (bytes, tuple)
+# New tokens that are drawn for one of this node's own. A draw costs a thirtieth of a hop, and one of as many
+# as there are nodes succeeds: with more nodes than that it does not pay.
+_MOST_DRAWN: Final = 12
+_MOST_NODES: Final = 32
+_ENCODED: Final = (bytes, tuple)
 # Statuses by which a node says that it could not do the work. Another one perhaps can.
 _UNABLE: Final = frozenset(code.value for code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED))
 
@@ -91,7 +92,10 @@ class ClusterRouter:
         self._mirrors = mirrors
         self._is_away = is_away
         self._turn = 0
-        self._waiting: set[asyncio.Task[Any]] = set()  # calls that wait for this node's storage
+        self._expiry = Expiry(Limit.expire)
+        # Calls that wait for this node's storage.
+        self._laters: set[Later[Encoded]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
         self._leaving: set[asyncio.Task[Any]] = set()  # those that no longer shall
         self._trace_context = trace_context
 
@@ -105,7 +109,7 @@ class ClusterRouter:
         place = route(view, token, hops_left=1) if token else UNCACHED
         if isinstance(place, Forward):
             return self._handle_foreign(view, place.owner, rpc, request, call, token=token)
-        own = _OwnTry(call) if rpc.is_write and view.address_by_name else call
+        own = OwnTry(call, self._expiry) if rpc.is_write and view.address_by_name else call
         if place.fill_cache and self._gate.is_open():
             response = rpc.handle(self._service, request, own)
         else:
@@ -115,7 +119,23 @@ class ClusterRouter:
         # As in transport/call.py, faster than asking for a Coroutine.
         if isinstance(response, bytes) or isinstance(response, tuple) or not view.address_by_name:  # noqa: SIM101
             return response
-        return Around(response, partial(self._here_or_elsewhere, rpc, request, call, own))
+        here = _Here(rpc, request, call, own)
+        if isinstance(response, Later):
+            return self._later_here_or_elsewhere(here, response)
+        return Around(response, partial(self._here_or_elsewhere, here))
+
+    def new_token(self) -> str:
+        """See Router.
+
+        A session that this node owns is started without a hop.
+        """
+        view, token = self._view(), new_token()
+        if view.routed and len(view.ring.nodes) <= _MOST_NODES:
+            for _ in range(_MOST_DRAWN - 1):
+                if view.owns(token):
+                    break
+                token = new_token()
+        return token
 
     def _handle_foreign(
         self, view: View, owner: str, rpc: Rpc, request: Message, call: Call, *, token: str
@@ -130,25 +150,56 @@ class ClusterRouter:
             return self._elsewhere(rpc, request, call, first=owner)
         return self._forward(view, owner, rpc, request, call, token=token, asked_us=now_us)
 
-    async def _here_or_elsewhere(
-        self, rpc: Rpc, request: Message, call: Call, own: Call, response: Coroutine[Any, Any, Encoded]
-    ) -> Encoded:
+    def _later_here_or_elsewhere(self, here: _Here, response: Later[Encoded]) -> Response:
+        """Do what `_here_or_elsewhere` does, without a task while all is well."""
+        if self._is_away() and self._members():
+            response.cancel()
+            return self._elsewhere(here.rpc, here.request, here.call)
+        limit = here.own.limited(partial(_leave, response)) if isinstance(here.own, OwnTry) else None
+        self._laters.add(response)
+        return response.through(partial(self._answered_here, here, response, limit))
+
+    def _answered_here(
+        self, here: _Here, response: Later[Encoded], limit: Limit | None, outcome: Outcome[Encoded]
+    ) -> Outcome[Encoded]:
+        self._laters.discard(response)
+        if limit is not None:
+            limit.leave = None
+        if isinstance(outcome, _ENCODED):
+            return outcome
+        if isinstance(outcome, DeadlineExceeded | StorageUnavailable):
+            return self._after_failure(here, outcome)
+        if not isinstance(outcome, BaseException):
+            # It is done, and waits for other nodes' copies.
+            return Around(outcome, partial(self._begun_here, here))
+        return outcome
+
+    async def _here_or_elsewhere(self, here: _Here, response: Coroutine[Any, Any, Encoded]) -> Encoded:
         """Return what this node's storage answers; without one, what that of another member does."""
         if self._is_away() and self._members():
             response.close()
-            return await self._elsewhere(rpc, request, call)
+            return await self._elsewhere(here.rpc, here.request, here.call)
+        return await self._begun_here(here, response)
+
+    async def _begun_here(self, here: _Here, response: Coroutine[Any, Any, Encoded]) -> Encoded:
         try:
-            return await self._unless_left(response, own)
-        except DeadlineExceeded:
-            if not rpc.is_write:
-                raise
+            return await self._unless_left(response, here.own)
+        except (DeadlineExceeded, StorageUnavailable) as exc:
+            failure = exc
+        return await self._after_failure(here, failure)
+
+    async def _after_failure(self, here: _Here, failure: DeadlineExceeded | StorageUnavailable) -> Encoded:
+        """Return what another try answers after the one of this node's storage. Raises the failure."""
+        rpc, request, call, own = here
+        if isinstance(failure, DeadlineExceeded):
+            left_s = call.deadline.left_s()
+            if not rpc.is_write or (left_s is not None and left_s < LEAST_TRY_S):
+                raise failure
             # The storage is slow: it refused the try as late, and has not done it. The caller may have time.
             return await self._here(rpc, request, call, is_retry=False)
-        except StorageUnavailable as exc:
-            if not (isinstance(exc, _Left) or self._members()):
-                raise
-            is_under_way = exc.is_under_way
-        if isinstance(own, _OwnTry) and is_under_way:
+        if not (isinstance(failure, _Left) or self._members()):
+            raise failure
+        if isinstance(own, OwnTry) and failure.is_under_way:
             # Otherwise this node's delayed write could be done after the retry, and so after the answer.
             await asyncio.sleep(max(0.0, own.until_s - time.monotonic()))
         return await self._elsewhere(rpc, request, call, is_retry=rpc.is_write)
@@ -158,29 +209,33 @@ class ClusterRouter:
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
+        limit = own.limited(partial(self._leave, task)) if isinstance(own, OwnTry) else None
         try:
-            if not isinstance(own, _OwnTry):
-                return await response
-            async with asyncio.timeout_at(own.left_at_s()) as own.limit:
-                return await response
-        except TimeoutError:
-            raise _Left("mnemosyned: storage: no answer in time") from None
+            return await response
         except asyncio.CancelledError:
-            # By `leave_storage`; or by the caller too, which counts.
+            # By `_leave`; or by the caller too, which counts.
             if task not in self._leaving or task.uncancel():
                 raise
-            raise _Left("mnemosyned: storage: no answer in time") from None
+            raise _Left(_NO_ANSWER) from None
         finally:
             self._waiting.discard(task)
             self._leaving.discard(task)
+            if limit is not None:
+                limit.leave = None
 
     def leave_storage(self) -> None:
         """Have the calls that wait for this node's storage ask another member: it does not answer."""
         if self._members():
-            self._leaving |= self._waiting
-            for task in self._waiting:
-                task.cancel()
-            self._waiting.clear()
+            for task in list(self._waiting):
+                self._leave(task)
+            for response in list(self._laters):
+                _leave(response)
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        if task in self._waiting:
+            self._waiting.discard(task)
+            self._leaving.add(task)
+            task.cancel()
 
     def _members(self) -> list[str]:
         """Return the members of the ring besides this node, another one first each time."""
@@ -314,47 +369,24 @@ class _Left(StorageUnavailable):
     """A call no longer waits for this node's storage, which is in doubt but may do the work."""
 
 
+def _leave(response: Later[Encoded]) -> None:
+    response.give_up(_Left(_NO_ANSWER))
+
+
+class _Here(NamedTuple):
+    """A call that this node's storage is asked for; `own` is the same call, with its limits for a write."""
+
+    rpc: Rpc
+    request: Message
+    call: Call
+    own: Call
+
+
 class _Unanswered(Enum):
     """What is known of a call that a node has not answered."""
 
     UNSEEN = "unseen"  # it has not begun it
     UNKNOWN = "unknown"  # it may have done it, and does it no more
-
-
-class _OwnTry:
-    """A client's write, as this node's storage gets it first: with time left for a retry. A Call.
-
-    The storage does no part of it after `until_s`, on `time.monotonic()`. Each part, such as a step of a
-    Delete, has an end of its own: `deadline` is asked when it begins.
-    """
-
-    __slots__ = ("_call", "certificate_names", "limit", "owner", "peer", "until_s")
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self.peer = call.peer
-        self.certificate_names = call.certificate_names
-        self.owner = call.owner
-        self.until_s = 0.0  # nothing has begun
-        self.limit: asyncio.Timeout | None = None  # while the storage is awaited
-
-    def left_at_s(self) -> float | None:
-        """Return when a storage that has not answered is left, on the loop's clock; None: never."""
-        return self.until_s + _REFUSAL_S if self.until_s else None
-
-    @property
-    def deadline(self) -> Deadline:
-        """See Call."""
-        left_s = self._call.deadline.of_write().left_s()
-        limit = Deadline.in_s(_OWN_TRY_S if left_s is None else min(_OWN_TRY_PART * left_s, _OWN_TRY_S))
-        self.until_s = limit.at_s
-        if self.limit is not None:
-            self.limit.reschedule(self.left_at_s())
-        return limit
-
-    def metadata(self, key: str) -> str | None:
-        """See Call."""
-        return self._call.metadata(key)
 
 
 class OwnerRouter:
@@ -384,10 +416,14 @@ class OwnerRouter:
         if not (fills_cache and self._gate.is_open()):
             return rpc.handle_uncached(self._service, request, call)
         response = rpc.handle(self._service, request, call)
-        if call.mirror_for and rpc.returns_session and isinstance(response, _AT_ONCE):
+        if call.mirror_for and rpc.returns_session and isinstance(response, _ENCODED):
             # At once is from the copy, which nothing has dropped since it was read (rule 17).
             call.grant = self._mirrors.grant(token, call.mirror_for)
         return response
+
+    def new_token(self) -> str:
+        """See Router. The entry node has chosen a token, unless it is of an early release."""
+        return new_token()
 
 
 def _taken(item: pb.Item, outcome: Outcome[pb.Answer]) -> bytes | _Unanswered:

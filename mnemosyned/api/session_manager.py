@@ -3,7 +3,7 @@
     engine ── bytes ──> handler ── request, Rpc ──> router ── one of three ──> use case (sessions/service.py)
                        (`_handler`)                (`Router`) (`Rpc.handle` …)
 
-- The handler parses the request, and chooses a token for a Start that brings none.
+- The handler parses the request, and gives a Start that brings no token a new one of the router's.
 - The router decides on which node the call is handled. `LocalRouter` serves a node without peers;
   api/router.py has the two routers of a clustered node.
 - The `Rpc` says how a parsed request becomes a use case. It has three forms of it, and the router chooses:
@@ -42,6 +42,7 @@ import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 from google.protobuf.message import Message
@@ -81,11 +82,10 @@ _FALSE: Final = BoolValue(value=False).SerializeToString()
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 
-# A serialized response: at once where a cache has it, by a Later where another node has it, otherwise by a
-# coroutine. The first two save that coroutine, its task and the time-out around it.
-Handled: TypeAlias = Encoded | Coroutine[Any, Any, Encoded]
-Response: TypeAlias = Handled | Later[Encoded]
-Handle: TypeAlias = Callable[[SessionService, Any, Call], Handled]
+# A serialized response: at once where a cache has it, by a Later where a session is loaded or another node
+# has it, otherwise by a coroutine. The first two save that coroutine, its task and the time-out around it.
+Response: TypeAlias = Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]
+Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,10 @@ class Router(Protocol):
         """
         ...
 
+    def new_token(self) -> str:
+        """Return a token for a session that is to be started, if possible one of this node's own."""
+        ...
+
 
 class Gate(Protocol):
     """Tells whether copies may be served and kept."""
@@ -147,6 +151,10 @@ class LocalRouter:
             return rpc.handle(self._service, request, call)
         return rpc.handle_uncached(self._service, request, call)
 
+    def new_token(self) -> str:
+        """See Router."""
+        return new_token()
+
 
 def add_to(table: MethodTable, router: Router, *, max_entries: int) -> None:
     """Add the RPCs to a table: under their names, and two of them also under the Go daemon's older names.
@@ -162,7 +170,7 @@ def add_to(table: MethodTable, router: Router, *, max_entries: int) -> None:
 
 def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
     request_type = rpc.request_type
-    prepare = _with_token if rpc.name == "Start" else None
+    prepare = partial(_give_token, router) if rpc.name == "Start" else None
 
     def handle(message: bytes, call: Call) -> Response:
         if len(message) > AT_ONCE_BYTES:
@@ -187,14 +195,18 @@ def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
     return handle
 
 
-def _with_token(request: Any) -> None:  # noqa: ANN401  # a StartRequest
+def new_token() -> str:
+    """Return a token that nobody can guess."""
+    return generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
+
+
+def _give_token(router: Router, request: Any) -> None:  # noqa: ANN401  # a StartRequest
     """Choose a token if the request has none, where the call enters the cluster.
 
-    The token decides which node owns the session. A retry then has the same token, so that it finds what the
-    first try has stored.
+    A retry then has the same token, so that it finds what the first try has stored.
     """
     if request.HasField("session") and not request.session.access_token:
-        request.session.access_token = generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
+        request.session.access_token = router.new_token()
 
 
 def _context(router: Router) -> UnaryHandler:
@@ -211,19 +223,25 @@ def _context(router: Router) -> UnaryHandler:
     return context
 
 
-def _get(service: SessionService, request: GetRequest, _: Call) -> Handled:
-    return service.get(request.access_token)
+def _get(service: SessionService, request: GetRequest, call: Call) -> Response:
+    response = service.get(request.access_token)
+    return _in_time(service, response, call) if isinstance(response, Later) else response
 
 
-def _get_uncached(service: SessionService, request: GetRequest, _: Call) -> Handled:
-    return service.get_uncached(request.access_token)
+def _get_uncached(service: SessionService, request: GetRequest, call: Call) -> Response:
+    return _in_time(service, service.get_uncached(request.access_token), call)
+
+
+def _in_time(service: SessionService, response: Later[Encoded], call: Call) -> Later[Encoded]:
+    service.bound(response, call.deadline)
+    return response
 
 
 def _is_there(_service: SessionService, _token: str, _: EncodedSession) -> Encoded:
     return _TRUE
 
 
-def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Handled:
+def _exists(service: SessionService, request: ExistsRequest, _: Call) -> Response:
     # None is "no cache knows", which only the storage can answer.
     is_there = service.exists_cached(request.access_token)
     if is_there is None:
@@ -239,27 +257,50 @@ async def _exists_uncached(service: SessionService, request: ExistsRequest, _: C
     return _TRUE if await service.exists_uncached(request.access_token) else _FALSE
 
 
-async def _start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    return await service.start(await _new_session(service, request, call.deadline))
+def _start(service: SessionService, request: StartRequest, call: Call) -> Response:
+    return _started_by(service.start, service, request, call)
 
 
-async def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    return await service.start_uncached(await _new_session(service, request, call.deadline))
+def _start_uncached(service: SessionService, request: StartRequest, call: Call) -> Response:
+    return _started_by(service.start_uncached, service, request, call)
+
+
+def _started_by(
+    start: Callable[[NewSession], Later[Encoded]], service: SessionService, request: StartRequest, call: Call
+) -> Response:
+    stored = _stored_bag(service, request)
+    if stored is None:
+        return _start_large(start, service, request, call)
+    return _in_time(service, start(_new_session(service, request, stored, call.deadline)), call)
+
+
+async def _start_large(
+    start: Callable[[NewSession], Later[Encoded]], service: SessionService, request: StartRequest, call: Call
+) -> Encoded:
+    stored = await in_slices(service.bag_limits.encoding(request.session.bag))
+    return await start(_new_session(service, request, stored, call.deadline))
 
 
 async def _retry_start(service: SessionService, request: StartRequest, call: Call) -> Encoded:
-    return await service.retry_start(await _new_session(service, request, call.deadline))
+    stored = _stored_bag(service, request)
+    if stored is None:
+        stored = await in_slices(service.bag_limits.encoding(request.session.bag))
+    return await service.retry_start(_new_session(service, request, stored, call.deadline))
 
 
-async def _new_session(service: SessionService, request: StartRequest, deadline: Deadline) -> NewSession:
+def _stored_bag(service: SessionService, request: StartRequest) -> bytes | None:
+    """Check a new session, and return the stored form of its bag; None: it is large."""
     if not request.HasField("session"):
         raise InvalidArgument("mnemosyned: missing session")
-    session = request.session
-    if not session.subject_id:
+    if not request.session.subject_id:
         raise InvalidArgument("mnemosyned: missing subject accessToken")
-    stored = service.bag_limits.encoded_at_once(session)
-    if stored is None:
-        stored = await in_slices(service.bag_limits.encoding(session.bag))
+    return service.bag_limits.encoded_at_once(request.session)
+
+
+def _new_session(
+    service: SessionService, request: StartRequest, stored: bytes, deadline: Deadline
+) -> NewSession:
+    session = request.session
     return NewSession(
         access_token=session.access_token,
         subject_id=session.subject_id,
@@ -272,8 +313,12 @@ async def _new_session(service: SessionService, request: StartRequest, deadline:
     )
 
 
-async def _abandon(service: SessionService, request: AbandonRequest, call: Call) -> bytes:
-    await service.abandon(request.access_token, call.deadline)
+def _abandon(service: SessionService, request: AbandonRequest, call: Call) -> Response:
+    ended = service.abandon(request.access_token, call.deadline).map(_is_done)
+    return _in_time(service, ended, call)
+
+
+def _is_done(_: None) -> Encoded:
     return _TRUE
 
 
@@ -281,7 +326,7 @@ async def _retry_abandon(service: SessionService, request: AbandonRequest, call:
     # The earlier try may have ended the session. The price: an Abandon of a token that never existed succeeds
     # when it is a retry, and is NOT_FOUND otherwise.
     with suppress(SessionNotFound):
-        await _abandon(service, request, call)
+        await service.abandon(request.access_token, call.deadline)
     return _TRUE
 
 

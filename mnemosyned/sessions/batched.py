@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from aio.batcher import Batcher, BatchLimits
-from mnemosyned.errors import MnemosyneError, Overloaded, SessionNotFound
+from aio.later import Later, Outcome
+from mnemosyned.errors import MnemosyneError, Overloaded
 from mnemosyned.sessions.changed_copies import Change, ChangedCopies
 from mnemosyned.sessions.coherence import Coherence, Written
 from mnemosyned.sessions.model import Abandonment, ChangedBag, NewSession, Session
 from mnemosyned.sessions.store import SessionStore
 
 Loaded = TypeVar("Loaded")
+Result = TypeVar("Result")
 
 # Reads of different callers need not wait for each other.
 _READS: Final = BatchLimits(max_items=512, concurrency=2)
@@ -53,7 +55,7 @@ class BatchedStore(Generic[Loaded]):
             self._abandon, limits=_WRITES, full=_overloaded
         )
 
-    def load(self, token: str) -> asyncio.Future[Loaded]:
+    def load(self, token: str) -> Later[Loaded]:
         """Begin to read a session for a Get. Raises Overloaded at once."""
         return self._loads.enqueue(token)
 
@@ -61,18 +63,17 @@ class BatchedStore(Generic[Loaded]):
         """Tell whether there is a live session."""
         return await self._existences.submit(token)
 
-    async def start(self, session: NewSession) -> Session:
-        """Store a session. Raises SessionAlreadyExists."""
-        return await (await self._starts.submit(session)).outcome()
+    def start(self, session: NewSession) -> Later[Written[Session]]:
+        """Store a session: SessionAlreadyExists is a result. Raises Overloaded at once."""
+        return self._starts.enqueue(session)
 
-    async def set_value(self, change: Change) -> dict[str, str]:
-        """Set one key; return the whole bag. Raises SessionNotFound."""
-        return (await (await self._changes.submit(change)).outcome()).values
+    def set_value(self, change: Change) -> Later[dict[str, str]]:
+        """Set one key; return the whole bag. Raises Overloaded at once, and SessionNotFound later."""
+        return self._changes.enqueue(change).through(settled).map(_values_of)
 
-    async def abandon(self, ending: Abandonment) -> None:
-        """End a session. Raises SessionNotFound."""
-        if not await (await self._abandonments.submit(ending)).outcome():
-            raise SessionNotFound
+    def abandon(self, ending: Abandonment) -> Later[bool]:
+        """End a session; tell whether there was one. Raises Overloaded at once."""
+        return self._abandonments.enqueue(ending).through(settled)
 
     async def close(self) -> None:
         """Cancel what waits or is under way."""
@@ -98,6 +99,18 @@ class BatchedStore(Generic[Loaded]):
     async def _abandon(self, endings: Sequence[Abandonment]) -> Sequence[Written[bool]]:
         tokens = [ending.access_token for ending in endings]
         return await self._coherence.around_write(tokens, self._store.abandon(endings), is_end=True)
+
+
+def settled(outcome: Outcome[Written[Result]]) -> Outcome[Result]:
+    """Return the result of a write once it is settled, as a step of a Later."""
+    if isinstance(outcome, Written):
+        return outcome.outcome()
+    assert isinstance(outcome, BaseException)
+    raise outcome
+
+
+def _values_of(changed: ChangedBag) -> dict[str, str]:
+    return changed.values
 
 
 def _overloaded() -> Overloaded:

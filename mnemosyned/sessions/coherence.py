@@ -101,15 +101,21 @@ class Written(Generic[Result]):
     result: Result | MnemosyneError
     settling: asyncio.Task[None] | None
 
-    async def outcome(self) -> Result:
-        """Wait until the write is settled; then return the result, or raise it.
+    def outcome(self) -> Result | Coroutine[Any, Any, Result]:
+        """Return the result, or raise it, once the write is settled: at once, or by the coroutine.
 
         Raises:
             StorageUnavailable: it is not known whether an old copy is left.
         """
         if self.settling is not None:
-            # Not cancelled with this caller: others wait for it too.
-            await asyncio.shield(self.settling)
+            return self._settled_outcome(self.settling)
+        if isinstance(self.result, MnemosyneError):
+            raise self.result
+        return self.result
+
+    async def _settled_outcome(self, settling: asyncio.Task[None]) -> Result:
+        # Not cancelled with this caller: others wait for it too.
+        await asyncio.shield(settling)
         if isinstance(self.result, MnemosyneError):
             raise self.result
         return self.result

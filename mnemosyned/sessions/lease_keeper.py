@@ -31,11 +31,10 @@ from cluster.lease import (
     TELL_US,
     Lease,
     MayHave,
-    Renewal,
-    Renewed,
     Wait,
 )
 from cluster.mirrors import Grants
+from cluster.node_row import Renewal, Renewed
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.row_watch import RowWatch

@@ -16,7 +16,8 @@ from aio.units import US_PER_S
 from mnemosyned.errors import StorageUnavailable
 
 if TYPE_CHECKING:
-    from cluster.lease import Lease, NodeRow
+    from cluster.lease import Lease
+    from cluster.node_row import NodeRow
     from mnemosyned.sessions.store import LeaseStore
 
 log = logging.getLogger(__name__)

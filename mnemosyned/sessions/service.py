@@ -1,6 +1,7 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns its response at once; everything that must wait returns a coroutine.
+A Get that the cache can answer returns its response at once, and one that must be loaded a Later. Everything
+else that must wait is a coroutine.
 
 A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`,
 `set_value_uncached`. They serve tokens that another node owns, whose copies only that node may keep.
@@ -15,17 +16,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from aio.deadline import NO_DEADLINE, Deadline
+from aio.expiry import Expiry
+from aio.later import Later, Outcome
 from aio.slices import in_slices
 from aio.steps import STEP_ITEMS, Steps, cut
 from aio.units import NEVER_US
 from cache.lru import Slot
-from cache.read_through import ReadThrough
+from cache.read_through import Fill, ReadThrough
 from mnemosyned.errors import (
     CorruptSession,
     DeadlineExceeded,
@@ -36,10 +40,10 @@ from mnemosyned.errors import (
 )
 from mnemosyned.sessions import bag, damage, page_token
 from mnemosyned.sessions.bag import BagLimits
-from mnemosyned.sessions.batched import BatchedStore
+from mnemosyned.sessions.batched import BatchedStore, settled
 from mnemosyned.sessions.changed_copies import Change, ChangedCopies
 from mnemosyned.sessions.clock import StorageClock
-from mnemosyned.sessions.coherence import Coherence
+from mnemosyned.sessions.coherence import Coherence, Written
 from mnemosyned.sessions.columns import SessionColumns
 from mnemosyned.sessions.counts import SessionCounts
 from mnemosyned.sessions.damage_log import DamageLog
@@ -120,6 +124,7 @@ class SessionService:
         )
         self._expiry_field = ExpiryField()
         self._pages = asyncio.Semaphore(_PAGES_AT_ONCE)
+        self._late = Expiry(_be_late)
 
     def not_after_us(self, deadline: Deadline) -> int:
         """Return the last instant on the storage's clock at which a write of the call may be done.
@@ -132,17 +137,25 @@ class SessionService:
             raise DeadlineExceeded
         return limit_us
 
+    def bound(self, response: Later[EncodedResponse], deadline: Deadline) -> None:
+        """Have a response fail with DeadlineExceeded when its caller waits no more, perhaps at once."""
+        left_s = deadline.left_s()
+        if left_s is not None and left_s > 0:
+            self._late.add(response, left_s)
+        elif left_s is not None:
+            _be_late(response)
+
     async def close(self) -> None:
         """Cancel the calls that still wait for the storage."""
         await self._coherence.close()
         await self._batched.close()
 
-    def get(self, token: str) -> EncodedResponse | Coroutine[Any, Any, EncodedResponse]:
+    def get(self, token: str) -> EncodedResponse | Later[EncodedResponse]:
         """Extend a session and return it as a response message.
 
         Raises:
             InvalidArgument: the token is no token.
-            SessionNotFound: at once, or by the coroutine.
+            SessionNotFound: at once, or later.
         """
         now_us = self._clock.now_us()
         encoded = self._cache.peek(token, now_us=now_us)
@@ -152,17 +165,17 @@ class SessionService:
             raise SessionNotFound
         return self._load(check_token(token), now_us)
 
-    async def get_uncached(self, token: str) -> EncodedResponse:
+    def get_uncached(self, token: str) -> Later[EncodedResponse]:
         """Do what `get` does from the storage, past both caches.
 
         Raises:
             InvalidArgument: the token is no token.
-            SessionNotFound: there is no live session.
+            SessionNotFound: later: there is no live session.
         """
-        asked_us = self._clock.now_us()
         # In a batch that begins after this call: a load that others share may have begun before another
         # node's write was acknowledged.
-        return self._answer((await self._batched.load(check_token(token))).value, token, asked_us)
+        loaded = self._batched.load(check_token(token))
+        return loaded.through(partial(self._answer, token, self._clock.now_us()))
 
     def exists_cached(self, token: str) -> bool | None:
         """Tell whether there is a live session, if a cache knows; None: `exists` must be asked.
@@ -192,28 +205,40 @@ class SessionService:
         """
         return await self._batched.exists(check_token(token))
 
-    async def start(self, new: NewSession) -> EncodedResponse:
+    def start(self, new: NewSession) -> Later[EncodedResponse]:
         """Store a session and return it as a response message.
 
         Raises:
             InvalidArgument: a field cannot be stored.
-            SessionAlreadyExists: the token is in use.
+            SessionAlreadyExists: later: the token is in use.
         """
         _check_startable(new)
-        asked_us = self._clock.now_us()
-        with self._cache.begin_fill(new.access_token, is_making=True) as fill:
-            session = await self._batched.start(new)
-            self.counts.started += 1
-            slot = self._slot(session, asked_us)
-            fill.put(slot)
-        return self._response(slot.value)
+        asked_us, started = self._clock.now_us(), self._batched.start(new)
+        # The batch begins after this step.
+        fill = self._cache.begin_fill(new.access_token, is_making=True)
+        return started.through(partial(self._started, fill, asked_us)).through(settled)
 
-    async def start_uncached(self, new: NewSession) -> EncodedResponse:
+    def start_uncached(self, new: NewSession) -> Later[EncodedResponse]:
         """Do what `start` does, and leave the copy to the owner. Raises what `start` does."""
         _check_startable(new)
-        session = await self._batched.start(new)
-        self.counts.started += 1
-        return self._response(EncodedSession(session))
+        started = self._batched.start(new)
+        return started.through(partial(self._started, None, self._clock.now_us())).through(settled)
+
+    def _started(
+        self, fill: Fill[EncodedSession] | None, asked_us: int, outcome: Outcome[Written[Session]]
+    ) -> Written[EncodedResponse]:
+        """Keep the copy of a new session, also before the Start is settled: it is true from its commit on."""
+        with fill or nullcontext():
+            if not isinstance(outcome, Written):
+                assert isinstance(outcome, BaseException)
+                raise outcome
+            if isinstance(outcome.result, MnemosyneError):
+                return Written(outcome.result, outcome.settling)
+            self.counts.started += 1
+            slot = self._slot(outcome.result, asked_us)
+            if fill is not None:
+                fill.put(slot)
+        return Written(self._response(slot.value), outcome.settling)
 
     async def retry_start(self, new: NewSession) -> EncodedResponse:
         """Store a session past the cache, unless an earlier try of the same call has stored it.
@@ -270,10 +295,14 @@ class SessionService:
             self._damage_log.add(token, exc)
             raise
 
-    async def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> None:
-        """End a session. Raises SessionNotFound."""
+    def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> Later[None]:
+        """End a session. Raises SessionNotFound later."""
         ending = Abandonment(access_token=check_token(token), not_after_us=self.not_after_us(deadline))
-        await self._batched.abandon(ending)
+        return self._batched.abandon(ending).map(self._ended)
+
+    def _ended(self, was_there: bool) -> None:  # noqa: FBT001  # the result of an Abandon
+        if not was_there:
+            raise SessionNotFound
         self.counts.ended_by_cause["abandoned"] += 1
 
     async def list(
@@ -382,16 +411,20 @@ class SessionService:
         self.counts.ended_by_cause["expired"] += len(stored_keys)
         return len(stored_keys)
 
-    async def _load(self, token: str, asked_us: int) -> EncodedResponse:
+    def _load(self, token: str, asked_us: int) -> Later[EncodedResponse]:
         if not self.lifetime.cache_us:
-            return await self.get_uncached(token)
+            return self.get_uncached(token)
         # From when it was asked: where the load has just moved the stored expiry, nothing is left to write.
-        return self._answer(await self._cache.load(token, self._batched.load), token, asked_us)
+        return self._cache.load(token, self._batched.load).through(partial(self._answer, token, asked_us))
 
-    def _answer(self, encoded: EncodedSession | None, token: str, asked_us: int) -> EncodedResponse:
-        if encoded is None:
+    def _answer(self, token: str, asked_us: int, loaded: Outcome[Loaded]) -> EncodedResponse:
+        """Return the response of a session that was loaded, as a step of a Later."""
+        if not isinstance(loaded, Slot):
+            assert isinstance(loaded, BaseException)
+            raise loaded
+        if loaded.value is None:
             raise SessionNotFound
-        return self._extended(token, encoded, asked_us)
+        return self._extended(token, loaded.value, asked_us)
 
     async def _load_slots(self, tokens: Sequence[str]) -> Sequence[Loaded | MnemosyneError]:
         asked_us = self._clock.now_us()
@@ -434,6 +467,10 @@ class SessionService:
 
     def _response(self, encoded: EncodedSession) -> EncodedResponse:
         return encoded.response(self._expiry_field.encode(encoded.expires_at_us))
+
+
+def _be_late(response: Later[EncodedResponse]) -> None:
+    response.give_up(DeadlineExceeded())
 
 
 def _check_startable(new: NewSession) -> None:

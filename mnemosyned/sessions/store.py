@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from aio.units import NEVER_US
-from cluster.lease import Barred, Renewal, Renewed
+from cluster.node_row import Barred, Renewal, Renewed
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions.columns import Found
 from mnemosyned.sessions.model import (

@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from aio.slices import in_slices
 from aio.units import NEVER_US
-from cluster.lease import Barred, NodeRow, Renewal, Renewed
+from cluster.node_row import Barred, NodeRow, Renewal, Renewed
 from mnemosyned.errors import (
     CorruptSession,
     DeadlineExceeded,

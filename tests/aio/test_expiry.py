@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 
 import pytest
 import uvloop
+from clusters import until
 
 from aio.expiry import Expiry
 
@@ -74,3 +76,29 @@ def test_an_instant_that_is_over_already_harms_no_later_one() -> None:
     # As the daemon does: its loop's handle of such an instant is no TimerHandle.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+async def test_what_expires_is_given_to_who_wants_it() -> None:
+    expired: list[asyncio.Future[None]] = []
+    loop, expiry = asyncio.get_running_loop(), Expiry(expired.append)
+    future = loop.create_future()
+    expiry.add(future, 0.001)
+    await until(lambda: expired == [future])
+
+    assert not future.done()
+
+
+async def test_futures_that_are_done_are_not_kept_until_their_instants() -> None:
+    loop, expiry = asyncio.get_running_loop(), Expiry()
+    waiting = [loop.create_future() for _ in range(10)]
+    for future in waiting:
+        expiry.add(future, 3600)
+    kept: set[weakref.ref[asyncio.Future[None]]] = set()
+    for _ in range(20_000):
+        future = loop.create_future()
+        kept.add(weakref.ref(future, kept.discard))
+        future.set_result(None)
+        expiry.add(future, 3600)
+
+    assert len(kept) < 3000
+    expiry.close()

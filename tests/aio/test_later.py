@@ -109,6 +109,18 @@ async def test_the_source_hears_of_who_waits_no_more_and_the_steps_see_it() -> N
     assert isinstance(seen[0], asyncio.CancelledError)
 
 
+async def test_who_gives_up_says_why_and_the_source_hears_of_it() -> None:
+    later: Later[int] = Later()
+    told: list[str] = []
+    later.on_cancel = lambda: told.append("source")
+    later.give_up(LookupError("too late"))
+    later.give_up(KeyError())
+
+    assert told == ["source"]
+    with pytest.raises(LookupError, match="too late"):
+        await later
+
+
 async def test_a_caller_that_is_cancelled_as_the_outcome_comes_leaves_no_coroutine_behind() -> None:
     begun_work: list[Coroutine[Any, Any, int]] = []
 

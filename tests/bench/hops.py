@@ -33,6 +33,7 @@ OWN = tuple(f"{ROOT}/{package}/" for package in ("aio", "cache", "cluster", "htt
 BACKGROUND = (
     "periodic.py",
     "gossip.py",
+    "core_timer.py",
     "swim.py",
     "touches.py",
     "health.py",

@@ -4,9 +4,12 @@ import asyncio
 
 import pytest
 
+from aio.later import Later, begun
+from aio.tasks import Tasks
 from cache.lru import Lru, Slot
-from cache.read_through import ReadThrough
+from cache.read_through import Fetch, ReadThrough
 
+TASKS = Tasks("fetches")
 SOON_US, LATER_US, NEVER_US = 100, 200, 10**18
 
 
@@ -19,14 +22,18 @@ class Storage:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    def fetch(self, _: str) -> asyncio.Task[Slot[str] | Slot[None]]:
-        return asyncio.create_task(self._fetch())
+    def fetch(self, _: str) -> Later[Slot[str] | Slot[None]]:
+        return begun(self._fetch(), TASKS)
 
     async def _fetch(self) -> Slot[str] | Slot[None]:
         self.fetches += 1
         value = self.value
         await self.gate.wait()
         return Slot(value, 1, fresh_until_us=LATER_US)
+
+
+async def loaded(cache: ReadThrough[str], key: str, fetch: Fetch[str]) -> str | None:
+    return (await cache.load(key, fetch)).value
 
 
 def new_cache() -> ReadThrough[str]:
@@ -37,7 +44,7 @@ async def test_a_loaded_value_is_served_while_it_is_fresh() -> None:
     cache, storage = new_cache(), Storage()
 
     assert cache.peek("k", now_us=SOON_US) is None
-    assert await cache.load("k", storage.fetch) == "old"
+    assert await loaded(cache, "k", storage.fetch) == "old"
     assert cache.peek("k", now_us=SOON_US) == "old"
     assert cache.peek("k", now_us=LATER_US) is None
 
@@ -45,7 +52,7 @@ async def test_a_loaded_value_is_served_while_it_is_fresh() -> None:
 async def test_lookups_are_hits_and_misses_and_refreshes_are_misses() -> None:
     cache, storage = new_cache(), Storage()
     cache.peek("k", now_us=SOON_US)
-    await cache.load("k", storage.fetch)
+    await loaded(cache, "k", storage.fetch)
     cache.peek("k", now_us=SOON_US)
     cache.peek("k", now_us=SOON_US)
     cache.peek("k", now_us=LATER_US)
@@ -56,14 +63,14 @@ async def test_lookups_are_hits_and_misses_and_refreshes_are_misses() -> None:
 async def test_concurrent_loads_fetch_once() -> None:
     cache, storage = new_cache(), Storage()
 
-    assert await asyncio.gather(*(cache.load("k", storage.fetch) for _ in range(50))) == ["old"] * 50
+    assert await asyncio.gather(*(loaded(cache, "k", storage.fetch) for _ in range(50))) == ["old"] * 50
     assert storage.fetches == 1
 
 
 async def test_a_load_that_raced_with_a_write_does_not_put_the_old_value_back() -> None:
     cache, storage = new_cache(), Storage()
     storage.gate.clear()
-    load = asyncio.create_task(cache.load("k", storage.fetch))
+    load = asyncio.create_task(loaded(cache, "k", storage.fetch))
     async with asyncio.timeout(5):
         while not storage.fetches:
             await asyncio.sleep(0)
@@ -73,20 +80,20 @@ async def test_a_load_that_raced_with_a_write_does_not_put_the_old_value_back() 
 
     assert await load == "old"
     assert cache.peek("k", now_us=SOON_US) is None
-    assert await cache.load("k", storage.fetch) == "new"
+    assert await loaded(cache, "k", storage.fetch) == "new"
     assert cache.peek("k", now_us=SOON_US) == "new"
 
 
 async def test_a_load_after_a_write_does_not_join_one_from_before() -> None:
     cache, storage = new_cache(), Storage()
     storage.gate.clear()
-    early = asyncio.create_task(cache.load("k", storage.fetch))
+    early = asyncio.create_task(loaded(cache, "k", storage.fetch))
     async with asyncio.timeout(5):
         while not storage.fetches:
             await asyncio.sleep(0)
     storage.value = "new"
     cache.drop("k")
-    late = asyncio.create_task(cache.load("k", storage.fetch))
+    late = asyncio.create_task(loaded(cache, "k", storage.fetch))
     await asyncio.sleep(0)
     storage.gate.set()
 
@@ -108,17 +115,17 @@ async def test_a_fill_of_ones_own_is_fenced_too() -> None:
 
 async def test_a_failed_refresh_leaves_nothing_behind() -> None:
     cache, storage = new_cache(), Storage()
-    await cache.load("k", storage.fetch)
+    await loaded(cache, "k", storage.fetch)
 
     async def fail(_: str) -> Slot[str]:
         raise OSError("storage is away")
 
     with pytest.raises(OSError, match="away"):
-        await cache.load("k", lambda key: asyncio.create_task(fail(key)))
+        await loaded(cache, "k", lambda key: begun(fail(key), TASKS))
 
     assert cache.peek("k", now_us=LATER_US) is None
     assert cache.peek("k", now_us=SOON_US) == "old"
-    assert await cache.load("k", storage.fetch) == "old"
+    assert await loaded(cache, "k", storage.fetch) == "old"
     assert not cache._fills
 
 
@@ -127,7 +134,7 @@ async def test_that_there_is_no_value_is_kept_until_one_is_made() -> None:
     storage.value = None
 
     assert not cache.is_negative("k", now_us=SOON_US)
-    assert await cache.load("k", storage.fetch) is None
+    assert await loaded(cache, "k", storage.fetch) is None
     assert cache.is_negative("k", now_us=SOON_US)
     assert not cache.is_negative("k", now_us=LATER_US)
     assert cache.counters.negative_hits == 1
@@ -140,7 +147,7 @@ async def test_a_load_that_raced_with_a_making_leaves_what_was_made() -> None:
     cache, storage = new_cache(), Storage()
     storage.value = None
     storage.gate.clear()
-    load = asyncio.create_task(cache.load("k", storage.fetch))
+    load = asyncio.create_task(loaded(cache, "k", storage.fetch))
     async with asyncio.timeout(5):
         while not storage.fetches:
             await asyncio.sleep(0)
@@ -166,10 +173,10 @@ async def test_a_drop_ends_a_making_too() -> None:
 
 async def test_negative_entries_evict_no_value_and_are_bounded() -> None:
     cache, storage = new_cache(), Storage()
-    await cache.load("k", storage.fetch)
+    await loaded(cache, "k", storage.fetch)
     storage.value = None
     for number in range(100):
-        await cache.load(f"absent-{number}", storage.fetch)
+        await loaded(cache, f"absent-{number}", storage.fetch)
 
     assert cache.peek("k", now_us=SOON_US) == "old"
     assert len(cache.negative) == 10
@@ -179,7 +186,7 @@ async def test_without_room_no_negative_entry_is_kept() -> None:
     cache: ReadThrough[str] = ReadThrough(Lru(max_entries=1, max_bytes=10))
     storage = Storage()
     storage.value = None
-    await cache.load("k", storage.fetch)
+    await loaded(cache, "k", storage.fetch)
 
     assert not cache.is_negative("k", now_us=SOON_US)
 
@@ -191,7 +198,7 @@ async def test_a_fetch_that_cannot_begin_leaves_nothing_behind() -> None:
         raise OSError("too many wait")
 
     with pytest.raises(OSError, match="too many"):
-        await cache.load("k", refuse)
+        await loaded(cache, "k", refuse)
 
     assert not cache._fills
     assert "k" not in cache.lru
@@ -308,13 +315,13 @@ async def test_a_load_joins_none_that_began_before_a_change_of_all_keys(forget: 
     cache, storage = new_cache(), Storage()
     cache.keeps = lambda _key, _generation: False
     storage.gate.clear()
-    early = asyncio.create_task(cache.load("k", storage.fetch))
+    early = asyncio.create_task(loaded(cache, "k", storage.fetch))
     async with asyncio.timeout(5):
         while not storage.fetches:
             await asyncio.sleep(0)
     storage.value = "new"
     getattr(cache, forget)()
-    late = asyncio.create_task(cache.load("k", storage.fetch))
+    late = asyncio.create_task(loaded(cache, "k", storage.fetch))
     await asyncio.sleep(0)
     storage.gate.set()
 
@@ -326,9 +333,9 @@ async def test_a_load_joins_none_that_began_before_a_change_of_all_keys(forget: 
 async def test_nothing_is_kept_of_what_is_loaded_while_it_may_not_be() -> None:
     cache, storage = new_cache(), Storage()
     cache.may_fill = lambda: False
-    assert await cache.load("k", storage.fetch) == "old"
+    assert await loaded(cache, "k", storage.fetch) == "old"
     storage.value = None
-    assert await cache.load("n", storage.fetch) is None
+    assert await loaded(cache, "n", storage.fetch) is None
     storage.value = "old"
     with cache.begin_fill("made", is_making=True) as fill:
         # It is the beginning that counts: what was read before may be older than a write elsewhere.
@@ -338,7 +345,7 @@ async def test_nothing_is_kept_of_what_is_loaded_while_it_may_not_be() -> None:
     assert cache.peek("k", now_us=SOON_US) is None
     assert not cache.is_negative("n", now_us=SOON_US)
     assert cache.peek("made", now_us=SOON_US) is None
-    await cache.load("k", storage.fetch)
+    await loaded(cache, "k", storage.fetch)
     assert cache.peek("k", now_us=SOON_US) == "old"
 
 

@@ -4,7 +4,11 @@ import asyncio
 
 import pytest
 
+from aio.later import Later, begun
+from aio.tasks import Tasks
 from cache.singleflight import SingleFlight
+
+TASKS = Tasks("flights")
 
 
 class Work:
@@ -13,8 +17,8 @@ class Work:
         self.was_cancelled = False
         self.gate = asyncio.Event()
 
-    def fly(self) -> asyncio.Task[int]:
-        return asyncio.create_task(self._fly())
+    def fly(self) -> Later[int]:
+        return begun(self._fly(), TASKS)
 
     async def _fly(self) -> int:
         self.begun += 1
@@ -35,7 +39,7 @@ async def turn() -> None:
 async def test_callers_at_the_same_time_share_one_flight() -> None:
     flights: SingleFlight[int] = SingleFlight()
     work = Work()
-    callers = [asyncio.create_task(flights.run("k", work.fly)) for _ in range(10)]
+    callers = [asyncio.ensure_future(flights.run("k", work.fly)) for _ in range(10)]
     await turn()
     work.gate.set()
 
@@ -58,7 +62,7 @@ async def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
         raise ValueError("crashed")
 
     results = await asyncio.gather(
-        *(flights.run("k", lambda: asyncio.create_task(crash())) for _ in range(3)), return_exceptions=True
+        *(flights.run("k", lambda: begun(crash(), TASKS)) for _ in range(3)), return_exceptions=True
     )
     work = Work()
     work.gate.set()
@@ -70,7 +74,7 @@ async def test_a_failure_reaches_every_caller_and_is_not_remembered() -> None:
 async def test_a_flight_outlives_a_cancelled_caller() -> None:
     flights: SingleFlight[int] = SingleFlight()
     work = Work()
-    leaves, stays = (asyncio.create_task(flights.run("k", work.fly)) for _ in range(2))
+    leaves, stays = (asyncio.ensure_future(flights.run("k", work.fly)) for _ in range(2))
     await turn()
     leaves.cancel()
     await turn()
@@ -83,10 +87,10 @@ async def test_a_flight_outlives_a_cancelled_caller() -> None:
 async def test_a_flight_that_nobody_waits_for_is_cancelled_and_a_new_one_begins() -> None:
     flights: SingleFlight[int] = SingleFlight()
     work = Work()
-    gone = asyncio.create_task(flights.run("k", work.fly))
+    gone = asyncio.ensure_future(flights.run("k", work.fly))
     await turn()
     gone.cancel()
-    late = asyncio.create_task(flights.run("k", work.fly))
+    late = asyncio.ensure_future(flights.run("k", work.fly))
     await turn()
     work.gate.set()
 
@@ -98,10 +102,10 @@ async def test_a_flight_that_nobody_waits_for_is_cancelled_and_a_new_one_begins(
 async def test_after_forget_a_caller_begins_anew_while_the_old_flight_lands() -> None:
     flights: SingleFlight[int] = SingleFlight()
     work = Work()
-    early = asyncio.create_task(flights.run("k", work.fly))
+    early = asyncio.ensure_future(flights.run("k", work.fly))
     await turn()
     flights.forget("k")
-    late = asyncio.create_task(flights.run("k", work.fly))
+    late = asyncio.ensure_future(flights.run("k", work.fly))
     await turn()
     work.gate.set()
 

@@ -16,7 +16,9 @@ import h2.settings
 import pytest
 from clusters import free_ports
 
-from cluster.channel import CallFailed, Channel, ConnectionLost
+from cluster.channel import Channel
+from cluster.channel_stream import ChannelStream
+from cluster.responses import CallFailed, ConnectionLost
 from http2.messages import framed
 from http2.status import StatusCode
 
@@ -222,9 +224,9 @@ async def test_after_a_goaway_calls_under_way_finish_and_new_ones_go_to_a_new_co
     # The library would send nothing after its own GOAWAY.
     first.transport.write(b"\0\0\x08\7\0\0\0\0\0\0\0\0\1\0\0\0\0")
     server.on_request = Connection.answer
-    wire = channel._wire
-    assert wire is not None
-    await until(lambda: wire.http.is_retiring)
+    dialled = channel._connection
+    assert dialled is not None
+    await until(lambda: dialled.http.is_retiring)
     assert await call(channel) == b"answer"
     assert len(server.connections) == 2
     first.answer(1, b"late")
@@ -291,9 +293,9 @@ async def test_a_server_that_reads_nothing_costs_one_call_its_time(server: Serve
 
     with pytest.raises(TimeoutError):
         await call(channel, b"x" * 3_000_000, timeout_s=0.1)
-    wire = channel._wire
-    assert wire is not None
-    assert wire.http.unsent_bytes == 0
+    dialled = channel._connection
+    assert dialled is not None
+    assert dialled.http.unsent_bytes == 0
 
 
 async def test_an_answer_that_is_too_large_is_not_awaited(server: Server, channel: Channel) -> None:
@@ -413,7 +415,7 @@ async def test_a_stream_carries_one_message_after_another(server: Server, channe
         connection.http.send_data(stream_id, body)
 
     server.on_request = echo
-    stream = channel.open_stream(PATH, lambda _: [])
+    stream = ChannelStream(channel, PATH, lambda _: [])
     await stream.open(timeout_s=5)
     for number in range(100):
         assert await stream.ask(b"%d" % number, timeout_s=5) == b"%d" % number
@@ -455,7 +457,7 @@ async def test_a_part_of_an_answer_that_looks_like_an_answer_is_a_part(
         begun.set()
 
     server.on_request = begin
-    stream = channel.open_stream(PATH, lambda _: [])
+    stream = ChannelStream(channel, PATH, lambda _: [])
     await stream.open(timeout_s=5)
     answer = stream.ask(b"question", timeout_s=5)
     await begun.wait()

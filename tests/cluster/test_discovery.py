@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.discovery import addresses, own_address
+from cluster.discovery import Seeds, addresses, own_address
 
 
 async def test_a_seed_stands_for_each_of_its_addresses_once() -> None:
@@ -28,3 +28,20 @@ async def test_a_name_that_leads_to_this_host_alone_is_kept(listen: str) -> None
 
 async def test_an_address_that_others_can_dial_is_itself() -> None:
     assert await own_address("192.0.2.1:80") == "192.0.2.1:80"
+
+
+async def test_a_seed_that_leads_to_this_node_is_not_looked_up() -> None:
+    seeds = Seeds(["127.0.0.1:80", "127.0.0.2:80"], own=("127.0.0.1:80",))
+
+    assert seeds.foreign() == await seeds.find() == ["127.0.0.2:80"]
+    seeds.leads_back("127.0.0.2:80")
+    assert seeds.foreign() == []
+    assert seeds.is_own("127.0.0.2:80")
+
+
+async def test_an_address_is_known_by_its_seed() -> None:
+    seeds = Seeds(["localhost:80"], own=())
+    assert "127.0.0.1:80" in await seeds.find()
+
+    assert seeds.at("127.0.0.1:80") == "localhost:80"
+    assert seeds.at("192.0.2.1:80") == "192.0.2.1:80"

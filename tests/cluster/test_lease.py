@@ -15,12 +15,10 @@ from cluster.lease import (
     PERIOD_US,
     Answer,
     Lease,
-    NodeRow,
-    Renewal,
-    Renewed,
     Wait,
     stretched,
 )
+from cluster.node_row import NodeRow, Renewal, Renewed
 from mnemosyned.storage.memory import MemoryStore
 
 MS = 1000

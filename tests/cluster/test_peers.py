@@ -17,9 +17,11 @@ import pytest
 from clusters import free_ports
 
 from cluster.errors import PeerRefused, PeerTimeout, PeerUnproven, PeerUnreachable, UnauthenticatedPeer
+from cluster.failure_signs import is_refused
+from cluster.forward_stream import ForwardStream
 from cluster.peer_auth import METADATA_KEY, NO_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import ChannelKind, ForwardStream, Peers, is_refused
+from cluster.peers import ChannelKind, Peers
 
 METHODS = ("Gossip", "Forward", "Invalidate")
 
@@ -279,12 +281,6 @@ async def test_a_process_of_the_same_daemon_is_called_through_its_socket_without
     await peers.close()
     await server.stop(None)
     assert await is_refused(setup.address, path)
-
-
-async def test_only_a_host_that_says_so_has_refused(setup: Setup) -> None:
-    assert not await is_refused(setup.address)
-    assert await is_refused(f"127.0.0.1:{free_ports(1)[0]}")
-    assert not await is_refused("no-such-host.invalid:80")
 
 
 @pytest.mark.parametrize("forges", ["no proof", "a guess"])

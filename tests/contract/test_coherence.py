@@ -25,6 +25,7 @@ from stores import new
 from cluster.peerpb import peer_pb2 as pb
 from cluster.ring import Ring
 from cluster.view import View
+from mnemosyned.api.session_manager import new_token
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions import model as session
 from mnemosyned.sessions.model import Abandonment, ChangedBag, Lookup, NewSession, ValueChange
@@ -90,8 +91,11 @@ def silent() -> Iterator[str]:
 
 
 async def start(peer: Peer, count: int = 1) -> list[str]:
-    request = StartRequest(session=Session(subject_id="s"))
-    return [(await peer.stub.Start(request)).session.access_token for _ in range(count)]
+    """Start sessions of any owners: a node would choose tokens of its own."""
+    tokens = [new_token() for _ in range(count)]
+    for token in tokens:
+        await peer.stub.Start(StartRequest(session=Session(access_token=token, subject_id="s")))
+    return tokens
 
 
 async def stored(store: HeldStore, count: int) -> list[str]:

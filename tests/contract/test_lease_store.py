@@ -14,7 +14,7 @@ from poolers import needs_pgbouncer, pooled
 from replicas import execute, promote, replicas, until_true
 from stores import new_postgres_store
 
-from cluster.lease import NodeRow, Renewal, Renewed
+from cluster.node_row import NodeRow, Renewal, Renewed
 from mnemosyned.sessions.store import LeaseStore, StorageRefused
 from mnemosyned.sessions.token_hash import TokenHasher
 from mnemosyned.storage.hashed import HashedStore

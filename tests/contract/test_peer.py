@@ -27,6 +27,7 @@ from cluster.identity import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
 from cluster.peer_auth import METADATA_KEY, NO_KEY, PeerAuth, PeerKey, StreamMac
 from cluster.peerpb import peer_pb2 as pb
+from mnemosyned.api.session_manager import new_token
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.transport.call import Call
 
@@ -128,9 +129,9 @@ def get(token: str) -> pb.Item:
 
 
 async def started(peer: Peer, **fields: str) -> str:
-    return (
-        await peer.stub.Start(StartRequest(session=Session(subject_id="s", **fields)))
-    ).session.access_token
+    """Start a session of any owner: a node would choose a token of its own."""
+    session = Session(**{"access_token": new_token(), "subject_id": "s"} | fields)
+    return (await peer.stub.Start(StartRequest(session=session))).session.access_token
 
 
 @pytest.mark.parametrize("method", ["Hello", *METHODS])
@@ -415,6 +416,19 @@ async def test_a_caller_that_gives_up_as_its_answer_is_sent_is_no_bug(
     stats = peer.table.streams[f"/{SERVICE}/Forward"].stats
     await until(lambda: stats.in_flight == 0)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_session_is_started_where_it_enters_the_cluster(store: MemoryStore) -> None:
+    async with peering(store) as first, peering(store, seeds=(first.address,)) as second:
+        await until_they_serve_copies(first, second)
+        for entry, other in ((first, second), (second, first)):
+            request = StartRequest(session=Session(subject_id="s"))
+            tokens = [(await entry.stub.Start(request)).session.access_token for _ in range(20)]
+            # All but one of 4,096, for each of which the entry node draws twelve tokens in vain.
+            own = [token for token in tokens if entry.node.view.ring.owner(token) == entry.address]
+            assert len(own) >= 19
+            assert set(own) <= set(kept(entry.cache))
+            assert entry.node.forwarder.counters.by_outcome[other.address, "ok"] <= 1
 
 
 @pytest.mark.parametrize("key", ["hops", "mnemosyned-hops", "mnemosyned-peer", "mnemosyned-forwarded"])

@@ -18,7 +18,8 @@ from serving import ENGINES, configured
 from cluster.errors import PeerUnproven
 from cluster.peer_auth import PeerAuth
 from cluster.peerpb import peer_pb2 as pb
-from cluster.peers import SERVICE_NAME, ChannelKind, Peers
+from cluster.peers import ChannelKind, Peers
+from cluster.signing import SERVICE_NAME
 from mnemosyned.assembly import engine_options
 from mnemosyned.security.file_reloader import FilesUnusable
 from mnemosyned.security.tls import ClientAuth, TlsFiles, peer_context

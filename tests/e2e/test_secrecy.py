@@ -43,7 +43,7 @@ from processes import Daemon, mnemosyned, processes_on
 from secrecy import CANARY, held
 
 from cluster.peer_auth import METADATA_KEY
-from cluster.peers import SERVICE_NAME as PEER
+from cluster.signing import SERVICE_NAME as PEER
 from mnemosyned.embedded.server import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(240)

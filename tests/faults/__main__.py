@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from faults.laboratory import CLOCKS, FAKETIME, Variant
+from clocks import IS_POSSIBLE as HAS_CLOCKS
+from faults.laboratory import CLOCKS, Variant
 from faults.runner import Plan, run
 from faults.schedules import FaultKind
 from faults.storages import STORAGES, AnyStorage
@@ -105,7 +106,7 @@ def plans(arguments: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
 
 def _is_possible(kind: FaultKind, storage: type[AnyStorage]) -> bool:
     if kind in CLOCKS:
-        return bool(FAKETIME)
+        return HAS_CLOCKS
     if kind is FaultKind.FAILOVER:
         return storage.has_copy
     # Where nodes have no relay to the storage, nothing between them could be slow.

@@ -17,14 +17,13 @@ from urllib.parse import urlsplit
 
 import grpc
 from certificates import Authority
+from clocks import Clock
 from clusters import Cluster, until
 from faults.schedules import Fault, FaultKind
 from faults.storages import STORAGES, Storage
 from networks import STORAGE, Network, Relay
 from secrecy import CANARY
 
-# Of Debian's package `faketime`.
-FAKETIME: Final = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 CLOCKS: Final = frozenset({FaultKind.CLOCK, FaultKind.STORAGE_CLOCK})
 _PORT: Final = 7000
 _SPARE: Final = "spare"
@@ -72,6 +71,7 @@ class Laboratory:
         self.starting: set[str] = set()  # nodes that do not say yet that they serve
         self._directory = directory
         self._has_fake_clocks = has_fake_clocks
+        self._clocks: dict[str, Clock] = {}
         self._stack = ExitStack()
         # Two faults of one node, or of the storage, would undo one another's end.
         self._locks: dict[str, asyncio.Lock] = {}
@@ -90,6 +90,9 @@ class Laboratory:
     def _build(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._network = self._stack.enter_context(Network([*self.names, _SPARE]))
+        if self._has_fake_clocks:
+            names = [*self.names, _SPARE, STORAGE]
+            self._clocks = {name: Clock(self._directory / f"clock-of-{name}") for name in names}
         with self._fake_clock(STORAGE):
             self._storage: Storage = STORAGES[self.variant.storage](
                 self._directory, self._network.storage_address
@@ -311,31 +314,12 @@ class Laboratory:
     async def _clock(self, fault: Fault) -> None:
         name = self.names[fault.nodes[0]] if fault.nodes else STORAGE
         async with self._disturbing(name):
-            self._set_clock(name, fault.amount)
+            self._clocks[name].step(fault.amount)
             await asyncio.sleep(fault.lasts_s)
-            self._set_clock(name, 0.0)
-
-    def _clock_file(self, name: str) -> Path:
-        return self._directory / f"clock-of-{name}"
-
-    def _set_clock(self, name: str, step_s: float) -> None:
-        file = self._clock_file(name)
-        new = file.with_suffix(".new")
-        new.write_text(f"{step_s:+.3f}\n")
-        new.chmod(0o644)
-        new.rename(file)
+            self._clocks[name].step(0.0)
 
     def _clock_environ(self, name: str) -> dict[str, str]:
-        if not self._has_fake_clocks:
-            return {}
-        self._set_clock(name, 0.0)
-        return {
-            "LD_PRELOAD": str(FAKETIME),
-            "FAKETIME_TIMESTAMP_FILE": str(self._clock_file(name)),
-            "FAKETIME_NO_CACHE": "1",
-            # A step of the wall clock moves no other clock.
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
+        return self._clocks[name].environ if self._has_fake_clocks else {}
 
     @contextmanager
     def _fake_clock(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 from stores import new, new_postgres_store
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.storage.postgres.schema import Table
 from mnemosyned.storage.postgres.store import PostgresStore
 

@@ -23,7 +23,7 @@ from pymongo.errors import AutoReconnect, ServerSelectionTimeoutError
 from secrecy import CANARY
 from stores import BAG, TTL_US, bags, lookups, new, new_mongodb_store
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.model import (
     Abandonment,

@@ -17,7 +17,7 @@ from mongodb_servers import URL, needs_real_mongodb
 from pymongo.errors import PyMongoError
 from stores import TTL_US, lookups, new, new_mongodb_store
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.sessions.model import Criteria, Session
 from mnemosyned.storage.mongodb import documents, filters
 from mnemosyned.storage.mongodb.client import Database

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from stores import bags, lookups, new, new_postgres_store
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import Abandonment, Session, ValueChange
 from mnemosyned.sessions.store import Renaming

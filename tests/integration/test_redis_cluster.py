@@ -13,14 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults.laboratory import FAKETIME
+from clocks import Clock, needs_faketime
 from redis_callers import Caller, assert_nothing_is_lost, calling
 from redis_clusters import RedisCluster, call, redis_cluster
 from redis_servers import PACKAGES, RedisServer, needs_redis, programs
 from stores import lookups, new, new_cluster_store
 from waiting import until
 
-from cluster.lease import LEASE_US, Renewal, stretched
+from cluster.lease import LEASE_US, stretched
+from cluster.node_row import Renewal
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.model import Criteria, Session
 from mnemosyned.sessions.store import StorageRefused
@@ -276,30 +277,18 @@ async def test_slots_without_a_primary_are_told_and_others_are_used(
         assert all(isinstance(one, Session) for one in await store.load(lookups(*tokens)))
 
 
-needs_faketime = pytest.mark.skipif(FAKETIME is None, reason="needs Debian's package faketime")
-
-
 @needs_faketime
 async def test_clocks_that_differ_are_refused_at_the_start_and_told_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = tmp_path / "clock"
-
-    def step_to(offset: str) -> None:
-        new = tmp_path / "new clock"
-        new.write_text(f"{offset}\n")
-        new.rename(clock)
-
-    step_to("+0")
+    clock = Clock(tmp_path / "clock")
     with redis_cluster(tmp_path / "cluster", replicas=0) as cluster:
         late = next(
             node for node in cluster.primaries() if node is not cluster.primary_of(home("test:").slot)
         )
         late.kill()
-        monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
-        monkeypatch.setenv("FAKETIME_TIMESTAMP_FILE", str(clock))
-        monkeypatch.setenv("FAKETIME_NO_CACHE", "1")
-        monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        for name, value in clock.environ.items():
+            monkeypatch.setenv(name, value)
         late.start()
         monkeypatch.undo()
         await asyncio.to_thread(cluster.until_whole, 0)
@@ -309,7 +298,7 @@ async def test_clocks_that_differ_are_refused_at_the_start_and_told_later(
                 for number in range(99)
                 if cluster.primary_of(slot_of(store, token := f"t{number}")) is late
             )
-            step_to("-0.4")
+            clock.step(-0.4)
             await checked_until(store, "redis_clocks_differ", caplog)
 
             # By the clock that is behind, within a round trip: no write is done later than by any other.
@@ -319,5 +308,5 @@ async def test_clocks_that_differ_are_refused_at_the_start_and_told_later(
             with pytest.raises(StorageRefused, match=r"the clocks of its primaries differ by 0\.[34]"):
                 await new_cluster_store(cluster.url, wait=0).open()
 
-            step_to("+0")
+            clock.step(0.0)
             await checked_until(store, "redis_clocks_agree", caplog)

@@ -14,7 +14,7 @@ from redis_callers import assert_nothing_is_lost, calling, until_it_takes_writes
 from redis_servers import Watched, needs_redis, watched
 from stores import lookups, new, new_redis_store
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.model import Abandonment, Session
 from mnemosyned.sessions.store import StorageRefused

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from exported import exported_families
 
+import cluster
 from mnemosyned.commands import help_text
 from mnemosyned.config.help import flag_table
 from mnemosyned.settings import SECTIONS, parse
@@ -118,6 +119,16 @@ def test_every_module_is_in_the_architecture() -> None:
     for package in ("mnemosyned", "cluster", "cache", "http2", "aio"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.name == "__init__.py" or path.name in text, path
+
+
+def test_the_map_of_the_cluster_has_each_of_its_modules_and_no_other_name() -> None:
+    modules = {path.stem for path in (ROOT / "cluster").glob("*.py")} - {"__init__"}
+    in_sequence = re.findall(r"^\d+\. .+(?:\n {3,}.+)*", cluster.__doc__ or "", re.MULTILINE)
+    code = "\n".join((ROOT / "cluster" / f"{module}.py").read_text() for module in modules)
+
+    assert modules == {name for line in in_sequence for name in re.findall(r"`(\w+)`", line)}
+    for name in re.findall(r"`([\w.]+)`", cluster.__doc__ or ""):
+        assert name in modules or re.search(rf"\b{name.rpartition('.')[2]}\b", code), name
 
 
 def test_the_example_configuration_is_valid_and_shows_only_real_flags() -> None:

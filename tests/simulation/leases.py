@@ -27,15 +27,12 @@ from cluster.lease import (
     PERIOD_US,
     TELL_US,
     Answer,
-    Barred,
     Lease,
     MayHave,
-    NodeRow,
-    Renewal,
-    Renewed,
     Wait,
 )
 from cluster.mirrors import Grants
+from cluster.node_row import Barred, NodeRow, Renewal, Renewed
 
 _S: Final = 1_000_000
 _MS: Final = 1000

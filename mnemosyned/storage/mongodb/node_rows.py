@@ -25,7 +25,7 @@ from bson import Int64
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
-from cluster.lease import Barred, NodeRow, Renewal, Renewed
+from cluster.node_row import Barred, NodeRow, Renewal, Renewed
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.storage.mongodb.documents import NOW_US
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Final
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.errors import DeadlineExceeded
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import (

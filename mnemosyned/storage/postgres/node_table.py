@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final
 
 import asyncpg
 
-from cluster.lease import Barred, NodeRow, Renewal, Renewed
+from cluster.node_row import Barred, NodeRow, Renewal, Renewed
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.postgres.columns import Query

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from cluster.lease import Barred, NodeRow, Renewal, Renewed
+from cluster.node_row import Barred, NodeRow, Renewal, Renewed
 from mnemosyned.storage.redis import scripts
 
 if TYPE_CHECKING:

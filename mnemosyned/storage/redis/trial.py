@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from cluster.lease import Renewal
+from cluster.node_row import Renewal
 from mnemosyned.sessions import bag
 from mnemosyned.sessions.model import (
     Abandonment,

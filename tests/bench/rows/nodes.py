@@ -8,7 +8,7 @@ from itertools import cycle
 
 from clusters import Cluster
 from load import Request, closed, request
-from mnemosynerpc.session_pb2 import ExistsRequest, SetValueRequest, StartRequest
+from mnemosynerpc.session_pb2 import ExistsRequest, SetValueRequest
 from processes import Daemon
 from results import Curve, Result
 
@@ -152,15 +152,14 @@ def gets_of(ring: Ring, entry: str, *, is_owner: bool) -> list[Request]:
 def mixed(numbers: Sequence[int], turn: int) -> Iterator[Request]:
     """Yield 88 % Get, 5 Start, 5 SetValue and 2 Exists."""
     rng = random.Random(turn)  # no secret
-    reads, fresh = gets(range(len(numbers))), 10_000_000 * (turn + 1)
+    reads, fresh = gets(range(len(numbers))), starts(10_000_000 * (turn + 1))
     while True:
         kind, number = rng.random(), rng.choice(numbers)
         token = session(number).access_token if kind >= 0.88 else ""
         if kind < 0.88:
             yield reads[number]
         elif kind < 0.93:
-            fresh += 1
-            yield request("Start", StartRequest(session=session(fresh)))
+            yield next(fresh)
         elif kind < 0.98:
             yield request("SetValue", SetValueRequest(access_token=token, key="theme", value=f"{kind:.4f}"))
         else:

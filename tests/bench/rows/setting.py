@@ -143,8 +143,14 @@ def start(addresses: Sequence[str], numbers: range) -> Outcome:
 
 
 def starts(first: int) -> Iterator[Request]:
-    """Yield the starts of ever new sessions, from this number on."""
-    return (request("Start", StartRequest(session=session(number))) for number in counting(first))
+    """Yield the starts of ever new sessions, from this number on; the daemon chooses their tokens."""
+    return (request("Start", StartRequest(session=_without_token(number))) for number in counting(first))
+
+
+def _without_token(number: int) -> Session:
+    new = session(number)
+    new.access_token = ""
+    return new
 
 
 def gets(numbers: range) -> list[Request]:

@@ -97,13 +97,18 @@ def others(monkeypatch: pytest.MonkeyPatch) -> Others:
     return Others()
 
 
+async def outcome_of(written: Written[Any]) -> object:
+    outcome = written.outcome()
+    return await outcome if isinstance(outcome, Coroutine) else outcome
+
+
 async def test_own_copies_are_gone_before_the_caller_has_the_answer() -> None:
     cache = new_cache(None, "t", "u")
     coherence = Coherence(cache)
     (one,) = await coherence.around_write(["t"], written(True))
 
     assert kept(cache) == ["u"]
-    assert await one.outcome()
+    assert await outcome_of(one)
 
 
 async def test_own_copies_are_gone_though_the_store_failed_and_the_write_is_settled(others: Others) -> None:
@@ -124,7 +129,7 @@ async def test_own_copies_are_gone_though_the_store_failed_and_the_write_is_sett
 async def test_a_caller_waits_for_other_nodes_also_where_its_own_item_failed(others: Others) -> None:
     coherence = Coherence(new_cache(), settler=others)
     good, bad = await coherence.around_write(["t", "u"], written(True, SessionNotFound()))
-    callers = [asyncio.create_task(one.outcome()) for one in (good, bad)]
+    callers = [asyncio.create_task(outcome_of(one)) for one in (good, bad)]
     await until(lambda: others.told == [("t", "u")])
 
     assert not any(caller.done() for caller in callers)
@@ -137,7 +142,7 @@ async def test_a_caller_waits_for_other_nodes_also_where_its_own_item_failed(oth
 async def test_a_caller_that_leaves_does_not_end_the_settling(others: Others) -> None:
     coherence = Coherence(new_cache(), settler=others)
     one, other = await coherence.around_write(["t", "u"], written(True, True))
-    callers = [asyncio.create_task(item.outcome()) for item in (one, other)]
+    callers = [asyncio.create_task(outcome_of(item)) for item in (one, other)]
     await until(lambda: others.told)
     callers[0].cancel()
     await asyncio.gather(callers[0], return_exceptions=True)
@@ -153,7 +158,7 @@ async def test_a_settling_that_fails_leaves_the_outcome_unknown_and_goes_on(othe
     one, other = await coherence.around_write(["t", "u"], written(True, SessionNotFound()))
     for item in (one, other):
         with pytest.raises(StorageUnavailable):
-            await item.outcome()
+            await outcome_of(item)
     others.may_settle.set()
 
     await until(lambda: others.settled == [("t", "u")])
@@ -167,7 +172,7 @@ async def test_a_settling_of_which_there_is_nothing_left_is_tried_no_more(others
     others.failures = 1
     (one,) = await coherence.around_write(["t"], written(True))
     with pytest.raises(StorageUnavailable):
-        await one.outcome()
+        await outcome_of(one)
     others.is_needed = False
     await asyncio.sleep(0.05)
 
@@ -234,7 +239,7 @@ async def test_a_delete_that_found_nothing_waits_for_the_ends_that_were_under_wa
     assert not any(task.done() for task in deleting)
     assert others.awaited == 0
     others.may_settle.set()
-    await asyncio.gather(*deleting, abandoned.outcome())
+    await asyncio.gather(*deleting, outcome_of(abandoned))
 
     assert others.awaited == 3
 

@@ -16,12 +16,10 @@ from cluster.lease import (
     FORGET_US,
     LEASE_US,
     PERIOD_US,
-    Barred,
     Lease,
-    Renewal,
-    Renewed,
 )
 from cluster.mirrors import Grants
+from cluster.node_row import Barred, Renewal, Renewed
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions import lease_gate, lease_keeper
 from mnemosyned.sessions.clock import StorageClock

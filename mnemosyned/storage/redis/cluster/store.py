@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from aio.units import NEVER_US
-from cluster.lease import Renewal, Renewed
+from cluster.node_row import Renewal, Renewed
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.sessions.model import MAX_PAGE_BYTES, Criteria
 from mnemosyned.sessions.store import Deletion, KeyedPage, Page, Renaming, StoredSession
