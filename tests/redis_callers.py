@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
-from stores import bags, lookups, new
+from stores import lookups, new
 
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
-from mnemosyned.sessions.model import Abandonment, Session, ValueChange
+from mnemosyned.sessions.model import Abandonment, ChangedBag, Session, ValueChange
 from mnemosyned.sessions.store import SessionStore
 
 Result = TypeVar("Result")
@@ -40,7 +40,9 @@ class Caller:
                 session = _only(await self.store.start([new(token, bag=b"")]))
                 assert isinstance(session, Session)
                 change = ValueChange(access_token=token, key="k", value="v")
-                assert bags(await self.store.set_values([change])) == [{"k": "v"}]
+                changed = _only(await self.store.set_values([change]))
+                assert isinstance(changed, ChangedBag)
+                assert changed.values == {"k": "v"}
                 self.kept.add(token)
                 if count % 3 == 0:
                     self.kept.discard(token)

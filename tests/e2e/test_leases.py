@@ -25,6 +25,7 @@ from mnemosynerpc.session_pb2 import (
 )
 from processes import Daemon, mnemosyned
 
+from mnemosyned.api.session_manager import new_token
 from mnemosyned.embedded.server import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(120)
@@ -46,8 +47,9 @@ async def has_lease(*daemons: Daemon) -> None:
 
 
 def started(daemon: Daemon, **fields: str) -> str:
+    """Start a session of any owner: a node would choose a token of its own."""
     with daemon.stub() as stub:
-        request = StartRequest(session=Session(subject_id="s", **fields))
+        request = StartRequest(session=Session(access_token=new_token(), subject_id="s", **fields))
         return stub.Start(request, timeout=10).session.access_token
 
 

@@ -25,6 +25,7 @@ from mnemosynerpc.session_pb2 import GetRequest, Session, SetValueRequest, Start
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 
+from mnemosyned.api.session_manager import new_token
 from mnemosyned.embedded.probes import servers_on
 
 pytestmark = pytest.mark.timeout(120)
@@ -124,8 +125,9 @@ class Callers:
     async def _call(self, stub: Any) -> None:  # noqa: ANN401  # grpc.aio types its stubs for the other API
         tokens = []
         for _ in range(10):
-            answer = await stub.Start(StartRequest(session=Session(subject_id="s")), timeout=5)
-            tokens.append(answer.session.access_token)
+            # Of any owner: a worker would choose a token of its own.
+            new = Session(access_token=new_token(), subject_id="s")
+            tokens.append((await stub.Start(StartRequest(session=new), timeout=5)).session.access_token)
         while True:
             token = tokens[self.calls % len(tokens)]
             self.calls += 1
@@ -540,11 +542,9 @@ async def test_with_tls_clients_and_the_admin_port_have_it_and_workers_need_none
 
     with grpc.secure_channel(daemon.address, authority.credentials()) as channel:
         stub = SessionManagerStub(channel)
-        tokens = [
-            stub.Start(StartRequest(session=Session(subject_id="s")), timeout=5).session.access_token
-            for _ in range(12)
-        ]
+        tokens = [new_token() for _ in range(12)]
         for token in tokens:
+            stub.Start(StartRequest(session=Session(access_token=token, subject_id="s")), timeout=5)
             stub.Get(GetRequest(access_token=token), timeout=5)
 
     assert daemon.http("/healthr")[0] == 200
