@@ -114,6 +114,7 @@ class Callers:
             ("grpc.max_reconnect_backoff_ms", 200),
         )
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(connections)]
+        self._tokens: list[str] = []
         self.calls = 0
         self.failures: Counter[str] = Counter()
 
@@ -123,13 +124,12 @@ class Callers:
                 group.create_task(self._call(SessionManagerStub(channel)))
 
     async def _call(self, stub: Any) -> None:  # noqa: ANN401  # grpc.aio types its stubs for the other API
-        tokens = []
         for _ in range(10):
-            # Of any owner: a worker would choose a token of its own.
-            new = Session(access_token=new_token(), subject_id="s")
-            tokens.append((await stub.Start(StartRequest(session=new), timeout=5)).session.access_token)
+            answer = await stub.Start(StartRequest(session=Session(subject_id="s")), timeout=5)
+            self._tokens.append(answer.session.access_token)
         while True:
-            token = tokens[self.calls % len(tokens)]
+            # Also of sessions that were started by other connections, and so on the other worker.
+            token = self._tokens[self.calls % len(self._tokens)]
             self.calls += 1
             try:
                 if self.calls % 10:
