@@ -239,7 +239,7 @@ class GuessWatch:
         call: Call,
         outcome: Outcome[Encoded],
     ) -> Outcome[Encoded]:
-        """Return the outcome of a call that another node has answered, or what gives it late."""
+        """Return the outcome of a call that had to wait, or what gives it late; a step of a Later."""
         if isinstance(outcome, Coroutine):
             return Around(outcome, partial(self._finish, asks_for_token, message, call))
         if isinstance(outcome, BaseException):

@@ -155,7 +155,7 @@ class ClusterRouter:
         if self._is_away() and self._members():
             response.cancel()
             return self._elsewhere(here.rpc, here.request, here.call)
-        limit = here.own.limited(partial(_leave, response)) if isinstance(here.own, OwnTry) else None
+        limit = here.own.limited(partial(_give_up, response)) if isinstance(here.own, OwnTry) else None
         self._laters.add(response)
         return response.through(partial(self._answered_here, here, response, limit))
 
@@ -192,7 +192,7 @@ class ClusterRouter:
         """Return what another try answers after the one of this node's storage. Raises the failure."""
         rpc, request, call, own = here
         if isinstance(failure, DeadlineExceeded):
-            left_s = call.deadline.left_s()
+            left_s = _deadline(rpc, call).left_s()
             if not rpc.is_write or (left_s is not None and left_s < LEAST_TRY_S):
                 raise failure
             # The storage is slow: it refused the try as late, and has not done it. The caller may have time.
@@ -229,7 +229,7 @@ class ClusterRouter:
             for task in list(self._waiting):
                 self._leave(task)
             for response in list(self._laters):
-                _leave(response)
+                _give_up(response)
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         if task in self._waiting:
@@ -369,7 +369,7 @@ class _Left(StorageUnavailable):
     """A call no longer waits for this node's storage, which is in doubt but may do the work."""
 
 
-def _leave(response: Later[Encoded]) -> None:
+def _give_up(response: Later[Encoded]) -> None:
     response.give_up(_Left(_NO_ANSWER))
 
 

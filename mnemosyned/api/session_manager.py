@@ -82,8 +82,8 @@ _FALSE: Final = BoolValue(value=False).SerializeToString()
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
 
-# A serialized response: at once where a cache has it, by a Later where a session is loaded or another node
-# has it, otherwise by a coroutine. The first two save that coroutine, its task and the time-out around it.
+# A serialized response: at once where a cache has it; by a Later where it comes with a batch, of the storage
+# or from another node; otherwise by a coroutine. The first two save a task and the time-out around it.
 Response: TypeAlias = Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]
 Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
 

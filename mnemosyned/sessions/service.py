@@ -1,7 +1,7 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns its response at once, and one that must be loaded a Later. Everything
-else that must wait is a coroutine.
+A Get that the cache can answer returns its response at once. One that must be loaded, a Start and an Abandon
+return a Later, which needs no task. Everything else that must wait is a coroutine.
 
 A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`,
 `set_value_uncached`. They serve tokens that another node owns, whose copies only that node may keep.
@@ -149,6 +149,7 @@ class SessionService:
         """Cancel the calls that still wait for the storage."""
         await self._coherence.close()
         await self._batched.close()
+        self._late.close()
 
     def get(self, token: str) -> EncodedResponse | Later[EncodedResponse]:
         """Extend a session and return it as a response message.

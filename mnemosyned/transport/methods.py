@@ -27,7 +27,7 @@ from aio.rate_limit import LogRateLimiter
 from mnemosyned.transport.call import Call, Encoded, MethodStats
 
 # Returns the response at once where it can: that saves a task switch on the hot path. A Later saves one too,
-# for a session that is loaded, and a call that another node answers. All others return a coroutine.
+# where the response comes with a batch, of the storage or from another node. All others return a coroutine.
 UnaryHandler = Callable[[bytes, Call], Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]]
 StreamHandler = Callable[[AsyncIterator[bytes], Call], AsyncIterator[bytes]]
 

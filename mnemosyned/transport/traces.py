@@ -143,7 +143,7 @@ def _current(span: Span) -> AbstractContextManager[object]:
 
 
 def _ended(span: Span, outcome: Outcome[Encoded]) -> Outcome[Encoded]:
-    """End the span of a call that another node has answered, unless it goes on."""
+    """End the span of a call that had to wait, unless it goes on; a step of a Later."""
     if isinstance(outcome, Coroutine):
         return _wait(outcome, span)
     if isinstance(outcome, BaseException):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Coroutine
 from typing import Any
 
@@ -118,6 +119,46 @@ async def test_who_gives_up_says_why_and_the_source_hears_of_it() -> None:
 
     assert told == ["source"]
     with pytest.raises(LookupError, match="too late"):
+        await later
+
+
+async def later_on(number: int) -> int:
+    await asyncio.sleep(0)
+    return number
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+async def test_a_result_is_made_into_another_one(*, goes_on: bool) -> None:
+    later: Later[int] = Later()
+    text = later.through(lambda outcome: later_on(2) if goes_on else outcome).map(str)
+    later.set_result(2)
+
+    assert await text == "2"
+
+
+async def test_a_failure_is_made_into_nothing_else() -> None:
+    later: Later[int] = Later()
+    text = later.map(str)
+    later.set_exception(LookupError())
+    with pytest.raises(LookupError):
+        await text
+
+
+async def test_a_later_that_is_closed_leaves_no_coroutine_behind() -> None:
+    """The work with which it would go on has begun nothing, and says nothing of that."""
+    work = later_on(1)
+    later: Later[int] = Later()
+    text = later.through(lambda _: work).map(str)
+    later.set_result(1)
+    text.close()
+
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
+
+
+async def test_a_later_that_is_closed_before_its_result_is_cancelled() -> None:
+    later: Later[int] = Later()
+    later.close()
+    with pytest.raises(asyncio.CancelledError):
         await later
 
 
