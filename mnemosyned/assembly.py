@@ -37,7 +37,7 @@ from mnemosyned.api.auth import guard
 from mnemosyned.api.guessing import GuessWatch
 from mnemosyned.api.health import SERVICE_NAME as HEALTH
 from mnemosyned.api.health import Health
-from mnemosyned.api.session_manager import LocalRouter, Router
+from mnemosyned.api.rpc import LocalRouter, Router
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.collectors import GuessCollector, RpcCollector
 from mnemosyned.observe.metrics import AuthMetrics, UpkeepMetrics

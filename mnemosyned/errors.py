@@ -52,8 +52,8 @@ class SessionAlreadyExists(MnemosyneError):
 class StorageUnavailable(MnemosyneError):
     """The storage did not answer in time, or the connection broke.
 
-    A read may be repeated. Whether a write was done is not known (api/session_manager.py has what a retry
-    does about that).
+    A read may be repeated. Whether a write was done is not known (api/rpc.py has what a retry does
+    about that).
     """
 
     # Whether the storage may still be doing the work, at the latest when the call's time is up.

@@ -57,8 +57,9 @@ from cluster.peers import Peers
 from cluster.signing import SERVICE_NAME
 from cluster.swim import Settings
 from cluster.view import View, alone
+from mnemosyned.api.owner_router import OwnerRouter
 from mnemosyned.api.peer import METHODS, PeerService
-from mnemosyned.api.router import ClusterRouter, OwnerRouter
+from mnemosyned.api.router import ClusterRouter
 from mnemosyned.errors import MnemosyneError, StorageUnavailable
 from mnemosyned.security.tls import peer_context
 from mnemosyned.sessions.lease_gate import LeaseGate

@@ -34,13 +34,12 @@ from aio.later import Later, Outcome
 from cluster.errors import ClusterError, PeerSkipped
 from cluster.forward import Forwarder
 from cluster.peerpb import peer_pb2 as pb
-from cluster.routing import CACHED, UNCACHED, Forward, route
+from cluster.routing import UNCACHED, Forward, route
 from cluster.timing import LEAST_TRY_S, MOST_TRY_S, TRY_S
 from cluster.view import View
 from http2.status import StatusCode
-from mnemosyned.api.forwarded import ForwardedCall
 from mnemosyned.api.own_try import Limit, OwnTry
-from mnemosyned.api.session_manager import Gate, Response, Rpc, new_token
+from mnemosyned.api.rpc import Gate, Response, Rpc, new_token
 from mnemosyned.errors import DeadlineExceeded, StorageUnavailable
 from mnemosyned.sessions.mirrors import Grant
 from mnemosyned.transport.call import Call, Encoded
@@ -387,43 +386,6 @@ class _Unanswered(Enum):
 
     UNSEEN = "unseen"  # it has not begun it
     UNKNOWN = "unknown"  # it may have done it, and does it no more
-
-
-class OwnerRouter:
-    """The router for calls that a peer has forwarded: handles them here, also if another node owns the token.
-
-    It forwards nothing, so that two nodes that disagree on the ring cannot send a call to and fro. If this
-    node does not own the token by its own ring, it handles the call past the cache.
-    """
-
-    def __init__(
-        self, service: SessionService, *, view: Callable[[], View], gate: Gate, mirrors: Mirrors
-    ) -> None:
-        self._service = service
-        self._view = view
-        self._gate = gate
-        self._mirrors = mirrors
-
-    def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
-        """See Router."""
-        token = rpc.token(request) if rpc.token is not None else ""
-        fills_cache = route(self._view(), token, hops_left=0) is CACHED
-        if token and not fills_cache:
-            self._gate.refuse_ring()
-        assert isinstance(call, ForwardedCall)
-        if call.is_retry:
-            return rpc.retry(self._service, request, call)
-        if not (fills_cache and self._gate.is_open()):
-            return rpc.handle_uncached(self._service, request, call)
-        response = rpc.handle(self._service, request, call)
-        if call.mirror_for and rpc.returns_session and isinstance(response, _ENCODED):
-            # At once is from the copy, which nothing has dropped since it was read (rule 17).
-            call.grant = self._mirrors.grant(token, call.mirror_for)
-        return response
-
-    def new_token(self) -> str:
-        """See Router. The entry node has chosen a token, unless it is of an early release."""
-        return new_token()
 
 
 def _taken(item: pb.Item, outcome: Outcome[pb.Answer]) -> bytes | _Unanswered:

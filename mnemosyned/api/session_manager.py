@@ -4,30 +4,9 @@
                        (`_handler`)                (`Router`) (`Rpc.handle` …)
 
 - The handler parses the request, and gives a Start that brings no token a new one of the router's.
-- The router decides on which node the call is handled. `LocalRouter` serves a node without peers;
-  api/router.py has the two routers of a clustered node.
-- The `Rpc` says how a parsed request becomes a use case. It has three forms of it, and the router chooses:
-
-    form             | chosen when                                        | differs in
-    -----------------+----------------------------------------------------+-----------------------------------
-    handle           | this node owns the token, or no token is concerned | may use and fill the caches
-    handle_uncached  | another node owns the token, but this node handles | reads from the storage and leaves
-                     | the call, and no other node has begun it           | no copy here
-    retry            | another node, or this node's own storage while it  | as handle_uncached, and accepts
-                     | ended, was asked, and its outcome is unknown       | that the work may be done already
-
-Why no copy in the second form: a write goes to the token's owner, which tells this node nothing. A copy here
-would stay as it is until it expires.
-
-What "done already" means depends on the RPC:
-
-- Get, Exists: reads have no effect that counts, so a retry is `handle_uncached`.
-- Start: if the token is in use by a session with the same content, that is this call's own session.
-- Abandon: a session that is not found was ended by the first try, so the retry succeeds.
-- SetValue: setting the same value twice is setting it once.
-- List: a read too.
-- Delete: one that is repeated counts only what is left. It does not find what the first try has ended, and so
-  has every node drop every copy, unless it names its session.
+- The router decides on which node the call is handled: `LocalRouter` (rpc.py) for a node without peers, those
+  of router.py and owner_router.py for a clustered node.
+- The `Rpc` (rpc.py) says how a parsed request becomes a use case, in three forms.
 
 To add an RPC: add its messages to the .proto file, a use case to the service, an entry to `RPCS`, and a role
 to api/auth.py if it needs less than admin.
@@ -38,12 +17,10 @@ Go daemon compare them.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -65,11 +42,11 @@ from aio.slices import SlicesFull, in_slices
 from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
 from aio.units import NS_PER_US, US_PER_S
 from mnemosyned.api.parsing import AT_ONCE_BYTES, parsed, parsing
+from mnemosyned.api.rpc import Response, Router, Rpc
 from mnemosyned.errors import InvalidArgument, Overloaded, SessionNotFound
 from mnemosyned.sessions.encoded import EncodedSession
 from mnemosyned.sessions.model import Criteria, NewSession
 from mnemosyned.sessions.service import SessionService
-from mnemosyned.sessions.token import TOKEN_ENTROPY_BYTES, generate_token
 from mnemosyned.transport.call import Call, Encoded
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
@@ -81,79 +58,6 @@ _FALSE: Final = BoolValue(value=False).SerializeToString()
 # fail later, in the storage, as an error that does not name the field.
 _TIMESTAMP_SECONDS: Final = range(-62_135_596_800, 253_402_300_800)
 _TIMESTAMP_NANOS: Final = range(1_000_000_000)
-
-# A serialized response: at once where a cache has it; by a Later where it comes with a batch, of the storage
-# or from another node; otherwise by a coroutine. The first two save a task and the time-out around it.
-Response: TypeAlias = Encoded | Later[Encoded] | Coroutine[Any, Any, Encoded]
-Handle: TypeAlias = Callable[[SessionService, Any, Call], Response]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rpc:
-    """One RPC, from a parsed request to a serialized response; a router decides where it is handled.
-
-    `token` reads the token whose owner should handle the call. An RPC without one is handled where it
-    arrives. `mirrored` answers from this node's mirror of the owner's copy, which came with the answer to an
-    RPC that `returns_session`. `is_write` tells the router that a repeated try must wait until the first
-    cannot be done any more. The three forms of handling are explained at the top of this module.
-    """
-
-    name: str
-    request_type: Callable[[], Message]
-    handle: Handle
-    handle_uncached: Handle
-    retry: Handle
-    token: Callable[[Any], str] | None = None
-    mirrored: Callable[[SessionService, str, EncodedSession], Encoded] | None = None
-    returns_session: bool = False
-    is_write: bool = False
-
-
-class Router(Protocol):
-    """Decides where a call is handled."""
-
-    def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
-        """Handle the call on this node or on another one.
-
-        Raises:
-            MnemosyneError: at once, or by the coroutine; `transport/status.py` has its gRPC status.
-        """
-        ...
-
-    def new_token(self) -> str:
-        """Return a token for a session that is to be started, if possible one of this node's own."""
-        ...
-
-
-class Gate(Protocol):
-    """Tells whether copies may be served and kept."""
-
-    def is_open(self) -> bool:
-        """Tell it of a call that arrives now."""
-        ...
-
-    def refuse_ring(self) -> None:
-        """Count a call that no copy may answer, since this node does not own its token by all rings."""
-        ...
-
-
-class LocalRouter:
-    """The router of a node without peers: its own service handles every call."""
-
-    def __init__(self, service: SessionService, gate: Gate | None = None) -> None:
-        """Without a gate, copies may always be served: nobody else has the storage."""
-        self._service = service
-        self._gate = gate
-
-    def handle(self, rpc: Rpc, request: Message, call: Call) -> Response:
-        """See Router."""
-        if self._gate is None or self._gate.is_open():
-            return rpc.handle(self._service, request, call)
-        return rpc.handle_uncached(self._service, request, call)
-
-    def new_token(self) -> str:
-        """See Router."""
-        return new_token()
 
 
 def add_to(table: MethodTable, router: Router, *, max_entries: int) -> None:
@@ -193,11 +97,6 @@ def _handler(rpc: Rpc, router: Router, max_entries: int) -> UnaryHandler:
         return response if isinstance(response, bytes | tuple) else await response
 
     return handle
-
-
-def new_token() -> str:
-    """Return a token that nobody can guess."""
-    return generate_token(os.urandom(TOKEN_ENTROPY_BYTES))
 
 
 def _give_token(router: Router, request: Any) -> None:  # noqa: ANN401  # a StartRequest

@@ -1,7 +1,7 @@
 """This node's mirrors of other nodes' copies, and what this node has granted to others.
 
     as the entry node                                     as the owner
-    (api/router.py)                                       (api/router.py, OwnerRouter)
+    (api/router.py)                                       (api/owner_router.py)
     open_at ── may one be served now?
     cache.peek ── hit: answered here
              └─── miss: a fill, and the call is

@@ -25,7 +25,7 @@ from stores import new
 from cluster.peerpb import peer_pb2 as pb
 from cluster.ring import Ring
 from cluster.view import View
-from mnemosyned.api.session_manager import new_token
+from mnemosyned.api.rpc import new_token
 from mnemosyned.errors import MnemosyneError
 from mnemosyned.sessions import model as session
 from mnemosyned.sessions.model import Abandonment, ChangedBag, Lookup, NewSession, ValueChange

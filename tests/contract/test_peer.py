@@ -27,7 +27,7 @@ from cluster.identity import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
 from cluster.peer_auth import METADATA_KEY, NO_KEY, PeerAuth, PeerKey, StreamMac
 from cluster.peerpb import peer_pb2 as pb
-from mnemosyned.api.session_manager import new_token
+from mnemosyned.api.rpc import new_token
 from mnemosyned.storage.memory import MemoryStore
 from mnemosyned.transport.call import Call
 

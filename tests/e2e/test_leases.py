@@ -25,7 +25,7 @@ from mnemosynerpc.session_pb2 import (
 )
 from processes import Daemon, mnemosyned
 
-from mnemosyned.api.session_manager import new_token
+from mnemosyned.api.rpc import new_token
 from mnemosyned.embedded.server import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(120)

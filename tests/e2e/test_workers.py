@@ -25,7 +25,7 @@ from mnemosynerpc.session_pb2 import GetRequest, Session, SetValueRequest, Start
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
 from processes import Daemon, mnemosyned
 
-from mnemosyned.api.session_manager import new_token
+from mnemosyned.api.rpc import new_token
 from mnemosyned.embedded.probes import servers_on
 
 pytestmark = pytest.mark.timeout(120)
