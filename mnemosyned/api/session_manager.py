@@ -17,10 +17,10 @@ Go daemon compare them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -36,8 +36,9 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 
+from aio.around import Around
 from aio.deadline import Deadline
-from aio.later import Later
+from aio.later import Later, Outcome
 from aio.slices import SlicesFull, in_slices
 from aio.steps import STEP_BYTES, STEP_ITEMS, Steps
 from aio.units import NS_PER_US, US_PER_S
@@ -229,14 +230,32 @@ async def _retry_abandon(service: SessionService, request: AbandonRequest, call:
     return _TRUE
 
 
-async def _set_value(service: SessionService, request: SetValueRequest, call: Call) -> bytes:
-    values = await service.set_value(request.access_token, request.key, request.value, call.deadline)
-    return await in_slices(_bag_response(values))
+def _set_value(service: SessionService, request: SetValueRequest, call: Call) -> Response:
+    changed = service.set_value(request.access_token, request.key, request.value, call.deadline)
+    return _in_time(service, changed.through(_bag_encoded), call)
 
 
-async def _set_value_uncached(service: SessionService, request: SetValueRequest, call: Call) -> bytes:
-    values = await service.set_value_uncached(request.access_token, request.key, request.value, call.deadline)
-    return await in_slices(_bag_response(values))
+def _set_value_uncached(service: SessionService, request: SetValueRequest, call: Call) -> Response:
+    changed = service.set_value_uncached(request.access_token, request.key, request.value, call.deadline)
+    return _in_time(service, changed.through(_bag_encoded), call)
+
+
+def _bag_encoded(outcome: Outcome[dict[str, str]]) -> Outcome[Encoded]:
+    """Return the response with a bag: at once if it is small, as nearly all are."""
+    if isinstance(outcome, BaseException):
+        return outcome
+    if not isinstance(outcome, dict):
+        return Around(outcome, _bag_encoded_later)
+    steps = _bag_response(outcome)
+    try:
+        next(steps)
+    except StopIteration as end:
+        return cast("bytes", end.value)
+    return in_slices(steps)
+
+
+async def _bag_encoded_later(changing: Coroutine[Any, Any, dict[str, str]]) -> Encoded:
+    return await in_slices(_bag_response(await changing))
 
 
 def _bag_response(values: dict[str, str]) -> Steps[bytes]:

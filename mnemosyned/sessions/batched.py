@@ -67,9 +67,9 @@ class BatchedStore(Generic[Loaded]):
         """Store a session: SessionAlreadyExists is a result. Raises Overloaded at once."""
         return self._starts.enqueue(session)
 
-    def set_value(self, change: Change) -> Later[dict[str, str]]:
-        """Set one key; return the whole bag. Raises Overloaded at once, and SessionNotFound later."""
-        return self._changes.enqueue(change).through(settled).map(_values_of)
+    def set_value(self, change: Change) -> Later[Written[ChangedBag]]:
+        """Set one key: SessionNotFound is a result. Raises Overloaded at once."""
+        return self._changes.enqueue(change)
 
     def abandon(self, ending: Abandonment) -> Later[bool]:
         """End a session; tell whether there was one. Raises Overloaded at once."""
@@ -107,10 +107,6 @@ def settled(outcome: Outcome[Written[Result]]) -> Outcome[Result]:
         return outcome.outcome()
     assert isinstance(outcome, BaseException)
     raise outcome
-
-
-def _values_of(changed: ChangedBag) -> dict[str, str]:
-    return changed.values
 
 
 def _overloaded() -> Overloaded:

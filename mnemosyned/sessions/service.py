@@ -1,7 +1,7 @@
 """The use cases: what each RPC means, on values, without gRPC.
 
-A Get that the cache can answer returns its response at once. One that must be loaded, a Start and an Abandon
-return a Later, which needs no task. Everything else that must wait is a coroutine.
+A Get that the cache can answer returns its response at once. One that must be loaded, and what
+writes one session, return a Later, which needs no task. Everything else that must wait is a coroutine.
 
 A call that must pass the cache says so: `get_uncached`, `exists_uncached`, `start_uncached`,
 `set_value_uncached`. They serve tokens that another node owns, whose copies only that node may keep.
@@ -56,6 +56,7 @@ from mnemosyned.sessions.model import (
     MAX_LIST_LIMIT,
     MAX_PAGE_BYTES,
     Abandonment,
+    ChangedBag,
     Criteria,
     Lookup,
     NewSession,
@@ -256,28 +257,28 @@ class SessionService:
                 raise
         return self._response(EncodedSession(found))
 
-    async def set_value(
+    def set_value(
         self, token: str, key: str, value: str, deadline: Deadline = NO_DEADLINE
-    ) -> dict[str, str]:
+    ) -> Later[dict[str, str]]:
         """Set one key of a session's bag; return the whole bag. Does not extend the session.
 
         Raises:
-            InvalidArgument: no key, or the bag would pass a limit.
-            SessionNotFound: there is none.
+            InvalidArgument: no key; or later, the bag would pass a limit.
+            SessionNotFound: later: there is none.
         """
         # As of now: the call may wait for other changes, and this node lose the session meanwhile.
         generation = self._cache.generation if self.lifetime.cache_us else None
-        return await self._set_value(token, key, value, deadline, generation)
+        return self._set_value(token, key, value, deadline, generation)
 
-    async def set_value_uncached(
+    def set_value_uncached(
         self, token: str, key: str, value: str, deadline: Deadline = NO_DEADLINE
-    ) -> dict[str, str]:
+    ) -> Later[dict[str, str]]:
         """Do what `set_value` does, and keep no copy. Raises what `set_value` does."""
-        return await self._set_value(token, key, value, deadline, None)
+        return self._set_value(token, key, value, deadline, None)
 
-    async def _set_value(
+    def _set_value(
         self, token: str, key: str, value: str, deadline: Deadline, generation: int | None
-    ) -> dict[str, str]:
+    ) -> Later[dict[str, str]]:
         check_token(token)
         if not key:
             raise InvalidArgument("mnemosyned: missing bag key")
@@ -290,11 +291,18 @@ class SessionService:
             max_entries=self.bag_limits.entries,
             max_key_bytes=self.bag_limits.key_bytes,
         )
-        try:
-            return await self._batched.set_value(Change(change, generation))
-        except CorruptSession as exc:
-            self._damage_log.add(token, exc)
-            raise
+        changed = self._batched.set_value(Change(change, generation))
+        return changed.through(partial(self._changed, token)).through(settled)
+
+    def _changed(self, token: str, outcome: Outcome[Written[ChangedBag]]) -> Written[dict[str, str]]:
+        if not isinstance(outcome, Written):
+            assert isinstance(outcome, BaseException)
+            raise outcome
+        if isinstance(outcome.result, ChangedBag):
+            return Written(outcome.result.values, outcome.settling)
+        if isinstance(outcome.result, CorruptSession):
+            self._damage_log.add(token, outcome.result)
+        return Written(outcome.result, outcome.settling)
 
     def abandon(self, token: str, deadline: Deadline = NO_DEADLINE) -> Later[None]:
         """End a session. Raises SessionNotFound later."""
