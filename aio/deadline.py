@@ -13,7 +13,8 @@ that stood still is older, at most by `waited_s` (`aio/stalls.py`). Reads are an
 do no harm. `of_write` takes the time off, because the caller may have given up already.
 
 Over a hop, the entry node sends the time that is left and the instant on the storage's clock
-(`cluster/forward.py`). The owner makes a Deadline of its own from both (`mnemosyned/api/peer.py`).
+(`cluster/forward.py`). The owner makes a Deadline of its own from both
+(`mnemosyned/api/forwarded.py`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ Which file answers which question:
 - Which of two processes with one name keeps the name? `swim`, `_meet_rival`.
 - Where is a call forwarded? `forward.Forwarder.ask`. Where is it received? `mnemosyned/api/peer.py`.
 - Where is a deadline carried over a hop? `forward`, `ask` writes it into the item;
-  `mnemosyned/api/peer.py` reads it.
+  `mnemosyned/api/forwarded.py` reads it.
 - When is a peer not asked? `forward.Forwarder.may_ask`, for the reasons in `breaker`.
 - Which peers may hold a copy of a session? `lease.Lease.holders`. Where are they told to drop it?
   `forward.Forwarder.tell`.

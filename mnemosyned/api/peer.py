@@ -16,81 +16,51 @@ each method:
   A signature does not show that, because a repeated message keeps its signature. Gossip checks the origin
   itself, so that a refusal reaches the other node as an answer.
 
-A forwarded call
-----------------
+Forwarded calls
+---------------
 Peers send calls in batches over a stream. A stream costs half of what one call for each batch costs.
 
     entry node                           this node (the owner)
-       |-- metadata: opening signature ----->|  _check, once for the stream
+       |-- metadata: opening signature ----->|  _checked, once for the stream
        |-- batch 1, seal 1 ----------------->|  the seal covers the number and the opening
-       |                                     |    _begin: an item that the cache has is answered at once
-       |                                     |    _gathered: the other items wait for the storage together
+       |                                     |  forwarded_batch.py: its items become calls
        |<-- answers 1, one for each item ----|
        |-- batch 2, seal 2 ----------------->|
        |                    ...              |
        |<-- trailers: OK --------------------|  between two batches: `close`
 
-One batch is under way on a stream at a time. An item fails alone: its error becomes the status of its answer.
-An error of the batch (a wrong seal, a wrong origin, bytes that are no message) ends the stream.
+One batch is under way on a stream at a time. An error of the batch (a wrong seal, a wrong origin, bytes that
+are no message) ends the stream.
 
 What the entry node has already done for an item, and this node therefore does not do:
 
 - It has asked for the API key or the certificate of the client (api/auth.py).
 - It has chosen the token of a Start, so that a repeated Start is the same call.
 
-How a stream ends
------------------
-A batch under way is never cut off, because the entry node would then not know whether its writes were done.
-A stream is therefore in one of two states:
-
-- Waiting for a batch: its task is in `_waiting`, and is cancelled at once.
-- Working on a batch: its task is not in `_waiting`. It looks at `_is_closed` before it waits again.
-
-`close` ends all streams and lets no other begin to wait. A new certificate ends none: connections that are
-open keep the one that they began with, and the peer that has the new one dials with it (cluster/peers.py).
-
-Late items
-----------
-An item carries `deadline_us`, an instant on the storage's clock: from then on the entry node may do the work
-itself. Two nodes' estimates of that clock differ by less than `CLOCK_ERROR_US`, hence two rules:
-
-- An item that arrives after `deadline_us` plus that error is not begun. It was held up by a stalled process
-  or network, and the entry node has already asked the storage.
-- A write of an item is not done after `deadline_us` minus that error. The statement itself checks it.
+`close` ends each stream once no batch is under way on it. A batch is never cut off, because the entry node
+would then not know whether its writes were done. A new certificate ends no stream: connections that are open
+keep the one that they began with, and the peer that has the new one dials with it (cluster/peers.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Final, Protocol
 
-from aio.around import Around
-from aio.later import Later, Outcome
-from aio.rate_limit import LogRateLimiter, fields_of
+from aio.later import Later
 from cluster.errors import MalformedPacket, UnauthenticatedPeer
 from cluster.gossip import Gossip
 from cluster.peer_auth import HELLO, METADATA_KEY, PeerAuth, PeerKey
 from cluster.peerpb import peer_pb2 as pb
 from cluster.signing import SERVICE_NAME
 from cluster.wire import max_request_bytes
-from http2.status import StatusCode
-from mnemosyned.api import session_manager
-from mnemosyned.api.forwarded import CLOCK_ERROR_US, Arrival, ForwardedCall
+from mnemosyned.api.forwarded_batch import ForwardedBatches
 from mnemosyned.api.parsing import parsed
-from mnemosyned.errors import (
-    DeadlineExceeded,
-    MalformedMessage,
-    NotOurCluster,
-    Unauthenticated,
-    Unimplemented,
-)
-from mnemosyned.sessions.encoded import joined
-from mnemosyned.transport.call import Call, Encoded, await_in_time, failure_of
+from mnemosyned.errors import MalformedMessage, NotOurCluster, Unauthenticated
+from mnemosyned.transport.call import Call
 from mnemosyned.transport.methods import MethodTable, UnaryHandler
 
 log = logging.getLogger(__name__)
@@ -103,11 +73,6 @@ _PROXY_KEYS: Final = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 _MAX_MESSAGE_BYTES: Final = 8 * 1024**2
 _MAX_HELLO_BYTES: Final = 1024
 _ITEM_OVERHEAD_BYTES: Final = 64 * 1024
-# Below the largest message that the entry node accepts, or the whole batch would fail. The entry node gets
-# the answers beyond this limit from the storage.
-_MAX_RESPONSE_BYTES: Final = 32 * 1024**2
-_METHOD_PREFIX: Final = f"/{session_manager.SERVICE_NAME}/"
-_BUGS: Final = LogRateLimiter(10)
 
 _Handler = Callable[[bytes, Call], bytes | Coroutine[Any, Any, bytes]]
 
@@ -152,11 +117,10 @@ class PeerService:
         self._name = name
         self._peer_auth = peer_auth
         self._gossip = gossip
-        self._calls = calls
-        self._storage_now_us = storage_now_us
+        self._batches = ForwardedBatches(calls, storage_now_us=storage_now_us)
         self._copies = copies
         self._stop = stop
-        self._waiting: set[asyncio.Task[Any]] = set()  # tasks of the streams without a batch under way
+        self._forwardings: set[_Forwarding] = set()
         self._is_closed = False
 
     def add_to(self, table: MethodTable, *, max_message_bytes: int, max_members: int) -> None:
@@ -173,7 +137,7 @@ class PeerService:
         for name, (handle, max_bytes) in handlers.items():
             table.add_unary(SERVICE_NAME, name, self._guarded(name, handle), max_message_bytes=max_bytes)
         table.add_unary(SERVICE_NAME, HELLO, self._hello, max_message_bytes=_MAX_HELLO_BYTES)
-        table.add_stream(SERVICE_NAME, "Forward", self._forward, max_message_bytes=limit)
+        table.add_exchange(SERVICE_NAME, "Forward", self._begin_forwarding, max_message_bytes=limit)
 
     def close(self) -> None:
         """End the streams of forwarded calls, now and from now on, each when its batch is answered.
@@ -181,8 +145,8 @@ class PeerService:
         A node that leaves calls it once the peers route by a ring without this node.
         """
         self._is_closed = True
-        for task in self._waiting:
-            task.cancel()
+        for forwarding in list(self._forwardings):
+            forwarding.finish()
 
     def _guarded(self, method: str, handle: _Handler) -> UnaryHandler:
         """Return a handler that answers peers only, each with a proof."""
@@ -234,82 +198,25 @@ class PeerService:
         with _malformed_as_status():
             return self._gossip().answer(message)
 
-    async def _forward(self, messages: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
+    def _begin_forwarding(self, call: Call, finish: Callable[[], None]) -> _Forwarding:
         # The opening signs an empty body, since no batch is there yet. It is accepted once, and each seal
         # covers it: without it a batch of another stream could be played back here.
         key = self._checked("Forward", b"", call)
-        batches, answers = key.stream_macs(call.metadata(METADATA_KEY) or "")
-        async for message in self._until_closed(messages):
-            request = parsed(pb.ForwardRequest, message)
-            # Before the batch is parsed: bytes of an unauthenticated peer should reach little code.
-            try:
-                batches.check(request.seal, request.batch)
-            except UnauthenticatedPeer as exc:
-                raise _as_status(exc) from None
-            handled = self._handle_batch(parsed(pb.Batch, request.batch), call)
-            answer = handled if isinstance(handled, bytes) else await handled
-            yield pb.ForwardResponse(answers=answer, seal=answers.seal(answer)).SerializeToString()
+        forwarding = _Forwarding(self, call, key, finish)
+        self._forwardings.add(forwarding)
+        if self._is_closed:
+            finish()
+        return forwarding
 
-    async def _until_closed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the messages of a stream until the peer or `close` ends it."""
-        task = asyncio.current_task()
-        assert task is not None
-        while not self._is_closed:
-            self._waiting.add(task)
-            try:
-                message = await anext(messages)
-            except StopAsyncIteration:
-                return
-            except asyncio.CancelledError:
-                # By `close`, unless the engine has cancelled the task too, because the peer's
-                # connection broke. `uncancel` takes one request back and returns how many are left. With
-                # none left the stream ends cleanly; otherwise the cancellation must go on.
-                if self._is_closed and not task.uncancel():
-                    return
-                raise
-            finally:
-                self._waiting.discard(task)
-            yield message
-
-    def _handle_batch(self, batch: pb.Batch, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
-        """Return the answers at once if the cache has all of them: that saves a task switch."""
+    def handle_batch(self, message: bytes, peer: str) -> bytes | Later[bytes]:
+        """Return the serialized answers to a serialized batch of a peer."""
+        batch = parsed(pb.Batch, message)
         self._check_origin(batch.origin)
-        answers = pb.Answers()
-        add = answers.answers.add
-        arrival = Arrival(self._storage_now_us(), time.monotonic(), call.peer)
-        works = [self._begin(item, add(), arrival) for item in batch.items]
-        waiting = [work for work in works if work is not None]
-        return _gathered(waiting, answers) if waiting else _response(answers)
+        return self._batches.answer(batch, peer)
 
-    def _begin(
-        self, item: pb.Item, answer: pb.Answer, arrival: Arrival
-    ) -> Later[None] | Coroutine[Any, Any, None] | None:
-        """Fill an item's answer in if the cache has it, otherwise return what does so."""
-        retried_name = item.retried_method
-        name = retried_name or item.method
-        method = self._calls.unary.get(_METHOD_PREFIX + name)
-        if method is None:
-            _fail(answer, item, Unimplemented(f"mnemosyned: unknown method {name[:100]}"))
-            return None
-        if arrival.storage_us > item.deadline_us + CLOCK_ERROR_US:
-            # Begun now, a write could follow the one that the entry node has done itself.
-            _fail(answer, item, DeadlineExceeded())
-            return None
-        forwarded = ForwardedCall(item, arrival, is_retry=bool(retried_name))
-        try:
-            response = method.handle(item.message, forwarded)
-        except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
-            _fail(answer, item, exc)
-            return None
-        # As in transport/call.py, faster than asking for a Coroutine.
-        if not (isinstance(response, bytes) or isinstance(response, tuple)):  # noqa: SIM101
-            if isinstance(response, Later):
-                return response.through(partial(_fill_in, item, answer, forwarded))
-            return Around(response, partial(_finish, item, answer, forwarded))
-        answer.message = joined(response)
-        if (grant := forwarded.grant) is not None:
-            answer.keep_us, answer.instance, answer.expires_at_us = grant
-        return None
+    def forget(self, forwarding: _Forwarding) -> None:
+        """Take note that a stream has ended."""
+        self._forwardings.discard(forwarding)
 
     def _invalidate(self, message: bytes, _: Call) -> bytes | Coroutine[Any, Any, bytes]:
         # Nothing is awaited between the parsing and the answer. When the answer is on the wire the copies are
@@ -361,77 +268,27 @@ def _as_status(exc: UnauthenticatedPeer) -> Unauthenticated:
     return Unauthenticated(f"mnemosyned: {exc}")
 
 
-async def _gathered(waiting: list[Later[None] | Coroutine[Any, Any, None]], answers: pb.Answers) -> bytes:
-    """Wait for all answers, which none of these raises; if the stream is cancelled, all of them are."""
-    laters = [work for work in waiting if isinstance(work, Later)]
-    others = [work for work in waiting if not isinstance(work, Later)]
-    try:
-        if len(others) == 1:
-            # Without a task of its own, and the two turns of the loop that one takes.
-            await others[0]
-        elif others:
-            # Together, so that the items share one batch of the storage.
-            await asyncio.gather(*others)
-        # These have begun.
-        for later in laters:
-            await later
-    finally:
-        for later in laters:
-            later.close()
-    return _response(answers)
+class _Forwarding:
+    """The stream of one peer's batches. An Exchange."""
 
+    def __init__(self, service: PeerService, call: Call, key: PeerKey, finish: Callable[[], None]) -> None:
+        self._service = service
+        self._peer = call.peer
+        self._batches, self._answers = key.stream_macs(call.metadata(METADATA_KEY) or "")
+        self.finish = finish
 
-def _response(answers: pb.Answers) -> bytes:
-    """Return the answers in the sequence of their items, which is how the entry node tells them apart."""
-    size_bytes = 0
-    for answer in answers.answers:
-        size_bytes += len(answer.message)
-        if size_bytes > _MAX_RESPONSE_BYTES:
-            # UNAVAILABLE sends the entry node to the storage (router.py). If the item was a write that is
-            # done, the entry node's retry accepts that, as after a lost connection.
-            answer.CopyFrom(_TOO_LARGE)
-    return answers.SerializeToString()
+    def answer(self, message: bytes) -> bytes | Later[bytes]:
+        request = parsed(pb.ForwardRequest, message)
+        # Before the batch is parsed: bytes of an unauthenticated peer should reach little code.
+        try:
+            self._batches.check(request.seal, request.batch)
+        except UnauthenticatedPeer as exc:
+            raise _as_status(exc) from None
+        answers = self._service.handle_batch(request.batch, self._peer)
+        return self._sealed(answers) if isinstance(answers, bytes) else answers.map(self._sealed)
 
+    def close(self) -> None:
+        self._service.forget(self)
 
-_TOO_LARGE: Final = pb.Answer(
-    code=StatusCode.UNAVAILABLE.value, text="mnemosyned: the batch's answers are too large together"
-)
-
-
-def _fill_in(
-    item: pb.Item, answer: pb.Answer, call: ForwardedCall, outcome: Outcome[Encoded]
-) -> Outcome[None]:
-    """Fill an answer in that was not known at once, as a step of a Later."""
-    if isinstance(outcome, bytes | tuple):
-        answer.message = joined(outcome)
-        return None
-    if isinstance(outcome, Exception):
-        _fail(answer, item, outcome)
-        return None
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return Around(outcome, partial(_finish, item, answer, call))
-
-
-async def _finish(
-    item: pb.Item, answer: pb.Answer, call: ForwardedCall, response: Coroutine[Any, Any, Encoded]
-) -> None:
-    try:
-        answer.message = joined(await await_in_time(response, call))
-    except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
-        _fail(answer, item, exc)
-
-
-def _fail(answer: pb.Answer, item: pb.Item, exc: Exception) -> None:
-    # Only a bug is logged above DEBUG. What the client gets in the end is logged at the entry node, with the
-    # client's address.
-    failure = failure_of(exc)
-    method = (item.retried_method or item.method)[:100]
-    fields = {"method": method, "code": failure.code.name, "request_id": item.request_id[:200]}
-    if failure.is_bug:
-        left_out = _BUGS.take(time.monotonic())
-        if left_out is not None:
-            log.error("forwarded_call_failed", extra=fields | fields_of(left_out), exc_info=exc)
-    else:
-        log.debug("forwarded_call_failed", extra=fields | {"error": failure.text})
-    answer.code, answer.text = failure.code.value, failure.text
+    def _sealed(self, answers: bytes) -> bytes:
+        return pb.ForwardResponse(answers=answers, seal=self._answers.seal(answers)).SerializeToString()

@@ -223,7 +223,7 @@ def _ended(
     if isinstance(outcome, Exception):
         return fail(method, call, outcome, started_s)
     if isinstance(outcome, BaseException):
-        _count_cancelled(method, call, started_s)
+        count_cancelled(method, call, started_s)
         return outcome
     return _awaited(method, call, outcome, started_s)
 
@@ -234,7 +234,7 @@ async def _awaited(
     try:
         encoded = await await_in_time(response, call)
     except asyncio.CancelledError:
-        _count_cancelled(method, call, started_s)
+        count_cancelled(method, call, started_s)
         raise
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return fail(method, call, exc, started_s)
@@ -267,7 +267,7 @@ async def invoke_stream(
             async for response in method.handle(messages, call):
                 await send(response)
     except (asyncio.CancelledError, ClientGone):
-        _count_cancelled(method, call, started_s)
+        count_cancelled(method, call, started_s)
         raise
     except Exception as exc:  # noqa: BLE001  # the root of a call: becomes its status
         return fail(method, call, exc, started_s)
@@ -368,7 +368,8 @@ async def await_in_time(response: Coroutine[Any, Any, T], call: Call) -> T:
         raise
 
 
-def _count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: float) -> None:
+def count_cancelled(method: UnaryMethod | StreamMethod, call: Call, started_s: float) -> None:
+    """Count and log a call that has begun, and whose client waits no more."""
     elapsed_s = time.perf_counter() - started_s
     method.stats.end(StatusCode.CANCELLED.name, elapsed_s)
     left_out = method.log_limiters[logging.INFO].take(time.perf_counter())

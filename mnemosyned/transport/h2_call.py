@@ -1,7 +1,7 @@
 """One call on a stream of HTTP/2: what its headers say, who works for it, and how it ends.
 
     Stream (http2/server.py) <── Call ── work ──> UnaryWork: the task of a call that waits
-                                          └─────> StreamWork: a call that streams, its messages and its task
+                                          └─────> Streaming (h2_streams.py): a call of many messages
 
 A Call is made for each request, so it does as little as it can: headers are read when they are asked for, and
 a call that is answered at once has no work at all.
@@ -10,8 +10,6 @@ a call that is answered at once has no work at all.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
 from functools import lru_cache
 from typing import Final, Protocol
 
@@ -22,18 +20,14 @@ from mnemosyned.errors import (
     DeadlineExceeded,
     InvalidArgument,
     MnemosyneError,
-    Overloaded,
     Unimplemented,
 )
 from mnemosyned.transport import frame
-from mnemosyned.transport.call import OWNER_KEY, ClientGone, Failure
+from mnemosyned.transport.call import OWNER_KEY, Failure
 
 GRPC: Final = b"application/grpc"
 CONTENT_TYPE: Final = (b"content-type", GRPC)
 _OWNER: Final = OWNER_KEY.encode()
-_HIGH_WATER_BYTES: Final = 64 * 1024  # held of one streaming answer, before its handler waits
-_MAX_QUEUED_BYTES: Final = 1024 * 1024  # of the messages of one call that its handler has not taken
-_MAX_QUEUED: Final = 1000  # such messages
 
 
 class Way(Protocol):
@@ -174,88 +168,6 @@ class UnaryWork:
         """Stop the handler."""
         # After the task's first step: before it, the work would never begin, and never be counted out.
         self._task.get_loop().call_soon(self._task.cancel)
-
-
-class StreamWork:
-    """A call whose method streams: the messages that have come, and the handler's task."""
-
-    def __init__(self, call: Call, reader: frame.FrameReader) -> None:
-        self.task: asyncio.Task[None] | None = None
-        self._call = call
-        self._reader = reader
-        self._messages: deque[bytes] = deque()
-        self._queued_bytes = 0
-        self._counted_bytes = 0
-        self._error: MnemosyneError | None = None
-        self._is_last = False
-        self._news = asyncio.Event()
-        self._emptied = asyncio.Event()
-
-    def feed(self, body: bytes) -> None:
-        """Take a part of the request in, and its end if the call is complete."""
-        self._is_last = is_last = self._call.is_complete
-        if self._call.is_refused:
-            # Parts of it were dropped, so what follows is no frame any more.
-            self._error = Overloaded("mnemosyned: too many requests are incomplete")
-        if self._error is None:
-            try:
-                self._enqueue(self._reader.feed(body))
-                if is_last:
-                    self._reader.end()
-            except MnemosyneError as exc:
-                self._error = exc
-        self._count()
-        self._news.set()
-
-    def _count(self) -> None:
-        held_bytes = self._queued_bytes + self._reader.held_bytes
-        if held_bytes != self._counted_bytes:
-            self._call.connection.count(self._call, held_bytes - self._counted_bytes)
-            self._counted_bytes = held_bytes
-
-    def _enqueue(self, messages: list[bytes]) -> None:
-        self._messages.extend(messages)
-        self._queued_bytes += sum(map(len, messages))
-        # A single message may be as large as its method allows.
-        if len(self._messages) > _MAX_QUEUED or (
-            len(self._messages) > 1 and self._queued_bytes > _MAX_QUEUED_BYTES
-        ):
-            self._messages.clear()
-            self._queued_bytes = 0
-            raise Overloaded("mnemosyned: too many messages are not answered")
-
-    async def messages(self) -> AsyncIterator[bytes]:
-        """Yield the messages as they come. Raises what is wrong with the next one."""
-        while True:
-            while self._messages:
-                message = self._messages.popleft()
-                self._queued_bytes -= len(message)
-                self._count()
-                yield message
-            if self._error is not None:
-                raise self._error
-            if self._is_last:
-                return
-            self._news.clear()
-            await self._news.wait()
-
-    async def send(self, message: bytes) -> None:
-        """Send a message, and wait until the client has taken most of what was sent before."""
-        if self._call.is_reset:
-            raise ClientGone
-        self._call.connection.send_part(self._call, message)
-        while self._call.connection.unsent_of(self._call) > _HIGH_WATER_BYTES:
-            self._emptied.clear()
-            await self._emptied.wait()
-
-    def wake(self) -> None:
-        """Take note that nothing is held of the answer any more."""
-        self._emptied.set()
-
-    def cancel(self) -> None:
-        """Stop the handler."""
-        if self.task is not None:
-            self.task.cancel()
 
 
 def is_grpc_type(content_type: bytes) -> bool:

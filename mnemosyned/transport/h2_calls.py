@@ -44,7 +44,6 @@ from mnemosyned.transport.h2_call import (
     CONTENT_TYPE,
     GRPC,
     Call,
-    StreamWork,
     UnaryWork,
     Way,
     failure_headers,
@@ -54,6 +53,7 @@ from mnemosyned.transport.h2_call import (
     status_headers,
 )
 from mnemosyned.transport.h2_server import Server
+from mnemosyned.transport.h2_streams import ExchangeWork, Streaming, StreamWork
 from mnemosyned.transport.methods import StreamMethod, UnaryMethod
 
 _OK_HEAD: Final[Headers] = [CONTENT_TYPE]
@@ -175,7 +175,7 @@ class Calls:
         """Take the beginning of a request, a part of one that streams, or a reset."""
         if call.is_reset:
             cancel(call)
-        elif isinstance(call.work, StreamWork):
+        elif isinstance(call.work, Streaming):
             call.work.feed(bytes(self._requests.take_body(call)))
             self._server.relieve_requests()
         elif call.work is None and not call.is_answered:
@@ -227,18 +227,32 @@ class Calls:
         elif stream is None:
             self._send_failure(call, refuse(call, Unimplemented(UNKNOWN_METHOD)))
         else:
-            limit_bytes = stream.max_message_bytes or self._max_message_bytes
-            self._requests.count_incomplete(call)
-            work = StreamWork(call, frame_reader(call, limit_bytes))
-            work.feed(bytes(self._requests.take_body(call)))
-            call.work = work
-            work.task = self._loop.create_task(self._run_stream(stream, call, work))
+            self._begin_stream(stream, call)
+
+    def _begin_stream(self, method: StreamMethod, call: Call) -> None:
+        reader = frame_reader(call, method.max_message_bytes or self._max_message_bytes)
+        self._requests.count_incomplete(call)
+        if method.begin is not None:
+            exchange = ExchangeWork(method, call, reader, self)
+            call.work = exchange
+            exchange.begin(method.begin)
+            exchange.feed(bytes(self._requests.take_body(call)))
+            return
+        work = StreamWork(call, reader)
+        work.feed(bytes(self._requests.take_body(call)))
+        call.work = work
+        work.task = self._loop.create_task(self._run_stream(method, call, work))
 
     async def _run_stream(self, method: StreamMethod, call: Call, work: StreamWork) -> None:
         try:
             failure = await invoke_stream(method, work.messages(), call, work.send)
         except ClientGone:
             return
+        self.end_stream(call, failure)
+        call.connection.flush_soon()
+
+    def end_stream(self, call: Call, failure: Failure | None) -> None:
+        """See Sender."""
         if call.is_reset:
             return
         if failure is not None and not call.is_answered:
@@ -247,10 +261,9 @@ class Calls:
             if not call.is_answered:
                 self._answers.head(call, 200, _OK_HEAD)
             self._answers.end(call, _OK_TRAILERS if failure is None else status_headers(failure))
-        call.connection.flush_soon()
 
     def send_part(self, call: Call, message: bytes) -> None:
-        """Answer with one message of several, or hold it."""
+        """See Sender."""
         if not call.is_answered:
             self._answers.head(call, 200, _OK_HEAD)
         self._answers.part(call, (framed(message),), time.monotonic())
@@ -262,7 +275,7 @@ class Calls:
             cancel(call)
             if not call.is_answered:
                 self._send_failure(call, failure)
-            elif isinstance(call.work, StreamWork) and not call.is_ended:
+            elif isinstance(call.work, Streaming) and not call.is_ended:
                 # A reset would look like the client's own cancelling.
                 self._answers.end(call, status_headers(failure))
             else:

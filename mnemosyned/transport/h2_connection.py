@@ -39,9 +39,10 @@ from mnemosyned.security.certificates import names_of
 from mnemosyned.transport import http1
 from mnemosyned.transport.engine import NO_LINGER, UNIX_PEER, host_port
 from mnemosyned.transport.h2_backlog import AT_ONCE_BYTES
-from mnemosyned.transport.h2_call import Call, StreamWork
+from mnemosyned.transport.h2_call import Call
 from mnemosyned.transport.h2_calls import Calls, cancel
 from mnemosyned.transport.h2_server import Server
+from mnemosyned.transport.h2_streams import Streaming
 from mnemosyned.transport.input_age import InputAge
 
 _LINGER_S: Final = 2.0
@@ -323,7 +324,7 @@ class Connection(asyncio.Protocol):
             if output:
                 self._transport.write(output)
             for call in emptied:
-                if isinstance(call.work, StreamWork):
+                if isinstance(call.work, Streaming):
                     call.work.wake()
             has_more = self._begin_waiting(now_s)
             if http.answers.has_held and (has_more or (output and self._is_writable)):

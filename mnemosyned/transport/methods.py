@@ -25,6 +25,7 @@ from typing import Any
 from aio.later import Later
 from aio.rate_limit import LogRateLimiter
 from mnemosyned.transport.call import Call, Encoded, MethodStats
+from mnemosyned.transport.exchange import BeginExchange, as_stream
 
 # Returns the response at once where it can: that saves a task switch on the hot path. A Later saves one too,
 # where the response comes with a batch, of the storage or from another node. All others return a coroutine.
@@ -59,12 +60,13 @@ class UnaryMethod:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StreamMethod:
-    """Messages in, messages out."""
+    """Messages in, messages out. One with `begin` is an exchange; an engine may answer it without a task."""
 
     path: str
     handle: StreamHandler
     stats: MethodStats
     max_message_bytes: int | None = None  # of each request; None: as the engine's options say
+    begin: BeginExchange | None = None
     log_limiters: Mapping[int, LogRateLimiter] = field(default_factory=_new_limiters)  # by level
 
 
@@ -90,6 +92,14 @@ class MethodTable:
         path = f"/{service}/{name}"
         stats = MethodStats(service, name, "stream")
         self.streams[path] = StreamMethod(path, handle, stats, max_message_bytes)
+
+    def add_exchange(
+        self, service: str, name: str, begin: BeginExchange, *, max_message_bytes: int | None = None
+    ) -> None:
+        """Serve a method that answers each message of a stream before the next one."""
+        path = f"/{service}/{name}"
+        stats = MethodStats(service, name, "stream")
+        self.streams[path] = StreamMethod(path, as_stream(begin), stats, max_message_bytes, begin)
 
     def methods(self) -> list[UnaryMethod | StreamMethod]:
         """Return all methods."""

@@ -297,7 +297,7 @@ async def test_a_leave_for_another_node_is_refused(peer: Peer) -> None:
 async def test_answers_too_large_together_are_left_to_the_storage(
     peer: Peer, origin: pb.Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mnemosyned.api.peer._MAX_RESPONSE_BYTES", 2500)
+    monkeypatch.setattr("mnemosyned.api.forwarded_batch._MAX_RESPONSE_BYTES", 2500)
     tokens = [await started(peer, subject_client="x" * 1000) for _ in range(4)]
     answers = await (await stream_to(peer, origin)).forward(*map(get, tokens))
 
