@@ -73,6 +73,8 @@ class QueryMetrics:
             buckets=_QUERY_BUCKETS_S,
             registry=registry,
         )
+        # By the name of a statement. To find them costs more than to count.
+        self._found: dict[str, tuple[Counter, Histogram]] = {}
         self._connections = Gauge(f"{prefix}_connections", "Connections of the pool.", registry=registry)
         self._in_use = Gauge(
             f"{prefix}_connections_in_use", "Connections that a statement uses.", registry=registry
@@ -83,8 +85,12 @@ class QueryMetrics:
 
     def count(self, query: str, elapsed_s: float) -> None:
         """Count a statement, failed or not."""
-        self._queries.labels(query).inc()
-        self._durations.labels(query).observe(elapsed_s)
+        found = self._found.get(query)
+        if found is None:
+            found = self._found[query] = (self._queries.labels(query), self._durations.labels(query))
+        queries, durations = found
+        queries.inc()
+        durations.observe(elapsed_s)
 
     def count_error(self, query: str) -> None:
         """Count a failed statement by its name.
