@@ -30,6 +30,7 @@ ROWS: Final = 20_000
 PAGES_PER_ITEM: Final = 40
 PAGES_PER_STATEMENT: Final = 20
 HOUR_US: Final = 3_600_000_000
+BAG_BYTES: Final = 300
 # How often asyncpg runs a statement before PostgreSQL may take the generic plan.
 EXECUTIONS: Final = 6
 
@@ -38,7 +39,9 @@ class Statements:
     """Every statement with arguments for some items, for one form of the table."""
 
     def __init__(self, queries: Queries, items: int, now_us: int) -> None:
-        keys = [f"t{number * 7}".encode() for number in range(1, items + 1)]
+        numbers = [number * 7 for number in range(1, items + 1)]
+        keys = [f"t{number}".encode() for number in numbers]
+        stored = [f"{number:0{BAG_BYTES}}".encode() for number in numbers]
         new = [f"new{number}".encode() for number in range(1, items + 1)]
         later = [now_us + HOUR_US] * items
         minute = timedelta(minutes=1)
@@ -53,6 +56,7 @@ class Statements:
             "lock_bags": (queries.lock_bags, [keys]),
             "write_bags": (queries.write_bags, [keys, [0] * items, bags, later]),
             "write_known": (queries.write_known, [keys, bags, bags, later]),
+            "write_known of unchanged bags": (queries.write_known, [keys, stored, bags, later]),
             "abandon": (queries.abandon, [keys, later]),
             "touch": (queries.touch, [keys, later]),
             "start": (queries.start, [new, bags, texts, texts, bags, [60_000_000] * items, later]),
@@ -121,7 +125,7 @@ class Statements:
 def rows(first: int, last: int, expiry: str) -> str:
     return (
         f"INSERT INTO {TABLE.sql} SELECT ('t' || n)::bytea, ('r' || n % 2000)::bytea, "  # noqa: S608
-        f"'s' || n % 2000, '', decode(repeat('00', 300), 'hex'), {expiry} "
+        f"'s' || n % 2000, '', lpad(n::text, {BAG_BYTES}, '0')::bytea, {expiry} "
         f"FROM generate_series({first}, {last}) n"
     )
 
