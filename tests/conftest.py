@@ -13,6 +13,7 @@ from functools import cache
 
 import matrix
 import pytest
+import scratch
 from hypothesis import HealthCheck, settings
 from mongodb_servers import MISSING, PROGRAM, URL, MongoServer
 from redis_clusters import RedisCluster
@@ -36,6 +37,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+
+def pytest_configure() -> None:
+    scratch.choose(os.environ)
 
 
 # Before pytest chooses by marks.
