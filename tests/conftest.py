@@ -5,6 +5,7 @@ A server per test process, a database per test.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Generator, Iterator
@@ -41,6 +42,18 @@ settings.load_profile("tests")
 
 def pytest_configure() -> None:
     scratch.choose(os.environ)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    # No test that was collected is garbage before the end: the collector need not look at thousands of them,
+    # now or in any later round.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # Before pytest chooses by marks.
