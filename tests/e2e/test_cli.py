@@ -54,13 +54,19 @@ def test_every_command_speaks_json_and_takes_the_node_from_the_environment(clust
 
 
 def test_whois_names_the_owner_and_never_repeats_the_token(cluster: Cluster) -> None:
-    node = ("-node", cluster.names[0])
-    owners = {run("whois", f"hunter2-{number}", *node)[1].strip() for number in range(12)}
-    piped = run("whois", "-", "-o", "json", *node, stdin="hunter2-1\n")[1]
+    first, _ = cluster.names
+    node = ("-node", first)
+    token_by_owner = {
+        cluster.page(first, f"?token=hunter2-{number}")["owner"]: f"hunter2-{number}" for number in range(30)
+    }
+    piped = run("whois", "-", "-o", "json", *node, stdin=f"{token_by_owner[first]}\n")[1]
 
-    assert owners == set(cluster.names)
-    assert json.loads(piped)["owner"] == run("whois", "hunter2-1", *node)[1].strip()
-    assert "hunter2-1" not in piped
+    assert set(token_by_owner) == set(cluster.names)
+    assert {run("whois", token, *node)[1]: owner for owner, token in token_by_owner.items()} == {
+        f"{name}\n": name for name in cluster.names
+    }
+    assert json.loads(piped)["owner"] == first
+    assert token_by_owner[first] not in piped
 
 
 def test_check_fails_when_a_node_is_dead(cluster: Cluster) -> None:
