@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
 from aio.later import Later, Outcome
-from mnemosyned.errors import MnemosyneError, Overloaded
+from mnemosyned.errors import DeadlineExceeded, MnemosyneError, Overloaded
 from mnemosyned.transport.call import ClientGone, Failure, count_cancelled, fail
 from mnemosyned.transport.exchange import BeginExchange, Exchange
 from mnemosyned.transport.frame import FrameReader
@@ -165,6 +165,7 @@ class ExchangeWork(Streaming):
         self._is_answering = False
         self._is_finishing = False
         self._is_over = False
+        self._timer: asyncio.TimerHandle | None = None
         self._started_s = time.perf_counter()
 
     def begin(self, begin: BeginExchange) -> None:
@@ -172,6 +173,9 @@ class ExchangeWork(Streaming):
         self._method.stats.begin()
         try:
             self._exchange = begin(self._call, self._finish)
+            left_s = self._call.deadline.left_s()
+            if left_s is not None:
+                self._timer = asyncio.get_running_loop().call_later(left_s, self._be_late)
         except Exception as exc:  # noqa: BLE001  # the root of a call
             self._end(exc)
 
@@ -191,8 +195,10 @@ class ExchangeWork(Streaming):
         if not self._is_over:
             self._close()
             count_cancelled(self._method, self._call, self._started_s)
-            if self._under_way is not None:
-                self._under_way.close()
+
+    def _be_late(self) -> None:
+        self._end(DeadlineExceeded())
+        self._call.connection.flush_soon()
 
     def _finish(self) -> None:
         self._is_finishing = True
@@ -256,5 +262,9 @@ class ExchangeWork(Streaming):
 
     def _close(self) -> None:
         self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._under_way is not None:
+            self._under_way.close()
         if self._exchange is not None:
             self._exchange.close()

@@ -60,8 +60,8 @@ class Toy:
     def close(self) -> None:
         self.closed += 1
 
-    def stream(self, **metadata: str) -> grpc.aio.StreamStreamCall:
-        return self.channel.stream_stream("/toy.Toy/Talk")(metadata=tuple(metadata.items()), timeout=20)
+    def stream(self, timeout: float | None = 20, **metadata: str) -> grpc.aio.StreamStreamCall:
+        return self.channel.stream_stream("/toy.Toy/Talk")(metadata=tuple(metadata.items()), timeout=timeout)
 
 
 @pytest.fixture(params=sorted(ENGINES))
@@ -183,6 +183,18 @@ async def test_a_client_that_gives_up_cancels_the_work_for_it(toy: Toy) -> None:
     await until(toy.waiting[0].done)
     await until(lambda: (toy.closed, toy.stats.in_flight) == (1, 0))
     assert toy.stats.by_code == {"CANCELLED": 1}
+
+
+async def test_a_stream_ends_with_the_deadline_of_its_client(toy: Toy) -> None:
+    # One that does not end it itself: grpcio's own time-out would.
+    call = toy.stream(timeout=None, **{"grpc-timeout": "300m"})
+    await call.write(b"wait")
+    await until(lambda: bool(toy.waiting))
+
+    assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(toy.waiting[0].done)
+    await until(lambda: (toy.closed, toy.stats.in_flight) == (1, 0))
+    assert toy.stats.by_code == {"DEADLINE_EXCEEDED": 1}
 
 
 async def test_a_client_that_does_not_read_is_not_answered_further(toy: Toy) -> None:
