@@ -165,13 +165,16 @@ async def test_this_side_ends_a_stream_that_waits_for_a_message(toy: Toy) -> Non
 async def test_this_side_ends_a_stream_after_the_answer_under_way(toy: Toy) -> None:
     call = toy.stream()
     await call.write(b"wait")
+    await call.write(b"never taken")
     await until(lambda: bool(toy.waiting))
+    # A stream of its own is answered meanwhile, so what has come of this one was seen.
+    assert await answer(toy.stream(), b"other") == b"other"
     toy.finishes[0]()
     toy.waiting[0].set_result(b"waited")
 
     assert await call.read() == b"waited"
     assert await call.code() is grpc.StatusCode.OK
-    assert toy.taken == [b"wait"]
+    assert toy.taken == [b"wait", b"other"]
 
 
 async def test_a_client_that_gives_up_cancels_the_work_for_it(toy: Toy) -> None:

@@ -22,6 +22,7 @@ from mnemosynerpc.session_pb2 import (
 from peering import Peer, peering, until_they_serve_copies
 from serving import ENGINES, kept
 
+from aio.later import Later
 from cluster import wire
 from cluster.identity import Identity
 from cluster.member import Kind, Member, Packet, Phase, State
@@ -416,6 +417,31 @@ async def test_a_caller_that_gives_up_as_its_answer_is_sent_is_no_bug(
     stats = peer.table.streams[f"/{SERVICE}/Forward"].stats
     await until(lambda: stats.in_flight == 0)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_calls_of_a_peer_that_gives_up_are_cancelled(peer: Peer, origin: pb.Origin) -> None:
+    waiting: Later[bytes] = Later()
+    ended: list[str] = []
+
+    async def slow(_: bytes, __: Call) -> bytes:
+        ended.append("begun")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        return b""
+
+    peer.calls.add_unary("mnemosynerpc.SessionManager", "Slow", slow)
+    peer.calls.add_unary("mnemosynerpc.SessionManager", "Later", lambda _, __: waiting)
+    stream = await stream_to(peer, origin)
+    forwarding = asyncio.create_task(stream.forward(item("Later"), item("Slow", in_ms=60_000)))
+    await until(lambda: ended == ["begun"])
+    stream.call.cancel()
+
+    # Before the time-out of the stream.
+    await until(lambda: waiting.done() and ended == ["begun", "cancelled"], within_s=5)
+    await asyncio.wait([forwarding])
 
 
 async def test_a_session_is_started_where_it_enters_the_cluster(store: MemoryStore) -> None:
