@@ -372,7 +372,7 @@ async def test_a_write_that_too_few_replicas_have_is_not_acknowledged(server: Re
             "its maxmemory-policy is allkeys-lru: it logs users out",
         ),
         (
-            {"cluster-enabled": "yes", "cluster-port": str(free_port())},
+            {"cluster-enabled": "yes", "cluster-port": "{free_port}"},
             "redis://:{password}@{host}",
             "it is a node of a Redis Cluster",
         ),
@@ -382,7 +382,9 @@ async def test_a_write_that_too_few_replicas_have_is_not_acknowledged(server: Re
 async def test_a_server_that_will_never_do_is_refused_in_one_line(
     tmp_path: Path, settings: dict[str, str], address: str, complaint: str
 ) -> None:
-    with redis_server(tmp_path / "server", **settings) as server:
+    # Not chosen with the parameters: these are made minutes before, for all tests.
+    chosen = {key: value.format(free_port=free_port()) for key, value in settings.items()}
+    with redis_server(tmp_path / "server", **chosen) as server:
         store = new_redis_store(address.format(host=f"127.0.0.1:{server.port}", password=PASSWORD))
         with pytest.raises(StorageRefused) as refused:
             await store.open()
