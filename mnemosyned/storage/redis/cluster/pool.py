@@ -89,7 +89,7 @@ class ClusterPool:
         self.clocks = Clocks()
         self.admission = Admission(self._meet)
         self.home = slots.home(options.prefix)
-        self.buckets: Sequence[Space] = ()
+        self._buckets: Sequence[Space] = ()
         self._around = Surroundings(
             connect=self._connect,
             look=self._look,
@@ -122,7 +122,14 @@ class ClusterPool:
 
     def divide(self, count: int) -> None:
         """Take the number of buckets."""
-        self.buckets = slots.buckets(self._options.prefix, count)
+        self._buckets = slots.buckets(self._options.prefix, count)
+
+    @property
+    def buckets(self) -> Sequence[Space]:
+        """The key spaces of sessions. Raises StorageUnavailable: they are not known yet."""
+        if not self._buckets:
+            raise StorageUnavailable("mnemosyned: storage: not connected")
+        return self._buckets
 
     def opened(self) -> None:
         """Tell of servers that will not do from now on, and use them all the same."""
@@ -176,7 +183,7 @@ class ClusterPool:
         (count,) = await replies_of(address, host, self._options.connect_timeout_s, [question])
         if isinstance(count, Exception):
             raise count
-        if count is not None and int(count) != len(self.buckets) > 0:
+        if count is not None and int(count) != len(self._buckets) > 0:
             raise StorageRefused(f"Redis at {address}: it has {int(count)} buckets: it needs a restart")
 
     def follow(self, ask: Callable[[], None]) -> None:

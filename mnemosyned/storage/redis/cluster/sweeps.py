@@ -109,8 +109,9 @@ class Sweeps:
         return {bucket: count for bucket, (count, _) in counts.items() if count}
 
     async def _counts(self, criteria: Criteria, which: str) -> dict[int, tuple[int, int]]:
+        holding = await self._pool.holding(criteria)
         places = {space: bucket for bucket, space in enumerate(self._pool.buckets)}
-        numbers = [places[space] for space in await self._pool.holding(criteria)]
+        numbers = [places[space] for space in holding]
         replies = await self._run(scripts.COUNT, numbers, (*texts_of(criteria), which))
         return {bucket: (count, departed) for bucket, (count, departed) in zip(numbers, replies, strict=True)}
 

@@ -1,0 +1,51 @@
+"""Calls that come before the storage was ever open: they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+import pytest
+from mnemosynerpc.session_pb2 import (
+    AbandonRequest,
+    DeleteRequest,
+    ExistsRequest,
+    GetRequest,
+    ListRequest,
+    Session,
+    SetValueRequest,
+    StartRequest,
+)
+from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from probes import code_of
+from processes import Daemon
+
+TOKEN = "of-no-session"  # names nothing
+CALLS: dict[str, Callable[[SessionManagerStub], object]] = {
+    "Start": lambda stub: stub.Start(StartRequest(session=Session(subject_id="u"))),
+    "Get": lambda stub: stub.Get(GetRequest(access_token=TOKEN)),
+    "Exists": lambda stub: stub.Exists(ExistsRequest(access_token=TOKEN)),
+    "SetValue": lambda stub: stub.SetValue(SetValueRequest(access_token=TOKEN, key="k", value="v")),
+    "Abandon": lambda stub: stub.Abandon(AbandonRequest(access_token=TOKEN)),
+    "List": lambda stub: stub.List(ListRequest()),
+    "List of pages": lambda stub: stub.List(ListRequest(page_token="")),
+    "Delete of a session": lambda stub: stub.Delete(DeleteRequest(access_token=TOKEN)),
+    "Delete of a user": lambda stub: stub.Delete(DeleteRequest(subject_id="u")),
+}
+# Nothing listens there.
+AWAY = {
+    "postgres": ("-postgres.address=postgres://u:p@127.0.0.1:9/d",),
+    "redis": ("-storage=redis", "-redis.address=redis://127.0.0.1:9"),
+    "redis-cluster": ("-storage=redis", "-redis.address=redis+cluster://127.0.0.1:9"),
+    "mongodb": ("-storage=mongodb", "-mongodb.address=mongodb://127.0.0.1:9/d"),
+}
+
+
+@pytest.mark.parametrize("engine", AWAY)
+def test_without_a_storage_each_call_is_unavailable(engine: str) -> None:
+    with Daemon(*AWAY[engine]) as daemon, daemon.listening().stub() as stub:
+        daemon.wait_for("storage_not_ready")
+        codes = {name: code_of(lambda: call(stub)) for name, call in CALLS.items()}  # noqa: B023  # done at once
+        assert daemon.stop() == 0
+
+    assert codes == dict.fromkeys(CALLS, grpc.StatusCode.UNAVAILABLE)
