@@ -14,7 +14,8 @@ Start
 5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
 6. SERVING, once the node has joined: before that it cannot keep copies, and writes of others do not reach it.
 
-Calls are answered from step 3 on, with UNAVAILABLE until step 4. A balancer sends none before step 6.
+Calls are taken from step 3 on. They wait for the first try of step 4 (storage/opening.py), and are answered
+with UNAVAILABLE if it fails. A balancer that asks for the node's health sends none before step 6.
 
 Stop
 ----

@@ -1,8 +1,10 @@
-"""Calls that come before the storage was ever open: they fail."""
+"""Calls that come before the storage was ever open: they wait for the first try, and then fail."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import grpc
 import pytest
@@ -17,8 +19,10 @@ from mnemosynerpc.session_pb2 import (
     StartRequest,
 )
 from mnemosynerpc.session_pb2_grpc import SessionManagerStub
+from networks import Relay
 from probes import code_of
 from processes import Daemon
+from redis_servers import needs_redis, redis_server
 
 TOKEN = "of-no-session"  # names nothing
 CALLS: dict[str, Callable[[SessionManagerStub], object]] = {
@@ -49,3 +53,28 @@ def test_without_a_storage_each_call_is_unavailable(engine: str) -> None:
         assert daemon.stop() == 0
 
     assert codes == dict.fromkeys(CALLS, grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.fixture(params=["postgres", pytest.param("redis", marks=needs_redis)])
+def slow_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, ...]]:
+    """Lend the flags of a storage that takes some tenths of a second to open."""
+    with ExitStack() as stack:
+        if request.param == "postgres":
+            address, flags = request.getfixturevalue("postgres_dsn"), ("-postgres.address=",)
+        else:
+            address = stack.enter_context(redis_server(tmp_path / "redis")).url
+            flags = ("-storage=redis", "-redis.address=")
+        head, _, rest = address.rpartition(":")
+        port, _, name = rest.partition("/")
+        relay = stack.enter_context(Relay("127.0.0.1", int(port)))
+        relay.delay_s = 0.01
+        yield (*flags[:-1], f"{flags[-1]}{head}:{relay.port}/{name}")
+
+
+def test_a_call_waits_while_the_storage_is_opened(slow_storage: tuple[str, ...]) -> None:
+    """A balancer that looks at the port alone sends calls as soon as it listens."""
+    with Daemon(*slow_storage) as daemon, daemon.listening().stub() as stub:
+        assert '"storage_ready"' not in daemon.log
+        assert code_of(lambda: CALLS["Get"](stub)) is grpc.StatusCode.NOT_FOUND
+        daemon.serving()
+        assert daemon.stop() == 0

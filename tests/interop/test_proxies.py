@@ -49,7 +49,7 @@ def envoy(nodes: list[str], port: int, directory: Path) -> list[str]:
 
 PROXIES = {"nginx": nginx, "haproxy": haproxy, "envoy": envoy}
 # nginx has no health checks: after a refused connection it leaves a node alone for its `fail_timeout`.
-# That is longer than a restart, because a node answers UNAVAILABLE until it has its storage.
+# A restart may take longer: calls that come to a node before it has its storage wait for that.
 REST_S = {"nginx": 3.5, "haproxy": 0.5, "envoy": 0.5}
 
 
