@@ -282,7 +282,7 @@ async def _list(service: SessionService, request: ListRequest, _: Call) -> bytes
         expires_after_us=_instant_us(query, "expire_at_from"),
         expires_before_us=_instant_us(query, "expire_at_to"),
     )
-    return await service.list(
+    return await service.pages.page(
         criteria,
         offset=request.offset,
         limit=request.limit,

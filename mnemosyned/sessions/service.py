@@ -1,4 +1,4 @@
-"""The use cases: what each RPC means, on values, without gRPC.
+"""The use cases: what each RPC means, on values, without gRPC. That of List is in `pages.py`.
 
 A Get that the cache can answer returns its response at once. One that must be loaded, and what
 writes one session, return a Later, which needs no task. Everything else that must wait is a coroutine.
@@ -14,8 +14,6 @@ Rules for editing:
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from aio.deadline import NO_DEADLINE, Deadline
 from aio.expiry import Expiry
 from aio.later import Later, Outcome
 from aio.slices import in_slices
-from aio.steps import STEP_ITEMS, Steps, cut
 from aio.units import NEVER_US
 from cache.lru import Slot
 from cache.read_through import Fill, ReadThrough
@@ -38,23 +35,18 @@ from mnemosyned.errors import (
     SessionAlreadyExists,
     SessionNotFound,
 )
-from mnemosyned.sessions import bag, damage, page_token
+from mnemosyned.sessions import bag
 from mnemosyned.sessions.bag import BagLimits
 from mnemosyned.sessions.batched import BatchedStore, settled
 from mnemosyned.sessions.changed_copies import Change, ChangedCopies
 from mnemosyned.sessions.clock import StorageClock
 from mnemosyned.sessions.coherence import Coherence, Written
-from mnemosyned.sessions.columns import SessionColumns
 from mnemosyned.sessions.counts import SessionCounts
 from mnemosyned.sessions.damage_log import DamageLog
 from mnemosyned.sessions.encoded import EncodedResponse, EncodedSession, ExpiryField
 from mnemosyned.sessions.lifetime import Lifetime
 from mnemosyned.sessions.listing import Listing
 from mnemosyned.sessions.model import (
-    DEFAULT_LIST_LIMIT,
-    DEFAULT_PAGE_BYTES,
-    MAX_LIST_LIMIT,
-    MAX_PAGE_BYTES,
     Abandonment,
     ChangedBag,
     Criteria,
@@ -65,18 +57,14 @@ from mnemosyned.sessions.model import (
     check_criteria,
     check_new,
 )
-from mnemosyned.sessions.page_response import PageResponse
-from mnemosyned.sessions.store import KeyedPage, Page, SessionStore
+from mnemosyned.sessions.pages import Pages
+from mnemosyned.sessions.store import SessionStore
 from mnemosyned.sessions.token import check_token
 from mnemosyned.sessions.token_hash import is_hashed
 from mnemosyned.sessions.touches import TouchWriter
 
-_MAX_OFFSET: Final = 2**63 - 1
 # Sessions ended by one step of a Delete: it holds few locks, and for a short time.
 _DELETE_BATCH: Final = 5000
-# Pages of List that are read or encoded at once. Others wait: a page may be megabytes, and takes a connection
-# of the storage, of which other calls need some.
-_PAGES_AT_ONCE: Final = 4
 # Python objects around the token: its slot, and its place in the dictionary.
 NEGATIVE_BYTES: Final = 350
 
@@ -114,7 +102,8 @@ class SessionService:
         self._store = store
         self._cache = cache
         self._touches = touches
-        self._listing = Listing(store, touches, touch_interval_us=rules.lifetime.touch_interval_us)
+        listing = Listing(store, touches, touch_interval_us=rules.lifetime.touch_interval_us)
+        self.pages = Pages(listing, self._checking)
         self._coherence = coherence
         self._clock = clock
         self._batched: BatchedStore[Loaded] = BatchedStore(
@@ -124,7 +113,6 @@ class SessionService:
             changed_copies=ChangedCopies(cache, coherence, clock=clock, make_slot=self._slot),
         )
         self._expiry_field = ExpiryField()
-        self._pages = asyncio.Semaphore(_PAGES_AT_ONCE)
         self._late = Expiry(_be_late)
 
     def not_after_us(self, deadline: Deadline) -> int:
@@ -313,66 +301,6 @@ class SessionService:
         if not was_there:
             raise SessionNotFound
         self.counts.ended_by_cause["abandoned"] += 1
-
-    async def list(
-        self,
-        criteria: Criteria,
-        *,
-        offset: int,
-        limit: int,
-        max_bytes: int = 0,
-        token: str | None = None,
-    ) -> bytes:
-        """Return live sessions as a response message; a limit or `max_bytes` of 0 means the default.
-
-        Damaged sessions are left out, counted in the response, and logged. The page ends early, and says so,
-        if it would be larger than `max_bytes`. With a page token, also an empty one, sessions are in the
-        sequence of their stored keys (`page_token.py`); otherwise in that of their expiries.
-
-        Raises:
-            InvalidArgument: offset, limit or `max_bytes` out of bounds; a page token of another query.
-        """
-        check_criteria(criteria)
-        if not 0 <= offset <= _MAX_OFFSET:
-            raise InvalidArgument("mnemosyned: offset is negative")
-        if not 0 <= limit <= MAX_LIST_LIMIT:
-            raise InvalidArgument(f"mnemosyned: limit is not between 0 and {MAX_LIST_LIMIT}")
-        if not 0 <= max_bytes <= MAX_PAGE_BYTES:
-            raise InvalidArgument(f"mnemosyned: max_bytes is not between 0 and {MAX_PAGE_BYTES}")
-        if token is not None and offset:
-            raise InvalidArgument("mnemosyned: offset and page_token exclude each other")
-        place = None if token is None else page_token.PageToken.parse(token, criteria)
-        limit, max_bytes = limit or DEFAULT_LIST_LIMIT, max_bytes or DEFAULT_PAGE_BYTES
-        async with self._pages:
-            if place is not None:
-                keyed = await self._listing.walk(criteria, token=place, limit=limit, max_bytes=max_bytes)
-                return await in_slices(
-                    self._page_response(keyed, max_bytes, page_token.after_keyed(criteria, place, keyed))
-                )
-            page = await self._listing.page(criteria, offset=offset, limit=limit, max_bytes=max_bytes)
-            following = page_token.NOTHING
-            if not offset:
-                following = page_token.after_first(criteria, page, salt=os.urandom(page_token.SALT_BYTES))
-            return await in_slices(self._page_response(page, max_bytes, following))
-
-    def _page_response(
-        self, page: Page | KeyedPage, max_bytes: int, following: page_token.Following
-    ) -> Steps[bytes]:
-        response = PageResponse(max_bytes=max_bytes - following.most_bytes)
-        for part in cut(page.sessions):
-            if response.count:
-                yield
-            columns = SessionColumns.of(part)
-            if columns is not None and damage.are_ordinary(columns) and response.add_ordinary(columns):
-                continue
-            checked = yield from self._checking((one.access_token, damage.nameable(one)) for one in part)
-            yield from response.add(checked)
-            if response.is_full:
-                break
-        if response.count > STEP_ITEMS:
-            # The token has a digest of each session.
-            yield
-        return response.finished(is_cut=page.is_cut, next_token=following.token)
 
     async def delete(
         self,
