@@ -29,9 +29,10 @@ from mnemosyned.storage.redis.store import RedisStore
 )
 def test_each_name_builds_its_own_engine(name: str, store: type) -> None:
     config = configured(f"-storage={name}")
+    engine = config[StorageConfig].engine
 
-    assert config[StorageConfig].engine.name == name
-    assert type(new_store(config, Surroundings(registry=CollectorRegistry()), None)) is store
+    assert engine.name == name
+    assert type(engine.build(config, Surroundings(registry=CollectorRegistry()))) is store
 
 
 def test_a_name_that_is_not_registered_reaches_no_engine() -> None:
