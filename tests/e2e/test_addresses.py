@@ -57,11 +57,15 @@ def test_a_unix_socket_is_listened_on_and_the_admin_port_is_one_of_tcp(engine: s
         assert (code, err.count("\n")) == (1, 1)
         assert f"cannot listen on unix:{path}: Address already in use" in err
         assert is_answered(daemon.address)
-        done = subprocess.run(
-            [sys.executable, "-m", "mnemosyned.commands.healthcheck"],
-            check=False,
-            env=os.environ | {"MNEMOSYNED_HOST": f"unix:{path}", "MNEMOSYNED_PORT": str(port)},
-        )
+        # With flags: those of a daemon that another test has left to process 1 would come first.
+        check = [
+            sys.executable,
+            "-m",
+            "mnemosyned.commands.healthcheck",
+            f"-host=unix:{path}",
+            f"-port={port}",
+        ]
+        done = subprocess.run(check, check=False)
         assert done.returncode == 0
         assert daemon.stop() == 0
     assert not path.exists()

@@ -541,7 +541,8 @@ def test_the_health_check_of_the_image_tells_whether_it_is_alive(wire: str, tmp_
         }
 
     def check() -> tuple[int, str]:
-        command = [sys.executable, "-m", "mnemosyned.commands.healthcheck"]
+        # With a flag: a daemon that another test has left to process 1 is not looked at then.
+        command = [sys.executable, "-m", "mnemosyned.commands.healthcheck", f"-port={port}"]
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=30, env=os.environ | environ
         )

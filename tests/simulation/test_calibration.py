@@ -11,6 +11,9 @@ from simulation.world import World, false_deaths
 from cluster.member import EventKind
 from cluster.swim import Settings
 
+# Half a minute of computing, on a core of its own.
+pytestmark = pytest.mark.timeout(240)
+
 # As in the papers: no evidence but probes, no second opinions, no full syncs.
 LIFEGUARD = Settings(
     suspicion_factor=5.0,
