@@ -37,6 +37,7 @@ from mnemosyned.api.auth import guard
 from mnemosyned.api.guessing import GuessWatch
 from mnemosyned.api.health import SERVICE_NAME as HEALTH
 from mnemosyned.api.health import Health
+from mnemosyned.api.opening import OpeningRouter
 from mnemosyned.api.rpc import LocalRouter, Router
 from mnemosyned.node_config import ClusterConfig
 from mnemosyned.observe.collectors import GuessCollector, RpcCollector
@@ -113,6 +114,7 @@ class Parts:
     table: MethodTable  # what the gRPC port serves
     peers: MethodTable | None  # what the peers' port serves; None: the gRPC port serves peers too
     forwarded: MethodTable  # what peers forward to this node
+    opening: OpeningRouter  # what holds the clients' calls until the storage is open
     health: Health
     upkeep: UpkeepMetrics
 
@@ -140,7 +142,7 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
         )
     health = _new_health(config[GrpcConfig])
     gate = None if keeper is None else LeaseGate(keeper)
-    router = LocalRouter(service, gate) if node is None else node.router(_trace_context(hooks))
+    router = OpeningRouter(LocalRouter(service, gate) if node is None else node.router(_trace_context(hooks)))
     tables = _new_tables(config, service, router, node, health=health, hooks=hooks)
     _register_calls(hooks.registry, tables, node)
     return Parts(
@@ -156,6 +158,7 @@ def assemble(config: Config, store: EngineStore, hooks: Hooks) -> Parts:
         table=tables.clients,
         peers=tables.peers,
         forwarded=tables.forwarded,
+        opening=router,
         health=health,
         upkeep=sessions.upkeep,
     )

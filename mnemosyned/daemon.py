@@ -14,8 +14,8 @@ Start
 5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
 6. SERVING, once the node has joined: before that it cannot keep copies, and writes of others do not reach it.
 
-Calls are taken from step 3 on. They wait for the first try of step 4 (storage/opening.py), and are answered
-with UNAVAILABLE if it fails. A balancer that asks for the node's health sends none before step 6.
+Calls are taken from step 3 on. They wait for the first try of step 4 (api/opening.py), and are answered with
+UNAVAILABLE if it fails. A balancer that asks for the node's health sends none before step 6.
 
 Stop
 ----
@@ -258,6 +258,7 @@ class _Daemon:
 
     async def _listen(self, pulse: Pulse) -> Ports:
         """Open all ports. Raises StartFailed, with no port open."""
+        self._parts.opening.hold()
         try:
             vitals = Vitals(readiness=self._readiness, pulse=pulse, is_draining=lambda: self._is_draining)
             place = None if self._worker is None else self._worker.place
@@ -415,7 +416,11 @@ class _Daemon:
 def _new_health(store: Storage, parts: Parts) -> StorageHealth:
     keeper = parts.keeper
     health = StorageHealth(
-        store, parts.clock, on_replaced=parts.cache.drop_everything, has_lease=keeper is not None
+        store,
+        parts.clock,
+        on_replaced=parts.cache.drop_everything,
+        on_tried=parts.opening.release,
+        has_lease=keeper is not None,
     )
     if keeper is not None:
         keeper.on_doubt.append(health.doubt)

@@ -245,13 +245,8 @@ def token_hasher(config: Config) -> TokenHasher | None:
 
 
 def new_store(config: Config, surroundings: Surroundings, hasher: TokenHasher | None) -> EngineStore:
-    """Return the chosen engine's store, not yet opened; behind a HashedStore where an HMAC key is known.
-
-    Its calls wait while it is opened for the first time.
-    """
-    from mnemosyned.storage.opening import waiting
-
-    store = waiting(config[StorageConfig].engine.build(config, surroundings))
+    """Return the chosen engine's store, not yet opened; behind a HashedStore where an HMAC key is known."""
+    store = config[StorageConfig].engine.build(config, surroundings)
     if hasher is None:
         return store
     from mnemosyned.storage.hashed import HashedStore

@@ -85,6 +85,7 @@ class StorageHealth:
         clock: StorageClock,
         *,
         on_replaced: Callable[[], None] = lambda: None,
+        on_tried: Callable[[], None] = lambda: None,
         has_lease: bool = False,
     ) -> None:
         """`has_lease`: once it is open, renewals of a lease bring its clock, and `doubt` tells of them."""
@@ -92,6 +93,7 @@ class StorageHealth:
         self._clock = clock
         self._has_lease = has_lease
         self._on_replaced = on_replaced  # the stored sessions are others than before
+        self._on_tried = on_tried  # to open it, with or without success
         self._sessions: object = None
         self._is_serving = False
         self._reason = "the storage has not answered yet"
@@ -118,9 +120,7 @@ class StorageHealth:
         tries, begun_s, outage = 0, time.monotonic(), _Outage("storage_not_ready", logging.WARNING)
         while True:
             try:
-                await self._storage.open()
-                await self._read_clock()
-                await self._probe()
+                await self._try_to_open()
             except StorageUnavailable as exc:
                 outage.goes_on(exc)
                 self._reason = exc.detail or str(exc)
@@ -129,6 +129,14 @@ class StorageHealth:
             else:
                 log.info("storage_ready", extra={"after_s": round(time.monotonic() - begun_s, 1)})
                 return
+
+    async def _try_to_open(self) -> None:
+        try:
+            await self._storage.open()
+            await self._read_clock()
+            await self._probe()
+        finally:
+            self._on_tried()
 
     async def run(self) -> None:
         """Ask each period, until cancelled. Logs changes, and once a minute that an outage goes on."""

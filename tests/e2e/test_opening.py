@@ -78,3 +78,13 @@ def test_a_call_waits_while_the_storage_is_opened(slow_storage: tuple[str, ...])
         assert code_of(lambda: CALLS["Get"](stub)) is grpc.StatusCode.NOT_FOUND
         daemon.serving()
         assert daemon.stop() == 0
+
+
+def test_a_write_that_waits_too_long_for_the_storage_is_not_done(slow_storage: tuple[str, ...]) -> None:
+    with Daemon(*slow_storage) as daemon, daemon.listening().stub() as stub:
+        late = StartRequest(session=Session(access_token=TOKEN))
+        assert code_of(lambda: stub.Start(late, timeout=0.05)) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert '"storage_ready"' not in daemon.log
+        daemon.serving()
+        assert code_of(lambda: CALLS["Get"](stub)) is grpc.StatusCode.NOT_FOUND
+        assert daemon.stop() == 0
