@@ -158,7 +158,19 @@ class Server:
         self.now_us = 0
 
     async def pages(self, query: Query, arguments: list[object], runs: int) -> tuple[int, str]:
-        """Run a prepared statement so often; return the pages that the last run read, and its plan.
+        """Run a prepared statement so often; return the pages that the last run read, and its plan."""
+        text = await self.explained(query, arguments, runs)
+        (found,) = json.loads(text)
+        plan = found["Plan"]
+        return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], text
+
+    async def took_ms(self, query: Query, arguments: list[object]) -> float:
+        """Return the least time that the server took for a statement, of some runs."""
+        texts = [await self.explained(query, arguments, 1) for _ in range(5)]
+        return min(json.loads(text)[0]["Execution Time"] for text in texts)
+
+    async def explained(self, query: Query, arguments: list[object], runs: int) -> str:
+        """Run a prepared statement so often; return the plan of the last run.
 
         By EXECUTE, since EXPLAIN of a statement with parameters never uses the generic plan. Every run is
         undone.
@@ -176,9 +188,7 @@ class Server:
                 await connection.execute(execute)
             await transaction.rollback()
         await connection.execute("DEALLOCATE it")
-        (found,) = json.loads(text)
-        plan = found["Plan"]
-        return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], text
+        return str(text)
 
     async def over(self, statements: Calls, allowed: int, *, runs: int = 1) -> dict[str, object]:
         over: dict[str, object] = {}
@@ -279,3 +289,14 @@ async def test_a_statement_costs_so_much_an_item_whatever_the_statistics_say(
     statements = Statements(queries, 5, server.now_us)
     every = statements.look_ups | statements.ranges
     assert not await server.over(every, statements.pages_allowed(), runs=EXECUTIONS)
+
+
+async def test_a_large_batch_takes_no_longer_for_an_item(server: Server, queries: Queries) -> None:
+    """One that compares all keys with all others reads the same pages, and takes 30 times as long."""
+    await server.connection.execute("SET plan_cache_mode = force_generic_plan")
+    took_ms: dict[str, list[float]] = {}
+    for items in (16, 512):
+        for name, call in Statements(queries, items, server.now_us).look_ups.items():
+            took_ms.setdefault(name, []).append(await server.took_ms(*call) / items)
+
+    assert not {name: times for name, times in took_ms.items() if times[1] > 6 * times[0]}

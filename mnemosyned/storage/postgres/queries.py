@@ -344,8 +344,9 @@ def _touch(table: str, same_key: str) -> Query:
 def _rename(table: str, locking: str = "") -> Query:
     """RenamableStore.rename: give live sessions new stored keys; no key comes twice.
 
-    Parameters: old keys, new keys. Index: the primary key. Locks: the rows under the old keys; whatever a
-    DELETE or UPDATE then changes. The result is in the order of the parameters.
+    Parameters: old keys, new keys. Index: the primary key, for each key alone, as by SAME_KEY. Locks: the
+    rows under the old keys; whatever a DELETE or UPDATE then changes. The result is in the order of the
+    parameters.
 
     A renaming moves a row within the order of keys, so the common lock order does not help: a batch that
     holds one row and waits for another can meet a touch that holds them the other way round. Therefore:
@@ -362,21 +363,21 @@ def _rename(table: str, locking: str = "") -> Query:
         "WITH asked AS MATERIALIZED (SELECT * FROM unnest($1::bytea[], $2::bytea[]) WITH ORDINALITY "
         "AS one (old, new, number)), "
         "held AS MATERIALIZED (SELECT asked.old, asked.new, "
-        f"EXISTS (SELECT 1 FROM {table} AS taken WHERE taken.access_token = asked.new "
-        f"AND taken.access_token = ANY($2::bytea[]) AND taken.{LIVE}) AS is_taken FROM {table} AS there "
-        f"JOIN asked ON there.access_token = asked.old AND there.{ASKED} "
+        f"EXISTS (SELECT 1 FROM {table} AS taken WHERE taken.access_token = ANY(ARRAY[asked.new]) "
+        f"AND taken.{LIVE}) AS is_taken FROM {table} AS there "
+        "JOIN asked ON there.access_token = ANY(ARRAY[asked.old]) "
         f"WHERE there.{LIVE} ORDER BY asked.old FOR UPDATE OF there {locking}), "
         # Of two live sessions of one token, the one under the current key stays.
         f"ended AS (DELETE FROM {table} AS there USING held "
-        f"WHERE is_taken AND there.access_token = held.old AND there.{ASKED}), "
+        "WHERE is_taken AND there.access_token = ANY(ARRAY[held.old])), "
         # An expired row does not exist, but cleanup has not seen it yet, and it occupies the key.
         f"expired AS (DELETE FROM {table} AS there USING held WHERE NOT is_taken "
-        "AND there.access_token = held.new AND there.access_token = ANY($2::bytea[]) "
+        "AND there.access_token = ANY(ARRAY[held.new]) "
         f"AND NOT there.{LIVE} RETURNING 1), "
         # PostgreSQL runs the parts of a statement in any order. Counting `expired` (always >= 0) makes the
         # UPDATE wait until those rows are deleted, or the primary key would refuse it.
         f"renamed AS (UPDATE {table} AS there SET access_token = held.new FROM held WHERE NOT is_taken "
-        f"AND there.access_token = held.old AND there.{ASKED} AND (SELECT count(*) FROM expired) >= 0) "
+        "AND there.access_token = ANY(ARRAY[held.old]) AND (SELECT count(*) FROM expired) >= 0) "
         # By the snapshot, so before the changes: a session that is there has one key or the other.
         f"SELECT EXISTS (SELECT 1 FROM {table} AS there WHERE there.access_token IN (asked.old, asked.new) "
         f"AND there.{LIVE}) AS is_there FROM asked ORDER BY number",
