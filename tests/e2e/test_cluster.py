@@ -143,6 +143,7 @@ async def test_no_call_fails_when_a_host_falls_silent(spread: Cluster, network: 
     assert loss.rejoined_s < 14.0
 
 
+@pytest.mark.slow
 @needs_network
 async def test_both_parts_of_a_parted_cluster_answer_and_find_one_another_again(
     spread: Cluster, network: Network
@@ -163,6 +164,7 @@ async def test_a_node_is_found_under_its_new_address(spread: Cluster, network: N
     assert took_s < 10.0
 
 
+@pytest.mark.slow
 @needs_network
 async def test_no_call_fails_when_every_node_is_replaced_at_another_address(
     spread: Cluster, network: Network
