@@ -292,6 +292,15 @@ async def test_sessions_are_found_by_expiry_then_token_and_page_by_page(engine: 
     ]
 
 
+@pytest.mark.parametrize("offset", [2**31, 2**53 + 1, 2**63 - 1])
+async def test_a_page_far_behind_the_last_session_is_empty(engine: Engine, offset: int) -> None:
+    await started(engine)
+
+    for criteria in (Criteria(), Criteria(subject_id="s"), Criteria(subject_id="s", refresh_token="")):
+        page = await engine.store.find(criteria, offset=offset, limit=1000)
+        assert (page.sessions, page.is_cut) == ([], False)
+
+
 async def test_a_page_that_would_not_fit_into_memory_is_refused(engine: Engine) -> None:
     large = bag.encode({"k": "x" * 3_900_000})
     for n in range(5):

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 _STEP: Final = 250
 # Sessions that one page of a walk looks at, also if it wants none of them.
 _MOST_LOOKED: Final = 2500
+# No server has as many sessions, and the numbers of Lua, which are doubles, do not become another one.
+_MAX_OFFSET: Final = 2**53
 
 
 class RedisStore:
@@ -109,9 +111,14 @@ class RedisStore:
         self, criteria: Criteria, *, offset: int, limit: int, max_bytes: int = MAX_PAGE_BYTES
     ) -> Page:
         """See SessionStore; the server sends no more than the page."""
-        # The first bag must not be withheld.
         is_cut, *replies = await self._pool.run(
-            scripts.FIND, *texts_of(criteria), offset, limit, max(max_bytes, MAX_BAG_BYTES), MAX_BAG_BYTES
+            scripts.FIND,
+            *texts_of(criteria),
+            min(offset, _MAX_OFFSET),
+            limit,
+            # The first bag must not be withheld.
+            max(max_bytes, MAX_BAG_BYTES),
+            MAX_BAG_BYTES,
         )
         found = [session_of(escaped(name), record) for name, record in pairs_of(replies)]
         return _cut(found, max_bytes, is_cut=bool(is_cut))
