@@ -160,6 +160,16 @@ class Criteria:
         """Tell whether nothing was asked for, which must never mean everything."""
         return self == Criteria()
 
+    def meets(self, session: Session) -> bool:
+        """Tell whether a session is one of those meant."""
+        wanted_by_found = (
+            (session.access_token, self.access_token),
+            (session.refresh_token, self.refresh_token),
+            (session.subject_id, self.subject_id),
+        )
+        is_wanted = all(wanted is None or found == wanted for found, wanted in wanted_by_found)
+        return is_wanted and self.allows(session.expires_at_us)
+
     def allows(self, expires_at_us: int) -> bool:
         """Tell whether a session that expires then is in the range."""
         after_us, before_us = self.expires_after_us, self.expires_before_us

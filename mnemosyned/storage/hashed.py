@@ -132,10 +132,16 @@ class HashedStore:
             (is_there,) = await self._rename([token])
             if isinstance(is_there, MnemosyneError):
                 raise is_there
-            deletion = await delete(await self._by_stored_key(criteria))
-            if deletion.stored_keys or not is_there:
+            by_key = await self._by_stored_key(criteria)
+            deletion = await delete(by_key)
+            if deletion.stored_keys or not is_there or await self._fails_to_meet(by_key):
                 return deletion
         raise _in_between()
+
+    async def _fails_to_meet(self, by_key: Criteria) -> bool:
+        """Tell whether the session with a stored key is there, and does not meet the other criteria."""
+        page = await self._store.find(Criteria(access_token=by_key.access_token), offset=0, limit=1)
+        return any(not (isinstance(one, Session) and by_key.meets(one)) for one in page.sessions)
 
     async def _by_stored_key(self, criteria: Criteria) -> Criteria:
         token = criteria.access_token

@@ -294,7 +294,7 @@ class MemoryStore:
         return True
 
     def _matching(self, criteria: Criteria) -> Iterator[Session]:
-        return (session for session in self._session_by_token.values() if _meets(session, criteria))
+        return (session for session in self._session_by_token.values() if criteria.meets(session))
 
     def _forget(self, tokens: list[str]) -> list[str]:
         for token in tokens:
@@ -319,13 +319,3 @@ def _readable(session: Session) -> Session | DamagedSession:
         return session
     reason = f"a bag is longer than {MAX_BAG_BYTES} bytes"
     return DamagedSession(access_token=session.access_token, reason=reason)
-
-
-def _meets(session: Session, criteria: Criteria) -> bool:
-    wanted_by_found = (
-        (session.access_token, criteria.access_token),
-        (session.refresh_token, criteria.refresh_token),
-        (session.subject_id, criteria.subject_id),
-    )
-    is_wanted = all(wanted is None or found == wanted for found, wanted in wanted_by_found)
-    return is_wanted and criteria.allows(session.expires_at_us)

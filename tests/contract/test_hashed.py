@@ -94,6 +94,24 @@ async def test_the_other_operations_find_it_too(engine: Engine, named: Named) ->
     assert sorted(await all_names(engine)) == sorted(map(KNOWN.stored_key, "abcf"))
 
 
+async def test_a_delete_ends_no_session_that_meets_only_some_of_the_criteria(
+    engine: Engine, named: Named
+) -> None:
+    await stored(engine, named("t"))
+    store = HashedStore(engine.store, KNOWN)
+    now_us = await store.now_us()
+
+    for criteria in (
+        Criteria(access_token="t", subject_id="another"),
+        Criteria(access_token="t", refresh_token="another"),
+        Criteria(access_token="t", expires_before_us=now_us),
+        Criteria(access_token="t", subject_id="s", expires_after_us=now_us + 3_600_000_000),
+    ):
+        deleted = await store.delete(criteria, limit=5)
+        assert (deleted.stored_keys, deleted.is_all) == ([], True)
+    assert await store.exist(["t"]) == [True]
+
+
 async def test_an_expired_session_does_not_exist_by_any_name(engine: Engine, named: Named) -> None:
     await stored(engine, named("t"))
     await engine.shift(named("t"), -61)
