@@ -8,7 +8,6 @@ says so: `storage/fault_log.py`.
 
 from __future__ import annotations
 
-import errno
 import re
 import socket
 import ssl
@@ -106,8 +105,6 @@ _NOT_TRUSTED.verify_message = "it is not trusted, or is for another name"
 _WORDS: Final[Mapping[str, OSError]] = {
     "CERTIFICATE_VERIFY_FAILED": _NOT_TRUSTED,
     "SSL": ssl.SSLError(1, ""),
-    "Connection refused": ConnectionRefusedError(errno.ECONNREFUSED, ""),
-    "No route to host": OSError(errno.EHOSTUNREACH, ""),
     "timed out": TimeoutError(),
     "not known": socket.gaierror(socket.EAI_NONAME, ""),
     "name resolution": socket.gaierror(socket.EAI_AGAIN, ""),
@@ -241,7 +238,10 @@ def _cause(exc: BaseException) -> BaseException:
     # One without a number is the library's own, of a connection that was closed.
     if isinstance(cause, OSError) and (cause.errno is not None or type(cause) is not OSError):
         return cause
-    # What it keeps of a server has lost its cause, and has its words.
+    # What it keeps of a server has lost its cause, and has its number or its words.
+    number = re.search(r"\[Errno ([1-9]\d{0,3})\]", str(exc))
+    if number is not None:
+        return OSError(int(number[1]), "")
     return next((known for words, known in _WORDS.items() if words in str(exc)), exc)
 
 
