@@ -47,7 +47,7 @@ def is_there(stub: SessionManagerStub, token: str) -> bool:
 
 
 def test_it_keeps_sessions_is_shared_restarted_and_ends_with_its_daemon(tmp_path: Path) -> None:
-    directory = tmp_path / "redis"
+    directory = tmp_path / 'the "data" of \\redis'
     flags = ("-storage=redis", f"-redis.address=embedded:{directory}", "-cache.ttl=0")
     with Daemon(*flags) as owner, owner.serving().stub() as stub:
         token = stub.Start(NEW).session.access_token

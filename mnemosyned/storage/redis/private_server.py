@@ -183,7 +183,7 @@ class PrivateRedis:
             "bind": "127.0.0.1",
             "port": str(self._port),
             "requirepass": self._password,
-            "dir": f'"{data}"',
+            "dir": _quoted(str(data)),
             "appendonly": "yes",
             "appendfsync": "always",
             "save": '""',
@@ -201,6 +201,11 @@ class PrivateRedis:
             if self.exited() or time.monotonic() > deadline_s:
                 raise EmbeddedError(f"embedded Redis: it does not start: see {self.directory / 'server.log'}")
             time.sleep(_LOOK_AGAIN_S)
+
+
+def _quoted(text: str) -> str:
+    """Return a value of redis.conf that may have spaces and quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _opened(path: Path) -> int:
