@@ -102,7 +102,9 @@ class Reload:
             need_restart = self._need_restart(config)
         fields_of_line = {"taken": taken, "need_restart": need_restart}
         if refused:
-            log.error("reload_refused", extra={"error": "; ".join(refused), **fields_of_line})
+            # A file may be refused in the same words by what follows it and by what parses the configuration.
+            error = "; ".join(dict.fromkeys(refused))
+            log.error("reload_refused", extra={"error": error, **fields_of_line})
         else:
             log.info("reloaded", extra=fields_of_line)
 

@@ -48,6 +48,12 @@ class Naming(Protocol):
         ...
 
 
+def advice(naming: Naming, exc: BaseException) -> str:
+    """Return a fault and what to look at, for a line of its own."""
+    hint = naming.hint_of(exc)
+    return f"{naming.name_of(exc)}; {hint}" if hint else naming.name_of(exc)
+
+
 def system_reason(exc: OSError) -> str:
     """Return what the system or the network says, in words without an address."""
     if isinstance(exc, ssl.SSLCertVerificationError):

@@ -75,8 +75,10 @@ def test_another_address_in_the_file_is_taken_without_a_failed_call(
         address = server.url.replace("127.0.0.1", "localhost")
         assert_address_is_taken(daemon, stub, file, address, event="mongodb_address_reloaded")
         file.write_text(f"mongodb://127.0.0.1:1/test?appName={CANARY}")
-        daemon.wait_for("mongodb_address_reload_failed")
+        refused = daemon.wait_for("mongodb_address_reload_failed")
         assert stub.Get(GetRequest(access_token=token)).session.subject_id == "user:1"
+
+    assert "no server can be written to: connection refused; no server listens there" in refused["error"]
 
 
 def test_a_server_that_stands_alone_ends_the_start_in_one_line(tmp_path: Path) -> None:

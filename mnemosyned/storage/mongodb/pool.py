@@ -26,12 +26,12 @@ from mnemosyned.errors import StorageUnavailable
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.addresses import AddressError
-from mnemosyned.storage.fault_log import FaultLog
+from mnemosyned.storage.fault_log import FaultLog, advice
 from mnemosyned.storage.mongodb import faults
 from mnemosyned.storage.mongodb.address import parse
 from mnemosyned.storage.mongodb.client import Client, Database
 from mnemosyned.storage.mongodb.config import check_files
-from mnemosyned.storage.mongodb.faults import FAULTS, hint_of, is_refusal, name_of
+from mnemosyned.storage.mongodb.faults import FAULTS, hint_of, is_refusal
 
 Result = TypeVar("Result")
 
@@ -101,7 +101,7 @@ class MongoPool:
         exc = failure.__cause__
         if exc is None or not is_refusal(exc):
             return None
-        return StorageRefused(f"MongoDB at {parse(self._address)}: {name_of(exc)}; {hint_of(exc)}")
+        return StorageRefused(f"MongoDB at {parse(self._address)}: {advice(faults, exc)}")
 
     async def use(self, address: str) -> None:
         """Use another address from now on, if a command to it succeeds. Raises StorageRefused."""
@@ -115,11 +115,10 @@ class MongoPool:
                         # Unlike hello, it needs the login.
                         await client.database.list_collection_names()
             except FAULTS as exc:
-                await client.close()
+                # A client that is closed has forgotten what it has met.
                 failure = self._named(exc, client)
-                raise StorageRefused(
-                    f"MongoDB at {client.address}: {name_of(failure)}; {hint_of(failure)}"
-                ) from exc
+                await client.close()
+                raise StorageRefused(f"MongoDB at {client.address}: {advice(faults, failure)}") from exc
         self._address = address
         former = self._client
         self._take(client)

@@ -186,6 +186,7 @@ class AddressInUse:
         where = "" if connector is None else f" at {connector.address}"
         # PostgreSQL's DETAIL is a line of its own.
         line = " ".join(str(exc).split()).removesuffix(".")
+        what = f"{name_of(exc)}: {line}" if line else name_of(exc)
         hint = f"; {hint_of(exc)}" if hint_of(exc) else ""
         if (
             isinstance(exc, asyncpg.InsufficientPrivilegeError)
@@ -193,7 +194,7 @@ class AddressInUse:
             and connector is not None
         ):
             hint = f". This SQL mends it: {connector.address.grant}"
-        return StorageRefused(f"PostgreSQL{where}: {doing}: {name_of(exc)}: {line}{hint}")
+        return StorageRefused(f"PostgreSQL{where}: {doing}: {what}{hint}")
 
     @contextmanager
     def refusing(self, connector: Connector) -> Iterator[None]:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.addresses import AddressError
+from mnemosyned.storage.fault_log import advice
+from mnemosyned.storage.redis import faults
 from mnemosyned.storage.redis.address import parse
 from mnemosyned.storage.redis.config import check_files
 from mnemosyned.storage.redis.connector import Connector
 from mnemosyned.storage.redis.failures import Failures
-from mnemosyned.storage.redis.faults import FAULTS, hint_of, is_refusal, name_of
+from mnemosyned.storage.redis.faults import FAULTS, is_refusal
 from mnemosyned.storage.redis.server import Sending, Server
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class RedisPool:
         exc = failure.__cause__
         if exc is None or not is_refusal(exc) or self._connector is None:
             return None
-        return StorageRefused(f"Redis at {self._connector.address}: {name_of(exc)}; {hint_of(exc)}")
+        return StorageRefused(f"Redis at {self._connector.address}: {advice(faults, exc)}")
 
     async def look(self) -> None:
         """Look at the server once more."""
@@ -109,7 +111,7 @@ class RedisPool:
             try:
                 link = await connector.connect()
             except FAULTS as exc:
-                raise StorageRefused(f"Redis at {connector.address}: {name_of(exc)}; {hint_of(exc)}") from exc
+                raise StorageRefused(f"Redis at {connector.address}: {advice(faults, exc)}") from exc
             await link.close()
         self._address = address
         self._take(connector)

@@ -197,7 +197,7 @@ def lost(cause: OSError) -> AutoReconnect:
         ),
         (AutoReconnect("hunter2: [SSL: WRONG_VERSION_NUMBER] x"), "TLS: the handshake failed", "tlsCAFile"),
         (AutoReconnect("hunter2: [Errno 111] Connection refused"), "connection refused", "no server listens"),
-        (AutoReconnect("hunter2: [Errno 111] Connect call failed"), "connection refused", "no server listens"),
+        (AutoReconnect("hunter2: [Errno 111] Connect call failed"), "connection refused", "hosts and ports"),
         (AutoReconnect("hunter2: [Errno 113] Connect call failed"), "no route to host", ""),
         (AutoReconnect("hunter2: [Errno -2] Name or service not known"), "host cannot be resolved", ""),
         (AutoReconnect("hunter2: timed out"), "TimeoutError: no answer in time", "firewall"),

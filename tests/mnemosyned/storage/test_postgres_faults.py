@@ -14,6 +14,7 @@ from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.fault_log import FaultLog
 from mnemosyned.storage.postgres import faults as postgres_faults
 from mnemosyned.storage.postgres import session_settings
+from mnemosyned.storage.postgres.address_in_use import AddressInUse, PostgresOptions
 from mnemosyned.storage.postgres.faults import hint_of, name_of
 
 
@@ -49,6 +50,19 @@ def postgres_error(sqlstate: str) -> asyncpg.PostgresError:
 def test_a_fault_has_a_name_and_what_to_look_at(exc: Exception, name: str, hint: str) -> None:
     assert name_of(exc) == name
     assert hint in hint_of(exc)
+
+
+def test_a_refusal_says_what_the_fault_says() -> None:
+    options = PostgresOptions(dsn="", pool_size=1, connect_timeout_s=1, statement_timeout_s=1)
+    in_use = AddressInUse(options, on_later=lambda: None)
+
+    assert str(in_use.refused(TimeoutError())) == (
+        "PostgreSQL: connect: no answer in time; the server is overloaded, or a firewall drops packets: "
+        "see host and port in the address"
+    )
+    assert str(in_use.refused(ConnectionResetError(104, "Gone"))) == (
+        "PostgreSQL: connect: connection reset by peer: [Errno 104] Gone"
+    )
 
 
 def test_a_fault_is_logged_at_its_beginning_and_once_a_minute_with_how_often(

@@ -17,7 +17,8 @@ from redis.exceptions import ConnectionError as LostConnection
 
 from mnemosyned.observe.metrics import QueryMetrics
 from mnemosyned.sessions.model import MAX_BAG_BYTES, DamagedSession, NewSession, Session
-from mnemosyned.storage.redis import records, scripts
+from mnemosyned.storage.fault_log import advice
+from mnemosyned.storage.redis import faults, records, scripts
 from mnemosyned.storage.redis.failures import Failures
 from mnemosyned.storage.redis.faults import (
     NoPrimary,
@@ -217,6 +218,14 @@ def test_a_fault_has_a_name_and_what_to_look_at(exc: Exception, name: str, hint:
     assert name in name_of(exc)
     assert hint in hint_of(exc)
     assert "hunter2" not in name_of(exc) + hint_of(exc)
+
+
+def test_a_fault_without_a_hint_is_told_by_its_name_alone() -> None:
+    assert advice(faults, LostConnection()) == "ConnectionError: the connection is closed"
+    assert advice(faults, NotReplicated()) == (
+        "NotReplicated: too few replicas have confirmed a write; "
+        "see -redis.wait, and connected_slaves of INFO replication"
+    )
 
 
 def test_what_a_node_has_refused_is_sent_again_and_nothing_else() -> None:

@@ -30,7 +30,8 @@ from aio.tasks import Tasks
 from mnemosyned.errors import StorageUnavailable
 from mnemosyned.sessions.store import StorageRefused
 from mnemosyned.storage.addresses import AddressError
-from mnemosyned.storage.redis import scripts
+from mnemosyned.storage.fault_log import advice
+from mnemosyned.storage.redis import faults, scripts
 from mnemosyned.storage.redis.address import Address, parse
 from mnemosyned.storage.redis.cluster import slots
 from mnemosyned.storage.redis.cluster.admission import Admission
@@ -43,12 +44,10 @@ from mnemosyned.storage.redis.failures import Failures
 from mnemosyned.storage.redis.faults import (
     FAULTS,
     Uncovered,
-    hint_of,
     is_elsewhere,
     is_not_done,
     is_refusal,
     moved_to,
-    name_of,
 )
 from mnemosyned.storage.redis.link import Link, open_link
 from mnemosyned.storage.redis.records import stored_name
@@ -140,7 +139,7 @@ class ClusterPool:
         if exc is None or not is_refusal(exc):
             return None
         where = parse(self._address_text) if host is None else f"{host[0]}:{host[1]}"
-        return StorageRefused(f"Redis at {where}: {name_of(exc)}; {hint_of(exc)}")
+        return StorageRefused(f"Redis at {where}: {advice(faults, exc)}")
 
     async def close(self) -> None:
         """Close all connections; calls under way fail."""
@@ -163,7 +162,7 @@ class ClusterPool:
                 found = await topology_of(address, address.hosts, self._options.connect_timeout_s)
                 await self._check_buckets(address, found)
             except FAULTS as exc:
-                raise StorageRefused(f"Redis at {address}: {name_of(exc)}; {hint_of(exc)}") from exc
+                raise StorageRefused(f"Redis at {address}: {advice(faults, exc)}") from exc
         self._address_text = text
         self._failures.take(address.where)
         # It may have been closed meanwhile.
