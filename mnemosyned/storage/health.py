@@ -9,7 +9,7 @@ stored sessions are others than before, no copy of an earlier one may be served.
 is not opened again. The engine connects on its own, and sessions in caches remain usable meanwhile.
 
 Where a lease is renewed (`sessions/lease_keeper.py`), the renewals prove twice a second that the storage
-answers and takes writes, and bring its clock. While they do, the rest is asked every two seconds: whether
+answers and takes writes, and bring its clock. While they do, the rest is asked every five seconds: whether
 the table is as it was. A renewal that fails, or has no answer for half a second, has it asked at once.
 
 The answer takes as long as the engine's time-outs permit, so `is_serving` may be some seconds old. Nothing
