@@ -38,10 +38,12 @@ def collection(text: str) -> str:
         or not text.isprintable()
         or set(text) & set("$ ")
         or text.startswith("system.")
+        # The driver refuses these.
+        or not all(text.split("."))
     ):
         raise ValueError(
             f"{text!r} is not a name of 1 to {_MAX_COLLECTION_BYTES} bytes without spaces and $, "
-            "which does not begin with system."
+            "which does not begin with system. and has something on both sides of each dot"
         )
     return text
 
