@@ -189,7 +189,9 @@ def no_primary(
     """Return what a failed wait for a primary means; `failures` are by server."""
     reasons = sorted({condition_of(cause) for _, cause in failures})
     known = [role for role in roles if role != "Unknown"]
-    text = "no server can be written to: " + (", ".join([*reasons, *known]) or "none has answered yet")
+    # The driver drops servers that belong to another replica set than that of the address.
+    nothing = "none has answered yet" if roles else "none is of the replica set in the address"
+    text = "no server can be written to: " + (", ".join([*reasons, *known]) or nothing)
     failure = NoPrimary(text, [cause for _, cause in failures] or [exc])
     if failures:
         failure.add_note("; ".join(f"{server}: {name_of(cause)}" for server, cause in failures))

@@ -215,6 +215,16 @@ def lost(cause: OSError) -> AutoReconnect:
             "rs.status()",
         ),
         (
+            no_primary(ServerSelectionTimeoutError("hunter2"), [], ["Unknown"]),
+            "NoPrimary: no server can be written to: none has answered yet",
+            "rs.status()",
+        ),
+        (
+            no_primary(ServerSelectionTimeoutError("hunter2"), [], []),
+            "NoPrimary: no server can be written to: none is of the replica set in the address",
+            "and replicaSet in the address",
+        ),
+        (
             no_primary(
                 ServerSelectionTimeoutError("hunter2"),
                 [("h:1", lost(ConnectionRefusedError(111, "hunter2")))],
