@@ -154,6 +154,10 @@ class Channel:
                 await connection.lost.wait()
                 return
 
+    def dial_soon(self) -> None:
+        """Dial with the next call: a server may have come since the last dial, after which calls fail."""
+        self._dial_after_s = 0.0
+
     async def close(self, grace_s: float = 0.0) -> None:
         """Close the connection; calls under way have so many seconds to finish, and are then lost."""
         self.is_closed = True

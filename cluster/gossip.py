@@ -341,6 +341,8 @@ class Gossip:
     async def _ask(self, candidate: Candidate) -> None:
         """Ask a candidate for its table: its answer proves where it is, and makes it a member."""
         is_proven = False
+        # A process that has just been started was dialled in vain a moment ago.
+        self._peers.dial_soon(candidate.address)
         try:
             await self._deliver(self.swim.sync_with(candidate.address, candidate.name))
             # Its answer has been taken in by then, if there was one.

@@ -170,6 +170,13 @@ class Peers:
             if not self._is_closed:
                 lost()
 
+    def dial_soon(self, address: str) -> None:
+        """Dial an address with the next call, also if the last dial failed: a process says it is there."""
+        for channel_kind in ChannelKind:
+            connection = self._connections.get((address, channel_kind))
+            if connection is not None:
+                connection.channel.dial_soon()
+
     def forget(self, address: str) -> None:
         """Close the connections to an address: its node is gone, or is another one now."""
         for channel_kind in ChannelKind:

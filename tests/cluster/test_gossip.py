@@ -29,12 +29,16 @@ class FakePeers:
         self.called: list[str] = []
         self.fails_with: Exception = PeerUnreachable("not there")
         self.forgotten: list[str] = []
+        # Addresses that are not dialled before `dial_soon`, as after a dial in vain.
+        self.paused: set[str] = set()
         # By address: who proves to be there when asked for the first time.
         self.proving: dict[str, Member] = {}
         self.sockets: dict[str, str] = {}  # of other processes of this daemon, by address
 
     async def call(self, address: str, _method: str, body: bytes, **_: object) -> bytes:
         self.called.append(address)
+        if address in self.paused:
+            raise PeerUnreachable("not dialled")
         _, packet, _ = wire.parse_request(body)
         member = self.proving.get(address)
         if member is None or packet.target != member.name:
@@ -50,6 +54,9 @@ class FakePeers:
 
     def forget(self, address: str) -> None:
         self.forgotten.append(address)
+
+    def dial_soon(self, address: str) -> None:
+        self.paused.discard(address)
 
 
 class Shell(Gossip):
@@ -378,6 +385,16 @@ async def test_a_stranger_is_answered_and_nothing_that_it_says_is_believed() -> 
         assert [member.name for member in one.swim.table] == [ME.name]
         assert one.peers.called == ["127.0.0.1:3"]
         assert one.peers.forgotten == ["127.0.0.1:3"]
+
+
+async def test_a_process_that_was_dialled_in_vain_before_its_start_proves_itself_at_once() -> None:
+    async with gossiping(may_vouch=False) as one:
+        await until(lambda: one.view.is_active)
+        one.peers.paused.add(OTHER.address)
+
+        await one.meet(OTHER)
+
+        assert one.introductions.failed == 0
 
 
 async def test_a_member_that_vouches_is_believed() -> None:

@@ -187,6 +187,24 @@ async def test_a_peer_that_is_not_there_is_unreachable(setup: Setup) -> None:
         await setup.call(b"hello")
 
 
+async def test_a_process_that_says_it_is_there_is_dialled_at_once(setup: Setup) -> None:
+    port = free_ports(1)[0]
+    setup.address = f"127.0.0.1:{port}"
+    # Each dial in vain makes the pause before the next one longer.
+    for _ in range(3):
+        with pytest.raises(PeerUnreachable):
+            await setup.call(b"hello")
+        setup.peers.dial_soon(setup.address)
+    with pytest.raises(PeerUnreachable):
+        await setup.call(b"hello")
+    server, _ = await serve(setup.echo, port)
+
+    setup.peers.dial_soon(setup.address)
+
+    assert await setup.call(b"hello") == b"hello"
+    await server.stop(None)
+
+
 async def test_a_call_whose_channel_is_closed_is_unreachable(setup: Setup) -> None:
     await setup.call(b"hello")
     waiting = asyncio.create_task(setup.call(b"late"))
