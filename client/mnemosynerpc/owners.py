@@ -1,7 +1,7 @@
 """Get sessions where they are owned: one hop less in a cluster than through a balancer alone.
 
-    get(token) ── owner known? ── yes ──> the owner ── answered ──> response
-         |            no                     | no answer within half of the time
+    get(token) ── owner known? ── yes ──> the owner ── a session ──> response
+         |            no                     | a failure, or no answer within half of the time
          └────────────┴──────────────────────┴──> the balancer ──> response
 
 Each call asks by metadata for the public address of its token's owner, and the answer's trailer says it
@@ -61,9 +61,9 @@ class OwnerReader:
             try:
                 response = self._ask(self._stub(owner), token, timeout_s * _OWNERS_SHARE)
             except grpc.RpcError as error:
-                if error.code() not in _UNANSWERED:
-                    raise
-                self._pause(owner)
+                del self._owner_by_token[token]
+                if error.code() in _UNANSWERED:
+                    self._pause(owner)
             else:
                 self.at_owners += 1
                 return response

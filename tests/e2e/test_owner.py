@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -109,6 +110,31 @@ async def test_a_reader_goes_to_owners_and_falls_back_on_the_balancer(postgres_d
 
     # One call waits for half of its 3 s; the others know, or a hop is bounded by the daemon.
     assert took_s < 8.0
+
+
+async def test_what_another_service_at_an_owners_address_says_counts_for_nothing(postgres_dsn: str) -> None:
+    with Cluster(postgres_dsn, 2) as cluster, ExitStack() as stack:
+        await asyncio.to_thread(advertise, cluster)
+        await cluster.rings_equal(cluster.names)
+        entry, other = cluster.names
+        token = await asyncio.to_thread(_owned_by, other, entry)
+        reader = OwnerReader(stack.enter_context(grpc.insecure_channel(entry)))
+        stack.callback(reader.close)
+        await asyncio.to_thread(reader.get, token)
+        assert reader._owner_by_token == {token: other}
+        await asyncio.to_thread(cluster.daemons[other].stop)
+        stranger = stack.enter_context(Daemon("-storage=memory", f"-port={other.rpartition(':')[2]}"))
+        await asyncio.to_thread(stranger.serving)
+
+        answer = await asyncio.to_thread(reader.get, token)
+
+    assert answer.session.access_token == token
+    assert reader._owner_by_token == {token: entry}
+
+
+def _owned_by(owner: str, entry: str) -> str:
+    """Start sessions until one is of this node."""
+    return next(token for token in iter(lambda: started(entry, 1)[0], "") if trailer(entry, token) == owner)
 
 
 def test_what_a_reader_remembers_is_bounded() -> None:
