@@ -158,7 +158,7 @@ async def open_ports(
     port = await engine.start()
     try:
         for one in peers:
-            await _start_peers(one.engine)
+            await _start_peers(one.engine, _flag_of_peers(config, place))
         own_calls = _own_calls(config, port, place)
         health = NodeHealth(
             vitals.readiness,
@@ -232,11 +232,19 @@ def _peers_options(
         yield replace(options, host=path, port=0, tls=None, stats=ConnectionStats())
 
 
-async def _start_peers(peers: Engine) -> None:
+def _flag_of_peers(config: Config, place: Place | None) -> str:
+    """Return the flag that says where the peers' port is: a worker may have it from its name."""
+    bind = config[ClusterConfig].bind
+    if place is not None and bind and split_address(bind)[1] == split_address(place.name)[1]:
+        return "-cluster.listen"
+    return "-cluster.bind"
+
+
+async def _start_peers(peers: Engine, flag: str) -> None:
     try:
         await peers.start()
     except ListenFailed as exc:
-        raise ListenFailed(f"flag -cluster.bind: {exc}") from exc
+        raise ListenFailed(f"flag {flag}: {exc}") from exc
 
 
 def _own_calls(config: Config, port: int, place: Place | None) -> OwnCalls:

@@ -395,6 +395,23 @@ def test_a_port_in_use_ends_the_start(start: Start) -> None:
     ]
 
 
+@pytest.mark.parametrize("flag", ["-cluster.listen", "-cluster.bind"])
+def test_a_peers_port_in_use_names_the_flag_that_it_comes_from(start: Start, flag: str) -> None:
+    listen, bind = free_ports(2)
+    flags = [f"-cluster.listen=127.0.0.1:{listen}", f"-cluster.secret={SECRET}"]
+    if flag == "-cluster.bind":
+        flags.append(f"-cluster.bind=127.0.0.1:{bind}")
+    # The second worker's, which the flag does not show.
+    taken = 1 + (bind if flag == "-cluster.bind" else listen)
+    with socket.create_server(("127.0.0.1", taken)):
+        daemon = start(*flags)
+        assert daemon.end() == 1
+
+    assert [one["error"] for one in events(daemon, "start_failed")] == [
+        f"flag {flag}: cannot listen on 127.0.0.1:{taken}: Address already in use"
+    ]
+
+
 def test_what_keeps_the_workers_from_starting_is_said_once(start: Start) -> None:
     daemon = start("-postgres.schema=pg_catalog")
 
@@ -419,7 +436,7 @@ async def test_a_worker_that_cannot_be_started_again_ends_the_daemon(start: Star
 
     (failure,) = events(daemon, "start_failed")
     assert failure["error"] == (
-        f"worker 2 cannot be started: flag -cluster.bind: cannot listen on 127.0.0.1:{port + 1}: "
+        f"worker 2 cannot be started: flag -cluster.listen: cannot listen on 127.0.0.1:{port + 1}: "
         "Address already in use"
     )
     assert len(events(daemon, "worker_ended")) == 6
