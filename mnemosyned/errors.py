@@ -2,7 +2,7 @@
 
     the caller's           InvalidArgument, MalformedMessage, MessageTooLarge, Unimplemented, UnknownService,
                            Unauthenticated, PermissionDenied, NotOurCluster, SessionAlreadyExists
-    not a mistake          SessionNotFound, DeadlineExceeded
+    not a mistake          SessionNotFound, DeadlineExceeded, NotJoined
     the world's, may pass  StorageUnavailable, Overloaded
     the stored data's      CorruptSession
     ours                   any other exception: a bug
@@ -65,6 +65,13 @@ class StorageUnavailable(MnemosyneError):
 
 class CorruptSession(MnemosyneError):
     """What is stored of a session is damaged, or no daemon wrote it. Other sessions are not affected."""
+
+
+class NotJoined(MnemosyneError):
+    """A peer calls this node before it takes part in the cluster, as nodes do that start together."""
+
+    def __init__(self, text: str = "mnemosyned: this node has not opened its storage yet") -> None:
+        super().__init__(text)
 
 
 class Overloaded(MnemosyneError):

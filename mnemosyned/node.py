@@ -60,7 +60,7 @@ from cluster.view import View, alone
 from mnemosyned.api.owner_router import OwnerRouter
 from mnemosyned.api.peer import METHODS, PeerService
 from mnemosyned.api.router import ClusterRouter
-from mnemosyned.errors import MnemosyneError, StorageUnavailable
+from mnemosyned.errors import MnemosyneError, NotJoined, StorageUnavailable
 from mnemosyned.security.tls import peer_context
 from mnemosyned.sessions.lease_gate import LeaseGate
 from mnemosyned.sessions.lease_keeper import LeaseKeeper
@@ -344,7 +344,7 @@ class ClusterNode:
 
     def _joined(self) -> Gossip:
         if self.gossip is None:
-            raise StorageUnavailable("mnemosyned: this node has not opened its storage yet")
+            raise NotJoined
         return self.gossip
 
     async def _storage_identity(self) -> bytes:

@@ -107,7 +107,7 @@ class PeerService:
 
         - `peer_auth` decides who is a peer, and proves the answers.
         - `gossip` returns the membership. It is asked with each call, because the port listens before the
-          membership begins; until then it raises StorageUnavailable.
+          membership begins; until then it raises NotJoined.
         - `calls` handles forwarded calls. It is not the table of clients: nothing in it forwards again, and
           nothing in it asks for an API key.
         - `storage_now_us` is the storage's clock, in microseconds since the epoch.

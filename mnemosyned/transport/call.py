@@ -8,6 +8,8 @@ An engine makes a `Call`, finds its method in the table (`methods.py`), and has 
     nothing                  | OK                         | `rpc` at DEBUG
     SessionNotFound          | NOT_FOUND                  | `rpc_failed` at DEBUG: the normal answer to a
                              |                            | session that has ended
+    NotJoined                | UNAVAILABLE                | `rpc_failed` at DEBUG: nodes that start together
+                             |                            | call each other early
     an error of the caller   | as in status.py            | `rpc_failed` at INFO, at most 100 a second
     another error of ours    | as in status.py            | `rpc_failed` at WARNING, at most 10 a second
     any other exception      | INTERNAL, without its text | `rpc_failed` at ERROR, at most 10 a second, with
@@ -43,7 +45,7 @@ from aio.deadline import Deadline
 from aio.later import Later
 from aio.rate_limit import LogRateLimiter, fields_of
 from http2.status import StatusCode
-from mnemosyned.errors import DeadlineExceeded, MnemosyneError
+from mnemosyned.errors import DeadlineExceeded, MnemosyneError, NotJoined
 from mnemosyned.transport.status import GRPC_STATUS
 
 if TYPE_CHECKING:
@@ -280,7 +282,7 @@ def fail(method: UnaryMethod | StreamMethod, call: Call, exc: Exception, started
     elapsed_s = time.perf_counter() - started_s
     failure = failure_of(exc)
     method.stats.end(failure.code.name, elapsed_s)
-    level = _level_of(failure)
+    level = logging.DEBUG if isinstance(exc, NotJoined) else _level_of(failure)
     if log.isEnabledFor(level):
         left_out = method.log_limiters[level].take(time.perf_counter())
         if left_out is not None:

@@ -23,6 +23,7 @@ from mnemosyned.errors import (
     MalformedMessage,
     MessageTooLarge,
     MnemosyneError,
+    NotJoined,
     NotOurCluster,
     Overloaded,
     PermissionDenied,
@@ -40,6 +41,7 @@ GRPC_STATUS: Final[dict[type[MnemosyneError], StatusCode]] = {
     UnknownService: StatusCode.NOT_FOUND,
     SessionAlreadyExists: StatusCode.ALREADY_EXISTS,
     StorageUnavailable: StatusCode.UNAVAILABLE,
+    NotJoined: StatusCode.UNAVAILABLE,
     # Not UNAVAILABLE: a retry reads the same bytes.
     CorruptSession: StatusCode.DATA_LOSS,
     # Not RESOURCE_EXHAUSTED: it was not begun, and a retry may succeed, perhaps on another node.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 import pytest
+from clusters import SECRET, free_ports
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     DeleteRequest,
@@ -23,6 +25,10 @@ from networks import Relay
 from probes import code_of
 from processes import Daemon
 from redis_servers import needs_redis, redis_server
+
+from cluster.errors import PeerUnreachable
+from cluster.peer_auth import PeerAuth
+from cluster.peers import ChannelKind, Peers
 
 TOKEN = "of-no-session"  # names nothing
 CALLS: dict[str, Callable[[SessionManagerStub], object]] = {
@@ -53,6 +59,32 @@ def test_without_a_storage_each_call_is_unavailable(engine: str) -> None:
         assert daemon.stop() == 0
 
     assert codes == dict.fromkeys(CALLS, grpc.StatusCode.UNAVAILABLE)
+
+
+async def test_a_peer_that_calls_before_the_storage_is_open_is_no_warning() -> None:
+    """Nodes that start together call each other early: the log of a healthy start has no failures."""
+    (port,) = free_ports(1)
+    node = f"127.0.0.1:{port}"
+    own = (f"-port={port}", f"-cluster.listen={node}", f"-cluster.secret={SECRET}", "-log.level=debug")
+    peers = Peers(PeerAuth([SECRET.encode()], process=os.urandom(16)), {"Gossip": _Uncounted()})
+    with Daemon(*AWAY["postgres"], *own) as daemon:
+        daemon.listening()
+        with pytest.raises(PeerUnreachable):
+            await peers.call(node, "Gossip", b"", timeout_s=5, channel_kind=ChannelKind.GOSSIP)
+        line = daemon.wait_for("rpc_failed")
+    await peers.close()
+
+    assert (line["level"], line["code"]) == ("debug", "UNAVAILABLE")
+
+
+class _Uncounted:
+    """Where calls are not counted."""
+
+    def begin(self) -> None:
+        pass
+
+    def end(self, code: str, elapsed_s: float) -> None:
+        pass
 
 
 @pytest.fixture(params=["postgres", pytest.param("redis", marks=needs_redis)])
