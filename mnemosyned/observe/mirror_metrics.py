@@ -45,7 +45,7 @@ class MirrorCollector(Collector):
         )
         recalls = CounterMetricFamily(
             "mnemosyned_mirror_recalls",
-            "Mirrors dropped because of a write: those that this node had others drop, and those of its own.",
+            "Nodes told to drop mirrors, once a write (sent), and mirrors dropped for others (received).",
             labels=("direction",),
         )
         recalls.add_metric(("sent",), self._keeper.recalls)
