@@ -35,13 +35,16 @@ if TYPE_CHECKING:
 Link = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 _LENGTH: Final = struct.Struct("!I")
-# The path first: what follows needs our modules, from where this process has them.
+# The path first: what follows needs our modules, from where this process has them. If the supervisor ends
+# before it has sent all, nothing has begun.
 _ENTRY: Final = """
 import json, socket, sys
 end = socket.socket(fileno=int(sys.argv[1]))
+def read(size):
+    part = end.recv(size, socket.MSG_WAITALL)
+    return part if len(part) == size else sys.exit(1)
 def received():
-    size = int.from_bytes(end.recv(4, socket.MSG_WAITALL), "big")
-    return end.recv(size, socket.MSG_WAITALL)
+    return read(int.from_bytes(read(4), "big"))
 sys.path[:] = json.loads(received())
 from mnemosyned.workers.worker import main
 sys.exit(main(end, received()))
@@ -64,6 +67,7 @@ class Task:
     config: Config  # the daemon's
     arguments: list[str]  # of the command line, to read the configuration again
     place: Place
+    supervisor: int  # its process: it may end before the worker can look who has started it
 
 
 class WorkerProcess:

@@ -210,7 +210,8 @@ class _Supervisor:
         """Start the process of a worker; return how it ended."""
         # As SIGHUP has left it, not as the files are now: all workers have the same.
         observe = replace(self._config[ObserveConfig], log_level=self._reload.log_level)
-        task = Task(config=self._config.replaced(observe), arguments=self._arguments, place=place)
+        config = self._config.replaced(observe)
+        task = Task(config=config, arguments=self._arguments, place=place, supervisor=os.getpid())
         reloads = self._reloads
         try:
             worker = await WorkerProcess.start(task, changed=self._look)

@@ -47,11 +47,10 @@ def _run(end: socket.socket, task: Task) -> int:
             supervised.tell("failed", error=str(exc))
             raise SystemExit(1) from exc
 
-    supervisor = os.getppid()
     try:
         return running.run(task.config, body, worker=place.number)
     finally:
-        if os.getppid() != supervisor:
+        if os.getppid() != task.supervisor:
             # It is dead, and cannot remove the directory. The last of the workers finds it empty.
             with suppress(OSError):
                 Path(place.directory).rmdir()

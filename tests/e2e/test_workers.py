@@ -9,6 +9,8 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ from processes import Daemon, mnemosyned
 
 from mnemosyned.api.rpc import new_token
 from mnemosyned.embedded.probes import servers_on
+from mnemosyned.workers.process import _ENTRY
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -64,16 +67,25 @@ def runtime() -> Iterator[Path]:
         yield Path(name)
 
 
-def workers_of(daemon: Daemon) -> dict[int, int]:
-    """The process of each worker, by its number."""
+def children_of(daemon: Daemon) -> dict[int, str]:
+    """The title of each process that the daemon has started, by its id."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, IndexError):
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-            title = (process / "cmdline").read_bytes().partition(b"\0")[0].decode()
-            if int(parent) == daemon.process.pid and title.startswith("mnemosyned: worker "):
-                found[int(title.rpartition(" ")[2])] = int(process.name)
+            if int(parent) == daemon.process.pid:
+                title = (process / "cmdline").read_bytes().partition(b"\0")[0]
+                found[int(process.name)] = title.decode()
     return found
+
+
+def workers_of(daemon: Daemon) -> dict[int, int]:
+    """The process of each worker, by its number."""
+    return {
+        int(title.rpartition(" ")[2]): process
+        for process, title in children_of(daemon).items()
+        if title.startswith("mnemosyned: worker ")
+    }
 
 
 def value(daemon: Daemon, name: str) -> float:
@@ -332,6 +344,37 @@ async def test_workers_drain_when_their_supervisor_is_killed(start: Start, runti
     await until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers.values()))
     assert sorted(one["worker"] for one in events(daemon, "stopped")) == [1, 2]
     assert not os.listdir(runtime)  # noqa: PTH208  # see above
+
+
+async def test_workers_end_whose_supervisor_is_killed_while_they_start(start: Start, runtime: Path) -> None:
+    daemon = start(XDG_RUNTIME_DIR=str(runtime)).listening()
+    await until(lambda: len(children_of(daemon)) == 2)
+    workers = list(children_of(daemon))
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    # Each has been sent its task.
+    await until(lambda: value(daemon, 'mnemosyned_workers{state="starting"}') == 2)
+
+    daemon.process.kill()
+    daemon.process.wait()
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
+
+    await until(lambda: not any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers))
+    assert "Traceback" not in daemon.log
+    assert not os.listdir(runtime)  # noqa: PTH208  # of an async test
+
+
+def test_a_worker_that_is_sent_no_whole_task_ends_without_a_word() -> None:
+    for sent in (b"", b"\0\0\0\x09[]"):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            words = [sys.executable, "-P", "-c", _ENTRY, str(theirs.fileno())]
+            process = subprocess.Popen(words, pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE)
+        with ours:
+            ours.sendall(sent)
+        assert process.communicate(timeout=30) == (None, b"")
+        assert process.returncode == 1
 
 
 async def test_sighup_reaches_all(start: Start, tmp_path: Path) -> None:
