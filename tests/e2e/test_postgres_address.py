@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -211,6 +212,40 @@ def test_a_database_that_moves_is_followed(postgres_dsn: str, tmp_path: Path) ->
 
     assert moved["server"] == f"127.0.0.1:{other.port}"
     assert [row["access_token"].decode() for row in found] == [token]
+
+
+AUTHENTICATED = b"R\0\0\0\x08\0\0\0\0"
+READY = b"Z\0\0\0\x05I"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"",
+        b"S\0\0\0\x1cserver_version\0nonsense\0",
+        b"S\0\0\0\x15server_version\0\xff\0",
+        b"D\0\0\0\x06\0\x05",
+    ],
+    ids=["no version", "a version that is none", "a text that is not UTF-8", "a row"],
+)
+def test_a_program_that_is_no_postgresql_is_named_and_awaited(told: bytes) -> None:
+    class Program(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            size = int.from_bytes(self.rfile.read(4), "big")
+            self.rfile.read(size - 4)
+            self.wfile.write(AUTHENTICATED + told + READY)
+            self.rfile.read()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Program) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"postgres://u:{FIRST}@127.0.0.1:{server.server_address[1]}/d?sslmode=disable"
+        with Daemon(f"-postgres.address={address}") as daemon:
+            waiting = daemon.wait_for("storage_not_ready")
+            assert daemon.stop() == 0
+        server.shutdown()
+
+    assert waiting["error"].startswith("connect: not postgresql (server 127.0.0.1:")
+    assert waiting["hint"] == "another program answers there: see host and port in the address"
 
 
 def test_a_daemon_that_waits_for_a_wrong_host_takes_the_right_one_from_its_file(

@@ -33,7 +33,7 @@ import asyncpg
 
 from mnemosyned.storage.postgres.address import PREFER_WRITABLE, Address, AddressError, Host
 from mnemosyned.storage.postgres.address_files import AddressFiles
-from mnemosyned.storage.postgres.faults import hint_of, name_of
+from mnemosyned.storage.postgres.faults import TRANSIENT, NotPostgresqlError, hint_of, name_of
 from mnemosyned.storage.postgres.read_only import refuses_writes
 from mnemosyned.storage.postgres.timeline import FormerPrimaryError, Timeline, Timelines, timeline_of
 
@@ -279,23 +279,30 @@ class Connector:
         address = self.address
         # `Any`: the stubs know neither texts for two of the parameters, nor no time-out.
         connect: Any = asyncpg.connect
-        connection: Connection[Record] = await connect(
-            host=dial,
-            port=host.port,
-            user=address.user,
-            password=self._files.password(host),
-            database=address.database,
-            ssl=self._files.context(host) if is_tls else False,
-            direct_tls=address.tls.is_direct and is_tls,
+        parameters: dict[str, Any] = {
+            "host": dial,
+            "port": host.port,
+            "user": address.user,
+            "password": self._files.password(host),
+            "database": address.database,
+            "ssl": self._files.context(host) if is_tls else False,
+            "direct_tls": address.tls.is_direct and is_tls,
             # In the start-up message, where a provider's proxy reads it too.
-            server_settings={"options": address.options} if address.options else None,
-            target_session_attrs=address.target or "any",
+            "server_settings": {"options": address.options} if address.options else None,
+            "target_session_attrs": address.target or "any",
             # `_share` is the limit.
-            timeout=None,
-            command_timeout=self._command_timeout_s,
-            connection_class=self._connection_class,
+            "timeout": None,
+            "command_timeout": self._command_timeout_s,
+            "connection_class": self._connection_class,
             **address.kerberos,
-        )
+        }
+        try:
+            connection: Connection[Record] = await connect(**parameters)
+        except (*TRANSIENT, asyncpg.PostgresError):
+            raise
+        except Exception as exc:
+            # asyncpg believes what it is told, and fails as it happens.
+            raise NotPostgresqlError from exc
         return connection
 
 

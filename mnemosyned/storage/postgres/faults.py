@@ -32,6 +32,11 @@ from mnemosyned.storage.fault_log import system_reason
 from mnemosyned.storage.postgres.address import AddressError
 from mnemosyned.storage.postgres.timeline import FormerPrimaryError
 
+
+class NotPostgresqlError(ConnectionError):
+    """What answers a new connection says what asyncpg cannot make sense of."""
+
+
 # Not the fault of one item; a retry may succeed.
 TRANSIENT: Final = (
     OSError,
@@ -131,6 +136,7 @@ _HINT_BY_KIND: Final = (
             "or restart this daemon to use it all the same"
         ),
     ),
+    (NotPostgresqlError, "another program answers there: see host and port in the address"),
     (
         ConnectionRefusedError,
         "no server listens there: see host and port in the address, and listen_addresses",
