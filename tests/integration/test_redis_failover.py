@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -116,5 +117,30 @@ async def test_without_any_sentinel_the_storage_is_unavailable() -> None:
     store = new_redis_store(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}/sessions")
     with pytest.raises(StorageUnavailable) as refused:
         await store.open()
+
+    assert "no Sentinel names the primary" in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    "told", [b"+OK", b":1", b"*2\r\n*0\r\n+x", b"*2\r\n$1\r\nh\r\n+port", b"$2\r\n\xff\xfe"]
+)
+async def test_what_is_no_sentinel_is_passed_over(told: bytes) -> None:
+    answering: set[asyncio.Task[None]] = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        answering.add(task)
+        while command := await reader.read(4096):
+            # The commands of a new connection, and the question.
+            writer.write(told + b"\r\n" if b"SENTINEL" in command else b"+OK\r\n" * command.count(b"*"))
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        store = new_redis_store(f"redis+sentinel://127.0.0.1:{port}/sessions")
+        with pytest.raises(StorageUnavailable) as refused:
+            await store.open()
+        await asyncio.wait(answering, timeout=5)
 
     assert "no Sentinel names the primary" in refused.value.detail

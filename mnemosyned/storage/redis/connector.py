@@ -57,10 +57,16 @@ class Connector:
                 continue
             if answer is None:
                 raise UnknownService(f"no Sentinel knows the service {self.address.service}")
+            try:
+                host, port = answer
+                primary = host.decode(), int(port)
+            except (AttributeError, TypeError, ValueError):
+                # Another program, or a server that is no Sentinel.
+                failures.append(f"{sentinel[0]}:{sentinel[1]}: no valid answer")
+                continue
             self._sentinels.remove(sentinel)
             self._sentinels.insert(0, sentinel)
-            host, port = answer
-            return host.decode(), int(port)
+            return primary
         failure = NoPrimary("no Sentinel names the primary")
         failure.add_note("; ".join(failures))
         raise failure
