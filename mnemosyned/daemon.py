@@ -14,8 +14,9 @@ Start
 5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
 6. SERVING, once the node has joined: before that it cannot keep copies, and writes of others do not reach it.
 
-Calls are taken from step 3 on. They wait for the first try of step 4 (api/opening.py), and are answered with
-UNAVAILABLE if it fails. A balancer that asks for the node's health sends none before step 6.
+Calls are taken from step 3 on. They wait until the node has joined, 2 s at most (api/opening.py). If the
+first try of step 4 fails, they are answered with UNAVAILABLE. A balancer that asks for the node's health
+sends none before step 6.
 
 Stop
 ----
@@ -337,6 +338,7 @@ class _Daemon:
     async def _begin_to_serve(self, ports: Ports) -> None:
         if self._parts.node is not None:
             await self._parts.node.has_joined.wait()
+        self._parts.opening.release()
         if self._parts.keeper is not None:
             # After a crash the row of the former process must lapse first. Writes would wait for that.
             with suppress(TimeoutError):
@@ -358,6 +360,7 @@ class _Daemon:
         log.info("draining", extra={"timeout_s": grpc.drain_timeout_s})
         self._is_in_service, self._is_draining = False, True
         self._parts.health.close()
+        self._parts.opening.release()
         # Balancers have this long to see NOT_SERVING, and peers to route by another ring. Calls are answered
         # until both are over.
         await asyncio.gather(asyncio.sleep(grpc.drain_delay_s), self._leave())
@@ -419,7 +422,7 @@ def _new_health(store: Storage, parts: Parts) -> StorageHealth:
         store,
         parts.clock,
         on_replaced=parts.cache.drop_everything,
-        on_tried=parts.opening.release,
+        on_not_ready=parts.opening.release,
         has_lease=keeper is not None,
     )
     if keeper is not None:

@@ -1,8 +1,11 @@
-"""Calls that come while the storage is opened for the first time: they wait.
+"""Calls that come while the daemon starts: they wait.
 
 The daemon listens before it has its storage, and a balancer that looks at ports alone sends calls to a node
 that listens. A storage that can be reached is open a moment later, so these calls need not fail. Once the
-first try is over they do, if it failed: a storage that is away may be away for hours.
+first try has failed they do: a storage that is away may be away for hours.
+
+In a cluster they wait until the node has joined. Before that it knows no way to the others, and a write would
+have to bar them all (cluster/lease.py, 9): they would drop all their copies whenever a node is restarted.
 
 A call waits before it is handled, and not in the storage. Only when the storage is open is its clock known,
 and so until when a write may be done.
@@ -27,7 +30,7 @@ _Handle: TypeAlias = Callable[[Rpc, Message, Call], Response]
 
 
 class OpeningRouter:
-    """A router in front of a router, which has calls wait from `hold` to `release`; 2 s at most."""
+    """A router in front of a router, which has calls wait from `hold` to `release`, 2 s at most."""
 
     def __init__(self, router: Router) -> None:
         self._router = router

@@ -85,7 +85,7 @@ class StorageHealth:
         clock: StorageClock,
         *,
         on_replaced: Callable[[], None] = lambda: None,
-        on_tried: Callable[[], None] = lambda: None,
+        on_not_ready: Callable[[], None] = lambda: None,
         has_lease: bool = False,
     ) -> None:
         """`has_lease`: once it is open, renewals of a lease bring its clock, and `doubt` tells of them."""
@@ -93,7 +93,7 @@ class StorageHealth:
         self._clock = clock
         self._has_lease = has_lease
         self._on_replaced = on_replaced  # the stored sessions are others than before
-        self._on_tried = on_tried  # to open it, with or without success
+        self._on_not_ready = on_not_ready  # a try to open it has failed
         self._sessions: object = None
         self._is_serving = False
         self._reason = "the storage has not answered yet"
@@ -120,8 +120,11 @@ class StorageHealth:
         tries, begun_s, outage = 0, time.monotonic(), _Outage("storage_not_ready", logging.WARNING)
         while True:
             try:
-                await self._try_to_open()
+                await self._storage.open()
+                await self._read_clock()
+                await self._probe()
             except StorageUnavailable as exc:
+                self._on_not_ready()
                 outage.goes_on(exc)
                 self._reason = exc.detail or str(exc)
                 await asyncio.sleep(_OPEN_RETRY_S[min(tries, len(_OPEN_RETRY_S) - 1)])
@@ -129,14 +132,6 @@ class StorageHealth:
             else:
                 log.info("storage_ready", extra={"after_s": round(time.monotonic() - begun_s, 1)})
                 return
-
-    async def _try_to_open(self) -> None:
-        try:
-            await self._storage.open()
-            await self._read_clock()
-            await self._probe()
-        finally:
-            self._on_tried()
 
     async def run(self) -> None:
         """Ask each period, until cancelled. Logs changes, and once a minute that an outage goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from clusters import SECRET, free_ports
+from clusters import SECRET, Cluster, free_ports
 from mnemosynerpc.session_pb2 import (
     AbandonRequest,
     DeleteRequest,
@@ -120,3 +121,19 @@ def test_a_write_that_waits_too_long_for_the_storage_is_not_done(slow_storage: t
         daemon.serving()
         assert code_of(lambda: CALLS["Get"](stub)) is grpc.StatusCode.NOT_FOUND
         assert daemon.stop() == 0
+
+
+async def test_a_write_at_a_node_that_is_restarted_has_no_other_drop_its_copies(postgres_dsn: str) -> None:
+    with Cluster(postgres_dsn, 3) as cluster:
+        await asyncio.to_thread(cluster.start)
+        await cluster.rings_equal(cluster.names)
+        restarted = cluster.names[0]
+        assert await asyncio.to_thread(cluster.daemons[restarted].stop) == 0
+        daemon = await asyncio.to_thread(cluster.launch(restarted).listening)
+        with daemon.stub() as stub:
+            for number in range(20):
+                await asyncio.to_thread(stub.Start, StartRequest(session=Session(subject_id=f"{number}")))
+        await asyncio.to_thread(daemon.serving)
+        logs = [daemon.log for daemon in cluster.daemons.values()]
+
+    assert not [log for log in logs if '"barred_a_node"' in log]
