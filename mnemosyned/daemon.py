@@ -4,8 +4,7 @@ Start
 -----
 1. The private database, if there is one. It ends with the thread that started it, so it is started before
    any other thread or event loop exists.
-2. The parts (assembly.py). Files of TLS and of callers are read: an invalid one ends the start here, with one
-   line that names the flag.
+2. The parts (assembly.py). An invalid file of TLS or of callers ends the start; its line names the flag.
 3. The gRPC port, the peers' port if there is one, then the admin port (ports.py). A port in use ends the
    start before the storage is touched. The ports listen early, so that a balancer and `/healthr` get an
    answer while the storage is awaited.
@@ -14,9 +13,8 @@ Start
 5. Everything that repeats: health of the storage, touches, cleanup, changed files; and the node joins.
 6. SERVING, once the node has joined: before that it cannot keep copies, and writes of others do not reach it.
 
-Calls are taken from step 3 on. They wait until the node has joined, 2 s at most (api/opening.py). If the
-first try of step 4 fails, they are answered with UNAVAILABLE. A balancer that asks for the node's health
-sends none before step 6.
+Calls are taken from step 3 on. They wait for step 6, 2 s at most (api/opening.py), and are UNAVAILABLE if the
+first try of step 4 fails. A balancer that asks for the node's health sends none before step 6.
 
 Stop
 ----

@@ -468,6 +468,6 @@ async def test_no_metadata_of_a_client_changes_who_answers(store: MemoryStore, k
             await first.stub.Get(GetRequest(access_token=token), metadata=((key, "1"),))
 
         assert theirs
-        # Answered or too late: it was asked.
+        # Whatever became of it: the call was for the owner.
         assert first.node.forwarder.counters.by_outcome.total() == before + len(theirs)
         assert not set(kept(first.cache)) & set(theirs)

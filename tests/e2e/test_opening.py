@@ -1,4 +1,4 @@
-"""Calls that come before the storage was ever open: they wait for the first try, and then fail."""
+"""Calls that come while a node starts: they wait until it has joined, and fail if the storage is away."""
 
 from __future__ import annotations
 
